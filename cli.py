@@ -1,0 +1,400 @@
+"""What all commands share: options, error lines, logging, files that are never half-written.
+
+The contract of a command (CLI.md): results on standard output, progress and log lines on standard
+error, exit status 0; or, for anything the user got wrong, one line ``error: …`` on standard error
+and exit status 2 — never a traceback, never half a file. A command is therefore
+
+    def main(argv=None) -> int:
+        return guarded(run, build_parser().parse_args(argv))
+
+with ``run(args)`` raising `UserError` wherever it has something to tell, and every file it leaves
+behind going through `atomic_write`: written under a temporary name, forced to disk, renamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import math
+import os
+import platform
+import re
+import stat
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+from tqdm import tqdm
+
+log = logging.getLogger("trueobs")
+
+
+class UserError(Exception):
+    """Something the user got wrong. The message is one line that says what to do."""
+
+
+# ---------------------------------------------------------------------------------- options
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except those that say nothing (None, False)."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers a mistake with one line, and takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _Help)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument ([^:]+): must", r"\1 must", message)
+        self.exit(2, _error_line(message.removeprefix("argument ")))
+
+
+def _number(text: str, kind: type[int] | type[float], wanted: str) -> float:
+    """`text` as a finite number, or the argparse error `must be <wanted>; got <text>`."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be {wanted}; got {text}")
+    return value
+
+
+def positive_int(text: str) -> int:
+    """argparse type: 1, 2, 3, …"""
+    value = _number(text, int, "a whole number from 1")
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1; got {text}")
+    return int(value)
+
+
+def nonnegative_int(text: str) -> int:
+    """argparse type: 0, 1, 2, …"""
+    value = _number(text, int, "a whole number from 0")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0; got {text}")
+    return int(value)
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    value = _number(text, float, "a number above 0")
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text}")
+    return value
+
+
+def nonnegative_float(text: str) -> float:
+    """argparse type: a finite number from 0."""
+    value = _number(text, float, "a number from 0")
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be a number from 0; got {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number in [0, 1), such as a sparsity."""
+    value = _number(text, float, "in [0, 1)")
+    if not 0 <= value < 1:
+        hint = f". Did you mean {value / 100:g}?" if 1 < value < 100 else ""
+        raise argparse.ArgumentTypeError(f"must be in [0, 1); got {text}{hint}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = nonnegative_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2^63; got {text}")
+    return value
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, DATASET and the options that every command takes (CLI.md, "Common options")."""
+    parser.add_argument("model", metavar="MODEL",
+                        help="rn18 rn34 rn50 rn101 rn152, rn8 rn20 rn32 rn44 rn56 rn110, any other "
+                             "torchvision classification model, or path/to/file.py:function")
+    parser.add_argument("dataset", metavar="DATASET", help="imagenet, cifar10, digits or folder")
+    common = parser.add_argument_group("common options")
+    add = common.add_argument
+    add("--weights", metavar="FILE",
+        help="dense weights, .pth .th .pt or .safetensors (default: torchvision's, or the shipped)")
+    add("--datapath", metavar="DIR",
+        help="where the images are (default: ../imagenet, ../cifar10; digits needs none)")
+    add("--image-size", metavar="N", type=positive_int,
+        help="side of the network's input in pixels "
+             "(default: imagenet and folder 224, cifar10 32, digits 16)")
+    add("--seed", metavar="N", type=_seed, default=0, help="seed of every random choice")
+    add("--nsamples", metavar="N", type=positive_int, default=1024, help="calibration images")
+    add("--batchsize", metavar="N", type=positive_int, default=128, help="images per batch")
+    add("--workers", metavar="N", type=nonnegative_int,
+        help="processes that decode images "
+             "(default: 0 for cifar10 and digits, otherwise one per core, 8 at most)")
+    add("--nrounds", metavar="N", type=positive_int,
+        help="passes over the calibration images (default: 10 augmented, 1 with --noaug)")
+    add("--noaug", action="store_true", help="calibration images without augmentation")
+    add("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="where to compute")
+    add("--memory", metavar="GB", type=positive_float,
+        help="working memory of the solver in GB (default: from what is free)")
+
+
+def resolve_device(text: str) -> torch.device:
+    """The device that --device names; "auto" is the first GPU if there is one, else the CPU."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", text):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N; got {text}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "auto":
+        return torch.device("cuda:0" if gpus else "cpu")
+    if text == "cpu":
+        return torch.device("cpu")
+    if not gpus:
+        raise UserError(f"--device {text}: this PyTorch sees no GPU; use --device cpu")
+    index = int(text.partition(":")[2] or 0)
+    if index >= gpus:
+        raise UserError(f"--device {text}: there are {gpus} GPUs; use cuda:0 to cuda:{gpus - 1}")
+    return torch.device("cuda", index)
+
+
+# -------------------------------------------------------------------- errors, logging, results
+
+
+def _error_line(message: object) -> str:
+    return f"error: {' '.join(str(message).split())}\n"
+
+
+def _os_error_text(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _is_cpu_memory_error(error: RuntimeError) -> bool:
+    return "DefaultCPUAllocator" in str(error)  # how PyTorch reports a failed malloc
+
+
+def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run `body(args)`; return the exit status, with the user's mistakes as one line on stderr.
+
+    Programming errors are not caught: their traceback is what we want to see.
+    """
+    status = 2
+    try:
+        body(args)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "the GPU ran out of memory; pass a smaller --memory or --batchsize"
+    except MemoryError:
+        message = "out of memory; pass a smaller --memory or --batchsize"
+    except BrokenPipeError:  # the reader of our output left (… | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain again on leaving
+        message = "standard output was closed before all was written"
+    except OSError as error:  # disk full, no permission, …
+        message = _os_error_text(error)
+    except RuntimeError as error:
+        if not _is_cpu_memory_error(error):
+            raise
+        message = "out of memory; pass a smaller --memory or --batchsize"
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    tqdm.write(_error_line(message), file=sys.stderr, end="")
+    return status
+
+
+def print_result(line: str) -> None:
+    """A result, such as `top-1 87.93`, on standard output."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+class _TqdmHandler(logging.Handler):
+    """Log lines on standard error, above a progress bar rather than through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return line if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {line}"
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Let the logger "trueobs" write to standard error; calling it again changes only the level."""
+    log.setLevel(level)
+    if not any(isinstance(handler, _TqdmHandler) for handler in log.handlers):
+        handler = _TqdmHandler()
+        handler.setFormatter(_Lines("%(message)s"))
+        log.addHandler(handler)
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+def _destination(path: str | os.PathLike[str]) -> Path:
+    """Where `path` leads after links; a UserError if it is something that cannot be replaced."""
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return target
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a directory; name a file")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is not a regular file; choose another name")
+    return target
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` only once it is complete and on disk.
+
+    On any exception inside, the temporary file is removed and what was at `path` stays. The parent
+    directory has to exist (`check_writable` makes it).
+    """
+    target = _destination(path)
+    temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # the name that the user knows
+        raise
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise a UserError now if `path` could not be written later; make its parent if missing."""
+    target = _destination(path)
+    probe = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe.open("xb").close()
+        probe.unlink()
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(None, "is write-protected")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def save_checkpoint(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write a plain state dict, tensors only: safetensors by that suffix, else torch.save's format.
+
+    Tensors are copied to the CPU, contiguous and each with a storage of its own size, so that a
+    view does not drag its whole base into the file.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors only")
+        plain[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    if Path(path).suffix == ".safetensors":
+        contents: bytes | memoryview = safetensors_bytes(plain)
+    else:
+        buffer = io.BytesIO()  # onto a full disk, torch.save would hide the OSError in C++'s own
+        torch.save(plain, buffer)
+        contents = buffer.getbuffer()
+    with atomic_write(path) as file:
+        file.write(contents)
+
+
+def _strict_json(value: Any) -> Any:
+    """`value` in JSON's own terms; NaN and infinities, which JSON lacks, become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict_json(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return _strict_json(value.tolist())
+    if isinstance(value, argparse.Namespace):
+        return _strict_json(vars(value))
+    if isinstance(value, (Path, torch.device, torch.dtype)):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write the record of a run (arguments, environment, figures per layer) as strict JSON."""
+    text = json.dumps(_strict_json(record), indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+# ------------------------------------------------------------------------------ environment
+
+
+def _git(*words: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True,
+                                timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _git_revision() -> dict[str, Any] | None:
+    """The commit of this checkout and whether files differ from it; None if not a checkout."""
+    top, revision = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
+    if not top or not revision or Path(top).resolve() != Path(__file__).resolve().parent:
+        return None
+    return {"commit": revision, "dirty": bool(_git("status", "--porcelain"))}
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, the part of a run's record that makes its numbers comparable."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return {
+        "argv": list(sys.argv),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": metadata.version("torchvision"),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+        "git": _git_revision(),
+    }

@@ -1,0 +1,399 @@
+"""Datasets by name: a calibration subset, augmented or not, and a test set.
+
+    load_data("digits") ─▶ ImageData ─┬─ calibration_batches ─▶ (images, labels), nrounds passes
+                                      └─ test_batches ────────▶ (images, labels)
+
+images: (n, 3, s, s) float32, RGB in [0, 1] minus MEAN over STD, per channel;  labels: (n,) int64.
+
+| kind     | images come from             | plain view                | augmented view            |
+|----------|------------------------------|---------------------------|---------------------------|
+| imagenet | train/<class>/, val/<class>/ | shorter side to s·256/224,| random resized crop, flip |
+| folder   |                              | centre crop               |                           |
+| cifar10  | torchvision's files, or      | side to s                 | random shift, flip        |
+|          | train/ and val/ or test/     |                           |                           |
+| digits   | assets/digits.npz, 8×8       | side to s                 | random shift              |
+
+Side to s is bilinear with antialiasing, and nothing at all where the image has that size already.
+A shift is zero padding before normalisation and a random crop back to s×s. The padding is s/8
+pixels: the usual 4 for CIFAR's 32, and in proportion for other sizes.
+
+What is random hangs on the seed alone. The calibration subset is a seeded choice from the sorted
+list of files, in random order, so that every batch mixes classes. The augmentation of image i in
+pass r is drawn from a generator seeded with (seed, r, i): it does not matter how many workers there
+are, nor in which order they run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cli import UserError, log
+from vision import torchvision
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+DATASETS = ("imagenet", "cifar10", "digits", "folder")
+DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  # pixels
+DEFAULT_PATHS = {"imagenet": "../imagenet", "cifar10": "../cifar10"}
+DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
+MAX_WORKERS = 8
+
+_functional = torchvision.transforms.functional
+_BILINEAR = torchvision.transforms.InterpolationMode.BILINEAR
+
+
+# ------------------------------------------------------------------------- images and labels
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Image files with labels; decoded when asked for."""
+
+    files: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path = self.files[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB"), self.labels[index]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path}: not a readable image ({error})") from None
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images in memory."""
+
+    pixels: np.ndarray  # (n, height, width, 3) uint8
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), self.labels[index]
+
+
+Images = FileImages | ArrayImages
+
+
+# ------------------------------------------------------------------------------------- views
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image of some kind of dataset becomes a network's input of s×s pixels."""
+
+    size: int  # s
+    crops: bool  # cut from a photograph (imagenet, folder), or the whole small image, enlarged
+    flips: bool  # whether a mirrored image is still of its class
+
+    def plain(self, image: Image.Image) -> Image.Image:
+        """The view for testing, and for calibration without augmentation."""
+        if self.crops:
+            shorter = round(self.size * 256 / 224)
+            image = _functional.resize(image, shorter, _BILINEAR)
+            return _functional.center_crop(image, self.size)
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        return image
+
+    def augmented(self, image: Image.Image) -> Image.Image:
+        """A random view; draws from PyTorch's global generator, as torchvision's transforms do."""
+        if self.crops:
+            box = torchvision.transforms.RandomResizedCrop.get_params(
+                image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+            image = _functional.resized_crop(image, *box, [self.size, self.size], _BILINEAR)
+        else:
+            padding = self.size // 8
+            left, upper = torch.randint(-padding, padding + 1, (2,)).tolist()
+            box = (left, upper, left + self.size, upper + self.size)
+            image = self.plain(image).crop(box)  # PIL fills with zeros what lies outside
+        if self.flips and torch.rand(()) < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+
+def normalise(
+    pixels: np.ndarray,  # (n, s, s, 3) uint8
+) -> Tensor:  # (n, 3, s, s) float32
+    """Scale to [0, 1], then shift and scale by MEAN and STD."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    images = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return images.div_(255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class ImageSet(Dataset):
+    """The chosen images of a source: pairs (image (3, s, s) float32 in the plain view, label)."""
+
+    source: Images
+    view: View
+    chosen: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pixels, label = self.pixels(index)
+        return normalise(pixels[None])[0], label
+
+    def pixels(
+        self,
+        index: int,
+        seed: tuple[int, ...] | None = None,  # None: the plain view
+    ) -> tuple[np.ndarray, int]:  # (s, s, 3) uint8, label
+        """An image before normalisation: plain, or augmented in a way that `seed` alone decides."""
+        image, label = self.source[self.chosen[index]]
+        if seed is None:
+            return np.array(self.view.plain(image)), label
+        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):  # leaves the global generator as it was
+            torch.default_generator.manual_seed(int(state[0]))
+            return np.array(self.view.augmented(image)), label
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A dataset as the commands use it."""
+
+    name: str
+    classes: list[str]
+    image_size: int
+    calibration: ImageSet
+    test: ImageSet
+    workers: int  # how many decoding processes pay off
+
+# ---------------------------------------------------------------------------------- by name
+
+
+def load_data(
+    name: str,
+    *,
+    datapath: str | os.PathLike[str] | None = None,
+    image_size: int | None = None,  # pixels; default by kind of dataset
+    nsamples: int = 1024,
+    seed: int = 0,
+) -> ImageData:
+    """The dataset `name`; raises UserError for an unknown name or for missing or empty folders."""
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name}; choose from {', '.join(DATASETS)}")
+    if name == "digits":
+        if datapath is not None:
+            log.warning("--datapath %s is not used: digits is embedded", datapath)
+        train, test, classes = _digits()
+    else:
+        root = _root(name, datapath)
+        if name == "cifar10" and (batches := _cifar_batches(root)) is not None:
+            train, test, classes = _cifar_arrays(batches)
+        else:
+            train, test, classes = _folders(name, root)
+    size = DEFAULT_SIZES[name] if image_size is None else image_size
+    large = name in ("imagenet", "folder")
+    view = View(size, crops=large, flips=name != "digits")
+    workers = min(MAX_WORKERS, os.cpu_count() or 1) if large else 0
+    calibration = ImageSet(train, view, _choose(len(train), nsamples, seed, name))
+    return ImageData(name, classes, size, calibration, ImageSet(test, view, range(len(test))),
+                     workers)
+
+
+def _choose(total: int, wanted: int, seed: int, name: str) -> list[int]:
+    """`wanted` of `total` images in random order; if there are fewer, all, with a warning."""
+    if wanted > total:
+        log.warning("%s has %d training images: calibrating on all of them, not on %d",
+                    name, total, wanted)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return order[:wanted].tolist()
+
+
+def _digits() -> tuple[ArrayImages, ArrayImages, list[str]]:
+    with np.load(DIGITS_FILE, allow_pickle=False) as stored:
+        images, labels, test = stored["images"], stored["labels"], stored["test"]
+    grey = np.rint(images * (255 / 16)).astype(np.uint8)  # published as counts 0 … 16
+    pixels = np.repeat(grey[..., None], 3, axis=3)
+    train_set, test_set = (ArrayImages(np.ascontiguousarray(pixels[part]), labels[part].tolist())
+                           for part in (~test, test))
+    return train_set, test_set, [str(digit) for digit in range(10)]
+
+
+def _root(name: str, datapath: str | os.PathLike[str] | None) -> Path:
+    if datapath is None and name not in DEFAULT_PATHS:
+        raise UserError(f"dataset {name} needs --datapath DIR, with train/ and val/ in it")
+    root = Path(DEFAULT_PATHS[name] if datapath is None else datapath)
+    if not root.is_dir():
+        what = "is not a directory" if root.exists() else "does not exist"
+        raise UserError(f"{root}: {what}; pass --datapath DIR, where the {name} images are")
+    return root
+
+
+def _cifar_batches(root: Path) -> Path | None:
+    """The folder that holds torchvision's `cifar-10-batches-py`, if it is there."""
+    base = torchvision.datasets.CIFAR10.base_folder
+    if (root / base).is_dir():
+        return root
+    return root.parent if root.resolve().name == base else None
+
+
+def _cifar_arrays(root: Path) -> tuple[ArrayImages, ArrayImages, list[str]]:
+    try:
+        train, test = (torchvision.datasets.CIFAR10(str(root), train=part, download=False)
+                       for part in (True, False))
+    except (RuntimeError, OSError, EOFError) as error:
+        raise UserError(f"{root / torchvision.datasets.CIFAR10.base_folder}: {error}") from None
+    return (ArrayImages(train.data, train.targets), ArrayImages(test.data, test.targets),
+            list(train.classes))
+
+
+def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
+    """train/<class>/ and val/<class>/ (for cifar10 also test/<class>/) below `root`."""
+    test_names = ("val", "test") if name == "cifar10" else ("val",)
+    present = [part for part in test_names if (root / part).is_dir()]
+    if not (root / "train").is_dir() or not present:
+        raise UserError(f"{root}: needs train/<class>/ and {'/<class>/ or '.join(test_names)}"
+                        "/<class>/ with images; pass --datapath DIR")
+    test_folder = root / present[0]
+    listed = {folder: _subfolders(folder) for folder in (root / "train", test_folder)}
+    train_classes, test_classes = listed.values()
+    classes = sorted(train_classes | test_classes)
+    if train_classes != test_classes:
+        if set(classes) not in (train_classes, test_classes):
+            odd = sorted(train_classes ^ test_classes)[0]
+            raise UserError(f"{root}: train/ and {test_folder.name}/ have different classes "
+                            f"({odd} is in one of them only)")
+        log.warning("%s: train/ has %d classes, %s/ has %d", root, len(train_classes),
+                    test_folder.name, len(test_classes))
+    train, test = (_list_images(folder, names, classes) for folder, names in listed.items())
+    return train, test, classes
+
+
+def _subfolders(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries
+                if entry.is_dir() and not entry.name.startswith(".")}
+
+
+def _list_images(folder: Path, present: set[str], classes: list[str]) -> FileImages:
+    """All images below `folder`, class by class and sorted by name, labelled by `classes`."""
+    labels = {name: label for label, name in enumerate(classes) if name in present}
+    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
+    pairs = []
+    if labels:
+        pairs = torchvision.datasets.folder.make_dataset(
+            folder, labels, extensions=extensions, allow_empty=True)
+    if not pairs:
+        raise UserError(f"{folder}: no images in it; expected <class>/<image>, "
+                        f"with a name ending in {' '.join(extensions)}")
+    return FileImages([path for path, _ in pairs], [label for _, label in pairs])
+
+
+# ---------------------------------------------------------------------------------- batches
+
+
+class _Passes(Dataset):
+    """`nrounds` passes over an image set, one after the other, as one long dataset.
+
+    A UserError comes back as an item: a DataLoader would re-raise it with a worker's whole
+    traceback for a message. `Batches` raises it as it was.
+    """
+
+    def __init__(self, images: ImageSet, nrounds: int, seed: int | None) -> None:
+        self.images, self.nrounds, self.seed = images, nrounds, seed
+
+    def __len__(self) -> int:
+        return self.nrounds * len(self.images)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int] | UserError:
+        round_index, index = divmod(position, len(self.images))
+        seed = None if self.seed is None else (self.seed, round_index, index)
+        try:
+            return self.images.pixels(index, seed)
+        except UserError as error:
+            return error
+
+
+def _collate(items: list[tuple[np.ndarray, int] | UserError]) -> tuple[Tensor, Tensor] | UserError:
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    pixels, labels = zip(*items, strict=True)
+    return normalise(np.stack(pixels)), torch.tensor(labels)
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Sized, and iterable any number of times: pairs (images, labels), always in the same order."""
+
+    passes: _Passes
+    batchsize: int
+    workers: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.passes) / self.batchsize)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            self.passes, batch_size=self.batchsize, num_workers=self.workers,
+            collate_fn=_collate, worker_init_fn=_leave_interrupts_to_the_parent,
+            generator=torch.Generator(),  # else every loop would advance the global one
+        )
+        try:
+            for batch in loader:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError("a process that decodes images died, perhaps for lack of (shared) "
+                            "memory; pass --workers 0 or a smaller --batchsize") from error
+
+
+def calibration_batches(
+    data: ImageData,
+    *,
+    batchsize: int = 128,
+    nrounds: int = 1,
+    augment: bool = False,
+    seed: int = 0,
+    workers: int | None = None,  # None: what suits the dataset
+) -> Batches:
+    """`nrounds` passes over the calibration images; each augmented pass sees new views of them.
+
+    Batches run on across the seam between two passes: only the very last may be smaller.
+    """
+    passes = _Passes(data.calibration, nrounds, seed if augment else None)
+    return Batches(passes, batchsize, data.workers if workers is None else workers)
+
+
+def test_batches(
+    data: ImageData,
+    *,
+    batchsize: int = 128,
+    workers: int | None = None,  # None: what suits the dataset
+) -> Batches:
+    """One pass over the test images."""
+    passes = _Passes(data.test, 1, None)
+    return Batches(passes, batchsize, data.workers if workers is None else workers)
+
+
+test_batches.__test__ = False  # not a test, whatever pytest makes of the name

@@ -1,0 +1,313 @@
+"""The blocked elimination of `elimination.py`, compiled for CPUs: a few rows at a time, in cache.
+
+On a CPU the inner loop is bound by caches and by the number of small operations, not by arithmetic.
+So here a row goes through a whole panel in compiled code (numba), its panel U in the L2 cache, and
+only the flush A −= UᵀU is a matrix product of torch's. A few rows make a task; tasks run on as many
+threads as torch uses, and need (threads × rows of a task) matrices of d×d, however large the layer.
+
+The algorithm, its pivot rules and its symbols are those of `elimination.py`, step by step; a test
+holds both to the same traces. Rows are independent, so the result does not depend on the threads.
+
+    symbol  variable  shape          meaning
+    A       A         (rows, d, d)   own inverse Hessian of each row; the leading m×m is live
+    U       U         (rows, b, d)   the panel's u's
+    D       D         (rows, d, c)   diagonal blocks of A: row i of the block that position i is in
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+INFINITY = np.inf
+CACHE_BYTES = 8 << 20  # matrices of one task, so that they stay in the last cache
+compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
+
+
+def eliminate_rows(
+    W: Tensor,  # (R, d)
+    Hinv: Tensor,  # (G, d, d)
+    floor: Tensor,  # (G, d)
+    system: Tensor,  # (R,)
+    unit: int,
+    nm: tuple[int, int],
+    grid: Tensor,  # (R, 4), or (R, 0) to prune
+    steps: int,
+    panel: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # order (R, steps) int64, losses (R, steps), weights (R, d)
+    """The trace of every row; for unit, nm and grid see `elimination.PivotRule`."""
+    R, d = W.shape
+    order = torch.empty(R, steps, dtype=torch.int64)
+    losses, weights = W.new_empty(R, steps), torch.empty_like(W)
+    Hinv, grid = Hinv.contiguous(), grid.contiguous()
+    threads = torch.get_num_threads()
+    size = max(1, min(CACHE_BYTES // (d * d * W.element_size()), -(-R // threads)))
+
+    def task(first: int) -> None:
+        rows = slice(first, first + size)
+        batch = _Task(W[rows], Hinv, floor, system[rows], unit, nm, grid[rows], panel)
+        batch.all_panels(order[rows], losses[rows], weights[rows])
+
+    if threads == 1 or size >= R:
+        for first in range(0, R, size):
+            task(first)
+        return order, losses, weights
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(task, range(0, R, size)))  # list: so that an exception is raised here
+    return order, losses, weights
+
+
+class _Task:
+    """The state of a few rows on their way through all panels."""
+
+    def __init__(
+        self,
+        W: Tensor,  # (rows, d)
+        Hinv: Tensor,
+        floor: Tensor,
+        system: Tensor,
+        unit: int,
+        nm: tuple[int, int],
+        grid: Tensor,  # (rows, 4) or (rows, 0)
+        panel: int,
+    ) -> None:
+        R, d = W.shape
+        self.unit, self.panel, self.Hinv, self.system = unit, panel, Hinv, system
+        self.n, self.group = nm
+        self.w, self.grid = W.clone().numpy(), grid.numpy()
+        self.floor = floor.index_select(0, system).numpy()
+        tiles = Hinv.view(-1, d // unit, unit, d // unit, unit).diagonal(dim1=1, dim2=3)
+        blocks = tiles.permute(0, 3, 1, 2).reshape(-1, d, unit)  # from (G, unit, unit, d/unit)
+        self.D = blocks.index_select(0, system).numpy()
+        self.columns = np.tile(np.arange(d, dtype=np.int32), (R, 1))
+        zero = (W == 0).view(R, d // unit, unit).all(2).numpy()  # already gone: before all others
+        self.barred = np.where(zero, -INFINITY, 0.0).astype(self.w.dtype)
+        self.zeros = np.zeros((R, d // self.group if self.group else 1), dtype=np.int32)
+        self.picks = np.empty((R, panel), dtype=np.int64)
+        self.U = W.new_empty(R, panel, d)
+        self.A: Tensor | None = None
+
+    def all_panels(self, order: Tensor, losses: Tensor, weights: Tensor) -> None:
+        """Run to the end; fill (rows, steps), (rows, steps) and (rows, d)."""
+        steps, m = order.shape[1], self.w.shape[1]
+        own, shared = np.arange(len(self.w)), self.system.numpy()
+        count = 0
+        for start in range(0, steps, self.panel):
+            if start:
+                self.flush(m, count)
+            count = min(self.panel, steps - start)
+            A, source = (self.Hinv, shared) if self.A is None else (self.A, own)
+            run_panel(
+                A.numpy(), source, self.w, self.D, self.floor, self.columns, self.barred,
+                self.zeros, self.grid, self.U.numpy(), m, self.unit, self.n, self.group,
+                start, count, self.picks, order.numpy(), losses.numpy(), weights.numpy(),
+            )  # fmt: skip
+            m -= count
+        write_free(self.w, self.columns, self.picks, count, m, weights.numpy())
+
+    def flush(self, left: int, count: int) -> None:
+        """After a panel of `count`: move live columns into the holes, then A −= UᵀU on the rest."""
+        if self.A is None:
+            self.A = self.Hinv.index_select(0, self.system)
+        compact(
+            self.A.numpy(), self.U.numpy(), self.w, self.D, self.floor, self.columns, self.barred,
+            self.picks, count, left, self.unit,
+        )  # fmt: skip
+        U = self.U[:, :count, :left]
+        for A, u in zip(self.A[:, :left, :left], U, strict=True):
+            A.addmm_(u.T, u, alpha=-1)
+
+
+# -- compiled ---------------------------------------------------------------------------------
+
+
+@compiled
+def run_panel(
+    A, source, w, D, floor, columns, barred, zeros, grid, U, m, unit, n, group,
+    start, count, picks, order, losses, weights,
+):  # fmt: skip
+    """Fix `count` columns of every row; record where, which, at what loss and value."""
+    scores = np.empty(m, dtype=w.dtype)
+    for r in range(len(w)):
+        inverse = A[source[r]]
+        for k in range(0, count, unit):
+            chosen = choose(w[r], D[r], floor[r], barred[r], grid[r], m, unit, scores)
+            barred[r, chosen] = np.inf
+            if group:
+                bar_full_group(columns[r], barred[r], zeros[r], chosen, m, n, group)
+            for j in range(unit):
+                p = chosen * unit + j
+                value, loss = fix(inverse, w[r], floor[r], grid[r], U[r], m, p, k + j)
+                picks[r, k + j] = p
+                order[r, start + k + j] = columns[r, p]
+                losses[r, start + k + j] = loss
+                weights[r, columns[r, p]] = value
+            update_blocks(D[r], floor[r], U[r], m, unit, k)
+
+
+@compiled
+def choose(w, D, floor, barred, grid, m, unit, scores):
+    """The unit that goes next."""
+    units = m // unit
+    if unit > 1:
+        for b in range(units):
+            scores[b] = unit_score(w, D, floor, b, unit) + barred[b]
+    elif len(grid):
+        step, low, high, half = grid[0], grid[1], grid[2], grid[3]
+        for i in range(m):
+            e = w[i] - min(max(np.rint(w[i] / step), low), high) * step
+            score = e * e / D[i, 0] + barred[i]
+            outlier = (abs(e) > half) & (score < np.inf)
+            scores[i] = -abs(e) if outlier else score
+    else:
+        for i in range(m):
+            scores[i] = w[i] * w[i] / D[i, 0] + barred[i]
+    best = 0
+    least = scores[0]
+    for i in range(1, units):
+        if scores[i] < least:
+            least = scores[i]
+            best = i
+    return best
+
+
+@compiled
+def unit_score(w, D, floor, b, unit):
+    """w_B (A_BB)⁻¹ w_Bᵀ by elimination of the block's own columns."""
+    block = D[b * unit : (b + 1) * unit].copy()
+    z = w[b * unit : (b + 1) * unit].copy()
+    score = w.dtype.type(0)
+    for j in range(unit):
+        pivot = max(block[j, j], floor[b * unit + j])
+        score += z[j] * z[j] / pivot
+        for i in range(j + 1, unit):
+            factor = block[i, j] / pivot
+            z[i] -= factor * z[j]
+            for h in range(j + 1, i + 1):
+                block[i, h] -= factor * block[h, j]
+    return score
+
+
+@compiled
+def bar_full_group(columns, barred, zeros, chosen, m, n, group):
+    """N:M: count a zero; once its group has N of them, bar what is left of the group."""
+    g = columns[chosen] // group
+    zeros[g] += 1
+    if zeros[g] >= n:
+        for i in range(m):
+            if columns[i] // group == g:
+                barred[i] = np.inf
+
+
+@compiled
+def fix(A, w, floor, grid, U, m, p, k):
+    """Step k of the panel: fix position p. The value it is fixed at, and the loss."""
+    u = U[k]
+    for i in range(m):
+        u[i] = A[p, i]
+    subtract_panel(u, U, m, p, k)
+    pivot = max(u[p], floor[p])
+    value = w.dtype.type(0)
+    if len(grid):
+        value = min(max(np.rint(w[p] / grid[0]), grid[1]), grid[2]) * grid[0]
+    error = w[p] - value
+    scale = w.dtype.type(1) / np.sqrt(pivot)
+    move = error * scale
+    for i in range(m):
+        u[i] *= scale
+        w[i] -= u[i] * move
+    return value, error * error / (2 * pivot)
+
+
+@compiled
+def subtract_panel(c, U, m, p, k):
+    """c −= U[:k]ᵀ U[:k, p], four rows of U at a time."""
+    j = 0
+    while j + 4 <= k:
+        a0, a1, a2, a3 = U[j, p], U[j + 1, p], U[j + 2, p], U[j + 3, p]
+        u0, u1, u2, u3 = U[j], U[j + 1], U[j + 2], U[j + 3]
+        for i in range(m):
+            c[i] -= a0 * u0[i] + a1 * u1[i] + a2 * u2[i] + a3 * u3[i]
+        j += 4
+    while j < k:
+        a0 = U[j, p]
+        u0 = U[j]
+        for i in range(m):
+            c[i] -= a0 * u0[i]
+        j += 1
+
+
+@compiled
+def update_blocks(D, floor, U, m, unit, k):
+    """Bring the diagonal blocks up to date after the unit fixed by panel steps k, k+1, …"""
+    for j in range(k, k + unit):
+        u = U[j]
+        if unit == 1:
+            for i in range(m):
+                D[i, 0] = max(D[i, 0] - u[i] * u[i], floor[i])
+        else:
+            for i in range(m):
+                first = i - i % unit
+                for j2 in range(unit):
+                    D[i, j2] -= u[i] * u[first + j2]
+
+
+@compiled
+def compact(A, U, w, D, floor, columns, barred, picks, count, left, unit):
+    """Move what is alive among the last positions into the holes below `left`, in every row."""
+    m = left + count
+    for r in range(len(w)):
+        source, hole, moves = vacancies(picks[r, :count], left, m)
+        for x in range(moves):
+            s, h = source[x], hole[x]
+            A[r, h, :m] = A[r, s, :m]
+            w[r, h], floor[r, h], columns[r, h] = w[r, s], floor[r, s], columns[r, s]
+            D[r, h] = D[r, s]
+            barred[r, h // unit] = barred[r, s // unit]
+        for i in range(left):
+            for x in range(moves):
+                A[r, i, hole[x]] = A[r, i, source[x]]
+        for j in range(count):
+            for x in range(moves):
+                U[r, j, hole[x]] = U[r, j, source[x]]
+
+
+@compiled
+def vacancies(gone, left, m):
+    """Sources among the last positions that are alive, and as many holes below `left`.
+
+    Both ascending, and whole units stay together, as picks come in whole units.
+    """
+    k = m - left
+    dead = np.zeros(k, dtype=np.bool_)
+    hole = np.empty(k, dtype=np.int64)
+    source = np.empty(k, dtype=np.int64)
+    moves = 0
+    for p in np.sort(gone):
+        if p < left:
+            hole[moves] = p
+            moves += 1
+        else:
+            dead[p - left] = True
+    alive = 0
+    for i in range(k):
+        if not dead[i]:
+            source[alive] = left + i
+            alive += 1
+    return source, hole, moves
+
+
+@compiled
+def write_free(w, columns, picks, count, left, weights):
+    """Write the weights that were never fixed to where they belong."""
+    for r in range(len(w)):
+        fixed = np.zeros(left + count, dtype=np.bool_)
+        for p in picks[r, :count]:
+            fixed[p] = True
+        for i in range(left + count):
+            if not fixed[i]:
+                weights[r, columns[r, i]] = w[r, i]

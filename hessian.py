@@ -1,0 +1,255 @@
+"""The layer-wise Hessian H = (2/N) Σ x xᵀ of a convolution or linear layer, and its inverse.
+
+OBC (arXiv 2208.11580), section 3: for the squared output error of one row of weights, the Hessian
+is the second moment of the inputs x that the row is multiplied with; it is the same for all rows
+(of a group, if the convolution is grouped). N counts images, whatever the number of positions in
+each.
+
+For a convolution x is a patch. Patches overlap, so unfolding them all and multiplying does most of
+the work several times. Write a patch as kh rows of kw·C numbers each. The block of H for patch rows
+i and i' sums, over output rows y,
+
+    F[s·y + δi]ᵀ F[s·y + δi']        F: the padded image, unfolded along its width only
+
+(stride s, dilation δ) and so depends on i only through the window of y it starts at, beside the lag
+δ(i' − i) and the phase δi mod s. All i of equal lag and phase share the rows in the middle of their
+windows; only the few rows at the borders differ. This is exact for every padding and stride, needs
+kw copies of the image instead of kh·kw, and, for 3×3, 3 products of (3C)² instead of 9.
+
+    symbol  shape            meaning
+    C                        input channels of a group
+    f = kw·C                 features of a patch row, channel innermost
+    d = kh·f                 columns of the layer
+    F       (G, T, n·Wo, f)  T image rows, n images, Wo outputs a row
+
+Products are taken in the inputs' precision (at least float32) over a few images at a time and
+accumulated in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+CHUNK_BYTES = 64 << 20  # an unfolded piece of a batch is no larger than this
+LADDER = tuple(10.0**exponent for exponent in range(-8, 1))  # damping tried, × mean(diag H)
+
+
+class Gram:
+    """Σ x xᵀ of one layer's inputs, batch after batch, for each of its groups."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
+        self.layer = layer
+        self.groups = getattr(layer, "groups", 1)
+        d = layer.weight[0].numel()
+        device = layer.weight.device
+        self.total = torch.zeros(self.groups, d, d, dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Add one batch: (n, C, height, width) for a convolution, (…, d) for a linear layer."""
+        if inputs.dtype in (torch.float16, torch.bfloat16):
+            inputs = inputs.float()
+        if isinstance(self.layer, nn.Linear):
+            self._add_columns(inputs.reshape(-1, inputs.shape[-1]))
+            return
+        image = padded(self.layer, inputs)
+        height, width = output_size(self.layer, image)
+        kw = self.layer.kernel_size[1]
+        row_bytes = image.shape[2] * width * kw * image.shape[1] * image.element_size()
+        for part in image.split(max(1, CHUNK_BYTES // row_bytes)):
+            self._add_rows(width_unfolded(self.layer, part, width), height)
+
+    def _add_columns(self, x: Tensor) -> None:  # (L, d)
+        size = max(1, CHUNK_BYTES // (x.shape[1] * x.element_size()))
+        for part in x.split(size):
+            self.total[0] += part.T @ part
+
+    def _add_rows(self, F: Tensor, height: int) -> None:  # (G, T, n·Wo, f)
+        kh, f = self.layer.kernel_size[0], F.shape[3]
+        total = self.total.view(self.groups, kh, f, kh, f)
+        for lag in range(kh):
+            for pairs in self._same_phase(kh - lag):
+                starts = [i * self.layer.dilation[0] for i in pairs]
+                shift = lag * self.layer.dilation[0]
+                sums = window_products(F, starts, shift, self.layer.stride[0], height)
+                for i, product in zip(pairs, sums, strict=True):
+                    total[:, i, :, i + lag, :] += product
+
+    def _same_phase(self, count: int) -> list[list[int]]:
+        """Kernel rows 0 … count−1, sorted by the phase of stride they start at."""
+        stride, dilation = self.layer.stride[0], self.layer.dilation[0]
+        phases: dict[int, list[int]] = {}
+        for i in range(count):
+            phases.setdefault(i * dilation % stride, []).append(i)
+        return list(phases.values())
+
+    def matrix(self) -> Tensor:  # (G, d, d) float64
+        """Σ x xᵀ with columns in the order of the layer's weights: (channel, kh, kw)."""
+        if isinstance(self.layer, nn.Linear):
+            return self.total.clone()
+        kh, kw = self.layer.kernel_size
+        G, d, _ = self.total.shape
+        blocks = self.total.view(G, kh, d // kh, kh, d // kh)
+        full = blocks.clone()
+        for i in range(kh):
+            for j in range(i):  # the lower blocks mirror the upper ones
+                full[:, i, :, j, :] = blocks[:, j, :, i, :].transpose(1, 2)
+        C = d // (kh * kw)
+        full = full.view(G, kh, kw, C, kh, kw, C).permute(0, 3, 1, 2, 6, 4, 5)
+        return full.reshape(G, d, d)
+
+
+def padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """The input (n, C, height, width) with the layer's own padding around it."""
+    if layer.padding == "valid":
+        sides = [0, 0, 0, 0]
+    elif layer.padding == "same":  # as torch does: the odd one goes to the right and the bottom
+        both = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        sides = [both[1] // 2, both[1] - both[1] // 2, both[0] // 2, both[0] - both[0] // 2]
+    else:
+        sides = [layer.padding[1]] * 2 + [layer.padding[0]] * 2
+    if not any(sides):
+        return inputs
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return functional.pad(inputs, sides, mode=mode)
+
+
+def output_size(layer: nn.Conv2d, image: Tensor) -> tuple[int, int]:
+    """Height and width of the layer's output for an already padded input."""
+    sizes = zip(image.shape[2:], layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    height, width = ((size - d * (k - 1) - 1) // s + 1 for size, k, d, s in sizes)
+    return height, width
+
+
+def width_unfolded(
+    layer: nn.Conv2d,
+    image: Tensor,  # (n, groups·C, T, width) padded
+    width: int,  # outputs a row
+) -> Tensor:  # (G, T, n·Wo, kw·C)
+    """Patches of kw pixels along every image row, channel innermost."""
+    n, channels, T, _ = image.shape
+    G, C = layer.groups, channels // layer.groups
+    kw, dilation, stride = layer.kernel_size[1], layer.dilation[1], layer.stride[1]
+    rows = image.unflatten(1, (G, C)).permute(1, 3, 0, 4, 2)  # (G, T, n, width, C)
+    last = stride * (width - 1) + 1
+    pieces = [rows[:, :, :, j * dilation : j * dilation + last : stride] for j in range(kw)]
+    return torch.cat(pieces, dim=-1).reshape(G, T, n * width, kw * C)
+
+
+def window_products(
+    F: Tensor,  # (G, T, n·Wo, f)
+    starts: list[int],  # first image row of each window; all equal modulo stride
+    shift: int,  # lag between the two factors, in image rows
+    stride: int,
+    height: int,  # rows of each window
+) -> list[Tensor]:  # for each start: (G, f, f) float64
+    """Σ_y F[start + stride·y]ᵀ F[start + shift + stride·y] over y < height, for every start.
+
+    The rows that all windows have in common are multiplied once, the others once each.
+    """
+
+    def product(first: int, count: int) -> Tensor:
+        stop = first + stride * (count - 1) + 1
+        left = F[:, first:stop:stride].flatten(1, 2)
+        right = F[:, first + shift : stop + shift : stride].flatten(1, 2)
+        return (left.transpose(1, 2) @ right).double()
+
+    lowest, highest = starts[0], starts[-1]
+    edge = (highest - lowest) // stride  # rows that a window does not share, at either end
+    if len(starts) == 1 or height <= 2 * edge:
+        return [product(start, height) for start in starts]
+    common = product(highest, height - edge)
+    before = [product(lowest + stride * t, 1) for t in range(edge)]
+    after = [product(lowest + stride * (height + t), 1) for t in range(edge)]
+    sums = []
+    for start in starts:
+        t = (start - lowest) // stride
+        total = common.clone()
+        for piece in before[t:] + after[:t]:
+            total += piece
+        sums.append(total)
+    return sums
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """H⁻¹ of G systems, ready for an elimination."""
+
+    matrix: Tensor  # (G, d, d)
+    floor: Tensor  # (G, d), 1/H_pp: in exact arithmetic no pivot falls below it
+    damping: Tensor  # (G,) what was added to the diagonal, × its mean
+    deficit: Tensor  # (G,) d − rank(H), counted only where H had to be damped
+
+
+class SingularHessian(ValueError):
+    """H is not positive definite even with its whole mean added to the diagonal."""
+
+
+def damped_inverse(
+    H: Tensor,  # (G, d, d) float64
+    rel_damp: float = 0.0,  # × mean(diag H), added in any case
+    dtype: torch.dtype = torch.float32,  # of the elimination that is to follow
+) -> Inverse:
+    """Invert H, damped where it must be (float64; DESIGN: "Numerics").
+
+    Inputs that are always zero (H_pp = 0) are decoupled from the others. H counts as positive
+    definite if it has a Cholesky factor and no H_pp (H⁻¹)_pp, the factor by which a pivot shrinks
+    during an elimination, exceeds what `dtype` resolves. Otherwise the smallest step of `LADDER`
+    that makes it so is added to the diagonal, per group.
+
+    Raises:
+        SingularHessian: if no step does (H holds NaN or infinity).
+    """
+    H, mean = decoupled(H)
+    damping = torch.full_like(mean, rel_damp)
+    matrix = torch.zeros_like(H)
+    wanted = torch.arange(len(H), device=H.device)
+    for step in (0.0, *LADDER):
+        damping[wanted] = rel_damp + step
+        trial = H[wanted]
+        trial.diagonal(dim1=1, dim2=2).add_((damping * mean)[wanted, None])
+        inverse, good = checked_inverse(trial, dtype)
+        matrix[wanted[good]] = inverse[good]
+        wanted = wanted[~good]
+        if not len(wanted):
+            break
+    else:
+        raise SingularHessian("the Hessian holds NaN or infinity: check the calibration images")
+    diagonal = H.diagonal(dim1=1, dim2=2) + (damping * mean)[:, None]
+    deficit = torch.zeros(len(H), dtype=torch.int64, device=H.device)
+    for g in torch.nonzero(damping > rel_damp).flatten():
+        deficit[g] = H.shape[1] - torch.linalg.matrix_rank(H[g], hermitian=True, rtol=1e-7)
+    return Inverse(matrix.to(dtype), (1 / diagonal).to(dtype), damping, deficit)
+
+
+def decoupled(H: Tensor) -> tuple[Tensor, Tensor]:  # (G, d, d), (G,)
+    """H with the mean of the diagonal in place of zeros there, and that mean (1 if H is zero)."""
+    H = H.clone()
+    diagonal = H.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    diagonal.copy_(torch.where(diagonal == 0, mean[:, None], diagonal))
+    return H, mean
+
+
+def checked_inverse(H: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(G, d, d) inverses by Cholesky, and (G,) whether each is good enough for `dtype`."""
+    factor, info = torch.linalg.cholesky_ex(H)
+    good = info == 0
+    eye = torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
+    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, eye))
+    shrink = (H.diagonal(dim1=1, dim2=2) * inverse.diagonal(dim1=1, dim2=2)).amax(1)
+    return inverse, good & (shrink < 1e-2 / torch.finfo(dtype).eps)
+
+
+def without(
+    H: Tensor,  # (d, d) float64
+    zero: Tensor,  # (R, d) bool, weights that are gone
+) -> Tensor:  # (R, d, d)
+    """H for rows that lack some weights: those columns are decoupled, their diagonal kept."""
+    kept = ~zero
+    coupled = kept[:, :, None] & kept[:, None, :]
+    return torch.where(coupled, H, torch.diag(H.diagonal()))

@@ -1,0 +1,428 @@
+"""Compress a model with ExactOBS: `python main_trueobs.py MODEL DATASET MODE` (see --help).
+
+OBC (arXiv 2208.11580). One run has four steps: the dense model sees the calibration images and
+every layer's Hessian is collected; each layer is compressed by its own Hessian, apart from all
+others; the result is saved; and, for the modes that yield one model, its accuracy is measured.
+
+    quant     OBQ, weights and, with --abits, activations       → one model
+    nmprune   N:M sparsity along input channels                  → one model
+    unstr     unstructured sparsity, a database of levels       → --sparse-dir
+    blocked   sparsity in blocks along input channels, levels   → --sparse-dir
+    struct    whole input channels, levels                      → --sparse-dir
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cli
+import quant
+from cli import UserError, log
+from database import LevelWriter
+from datautils import calibration_batches, load_data, test_batches
+from hessian import SingularHessian
+from modelutils import evaluate, evaluating, find_layers, get_model, load_checkpoint, load_state
+from trueobs import TrueOBS, default_memory
+
+NO_QUANTISATION = 32  # bits
+SPARSITY_GRIDS = {  # min, max, delta (DESIGN.md section 3)
+    "unstr": (0.0, 0.99, 0.1),
+    "blocked": (0.0, 0.95, 0.1),
+    "struct": (0.0, 0.9, 0.05),
+}
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def bits(text: str) -> int:
+    """argparse type: 1 … 16, or 32 for none."""
+    value = int(text) if text.isdecimal() else 0
+    if not (1 <= value <= 16 or value == NO_QUANTISATION):
+        raise argparse.ArgumentTypeError(f"must be 1 to 16, or 32 for none; got {text}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="main_trueobs.py", description=__doc__.splitlines()[0])
+    cli.add_common_options(parser)
+    parser.add_argument(
+        "mode", metavar="MODE", choices=["quant", "nmprune", *SPARSITY_GRIDS],
+        help="quant, nmprune, unstr, struct or blocked",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
+    add("--save", metavar="FILE", help="where quant and nmprune save the compressed model")
+    add("--rel-damp", metavar="F", type=cli.nonnegative_float, default=0.0,
+        help="fraction of mean(diag H) added to the diagonal of H")  # fmt: skip
+    group = parser.add_argument_group("quant")
+    group.add_argument("--wbits", type=bits, default=32, help="bits of weights, 1-16; 32: none")
+    group.add_argument("--abits", type=bits, default=32, help="bits of activations; 32: none")
+    for flag, text in (
+        ("--wperweight", "one weight scale per layer instead of per output channel"),
+        ("--wasym", "asymmetric weight grid"),
+        ("--wminmax", "min-max weight range instead of the search"),
+        ("--asym", "symmetric activation grid (a-sym)"),
+        ("--aminmax", "min-max activation range instead of the search"),
+    ):
+        group.add_argument(flag, action="store_true", help=text)
+    group = parser.add_argument_group("nmprune and blocked")
+    group.add_argument("--prunen", type=cli.nonnegative_int, default=2, help="zeros per group")
+    group.add_argument("--prunem", type=cli.positive_int, default=4, help="weights per group")
+    group.add_argument("--blocked_size", type=cli.positive_int, default=4, help="weights per block")
+    group = parser.add_argument_group("unstr, blocked and struct")
+    for flag, text in (
+        ("--min-sparsity", "fraction of zeros at the first level (default: 0)"),
+        ("--max-sparsity", "at the last level (default: 0.99; blocked 0.95, struct 0.9)"),
+        ("--delta-sparse", "by which density shrinks per level (default: 0.1; struct 0.05)"),
+    ):
+        group.add_argument(flag, metavar="F", type=cli.fraction, help=text)
+    group.add_argument("--sparse-dir", metavar="DIR", help="folder for the database (made)")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """What argparse cannot see by itself; raises UserError before any work is done."""
+    if args.mode == "quant" and args.wbits == args.abits == NO_QUANTISATION:
+        raise UserError("quant needs --wbits or --abits below 32")
+    if args.mode == "nmprune" and args.prunen > args.prunem:
+        raise UserError(f"--prunen {args.prunen} is more than --prunem {args.prunem}")
+    if args.mode in SPARSITY_GRIDS:
+        if args.save:
+            raise UserError(f"{args.mode} yields many models: name a --sparse-dir, not --save")
+        if not args.sparse_dir:
+            raise UserError(f"{args.mode} needs --sparse-dir DIR for its database")
+        default = SPARSITY_GRIDS[args.mode]
+        given = (args.min_sparsity, args.max_sparsity, args.delta_sparse)
+        low, high, delta = (d if g is None else g for d, g in zip(default, given, strict=True))
+        if low > high:
+            raise UserError(f"--min-sparsity {low:g} is above --max-sparsity {high:g}")
+        if delta == 0:
+            raise UserError("--delta-sparse must be above 0")
+        args.min_sparsity, args.max_sparsity, args.delta_sparse = low, high, delta
+    elif args.sparse_dir:
+        raise UserError(f"{args.mode} yields one model: name --save FILE, not --sparse-dir")
+    args.nrounds = args.nrounds or (1 if args.noaug else 10)
+    output = output_file(args)
+    if output:
+        cli.check_writable(output)
+
+
+def output_file(args: argparse.Namespace) -> Path | None:
+    """The file that a run is known by: its record goes beside it."""
+    if args.sparse_dir:
+        return Path(args.sparse_dir) / f"{model_tag(args.model)}.json"
+    return Path(args.save) if args.save else None
+
+
+def model_tag(model: str) -> str:
+    """MODEL as a part of file names: for path/to/file.py:function, the function."""
+    return model.rpartition(":")[2]
+
+
+def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
+    """Sparsities whose density shrinks by the factor 1 − delta, from `low`; then `high` itself.
+
+    >>> [round(s, 3) for s in sparsity_grid(0, 0.3, 0.1)]
+    [0.0, 0.1, 0.19, 0.271, 0.3]
+    """
+    levels, density = [], 1 - low
+    while density > 1 - high + 1e-9:
+        levels.append(1 - density)
+        density *= 1 - delta
+    return [*levels, high]
+
+
+# -- calibration -----------------------------------------------------------------------------------
+
+
+def quantise_activations(
+    dense: nn.Module, compressed: nn.Module, images: Tensor, args: argparse.Namespace
+) -> None:
+    """Give every layer a grid for its input, found on one batch of calibration images."""
+    grids: dict[str, quant.Grid] = {}
+
+    def hook(name: str) -> Callable:
+        def fit(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].float()
+            grids[name] = quant.fit_activation_grid(x, args.abits, args.asym, not args.aminmax)
+
+        return fit
+
+    layers = find_layers(dense)
+    handles = [layer.register_forward_pre_hook(hook(n)) for n, layer in layers.items()]
+    with evaluating(dense):
+        dense(images)
+    for handle in handles:
+        handle.remove()
+    for name, grid in grids.items():
+        quant.set_activation_grid(compressed.get_submodule(name), grid)
+        quant.set_activation_grid(dense.get_submodule(name), copy.deepcopy(grid))
+
+
+def calibrate(
+    dense: nn.Module,
+    solvers: dict[str, TrueOBS],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> None:
+    """Show the calibration images to the dense model; each solver sees its layer's inputs."""
+
+    def hook(solver: TrueOBS) -> Callable:
+        return lambda layer, inputs, output: solver.add_batch(inputs[0], output)
+
+    handles = [
+        dense.get_submodule(name).register_forward_hook(hook(solver))
+        for name, solver in solvers.items()
+    ]
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    try:
+        with evaluating(dense):
+            for images, _ in tqdm(batches, desc="calibrating", leave=False, disable=None):
+                dense(images.to(device, memory_format=layout))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def in_passes(layers: dict[str, nn.Module], memory: int) -> list[list[str]]:
+    """Layers in groups whose Hessians fit in half of `memory` (bytes) together, in their order."""
+    passes: list[list[str]] = []
+    room = 0
+    for name, layer in layers.items():
+        d = layer.weight[0].numel()
+        size = 8 * d * d * getattr(layer, "groups", 1)
+        if not passes or size > room:
+            passes.append([])
+            room = memory // 2
+        passes[-1].append(name)
+        room -= size
+    return passes
+
+
+# -- compression -----------------------------------------------------------------------------------
+
+
+@dataclass
+class LayerReport:
+    """What became of a layer; a line in the log and an entry in the record."""
+
+    name: str
+    shape: tuple[int, ...]
+    result: str = ""  # e.g. "4 bits", "sparsity 0.5000"; why, if left dense
+    dense: bool = False
+    seconds: float = 0.0
+    squared_error: float = 0.0  # Σ (w−ŵ)H(w−ŵ)ᵀ/2
+    relative_error: float = 0.0  # the same, relative to Σ wHwᵀ/2
+    damping: float = 0.0  # × mean(diag H)
+    rank_deficit: int = 0
+
+    def line(self) -> str:
+        shape = "×".join(map(str, self.shape))
+        if self.dense:
+            return f"{self.name} {shape} left dense: {self.result}"
+        text = (
+            f"{self.name} {shape} {self.seconds:.2f} s  squared error {self.squared_error:.4g} "
+            f"({100 * self.relative_error:.3g} %)  {self.result}"
+        )
+        if self.damping:
+            text += f"  damping {self.damping:g}"
+        if self.rank_deficit:
+            text += f"  rank deficit {self.rank_deficit}"
+        return text
+
+
+def why_dense(solver: TrueOBS, args: argparse.Namespace) -> str:
+    """The reason to leave a layer as it is, or nothing."""
+    size = {"nmprune": args.prunem, "blocked": args.blocked_size}.get(args.mode, 1)
+    if solver.columns % size:
+        letter = "M" if args.mode == "nmprune" else "block size"
+        return f"{solver.columns} columns are not a multiple of {letter} = {size}"
+    if solver.nsamples == 0:
+        return "it saw no calibration image (the model does not call it)"
+    return ""
+
+
+def quantise_layer(solver: TrueOBS, args: argparse.Namespace) -> str:
+    weight = solver.layer.weight.detach().flatten(1)
+    solver.quantizer = quant.fit_weight_grid(
+        weight, args.wbits, not args.wasym, not args.wminmax, not args.wperweight
+    )
+    solver.quantize()
+    quant.set_weight_grid(solver.layer, solver.quantizer)
+    return f"{args.wbits} bits"
+
+
+def nmprune_layer(solver: TrueOBS, args: argparse.Namespace) -> str:
+    solver.nmprune(args.prunen, args.prunem)
+    return f"sparsity {sparsity(solver.layer.weight):.4f} ({args.prunen}:{args.prunem})"
+
+
+def sparse_levels(solver: TrueOBS, args: argparse.Namespace, levels: list[float]) -> list[Tensor]:
+    """The layer's weights at all levels."""
+    if args.mode == "unstr":
+        solver.prepare_unstr()
+        return solver.prune_unstr(levels)
+    if args.mode == "blocked":
+        solver.prepare_blocked(args.blocked_size)
+        return solver.prune_blocked(levels)
+    return solver.prune_struct(levels, size=solver.layer.weight[0, 0].numel())
+
+
+def sparsity(weight: Tensor) -> float:
+    return float((weight == 0).float().mean())
+
+
+def compress_layer(
+    name: str, solver: TrueOBS, args: argparse.Namespace, writer: LevelWriter | None
+) -> LayerReport:
+    """Compress one layer in place, or write all its levels; its report, logged."""
+    report = LayerReport(name, tuple(solver.layer.weight.shape), why_dense(solver, args))
+    report.dense = bool(report.result)
+    if not report.dense:
+        before = solver.layer.weight.detach().clone()
+        started = time.perf_counter()
+        if writer is None:
+            method = quantise_layer if args.mode == "quant" else nmprune_layer
+            report.result = method(solver, args)
+            after = solver.layer.weight.detach()
+        else:
+            levels = sparse_levels(solver, args, writer.sparsities)
+            writer.add(name, levels)
+            after = levels[-1]
+            report.result = f"{len(levels)} levels to sparsity {sparsity(after):.4f}"
+        report.seconds = time.perf_counter() - started
+        report.squared_error = solver.squared_error(after, before)
+        energy = solver.squared_error(torch.zeros_like(before), before)
+        report.relative_error = report.squared_error / energy if energy else 0.0
+        report.damping, report.rank_deficit = solver.damping, solver.rank_deficit
+    solver.free()
+    log.info(report.line())
+    return report
+
+
+def compress(
+    dense: nn.Module,
+    compressed: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    args: argparse.Namespace,
+    writer: LevelWriter | None,
+) -> list[LayerReport]:
+    """Calibrate and compress all layers, in as many passes over the images as memory asks for."""
+    device = next(dense.parameters()).device
+    memory = int(args.memory * 1e9) if args.memory else default_memory(device)
+    layers, reports = find_layers(compressed), []
+    passes = in_passes(layers, memory)
+    for number, names in enumerate(passes, 1):
+        if len(passes) > 1:
+            log.info("pass %d of %d over the images: %d layers", number, len(passes), len(names))
+        solvers = {name: TrueOBS(layers[name], args.rel_damp, memory // 2) for name in names}
+        calibrate(dense, solvers, batches, device)
+        for name in names:
+            try:
+                reports.append(compress_layer(name, solvers.pop(name), args, writer))
+            except (SingularHessian, ArithmeticError, ValueError) as error:
+                raise UserError(f"{name}: {error}") from error
+    if all(report.dense for report in reports):
+        raise UserError(f"{args.model}: no layer can be compressed; {reports[0].line()}")
+    return reports
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def load_models(args: argparse.Namespace, classes: int) -> tuple[nn.Module, nn.Module]:
+    """The dense model, and the one to compress: a copy, or what --load holds."""
+    dense = get_model(args.model, args.dataset, args.weights, classes)
+    if not find_layers(dense):
+        raise UserError(f"{args.model} has no convolution or linear layer to compress")
+    compressed = copy.deepcopy(dense)
+    if args.load:
+        state = load_checkpoint(args.load)
+        if args.mode != "quant" and any(f".{quant.WEIGHT_GRID}." in key for key in state):
+            raise UserError(f"{args.load}: its weights are quantised; prune first, then quantise")
+        try:
+            quant.restore_grids(compressed, state)
+        except (AttributeError, KeyError) as error:
+            raise UserError(f"{args.load}: does not fit {args.model}: {error}") from None
+        load_state(compressed, state, args.load)
+    return dense, compressed
+
+
+def run(args: argparse.Namespace) -> None:
+    check_options(args)
+    started = time.perf_counter()
+    device = cli.resolve_device(args.device)
+    data = load_data(
+        args.dataset,
+        datapath=args.datapath,
+        image_size=args.image_size,
+        nsamples=args.nsamples,
+        seed=args.seed,
+    )
+    dense, compressed = (model.to(device) for model in load_models(args, len(data.classes)))
+    options = {"batchsize": args.batchsize, "workers": args.workers}
+    batches = calibration_batches(
+        data, nrounds=args.nrounds, augment=not args.noaug, seed=args.seed, **options
+    )
+    if args.abits < NO_QUANTISATION and args.mode == "quant":
+        quantise_activations(dense, compressed, next(iter(batches))[0].to(device), args)
+    writer = None
+    if args.sparse_dir:
+        grid = sparsity_grid(args.min_sparsity, args.max_sparsity, args.delta_sparse)
+        writer = LevelWriter(Path(args.sparse_dir), model_tag(args.model), grid)
+    try:
+        reports = []
+        if args.mode != "quant" or args.wbits < NO_QUANTISATION:
+            reports = compress(dense, compressed, batches, args, writer)
+        accuracy = None
+        if writer is not None:
+            files = writer.finish(compressed.state_dict())
+            cli.print_result(f"{len(files)} levels in {args.sparse_dir}")
+        else:
+            if args.save:
+                cli.save_checkpoint(compressed.state_dict(), args.save)
+            accuracy = evaluate(compressed, test_batches(data, **options), device)
+    finally:
+        if writer is not None:
+            writer.discard()
+    write_run_record(args, reports, accuracy, time.perf_counter() - started)
+    if accuracy is not None:
+        cli.print_result(f"top-1 {accuracy:.2f}")
+
+
+def write_run_record(
+    args: argparse.Namespace, reports: list[LayerReport], accuracy: float | None, seconds: float
+) -> None:
+    """Arguments, environment and figures of the run, as JSON beside its output."""
+    output = output_file(args)
+    if output is not None:
+        record = {
+            "command": "main_trueobs.py",
+            "arguments": vars(args),
+            "environment": cli.environment(),
+            "seconds": seconds,
+            "top1": accuracy,
+            "layers": [asdict(report) for report in reports],
+        }
+        cli.write_record(output.with_suffix(".json"), record)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    cli.setup_logging()
+    return cli.guarded(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

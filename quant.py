@@ -1,0 +1,144 @@
+"""Uniform quantisation: grids, the search for their range, and layers that quantise their input.
+
+A grid of b bits has 2^b values; x is rounded to the nearest:
+
+    Q(x) = Δ · (clamp(round(x/Δ) + z, 0, 2^b − 1) − z)
+
+    symbol  variable  shape       meaning
+    Δ       scale     (rows, 1)   step; one row for a whole tensor
+    z       zero      (rows, 1)   zero point, an integer, so that 0 is a grid value
+    2^b−1   maxq      ()          highest code
+
+Ranges follow OBC (arXiv 2208.11580, section 6 and its published settings): starting from the
+min–max range, shrink factors p = 1.00, 0.99, … 0.21 are tried and the one of least Σ |x − Q(x)|^2.4
+is kept.
+Symmetric grids have z = 2^(b−1) and Δ = 2·max|x|·p/(2^b − 1).
+
+Grids live in the model as buffers beside the weights they belong to (`conv1.weight_quant.scale`,
+`conv1.act_quant.scale`), so that a state dict holds all there is to know about a quantised model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+SHRINK_FACTORS = tuple((100 - i) / 100 for i in range(80))  # 1.00, 0.99, … 0.21
+ERROR_POWER = 2.4
+SEARCH_SAMPLE = 1 << 18  # values of a tensor that the search of its range looks at
+WEIGHT_GRID, ACTIVATION_GRID = "weight_quant", "act_quant"
+
+
+class Grid(nn.Module):
+    """A uniform grid; calling it rounds a tensor to it."""
+
+    def __init__(self, scale: Tensor, zero: Tensor, maxq: int | Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.register_buffer("maxq", torch.as_tensor(maxq, device=scale.device))
+
+    @property
+    def bits(self) -> int:
+        return int(self.maxq).bit_length()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Nearest grid values of x: (rows, d), or any shape if the grid has one row."""
+        code = torch.clamp(torch.round(x / self.scale) + self.zero, min=0).minimum(
+            self.maxq.to(x.dtype)
+        )
+        return self.scale * (code - self.zero)
+
+
+def grid_of_range(
+    low: Tensor,  # (rows, 1), at most 0
+    high: Tensor,  # (rows, 1), at least 0
+    bits: int,
+    symmetric: bool,
+) -> Grid:
+    """The grid that spans a range. A range of nothing gets a step of 1."""
+    maxq = 2**bits - 1
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    scale = (high - low) / maxq
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale)
+    return Grid(scale, zero, maxq)
+
+
+def fit_grid(
+    x: Tensor,  # (rows, d): a grid for each row
+    bits: int,
+    symmetric: bool = True,
+    search: bool = True,  # for the range of least error, else min–max
+) -> Grid:
+    """The grid for x, per row, with its range found as in the module docstring."""
+    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    best = grid_of_range(low, high, bits, symmetric)
+    if not search:
+        return best
+    sample = x[:, :: -(-x.shape[1] // SEARCH_SAMPLE)]
+    least = torch.full_like(low, float("inf"))
+    for factor in SHRINK_FACTORS:
+        grid = grid_of_range(low * factor, high * factor, bits, symmetric)
+        error = (grid(sample) - sample).abs().pow(ERROR_POWER).sum(1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        best.scale = torch.where(better, grid.scale, best.scale)
+        best.zero = torch.where(better, grid.zero, best.zero)
+    return best
+
+
+def fit_weight_grid(
+    weight: Tensor,  # (rows, d)
+    bits: int,
+    symmetric: bool = True,
+    search: bool = True,
+    per_channel: bool = True,  # else one scale for the whole layer
+) -> Grid:
+    """A grid for each output channel, (rows, 1), or the same one for all."""
+    if per_channel:
+        return fit_grid(weight, bits, symmetric, search)
+    grid = fit_grid(weight.reshape(1, -1), bits, symmetric, search)
+    rows = (len(weight), 1)
+    return Grid(grid.scale.expand(rows).clone(), grid.zero.expand(rows).clone(), grid.maxq)
+
+
+def fit_activation_grid(x: Tensor, bits: int, symmetric: bool = False, search: bool = True) -> Grid:
+    """One grid for a tensor of any shape; its scale has shape ()."""
+    grid = fit_grid(x.reshape(1, -1), bits, symmetric, search)
+    return Grid(grid.scale.reshape(()), grid.zero.reshape(()), grid.maxq)
+
+
+def set_weight_grid(layer: nn.Module, grid: Grid) -> None:
+    """Record the grid that a layer's weights lie on."""
+    layer.add_module(WEIGHT_GRID, grid)
+
+
+def set_activation_grid(layer: nn.Module, grid: Grid) -> None:
+    """Make a layer round its input to a grid, from now on."""
+    if not hasattr(layer, ACTIVATION_GRID):
+        layer.register_forward_pre_hook(_round_input)
+    layer.add_module(ACTIVATION_GRID, grid)
+
+
+def _round_input(layer: nn.Module, args: tuple) -> tuple:
+    return (layer.get_submodule(ACTIVATION_GRID)(args[0]), *args[1:])
+
+
+def restore_grids(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model the grids that a state dict speaks of, so that it can be loaded.
+
+    Raises:
+        AttributeError: if the state dict names a layer that the model has not.
+    """
+    setters = {WEIGHT_GRID: set_weight_grid, ACTIVATION_GRID: set_activation_grid}
+    for key in state:
+        layer_name, _, rest = key.rpartition(".scale")[0].rpartition(".")
+        if rest in setters and key.endswith(".scale"):
+            parts = (state[f"{layer_name}.{rest}.{part}"] for part in ("scale", "zero", "maxq"))
+            layer = model.get_submodule(layer_name)
+            setters[rest](layer, Grid(*(part.to(layer.weight.device) for part in parts)))

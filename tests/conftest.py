@@ -1,0 +1,37 @@
+"""Fixtures that more than one test file needs."""
+
+from __future__ import annotations
+
+import logging
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real weights and images that lies beside the checkout in our own workplace."""
+    folder = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real data not here: no {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_images(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of CIFAR-10 as train/<class>/*.jpg and val/<class>/*.jpg."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    with tarfile.open(shared_data / "cifar10.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "cifar10"
+
+
+@pytest.fixture(autouse=True)
+def quiet_logger() -> Iterator[None]:
+    """Undo what `setup_logging` did in a test."""
+    log = logging.getLogger("trueobs")
+    handlers, level = list(log.handlers), log.level
+    yield
+    log.handlers[:], log.level = handlers, level

@@ -1,0 +1,48 @@
+"""vision.py: torchvision can be imported, and used for what we need, beside this PyTorch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+
+
+def test_import_in_a_fresh_process_and_with_torchvision_imported_twice():
+    done = run_python("from vision import torchvision as a; import torchvision as b; "
+                      "assert a is b; a.models.resnet18; a.datasets.CIFAR10; a.transforms.Resize")
+    assert done.returncode == 0, done.stderr
+
+
+def test_looking_for_the_extension_does_not_import_torchvision():
+    code = ("import sys, importlib.util, torch\n"
+            "source = open('vision.py').read().rsplit('_declarations', 1)[0]\n"
+            "space = {'__name__': 'vision'}\n"
+            "exec(compile(source, 'vision.py', 'exec'), space)\n"
+            "assert isinstance(space['extension_loads'](), bool)\n"
+            "assert 'torchvision' not in sys.modules")
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_classification_model_runs():
+    from vision import torchvision
+
+    model = torchvision.models.get_model("squeezenet1_1", weights=None, num_classes=3).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_a_matching_pair_is_left_alone():
+    """Where the extension loads nothing is declared; where it does not, both operators are."""
+    import vision
+
+    assert (vision._declarations is None) == vision.extension_loads()
+    assert hasattr(torch.ops.torchvision, "nms") and hasattr(torch.ops.torchvision, "qnms")

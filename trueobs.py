@@ -1,0 +1,357 @@
+"""`TrueOBS`: one layer, its Hessian, and the modes of compression that OBC offers for it.
+
+Frantar, Singh, Alistarh, arXiv 2208.11580. The mathematics is in `hessian.py` (H and its inverse)
+and `elimination.py` (the greedy elimination and its pivot rules); here they meet a layer: rows are
+split into batches that fit in memory, groups of a convolution get their own H, and results go back
+into the layer's shape.
+
+Many levels from one run (section 4, "global" selection): pruning a row to the end yields an order
+and a loss for every step, and nothing else is kept. At sparsity s the layer loses the
+K = ceil(rows·d·s) weights of least loss, so row r loses its first k_r. The row's weights then
+follow from a plain Cholesky factorisation A = LLᵀ of H⁻¹ in the known order:
+
+    w after k steps  =  w − L[:, :k] z[:k]        L z = w
+
+which gives all levels of a row at the cost of one factorisation and one triangular solve.
+
+    symbol  variable    shape       meaning
+    W       W           (rows, d)   the layer's weights, one row an output channel
+    d       columns                 weights in a row: (C/groups)·kh·kw, or in_features
+    G       groups                  groups of a convolution; each has its own H (d, d)
+
+Columns stand in the order (channel, kh, kw); for N:M and blocks in the order (kh, kw, channel), so
+that groups of M and blocks run along the input channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from elimination import (
+    NM,
+    Blocks,
+    PivotRule,
+    Quantise,
+    Trace,
+    Unstructured,
+    bytes_per_system,
+    eliminate,
+)
+from hessian import Gram, Inverse, damped_inverse, without
+from quant import Grid
+
+RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
+
+
+class TrueOBS:
+    """Collects a layer's Hessian and compresses the layer by it.
+
+    The modes that yield one result (`quantize`, `nmprune`) write it into the layer; those that
+    yield many (`prune_unstr`, `prune_blocked`, `prune_struct`) return a list of weights. All start
+    from the weights the layer has when the mode is called; weights that are zero then stay zero.
+
+    >>> layer = nn.Linear(8, 4)
+    >>> obs = TrueOBS(layer)
+    >>> obs.add_batch(torch.randn(100, 8), None)
+    >>> obs.nmprune(2, 4)
+    >>> int((layer.weight == 0).sum())
+    16
+    """
+
+    def __init__(
+        self,
+        layer: nn.Conv2d | nn.Linear,
+        rel_damp: float = 0.0,  # × mean(diag H), added to the diagonal
+        memory: int | None = None,  # bytes the solver may use; default: half of what is free
+    ) -> None:
+        self.layer, self.rel_damp = layer, rel_damp
+        self.rows, self.columns = len(layer.weight), layer.weight[0].numel()
+        self.groups = getattr(layer, "groups", 1)
+        self.memory = memory or default_memory(layer.weight.device)
+        self.nsamples = 0
+        self.gram: Gram | None = Gram(layer)
+        self.quantizer: Grid | None = None
+        self.Losses: Tensor | None = None  # (rows, steps) of the last mode, in order of removal
+        self.damping = 0.0  # what the last inverse needed, × mean(diag H); the worst group's
+        self.rank_deficit = 0
+        self._scaled: Tensor | None = None  # H, made from the Gram matrix once it is asked for
+        self._trace: Trace | None = None
+        self._size = 1  # columns in a unit of the prepared trace
+
+    # -- the Hessian -------------------------------------------------------------------------------
+
+    def add_batch(self, inp: Tensor, out: Tensor | None = None) -> None:
+        """Add a batch of the layer's inputs. `out` is not needed; OBC's hooks pass it."""
+        self.gram.add(inp.detach())
+        self.nsamples += len(inp)
+        self._scaled = None
+
+    @property
+    def H(self) -> Tensor:  # (d, d), or (groups, d, d) if grouped; float64
+        """(2/N) Σ x xᵀ over the N images seen; columns in the order (channel, kh, kw)."""
+        H = self._hessian()
+        return H[0] if self.groups == 1 else H
+
+    def _hessian(self, channels_innermost: bool = False) -> Tensor:  # (groups, d, d)
+        if self.nsamples == 0:
+            raise ValueError("no calibration batch has been added to this layer")
+        if self._scaled is None:
+            self._scaled = self.gram.matrix().mul_(2 / self.nsamples)
+        H = self._scaled
+        if channels_innermost:
+            order = self._innermost().to(H.device)
+            H = H[:, order][:, :, order]
+        return H
+
+    def _innermost(self) -> Tensor:  # (d,) columns (channel, kh, kw) in the order (kh, kw, channel)
+        spatial = self.layer.weight[0, 0].numel()
+        return torch.arange(self.columns).view(-1, spatial).T.flatten()
+
+    def _inverse(self, H: Tensor) -> Inverse:
+        inverse = damped_inverse(H, self.rel_damp, self._solve_dtype())
+        self.damping = float(inverse.damping.max())
+        self.rank_deficit = int(inverse.deficit.max())
+        return inverse
+
+    def _solve_dtype(self) -> torch.dtype:
+        return torch.float64 if self.layer.weight.dtype == torch.float64 else torch.float32
+
+    def free(self) -> None:
+        """Let go of the Hessian and of everything prepared."""
+        self.gram = self._scaled = self._trace = None
+
+    # -- weights as a matrix -----------------------------------------------------------------------
+
+    def _weights(self, channels_innermost: bool = False) -> Tensor:  # (rows, d)
+        """The layer's weights; those whose input is always zero ("dead") are zero."""
+        W = self.layer.weight.detach().to(self._solve_dtype()).flatten(1).clone()
+        alive = self._hessian().diagonal(dim1=1, dim2=2) != 0  # (groups, d)
+        W *= alive.repeat_interleave(self.rows // self.groups, 0)
+        return W[:, self._innermost().to(W.device)] if channels_innermost else W
+
+    def _as_layer(self, W: Tensor, channels_innermost: bool = False) -> Tensor:
+        """(…, rows, d) -> (…, *layer.weight.shape), in the layer's dtype. Never NaN."""
+        if not torch.isfinite(W).all():
+            raise ArithmeticError("the elimination produced NaN or infinity; try --rel-damp 1e-2")
+        if channels_innermost:
+            W = W[..., self._innermost().argsort().to(W.device)]
+        return W.reshape(*W.shape[:-2], *self.layer.weight.shape).to(self.layer.weight.dtype)
+
+    def squared_error(self, weight: Tensor, reference: Tensor) -> float:
+        """Σ_rows (w − ŵ) H (w − ŵ)ᵀ / 2: mean over images of the squared change of the outputs."""
+        delta = (reference - weight).double().reshape(self.groups, -1, self.columns)
+        return float((delta @ self._hessian() * delta).sum() / 2)
+
+    # -- one elimination for all rows --------------------------------------------------------------
+
+    def _eliminate(
+        self,
+        W: Tensor,  # (rows, d)
+        H: Tensor,  # (groups, d, d)
+        rule_of: RuleOfRows,
+        steps: int,
+        apart: Tensor,  # (rows,) bool, rows whose zeros need an inverse of their own
+    ) -> Trace:
+        inverse = self._inverse(H)
+        group = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
+        trace = Trace(
+            order=torch.empty(self.rows, steps, dtype=torch.int32, device=W.device),
+            losses=W.new_empty(self.rows, steps),
+            weights=W.new_empty(self.rows, 1, W.shape[1]),
+        )
+        for rows in self._batches(torch.nonzero(~apart)[:, 0]):
+            part = eliminate(W[rows, None], inverse, group[rows], rule_of(rows), steps)
+            _store(trace, rows, part)
+        for rows in self._batches(torch.nonzero(apart)[:, 0], own_inverse=True):
+            H_rows = torch.cat([without(H[group[r]], W[r, None] == 0) for r in rows])
+            own = damped_inverse(H_rows, self.rel_damp, self._solve_dtype())
+            part = eliminate(
+                W[rows, None], own, torch.arange(len(rows), device=W.device), rule_of(rows), steps
+            )
+            _store(trace, rows, part)
+        self.Losses = trace.losses
+        return trace
+
+    def _batches(self, rows: Tensor, own_inverse: bool = False) -> Iterator[Tensor]:
+        """Split rows so that a batch fits in the memory budget."""
+        d = self.columns
+        item = torch.finfo(self._solve_dtype()).bits // 8
+        row_bytes = bytes_per_system(d, item, rows.device)
+        if own_inverse:  # in float64, with what it takes to make it
+            row_bytes += 4 * d * d * 8
+        if len(rows):
+            yield from rows.split(max(1, self.memory // row_bytes))
+
+    # -- modes with one result ---------------------------------------------------------------------
+
+    def quantize(self) -> None:
+        """OBQ (section 5): round the weights to `quantizer`'s grid, one by one, in place."""
+        grid = self.quantizer
+        if grid is None:
+            raise ValueError("assign a quantizer to this layer before quantize()")
+        W, H = self._weights(), self._hessian()
+        scale, zero = grid.scale.to(W.dtype), grid.zero.to(W.dtype)  # (rows, 1)
+        low, high = -zero, grid.maxq.to(W.dtype) - zero
+
+        def rule_of(rows: Tensor) -> PivotRule:
+            return Quantise(scale[rows], low[rows], high[rows])
+
+        together = torch.zeros(self.rows, dtype=torch.bool, device=W.device)
+        trace = self._eliminate(W, H, rule_of, self.columns, together)
+        quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
+        self.layer.weight.data.copy_(self._as_layer(quantised))
+
+    def nmprune(self, n: int, m: int) -> None:
+        """N:M (section 4): n zeros in every m weights along the input channels, in place."""
+        self._require_divisible(m)
+        if not 0 <= n <= m:
+            raise ValueError(f"N:M needs 0 <= N <= M; got {n}:{m}")
+        W, H = self._weights(True), self._hessian(True)
+        too_many = (W == 0).view(self.rows, -1, m).sum(2).amax(1) > n
+
+        def rule_of(rows: Tensor) -> PivotRule:
+            return NM(n, m, len(rows), self.columns, W.device)
+
+        trace = self._eliminate(W, H, rule_of, self.columns // m * n, too_many)
+        self.layer.weight.data.copy_(self._as_layer(trace.weights[:, 0], True))
+
+    def _require_divisible(self, size: int) -> None:
+        if self.columns % size:
+            raise ValueError(f"{self.columns} columns are not a multiple of {size}")
+
+    # -- modes with many levels --------------------------------------------------------------------
+
+    def prepare_unstr(self) -> None:
+        """Find every row's order of removal for `prune_unstr` (section 4, algorithm 1)."""
+        W, H = self._weights(), self._hessian()
+        together = torch.zeros(self.rows, dtype=torch.bool, device=W.device)
+        self._trace = self._eliminate(W, H, lambda rows: Unstructured(), self.columns, together)
+        self._size = 1
+
+    def prune_unstr(self, sparsities: Sequence[float]) -> list[Tensor]:
+        """The layer's weights at each sparsity (0 … 1), all rows sharing one threshold."""
+        return self._levels(sparsities, channels_innermost=False)
+
+    def prepare_blocked(self, size: int = 4) -> None:
+        """Find every row's order of removal for `prune_blocked` (section 4, blocks of `size`)."""
+        self._require_divisible(size)
+        W, H = self._weights(True), self._hessian(True)
+        zeros = (W == 0).view(self.rows, -1, size)
+        ragged = (zeros.any(2) & ~zeros.all(2)).any(1)
+        steps = self.columns
+        self._trace = self._eliminate(W, H, lambda rows: Blocks(size), steps, ragged)
+        self._size = size
+
+    def prune_blocked(self, sparsities: Sequence[float]) -> list[Tensor]:
+        """The layer's weights at each sparsity, in whole blocks along the input channels."""
+        return self._levels(sparsities, channels_innermost=True)
+
+    def _levels(self, sparsities: Sequence[float], channels_innermost: bool) -> list[Tensor]:
+        if self._trace is None:
+            raise ValueError("call prepare_unstr() or prepare_blocked() before asking for levels")
+        W, H = self._weights(channels_innermost), self._hessian(channels_innermost)
+        inverse = self._inverse(H)
+        counts = first_counts(self._trace.losses, sparsities, self._size)  # (levels, rows)
+        levels = W.new_empty(len(sparsities), self.rows, self.columns)
+        zeros = (W == 0).any(1) & (self._size > 1)
+        group = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
+        for rows in self._batches(torch.arange(self.rows, device=W.device), own_inverse=True):
+            order = self._trace.order[rows].long()
+            if zeros[rows].any():
+                H_rows = torch.cat([without(H[group[r]], W[r, None] == 0) for r in rows])
+                own = damped_inverse(H_rows, self.rel_damp, self._solve_dtype())
+                system = torch.arange(len(rows), device=W.device)
+            else:
+                own, system = inverse, group[rows]
+            at = weights_at(W[rows, None], own, system, order, counts[:, rows])
+            levels[:, rows] = at[:, :, 0]
+        return list(self._as_layer(levels, channels_innermost))
+
+    def prune_struct(self, sparsities: Sequence[float], size: int = 1) -> list[Tensor]:
+        """Structured pruning: the same columns, in blocks of `size`, go in all rows of a group.
+
+        OBS of section 4 summed over rows; with size = kh·kw whole input channels go. The columns
+        stay in the layer, as zeros.
+        """
+        self._require_divisible(size)
+        W, H = self._weights(), self._hessian()
+        W = W.view(self.groups, -1, self.columns)  # rows of a group share one system
+        if (W == 0).ne((W == 0).all(1, keepdim=True)).any():
+            raise ValueError("rows have zeros in different columns: prune structures first")
+        inverse = self._inverse(H)
+        system = torch.arange(self.groups, device=W.device)
+        trace = eliminate(W, inverse, system, Blocks(size), self.columns)
+        self.Losses = trace.losses
+        counts = first_counts(trace.losses, sparsities, size)
+        levels = weights_at(W, inverse, system, trace.order, counts)
+        return list(self._as_layer(levels.flatten(1, 2)))
+
+
+def _store(trace: Trace, rows: Tensor, part: Trace) -> None:
+    trace.order[rows] = part.order.to(torch.int32)
+    trace.losses[rows] = part.losses
+    trace.weights[rows] = part.weights
+
+
+def default_memory(device: torch.device) -> int:
+    """Half of the memory that is free now, in bytes."""
+    if device.type == "cpu":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return torch.cuda.mem_get_info(device)[0] // 2
+
+
+def first_counts(
+    losses: Tensor,  # (systems, steps) in each system's own order
+    sparsities: Sequence[float],
+    size: int = 1,  # steps that go together
+) -> Tensor:  # (levels, systems) int64, how many columns each system loses from its start
+    """Global selection (section 4): the units of least loss go, over all systems."""
+    units = losses.view(len(losses), -1, size).sum(2)
+    cheapest = units.flatten().argsort(stable=True) // units.shape[1]
+    counts = []
+    for sparsity in sparsities:
+        if not 0 <= sparsity <= 1:
+            raise ValueError(f"a sparsity must be in [0, 1]; got {sparsity}")
+        K = ceil(units.numel() * sparsity * (1 - 1e-12))  # 0.3·10 is 3, not 3.0000000000000004
+        counts.append(torch.bincount(cheapest[:K], minlength=len(losses)) * size)
+    return torch.stack(counts)
+
+
+def weights_at(
+    W: Tensor,  # (R, q, d)
+    inverse: Inverse,
+    system: Tensor,  # (R,)
+    order: Tensor,  # (R, d) int64, columns in order of removal
+    counts: Tensor,  # (levels, R) how many of them are gone
+) -> Tensor:  # (levels, R, q, d)
+    """Weights of every row at every level, in closed form; see the module docstring."""
+    L = cholesky_in_order(inverse, system, order)
+    columns = order[:, None].expand_as(W)
+    w = W.gather(2, columns).to(L.dtype)  # (R, q, d) in order of removal
+    z = torch.linalg.solve_triangular(L, w.transpose(1, 2), upper=False)  # (R, d, q)
+    place = torch.arange(W.shape[2], device=W.device)
+    levels = W.new_zeros(len(counts), *W.shape)
+    for level, count in enumerate(counts):
+        gone = place < count[:, None]  # (R, d)
+        now = w - (L @ (z * gone[:, :, None])).transpose(1, 2)
+        now.masked_fill_(gone[:, None], 0)
+        levels[level].scatter_(2, columns, now.to(W.dtype))
+    return levels
+
+
+def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor:  # (R, d, d)
+    """Cholesky factor of each system's H⁻¹ with its columns in a given order.
+
+    In float64 for a system where the inverse's own precision does not carry.
+    """
+    pairs = zip(system, order, strict=True)
+    A = torch.stack([inverse.matrix[g].index_select(0, o).index_select(1, o) for g, o in pairs])
+    L, info = torch.linalg.cholesky_ex(A)
+    if not bool((info == 0).all()):
+        L = torch.linalg.cholesky(A.double())
+    return L
