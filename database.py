@@ -1,21 +1,57 @@
-"""Per-layer databases: every layer at every level, as one full state dict a level.
+"""Per-layer databases: every layer at every level, and models stitched from them.
 
-OBC (arXiv 2208.11580), section 4, "non-uniform compression". A database is a folder with a file
-`<model>_<level>.pth` a level; a level is named by its sparsity × 10⁴, `0000` … `9900`. While a
-database is made, each finished layer is kept in a hidden folder beside, so that memory holds the
-levels of one layer only; the level files appear, whole, at the end.
+OBC (arXiv 2208.11580), section 4, "non-uniform compression": a database holds each layer of a model
+at many levels of compression; a profile names a level for each layer; stitching puts the model
+together. `python database.py MODEL DATASET KIND ACTION` measures what each level costs in accuracy.
+
+    kind         files, a full state dict each                     level
+    unstr        models_unstr/<model>_<level>.pth                  sparsity × 10⁴, 0000 … 9900
+    4block       models_4block/<model>_<level>.pth                 the same
+    4block_8w8a  models_4block_8w8a/<model>_<level>.pth            the same
+    mixed        models_quant/<model>_<level>.pth and              8w8a, 4w4a, …
+                 models_nm_quant/<model>_<level>.pth               24_8w8a, 24_4w4a, …
+
+A level is what stands between the model's name and the suffix: to add a level, add a file. Files
+are mapped into memory, so that opening a database reads names and shapes only, and stitching reads
+the layers it stitches. Which bits and how many zeros a level has is read off its tensors.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cli import save_checkpoint
+import cli
+import quant
+import sensitivity
+from cli import UserError, atomic_write, save_checkpoint
+from modelutils import load_checkpoint
+from session import Session
+
+SPARSITY = r"\d{4}"
+KINDS = {  # folders, and how levels are named
+    "mixed": (("models_quant", "models_nm_quant"), r"(\d+_)?\d+w\d+a"),
+    "4block": (("models_4block",), SPARSITY),
+    "unstr": (("models_unstr",), SPARSITY),
+    "4block_8w8a": (("models_4block_8w8a",), SPARSITY),
+}
+SUFFIXES = (".pth", ".safetensors")
+
+
+def model_tag(model: str) -> str:
+    """MODEL as a part of file names: for path/to/file.py:function, the function.
+
+    >>> model_tag("nets/mine.py:small_net"), model_tag("rn18")
+    ('small_net', 'rn18')
+    """
+    return model.rpartition(":")[2]
 
 
 def level_name(sparsity: float) -> str:
@@ -27,8 +63,15 @@ def level_name(sparsity: float) -> str:
     return f"{round(sparsity * 10_000):04d}"
 
 
+# -- writing ---------------------------------------------------------------------------------------
+
+
 class LevelWriter:
-    """Writes a database of sparsities layer by layer; `finish` makes the level files."""
+    """Writes a database of sparsities layer by layer; `finish` makes the level files.
+
+    Each finished layer is kept in a hidden folder beside, so that memory holds the levels of one
+    layer only; the level files appear, whole, at the end.
+    """
 
     def __init__(self, folder: Path, model: str, sparsities: Sequence[float]) -> None:
         self.folder, self.model, self.sparsities = folder, model, list(sparsities)
@@ -63,3 +106,249 @@ class LevelWriter:
     def discard(self) -> None:
         """Remove what was kept beside; call it when the run fails."""
         shutil.rmtree(self.parts, ignore_errors=True)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+class Database:
+    """The levels of a model's layers, mapped from their files."""
+
+    def __init__(self, kind: str, model: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.kind, self.model, self.states = kind, model, states
+        self.levels = list(states)
+        first = states[self.levels[0]]
+        suffix = ".weight"
+        self.layers = [
+            key.removesuffix(suffix)
+            for key, tensor in first.items()
+            if key.endswith(suffix) and tensor.ndim in (2, 4)
+        ]
+
+    @classmethod
+    def open(cls, kind: str, model: str, prefix: str | Path = "") -> Database:
+        """Map all level files of `model` in the folders of `kind` below `prefix`.
+
+        Raises UserError where there are none, or where they are not of one and the same model.
+        """
+        folders, pattern = KINDS[kind]
+        files: dict[str, Path] = {}
+        for folder in folders:
+            for path in sorted((Path(prefix) / folder).glob(f"{glob_safe(model)}_*")):
+                level = path.stem.removeprefix(f"{model}_")
+                if path.suffix in SUFFIXES and re.fullmatch(pattern, level):
+                    files[level] = path
+        if not files:
+            where = " and ".join(str(Path(prefix) / folder) for folder in folders)
+            raise UserError(
+                f"no {kind} database of {model} in {where}: make one with main_trueobs.py (README)"
+            )
+        states = {level: load_checkpoint(path, finite=False) for level, path in files.items()}
+        names = list(files)
+        for level in names[1:]:
+            check_same_model(files[names[0]], states[names[0]], files[level], states[level])
+        return cls(kind, model, states)
+
+    def layer(self, layer: str, level: str) -> dict[str, Tensor]:
+        """A layer's tensors at a level, by their names in the layer (`weight`, `bias`, grids)."""
+        if level not in self.states:
+            raise UserError(f"no level {level} in the {self.kind} database of {self.model}")
+        state, start = self.states[level], f"{layer}."
+        if f"{layer}.weight" not in state:
+            raise UserError(f"no layer {layer} in the {self.kind} database of {self.model}")
+        return {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
+
+    def stitch(self, model: nn.Module, profile: Mapping[str, str]) -> None:
+        """Put each layer of `profile` (layer → level) into the model at its level, in place."""
+        layers = dict(model.named_modules())
+        for name, level in profile.items():
+            tensors = self.layer(name, level)
+            check_layer(name, layers.get(name), tensors["weight"], self.kind)
+            put_layer(layers[name], tensors)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise a UserError unless the database's layers are those of the model."""
+        layers = dict(model.named_modules())
+        for name in self.layers:
+            weight = self.states[self.levels[0]][f"{name}.weight"]
+            check_layer(name, layers.get(name), weight, self.kind)
+
+
+def put_layer(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a layer the weight, bias and grids in `tensors`, and no other grids."""
+    quant.clear_grids(layer)
+    with torch.no_grad():
+        layer.weight.copy_(tensors["weight"])
+        if layer.bias is not None and "bias" in tensors:
+            layer.bias.copy_(tensors["bias"])
+    quant.restore_grids(layer, tensors)
+
+
+def check_layer(name: str, layer: nn.Module | None, weight: Tensor, kind: str) -> None:
+    """Raise a UserError unless the model's `layer` can take this weight."""
+    found = "not in the model" if layer is None else f"{tuple(layer.weight.shape)} in the model"
+    if layer is None or layer.weight.shape != weight.shape:
+        raise UserError(
+            f"layer {name} is {tuple(weight.shape)} in the {kind} database but {found}: "
+            "a database of another model?"
+        )
+
+
+def check_same_model(
+    path: Path, state: Mapping[str, Tensor], other: Path, others: Mapping[str, Tensor]
+) -> None:
+    """Raise a UserError unless the layers of two level files have the same names and shapes."""
+    shapes, other_shapes = (
+        {key: tuple(tensor.shape) for key, tensor in tensors.items() if tensor.ndim > 1}
+        for tensors in (state, others)
+    )
+    grids = f".{quant.WEIGHT_GRID}."  # whether a layer is quantised may differ from level to level
+    for key in sorted(shapes.keys() | other_shapes.keys()):
+        if grids not in key and shapes.get(key) != other_shapes.get(key):
+            raise UserError(
+                f"{other}: {key} is {other_shapes.get(key, 'missing')}, but {path} has "
+                f"{shapes.get(key, 'none')}: not levels of one model"
+            )
+
+
+def glob_safe(text: str) -> str:
+    """`text` with the characters that mean something to a glob escaped."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+# -- profiles and scores ---------------------------------------------------------------------------
+
+
+def score_file(folder: str | Path, model: str, kind: str, mode: str) -> Path:
+    """Where the scores of a database are: scores/<model>_<database>_<mode>.txt."""
+    return Path(folder) / f"{model}_{kind}_{mode}.txt"
+
+
+def read_lines(path: str | Path) -> Iterable[tuple[int, list[str]]]:
+    """Numbered lines of a text file that are not empty, split into words."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield number, line.split()
+
+
+def read_profile(path: str | Path) -> dict[str, str]:
+    """Layer → level, from lines `<level> <layer>`. Raises UserError that names the line."""
+    profile: dict[str, str] = {}
+    for number, words in read_lines(path):
+        if len(words) != 2:
+            raise UserError(f"{path}, line {number}: expected `<level> <layer>`")
+        level, layer = words
+        if layer in profile:
+            raise UserError(f"{path}, line {number}: {layer} stands there twice")
+        profile[layer] = level
+    if not profile:
+        raise UserError(f"{path}: no layers in it")
+    return profile
+
+
+def write_profile(path: str | Path, profile: Mapping[str, str]) -> None:
+    """The inverse of `read_profile`."""
+    with atomic_write(path) as file:
+        file.write("".join(f"{level} {layer}\n" for layer, level in profile.items()).encode())
+
+
+def read_scores(path: str | Path) -> dict[str, dict[str, float]]:
+    """Layer → level → value, from a layer's name on a line and `<value> <level>` lines below it."""
+    scores: dict[str, dict[str, float]] = {}
+    layer = None
+    for number, words in read_lines(path):
+        if len(words) == 1:
+            layer = words[0]
+            if layer in scores:
+                raise UserError(f"{path}, line {number}: {layer} stands there twice")
+            scores[layer] = {}
+            continue
+        try:
+            value, level = float(words[0]), words[1]
+        except ValueError:
+            value, level = 0.0, ""
+        if len(words) != 2 or not level or layer is None:
+            raise UserError(f"{path}, line {number}: expected a layer, or `<value> <level>`")
+        if level in scores[layer]:
+            raise UserError(f"{path}, line {number}: level {level} stands there twice")
+        scores[layer][level] = value
+    if not scores:
+        raise UserError(f"{path}: no scores in it")
+    return scores
+
+
+def write_scores(path: str | Path, scores: Mapping[str, Mapping[str, float]]) -> None:
+    """The inverse of `read_scores`; values keep all their digits."""
+    lines = []
+    for layer, values in scores.items():
+        lines += [layer, *(f"{value!r} {level}" for level, value in values.items())]
+    with atomic_write(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="database.py", description=__doc__.splitlines()[0])
+    cli.add_common_options(parser)
+    parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=" ".join(KINDS))
+    parser.add_argument(
+        "action", metavar="ACTION", choices=["loss", "squared", "spdy", "stitch", "eval"],
+        help="loss, squared, spdy: write scores; stitch, eval: measure accuracy",
+    )  # fmt: skip
+    parser.add_argument("--prefix", metavar="DIR", default="", help="where models_unstr/ etc. are")
+    parser.add_argument("--profile", metavar="FILE", help="profile to stitch (stitch)")
+    parser.add_argument("--score_path", metavar="DIR", default="scores", help="folder of scores")
+    return parser
+
+
+def write_errors(args: argparse.Namespace, db: Database, session: Session) -> None:
+    """Measure errors per layer and level and write them where spdy.py looks for them."""
+    path = score_file(args.score_path, db.model, db.kind, args.action)
+    cli.check_writable(path)
+    if args.action == "spdy":
+        scores = sensitivity.quadratic_prior(db)
+    else:
+        measure = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}[args.action]
+        scores = measure(session.model, db, session.calibration(), session.device)
+    write_scores(path, scores)
+    cli.print_result(f"{len(scores)} layers at {len(db.levels)} levels: {path}")
+
+
+def evaluate_levels(db: Database, session: Session) -> None:
+    """Accuracy with every layer at the same level, for every level."""
+    for level in db.levels:
+        db.stitch(session.model, dict.fromkeys(db.layers, level))
+        cli.print_result(f"{level} top-1 {session.accuracy(session.model):.2f}")
+
+
+def run(args: argparse.Namespace) -> None:
+    if (args.action == "stitch") != bool(args.profile):
+        raise UserError("--profile FILE goes with stitch, and stitch needs it")
+    profile = read_profile(args.profile) if args.profile else None
+    db = Database.open(args.kind, model_tag(args.model), args.prefix)
+    session = Session.of(args)
+    db.check(session.model)
+    if args.action == "eval":
+        evaluate_levels(db, session)
+    elif profile is not None:
+        db.stitch(session.model, profile)
+        cli.print_result(f"top-1 {session.accuracy(session.model):.2f}")
+    else:
+        write_errors(args, db, session)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    cli.setup_logging()
+    return cli.guarded(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

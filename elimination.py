@@ -160,7 +160,8 @@ def eliminate(
 
     OBC section 4, algorithm 1, for all modes; see the module docstring for the blocked form.
     """
-    panel = max(rule.unit, min(panel or panel_width(W.shape[2], rule.unit), steps))
+    panel = min(panel or panel_width(W.shape[2], rule.unit), steps)
+    panel = max(1, panel // rule.unit) * rule.unit
     rows_apart = W.shape[1] == 1 and W.device.type == "cpu"
     if rows_apart and (compiled := compiled_engine()) is not None:
         grid = W.new_empty(len(W), 0) if rule.grid is None else rule.grid

@@ -56,8 +56,11 @@ def eliminate_rows(
         for first in range(0, R, size):
             task(first)
         return order, losses, weights
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(task, range(0, R, size)))  # list: so that an exception is raised here
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(task, range(0, R, size)))  # list: so that an exception is raised here
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
     return order, losses, weights
 
 

@@ -17,21 +17,21 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import cli
 import quant
+from calibration import activation_grids, attach_activation_grids, calibrate, in_passes
 from cli import UserError, log
-from database import LevelWriter
-from datautils import calibration_batches, load_data, test_batches
+from database import LevelWriter, model_tag
 from hessian import SingularHessian
-from modelutils import evaluate, evaluating, find_layers, get_model, load_checkpoint, load_state
+from modelutils import find_layers
+from session import Session, load_compressed
 from trueobs import TrueOBS, default_memory
 
 NO_QUANTISATION = 32  # bits
@@ -125,11 +125,6 @@ def output_file(args: argparse.Namespace) -> Path | None:
     return Path(args.save) if args.save else None
 
 
-def model_tag(model: str) -> str:
-    """MODEL as a part of file names: for path/to/file.py:function, the function."""
-    return model.rpartition(":")[2]
-
-
 def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
     """Sparsities whose density shrinks by the factor 1 − delta, from `low`; then `high` itself.
 
@@ -141,73 +136,6 @@ def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
         levels.append(1 - density)
         density *= 1 - delta
     return [*levels, high]
-
-
-# -- calibration -----------------------------------------------------------------------------------
-
-
-def quantise_activations(
-    dense: nn.Module, compressed: nn.Module, images: Tensor, args: argparse.Namespace
-) -> None:
-    """Give every layer a grid for its input, found on one batch of calibration images."""
-    grids: dict[str, quant.Grid] = {}
-
-    def hook(name: str) -> Callable:
-        def fit(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].float()
-            grids[name] = quant.fit_activation_grid(x, args.abits, args.asym, not args.aminmax)
-
-        return fit
-
-    layers = find_layers(dense)
-    handles = [layer.register_forward_pre_hook(hook(n)) for n, layer in layers.items()]
-    with evaluating(dense):
-        dense(images)
-    for handle in handles:
-        handle.remove()
-    for name, grid in grids.items():
-        quant.set_activation_grid(compressed.get_submodule(name), grid)
-        quant.set_activation_grid(dense.get_submodule(name), copy.deepcopy(grid))
-
-
-def calibrate(
-    dense: nn.Module,
-    solvers: dict[str, TrueOBS],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    device: torch.device,
-) -> None:
-    """Show the calibration images to the dense model; each solver sees its layer's inputs."""
-
-    def hook(solver: TrueOBS) -> Callable:
-        return lambda layer, inputs, output: solver.add_batch(inputs[0], output)
-
-    handles = [
-        dense.get_submodule(name).register_forward_hook(hook(solver))
-        for name, solver in solvers.items()
-    ]
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-    try:
-        with evaluating(dense):
-            for images, _ in tqdm(batches, desc="calibrating", leave=False, disable=None):
-                dense(images.to(device, memory_format=layout))
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def in_passes(layers: dict[str, nn.Module], memory: int) -> list[list[str]]:
-    """Layers in groups whose Hessians fit in half of `memory` (bytes) together, in their order."""
-    passes: list[list[str]] = []
-    room = 0
-    for name, layer in layers.items():
-        d = layer.weight[0].numel()
-        size = 8 * d * d * getattr(layer, "groups", 1)
-        if not passes or size > room:
-            passes.append([])
-            room = memory // 2
-        passes[-1].append(name)
-        room -= size
-    return passes
 
 
 # -- compression -----------------------------------------------------------------------------------
@@ -316,7 +244,7 @@ def compress(
     compressed: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     args: argparse.Namespace,
-    writer: LevelWriter | None,
+    writer: LevelWriter | None = None,
 ) -> list[LayerReport]:
     """Calibrate and compress all layers, in as many passes over the images as memory asks for."""
     device = next(dense.parameters()).device
@@ -341,64 +269,57 @@ def compress(
 # -- the command -----------------------------------------------------------------------------------
 
 
-def load_models(args: argparse.Namespace, classes: int) -> tuple[nn.Module, nn.Module]:
-    """The dense model, and the one to compress: a copy, or what --load holds."""
-    dense = get_model(args.model, args.dataset, args.weights, classes)
-    if not find_layers(dense):
-        raise UserError(f"{args.model} has no convolution or linear layer to compress")
+def load_start(args: argparse.Namespace, dense: nn.Module) -> nn.Module:
+    """The model to compress: a copy of the dense one, or what --load holds."""
     compressed = copy.deepcopy(dense)
     if args.load:
-        state = load_checkpoint(args.load)
+        state = load_compressed(compressed, args.load)
         if args.mode != "quant" and any(f".{quant.WEIGHT_GRID}." in key for key in state):
             raise UserError(f"{args.load}: its weights are quantised; prune first, then quantise")
-        try:
-            quant.restore_grids(compressed, state)
-        except (AttributeError, KeyError) as error:
-            raise UserError(f"{args.load}: does not fit {args.model}: {error}") from None
-        load_state(compressed, state, args.load)
-    return dense, compressed
+    return compressed
 
 
 def run(args: argparse.Namespace) -> None:
     check_options(args)
     started = time.perf_counter()
-    device = cli.resolve_device(args.device)
-    data = load_data(
-        args.dataset,
-        datapath=args.datapath,
-        image_size=args.image_size,
-        nsamples=args.nsamples,
-        seed=args.seed,
-    )
-    dense, compressed = (model.to(device) for model in load_models(args, len(data.classes)))
-    options = {"batchsize": args.batchsize, "workers": args.workers}
-    batches = calibration_batches(
-        data, nrounds=args.nrounds, augment=not args.noaug, seed=args.seed, **options
-    )
-    if args.abits < NO_QUANTISATION and args.mode == "quant":
-        quantise_activations(dense, compressed, next(iter(batches))[0].to(device), args)
-    writer = None
-    if args.sparse_dir:
-        grid = sparsity_grid(args.min_sparsity, args.max_sparsity, args.delta_sparse)
-        writer = LevelWriter(Path(args.sparse_dir), model_tag(args.model), grid)
-    try:
+    session = Session.of(args)
+    dense, compressed = session.model, load_start(args, session.model)
+    batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
+    if args.mode == "quant" and args.abits < NO_QUANTISATION:
+        images = next(iter(batches))[0].to(session.device)
+        grids = activation_grids(dense, images, args.abits, args.asym, not args.aminmax)
+        for model in (dense, compressed):
+            attach_activation_grids(model, grids)
+    if args.mode in SPARSITY_GRIDS:
+        reports, accuracy = make_database(args, dense, compressed, batches), None
+    else:
         reports = []
         if args.mode != "quant" or args.wbits < NO_QUANTISATION:
-            reports = compress(dense, compressed, batches, args, writer)
-        accuracy = None
-        if writer is not None:
-            files = writer.finish(compressed.state_dict())
-            cli.print_result(f"{len(files)} levels in {args.sparse_dir}")
-        else:
-            if args.save:
-                cli.save_checkpoint(compressed.state_dict(), args.save)
-            accuracy = evaluate(compressed, test_batches(data, **options), device)
-    finally:
-        if writer is not None:
-            writer.discard()
+            reports = compress(dense, compressed, batches, args)
+        if args.save:
+            cli.save_checkpoint(compressed.state_dict(), args.save)
+        accuracy = session.accuracy(compressed)
     write_run_record(args, reports, accuracy, time.perf_counter() - started)
     if accuracy is not None:
         cli.print_result(f"top-1 {accuracy:.2f}")
+
+
+def make_database(
+    args: argparse.Namespace,
+    dense: nn.Module,
+    compressed: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> list[LayerReport]:
+    """All layers at all levels of the sparsity grid, into --sparse-dir."""
+    grid = sparsity_grid(args.min_sparsity, args.max_sparsity, args.delta_sparse)
+    writer = LevelWriter(Path(args.sparse_dir), model_tag(args.model), grid)
+    try:
+        reports = compress(dense, compressed, batches, args, writer)
+        files = writer.finish(compressed.state_dict())
+    finally:
+        writer.discard()
+    cli.print_result(f"{len(files)} levels in {args.sparse_dir}")
+    return reports
 
 
 def write_run_record(

@@ -240,10 +240,11 @@ def _dense_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return state
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def load_checkpoint(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
     """The state dict in a .pth, .th, .pt or .safetensors file: finite tensors on the CPU, by name.
 
-    Wrappers and `module.` prefixes are taken off. Raises UserError for anything else.
+    Wrappers and `module.` prefixes are taken off. Raises UserError for anything else. Values are
+    mapped from the file; with finite=False they are not even looked at.
     """
     if not Path(path).exists():
         raise UserError(f"{path}: no such file")
@@ -253,7 +254,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     state = _unwrap(content, path)
     while all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    for key, tensor in state.items():
+    for key, tensor in state.items() if finite else ():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} has NaN or infinite values")
     return state

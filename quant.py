@@ -120,25 +120,34 @@ def set_weight_grid(layer: nn.Module, grid: Grid) -> None:
 
 def set_activation_grid(layer: nn.Module, grid: Grid) -> None:
     """Make a layer round its input to a grid, from now on."""
-    if not hasattr(layer, ACTIVATION_GRID):
+    if _round_input not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(_round_input)
     layer.add_module(ACTIVATION_GRID, grid)
 
 
 def _round_input(layer: nn.Module, args: tuple) -> tuple:
-    return (layer.get_submodule(ACTIVATION_GRID)(args[0]), *args[1:])
+    grid = layer._modules.get(ACTIVATION_GRID)
+    return args if grid is None else (grid(args[0]), *args[1:])
+
+
+def clear_grids(layer: nn.Module) -> None:
+    """Take a layer's grids away; its weights stay as they are."""
+    for name in (WEIGHT_GRID, ACTIVATION_GRID):
+        layer._modules.pop(name, None)
 
 
 def restore_grids(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a model the grids that a state dict speaks of, so that it can be loaded.
+    """Give a model (or one layer) the grids that a state dict speaks of, so that it can be loaded.
 
     Raises:
         AttributeError: if the state dict names a layer that the model has not.
+        KeyError: if a grid in the state dict is not complete.
     """
     setters = {WEIGHT_GRID: set_weight_grid, ACTIVATION_GRID: set_activation_grid}
     for key in state:
-        layer_name, _, rest = key.rpartition(".scale")[0].rpartition(".")
-        if rest in setters and key.endswith(".scale"):
-            parts = (state[f"{layer_name}.{rest}.{part}"] for part in ("scale", "zero", "maxq"))
+        name, _, part = key.rpartition(".")
+        layer_name, _, kind = name.rpartition(".")
+        if kind in setters and part == "scale":
             layer = model.get_submodule(layer_name)
-            setters[rest](layer, Grid(*(part.to(layer.weight.device) for part in parts)))
+            parts = (state[f"{name}.{part}"] for part in ("scale", "zero", "maxq"))
+            setters[kind](layer, Grid(*(part.to(layer.weight.device).clone() for part in parts)))

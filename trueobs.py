@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -46,6 +47,25 @@ from hessian import Gram, Inverse, damped_inverse, without
 from quant import Grid
 
 RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer's weights and Hessians at one moment, in one order of columns."""
+
+    W: Tensor  # (rows, d) in the precision of the solver
+    H: Tensor  # (groups, d, d) float64
+    inverse: Inverse
+    channels_innermost: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that `prune_unstr` and `prune_blocked` need for any number of levels."""
+
+    problem: Problem
+    trace: Trace
+    size: int  # columns in a unit
 
 
 class TrueOBS:
@@ -76,12 +96,12 @@ class TrueOBS:
         self.nsamples = 0
         self.gram: Gram | None = Gram(layer)
         self.quantizer: Grid | None = None
-        self.Losses: Tensor | None = None  # (rows, steps) of the last mode, in order of removal
+        self.trace: Trace | None = None  # of the last mode
+        self.Losses: Tensor | None = None  # its (rows, steps), in order of removal
         self.damping = 0.0  # what the last inverse needed, × mean(diag H); the worst group's
         self.rank_deficit = 0
         self._scaled: Tensor | None = None  # H, made from the Gram matrix once it is asked for
-        self._trace: Trace | None = None
-        self._size = 1  # columns in a unit of the prepared trace
+        self._prepared: Prepared | None = None
 
     # -- the Hessian -------------------------------------------------------------------------------
 
@@ -112,18 +132,12 @@ class TrueOBS:
         spatial = self.layer.weight[0, 0].numel()
         return torch.arange(self.columns).view(-1, spatial).T.flatten()
 
-    def _inverse(self, H: Tensor) -> Inverse:
-        inverse = damped_inverse(H, self.rel_damp, self._solve_dtype())
-        self.damping = float(inverse.damping.max())
-        self.rank_deficit = int(inverse.deficit.max())
-        return inverse
-
     def _solve_dtype(self) -> torch.dtype:
         return torch.float64 if self.layer.weight.dtype == torch.float64 else torch.float32
 
     def free(self) -> None:
         """Let go of the Hessian and of everything prepared."""
-        self.gram = self._scaled = self._trace = None
+        self.gram = self._scaled = self._prepared = None
 
     # -- weights as a matrix -----------------------------------------------------------------------
 
@@ -151,58 +165,77 @@ class TrueOBS:
 
     def _eliminate(
         self,
-        W: Tensor,  # (rows, d)
-        H: Tensor,  # (groups, d, d)
+        problem: Problem,
         rule_of: RuleOfRows,
         steps: int,
-        apart: Tensor,  # (rows,) bool, rows whose zeros need an inverse of their own
+        apart: Tensor | None = None,  # (rows,) bool, rows whose zeros need an inverse of their own
     ) -> Trace:
-        inverse = self._inverse(H)
-        group = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
+        W = problem.W
         trace = Trace(
             order=torch.empty(self.rows, steps, dtype=torch.int32, device=W.device),
             losses=W.new_empty(self.rows, steps),
-            weights=W.new_empty(self.rows, 1, W.shape[1]),
+            weights=W.new_empty(self.rows, 1, self.columns),
         )
-        for rows in self._batches(torch.nonzero(~apart)[:, 0]):
-            part = eliminate(W[rows, None], inverse, group[rows], rule_of(rows), steps)
-            _store(trace, rows, part)
-        for rows in self._batches(torch.nonzero(apart)[:, 0], own_inverse=True):
-            H_rows = torch.cat([without(H[group[r]], W[r, None] == 0) for r in rows])
-            own = damped_inverse(H_rows, self.rel_damp, self._solve_dtype())
-            part = eliminate(
-                W[rows, None], own, torch.arange(len(rows), device=W.device), rule_of(rows), steps
-            )
-            _store(trace, rows, part)
-        self.Losses = trace.losses
+        for rows, inverse, system in self._systems(problem, apart):
+            part = eliminate(W[rows, None], inverse, system, rule_of(rows), steps)
+            trace.order[rows] = part.order.to(torch.int32)
+            trace.losses[rows] = part.losses
+            trace.weights[rows] = part.weights
+        self.trace, self.Losses = trace, trace.losses
         return trace
 
-    def _batches(self, rows: Tensor, own_inverse: bool = False) -> Iterator[Tensor]:
+    def _systems(
+        self, problem: Problem, apart: Tensor | None, matrices: bool = False
+    ) -> Iterator[tuple[Tensor, Inverse, Tensor]]:
+        """Batches of rows, the inverses they start from, and which of them is each row's.
+
+        Rows `apart` get an inverse of their own, without the columns of their zeros. `matrices`:
+        whether the caller needs memory for a d×d matrix or two a row.
+        """
+        group = torch.arange(self.rows, device=problem.W.device) // (self.rows // self.groups)
+        if apart is None:
+            apart = torch.zeros_like(group, dtype=torch.bool)
+        for rows in self._batches(torch.nonzero(~apart)[:, 0], matrices):
+            yield rows, problem.inverse, group[rows]
+        for rows in self._batches(torch.nonzero(apart)[:, 0], matrices=True):
+            H = [without(problem.H[group[r]], problem.W[r, None] == 0) for r in rows]
+            own = damped_inverse(torch.cat(H), self.rel_damp, self._solve_dtype())
+            yield rows, own, torch.arange(len(rows), device=group.device)
+
+    def _problem(self, channels_innermost: bool = False) -> Problem:
+        """The weights as they are now, H, and its inverse."""
+        W, H = self._weights(channels_innermost), self._hessian(channels_innermost)
+        inverse = damped_inverse(H, self.rel_damp, self._solve_dtype())
+        self.damping = float(inverse.damping.max())
+        self.rank_deficit = int(inverse.deficit.max())
+        return Problem(W, H, inverse, channels_innermost)
+
+    def _batches(self, rows: Tensor, matrices: bool = False) -> Iterator[Tensor]:
         """Split rows so that a batch fits in the memory budget."""
         d = self.columns
         item = torch.finfo(self._solve_dtype()).bits // 8
         row_bytes = bytes_per_system(d, item, rows.device)
-        if own_inverse:  # in float64, with what it takes to make it
+        if matrices:  # up to float64, with what it takes to make them
             row_bytes += 4 * d * d * 8
         if len(rows):
             yield from rows.split(max(1, self.memory // row_bytes))
 
-    # -- modes with one result ---------------------------------------------------------------------
+    # -- modes with one result --------------------------------------------------------------------
 
     def quantize(self) -> None:
         """OBQ (section 5): round the weights to `quantizer`'s grid, one by one, in place."""
         grid = self.quantizer
         if grid is None:
             raise ValueError("assign a quantizer to this layer before quantize()")
-        W, H = self._weights(), self._hessian()
-        scale, zero = grid.scale.to(W.dtype), grid.zero.to(W.dtype)  # (rows, 1)
-        low, high = -zero, grid.maxq.to(W.dtype) - zero
+        problem = self._problem()
+        dtype = problem.W.dtype
+        scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)  # (rows, 1)
+        low, high = -zero, grid.maxq.to(dtype) - zero
 
         def rule_of(rows: Tensor) -> PivotRule:
             return Quantise(scale[rows], low[rows], high[rows])
 
-        together = torch.zeros(self.rows, dtype=torch.bool, device=W.device)
-        trace = self._eliminate(W, H, rule_of, self.columns, together)
+        trace = self._eliminate(problem, rule_of, self.columns)
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
         self.layer.weight.data.copy_(self._as_layer(quantised))
 
@@ -211,91 +244,90 @@ class TrueOBS:
         self._require_divisible(m)
         if not 0 <= n <= m:
             raise ValueError(f"N:M needs 0 <= N <= M; got {n}:{m}")
-        W, H = self._weights(True), self._hessian(True)
-        too_many = (W == 0).view(self.rows, -1, m).sum(2).amax(1) > n
+        problem = self._problem(channels_innermost=True)
+        too_many = (problem.W == 0).view(self.rows, -1, m).sum(2).amax(1) > n
 
         def rule_of(rows: Tensor) -> PivotRule:
-            return NM(n, m, len(rows), self.columns, W.device)
+            return NM(n, m, len(rows), self.columns, rows.device)
 
-        trace = self._eliminate(W, H, rule_of, self.columns // m * n, too_many)
+        trace = self._eliminate(problem, rule_of, self.columns // m * n, too_many)
         self.layer.weight.data.copy_(self._as_layer(trace.weights[:, 0], True))
 
     def _require_divisible(self, size: int) -> None:
-        if self.columns % size:
+        if size < 1 or self.columns % size:
             raise ValueError(f"{self.columns} columns are not a multiple of {size}")
 
-    # -- modes with many levels --------------------------------------------------------------------
+    # -- modes with many levels -------------------------------------------------------------------
 
     def prepare_unstr(self) -> None:
         """Find every row's order of removal for `prune_unstr` (section 4, algorithm 1)."""
-        W, H = self._weights(), self._hessian()
-        together = torch.zeros(self.rows, dtype=torch.bool, device=W.device)
-        self._trace = self._eliminate(W, H, lambda rows: Unstructured(), self.columns, together)
-        self._size = 1
+        problem = self._problem()
+        trace = self._eliminate(problem, lambda rows: Unstructured(), self.columns)
+        self._prepared = Prepared(problem, trace, 1)
 
     def prune_unstr(self, sparsities: Sequence[float]) -> list[Tensor]:
-        """The layer's weights at each sparsity (0 … 1), all rows sharing one threshold."""
-        return self._levels(sparsities, channels_innermost=False)
+        """The prepared weights at each sparsity (0 … 1), all rows sharing one threshold."""
+        return self._levels(sparsities)
 
     def prepare_blocked(self, size: int = 4) -> None:
         """Find every row's order of removal for `prune_blocked` (section 4, blocks of `size`)."""
         self._require_divisible(size)
-        W, H = self._weights(True), self._hessian(True)
-        zeros = (W == 0).view(self.rows, -1, size)
+        problem = self._problem(channels_innermost=True)
+        zeros = (problem.W == 0).view(self.rows, -1, size)
         ragged = (zeros.any(2) & ~zeros.all(2)).any(1)
-        steps = self.columns
-        self._trace = self._eliminate(W, H, lambda rows: Blocks(size), steps, ragged)
-        self._size = size
+        trace = self._eliminate(problem, lambda rows: Blocks(size), self.columns, ragged)
+        self._prepared = Prepared(problem, trace, size)
 
     def prune_blocked(self, sparsities: Sequence[float]) -> list[Tensor]:
-        """The layer's weights at each sparsity, in whole blocks along the input channels."""
-        return self._levels(sparsities, channels_innermost=True)
+        """The prepared weights at each sparsity, in blocks along the input channels."""
+        return self._levels(sparsities)
 
-    def _levels(self, sparsities: Sequence[float], channels_innermost: bool) -> list[Tensor]:
-        if self._trace is None:
+    def _levels(self, sparsities: Sequence[float]) -> list[Tensor]:
+        if self._prepared is None:
             raise ValueError("call prepare_unstr() or prepare_blocked() before asking for levels")
-        W, H = self._weights(channels_innermost), self._hessian(channels_innermost)
-        inverse = self._inverse(H)
-        counts = first_counts(self._trace.losses, sparsities, self._size)  # (levels, rows)
-        levels = W.new_empty(len(sparsities), self.rows, self.columns)
-        zeros = (W == 0).any(1) & (self._size > 1)
-        group = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
-        for rows in self._batches(torch.arange(self.rows, device=W.device), own_inverse=True):
-            order = self._trace.order[rows].long()
-            if zeros[rows].any():
-                H_rows = torch.cat([without(H[group[r]], W[r, None] == 0) for r in rows])
-                own = damped_inverse(H_rows, self.rel_damp, self._solve_dtype())
-                system = torch.arange(len(rows), device=W.device)
-            else:
-                own, system = inverse, group[rows]
-            at = weights_at(W[rows, None], own, system, order, counts[:, rows])
-            levels[:, rows] = at[:, :, 0]
-        return list(self._as_layer(levels, channels_innermost))
+        problem, trace, size = self._prepared.problem, self._prepared.trace, self._prepared.size
+        counts = first_counts(trace.losses, sparsities, size)  # (levels, rows)
+        levels = problem.W.new_empty(len(sparsities), self.rows, self.columns)
+        apart = (problem.W == 0).any(1) & (size > 1)
+        self._fill_levels(levels, problem, trace.order, counts, apart)
+        return list(self._as_layer(levels, problem.channels_innermost))
+
+    def _fill_levels(
+        self,
+        levels: Tensor,  # (levels, rows, d), filled for the rows wanted
+        problem: Problem,
+        order: Tensor,  # (rows, d)
+        counts: Tensor,  # (levels, rows)
+        apart: Tensor,  # (rows,) bool
+        wanted: Tensor | None = None,  # (rows,) bool; all if None
+    ) -> None:
+        for rows, inverse, system in self._systems(problem, apart, matrices=True):
+            if wanted is not None:
+                system, rows = system[wanted[rows]], rows[wanted[rows]]
+            if len(rows):
+                W, steps = problem.W[rows, None], order[rows].long()
+                levels[:, rows] = weights_at(W, inverse, system, steps, counts[:, rows])[:, :, 0]
 
     def prune_struct(self, sparsities: Sequence[float], size: int = 1) -> list[Tensor]:
         """Structured pruning: the same columns, in blocks of `size`, go in all rows of a group.
 
         OBS of section 4 summed over rows; with size = kh·kw whole input channels go. The columns
-        stay in the layer, as zeros.
+        stay in the layer, as zeros. Zeros of single rows do not steer the choice, but stay.
         """
         self._require_divisible(size)
-        W, H = self._weights(), self._hessian()
-        W = W.view(self.groups, -1, self.columns)  # rows of a group share one system
-        if (W == 0).ne((W == 0).all(1, keepdim=True)).any():
-            raise ValueError("rows have zeros in different columns: prune structures first")
-        inverse = self._inverse(H)
+        problem = self._problem()
+        W = problem.W.view(self.groups, -1, self.columns)  # rows of a group share one system
         system = torch.arange(self.groups, device=W.device)
-        trace = eliminate(W, inverse, system, Blocks(size), self.columns)
-        self.Losses = trace.losses
+        trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
+        self.trace, self.Losses = trace, trace.losses
         counts = first_counts(trace.losses, sparsities, size)
-        levels = weights_at(W, inverse, system, trace.order, counts)
-        return list(self._as_layer(levels.flatten(1, 2)))
-
-
-def _store(trace: Trace, rows: Tensor, part: Trace) -> None:
-    trace.order[rows] = part.order.to(torch.int32)
-    trace.losses[rows] = part.losses
-    trace.weights[rows] = part.weights
+        levels = weights_at(W, problem.inverse, system, trace.order, counts).flatten(1, 2)
+        own_zeros = (problem.W == 0).any(1)
+        if own_zeros.any():
+            of_row = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
+            order = trace.order[of_row]
+            self._fill_levels(levels, problem, order, counts[:, of_row], own_zeros, own_zeros)
+        return list(self._as_layer(levels))
 
 
 def default_memory(device: torch.device) -> int:

@@ -1,0 +1,6 @@
+"""`post_proc.py` under the name that OBC's own recipes use."""
+
+from post_proc import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""The uniform baseline: every layer at the same level, the mildest that meets a target.
+
+    python recipes/uniform.py MODEL DATASET TARGET KIND --constr flops --output FILE
+
+Writes a profile as spdy.py does. TARGET is dense cost / allowed cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cli  # noqa: E402
+from costs import CONSTRAINTS, layer_costs  # noqa: E402
+from database import KINDS, Database, model_tag, score_file, write_profile  # noqa: E402
+from session import Session  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="uniform.py", description=__doc__.splitlines()[0])
+    cli.add_common_options(parser)
+    parser.add_argument("target", metavar="TARGET", type=cli.positive_float, help="dense / allowed")
+    parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=" ".join(KINDS))
+    parser.add_argument("--constr", choices=CONSTRAINTS, default="flops", help="what to count")
+    parser.add_argument("--prefix", metavar="DIR", default="", help="where models_unstr/ etc. are")
+    parser.add_argument("--score_path", metavar="DIR", default="scores", help="timings are here")
+    parser.add_argument("--output", metavar="FILE", required=True, help="profile to write")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    db = Database.open(args.kind, model_tag(args.model), args.prefix)
+    session = Session.of(args)
+    timings = score_file(args.score_path, db.model, db.kind, "timings")
+    costs = layer_costs(db, session.model, session.image_shape, args.constr, timings)
+    dense = sum(costs.dense.values())
+    total = {level: sum(costs.levels[n][level] for n in db.layers) for level in db.levels}
+    allowed = [level for level in db.levels if total[level] * args.target <= dense]
+    if not allowed:
+        best = dense / min(total.values())
+        raise cli.UserError(f"no level reaches {args.target:g}x; the most is {best:.2f}x")
+    level = max(allowed, key=total.__getitem__)
+    write_profile(args.output, dict.fromkeys(db.layers, level))
+    cli.print_result(f"level {level}: reached {dense / total[level]:.2f}x: {args.output}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    cli.setup_logging()
+    return cli.guarded(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""What one compressed layer does to the network: losses and output errors per layer and level.
+
+The dynamic programme adds up the layers' errors, so each layer is compared alone, all others dense:
+
+    loss      L(layer at the level) − L(dense)       L: mean cross-entropy on calibration images
+    squared   ‖y − ŷ‖² / ‖y‖²                        y: the layer's dense output, ŷ: at the level
+
+A change in a layer leaves everything before it as it was. The model is traced (torch.fx) into a
+list of operations; for each batch the dense model runs once, and where it comes to a layer, only
+what follows is run for each of the layer's levels, from the values then alive. On average that is
+half of a network; nothing but one batch's live values is kept. Levels of a layer that are equal in
+all their tensors are run once. Operations in place are replaced by their copies, lest a level spoil
+the values that the next one starts from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from cli import log
+from modelutils import evaluating
+
+if TYPE_CHECKING:
+    from database import Database
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images, labels
+Scores = dict[str, dict[str, float]]  # layer → level → value
+
+OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+class Resumable(fx.Interpreter):
+    """Runs a traced model, from its start or from any of its operations with the values alive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(fx.symbolic_trace(model))
+        for module in self.module.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False
+        self.nodes = list(self.graph.nodes)
+        last_use = {user: node for node in self.nodes for user in node.all_input_nodes}
+        self.dies_at: dict[fx.Node, list[fx.Node]] = {}
+        for value, node in last_use.items():
+            self.dies_at.setdefault(node, []).append(value)
+
+    def first_call(self, layer: str) -> int | None:
+        """Number of the first operation that calls a layer."""
+        for number, node in enumerate(self.nodes):
+            if node.op == "call_module" and node.target == layer:
+                return number
+        return None
+
+    def advance(self, values: dict[fx.Node, object], start: int, stop: int | None = None) -> object:
+        """Run operations start … stop−1 on `values`, in place; the model's output, if it comes."""
+        self.env = values
+        for node in self.nodes[start:stop]:
+            values[node] = self.run_node(node)
+            for dead in self.dies_at.get(node, ()):
+                values.pop(dead, None)
+            if node.op == "output":
+                return values[node]
+        return None
+
+    def call_function(self, target: Callable, args: tuple, kwargs: dict) -> object:
+        if kwargs.get("inplace"):
+            kwargs = {**kwargs, "inplace": False}
+        return super().call_function(OUT_OF_PLACE.get(target, target), args, kwargs)
+
+    def call_method(self, target: str, args: tuple, kwargs: dict) -> object:
+        if target.endswith("_") and not target.endswith("__") and isinstance(args[0], Tensor):
+            args = (args[0].clone(), *args[1:])
+        return super().call_method(target, args, kwargs)
+
+    def images(self, images: Tensor) -> dict[fx.Node, object]:
+        """The values before the first operation."""
+        self.args_iter: Iterator[object] = iter([images])
+        return {}
+
+
+class Whole:
+    """Stands in for `Resumable` where a model cannot be traced: every level runs all of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def first_call(self, layer: str) -> int | None:
+        return 0
+
+    def images(self, images: Tensor) -> dict[str, Tensor]:
+        return {"images": images}
+
+    def advance(self, values: dict[str, Tensor], start: int, stop: int | None = None) -> object:
+        return self.model(values["images"]) if stop is None else None
+
+
+def runner(model: nn.Module) -> Resumable | Whole:
+    """The fastest way there is to run a model again and again with one layer changed."""
+    try:
+        return Resumable(model)
+    except Exception as error:  # tracing runs the model's own Python: anything can happen
+        log.warning("the model cannot be traced (%s): every level runs all of it", error)
+        return Whole(model)
+
+
+def distinct_levels(db: Database, layer: str) -> dict[str, list[str]]:
+    """One level of each set of equal ones → all levels of the set."""
+    sets: dict[bytes, list[str]] = {}
+    for level in db.levels:
+        content = hashlib.sha256()
+        for key, tensor in sorted(db.layer(layer, level).items()):
+            content.update(key.encode())
+            content.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        sets.setdefault(content.digest(), []).append(level)
+    return {names[0]: names for names in sets.values()}
+
+
+def expand(scores: Scores, levels: dict[str, dict[str, list[str]]], db: Database) -> Scores:
+    """Scores of distinct levels, given to all levels, in the database's order."""
+    full: Scores = {}
+    for layer, values in scores.items():
+        of = {name: values[one] for one, names in levels[layer].items() for name in names}
+        full[layer] = {level: of[level] for level in db.levels}
+    return full
+
+
+def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | None], None]:
+    """A function that puts a layer at a level, or makes it dense again (None)."""
+    from database import put_layer  # not at the top: database imports this module
+
+    module = model.get_submodule(layer)
+    dense = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+
+    def put(level: str | None) -> None:
+        put_layer(module, dense if level is None else db.layer(layer, level))
+
+    return put
+
+
+def losses(model: nn.Module, db: Database, batches: Batches, device: torch.device) -> Scores:
+    """Change of the mean loss with exactly one layer compressed, per layer and level.
+
+    The model is dense, and dense again afterwards.
+    """
+    run = runner(model)
+    levels = {layer: distinct_levels(db, layer) for layer in db.layers}
+    calls = {layer: run.first_call(layer) for layer in db.layers}
+    order = sorted((n, layer) for layer, n in calls.items() if n is not None)
+    sums = {layer: dict.fromkeys(levels[layer], 0.0) for layer in db.layers}
+    images_seen = 0
+    total = sum(len(levels[layer]) for _, layer in order) * _count(batches)
+    with evaluating(model), tqdm(total=total, desc="loss", leave=False, disable=None) as bar:
+        for images, labels in batches:
+            labels = labels.to(device)
+            images_seen += len(images)
+            dense_loss = _loss(run.advance(run.images(_layout(images, device)), 0), labels)
+            values, at = run.images(_layout(images, device)), 0
+            for number, layer in order:
+                run.advance(values, at, number)
+                at = number
+                put = swap_layer(model, db, layer)
+                for level in levels[layer]:
+                    put(level)
+                    outputs = run.advance(dict(values), number)
+                    sums[layer][level] += _loss(outputs, labels) - dense_loss
+                    bar.update()
+                put(None)
+    means = {
+        layer: {level: value / images_seen for level, value in of.items()}
+        for layer, of in sums.items()
+    }
+    return expand(means, levels, db)
+
+
+def _layout(images: Tensor, device: torch.device) -> Tensor:
+    on_cpu = torch.device(device).type == "cpu"
+    layout = torch.channels_last if on_cpu else torch.contiguous_format
+    return images.to(device, memory_format=layout)
+
+
+def _count(batches: Batches) -> int:
+    return len(batches) if hasattr(batches, "__len__") else 1
+
+
+def _loss(outputs: object, labels: Tensor) -> float:
+    return float(F.cross_entropy(outputs.double(), labels, reduction="sum"))
+
+
+def squared_errors(
+    model: nn.Module, db: Database, batches: Batches, device: torch.device
+) -> Scores:
+    """‖y − ŷ‖² / ‖y‖² of every layer's output at every level, its inputs the dense model's."""
+    levels = {layer: distinct_levels(db, layer) for layer in db.layers}
+    errors = {layer: dict.fromkeys(levels[layer], 0.0) for layer in db.layers}
+    energy = dict.fromkeys(db.layers, 0.0)
+
+    def hook(layer: str) -> Callable:
+        put = swap_layer(model, db, layer)
+
+        def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            handles[layer].remove()  # the calls below are ours
+            energy[layer] += float(output.double().square().sum())
+            for level in levels[layer]:
+                put(level)
+                difference = module(*inputs) - output
+                errors[layer][level] += float(difference.double().square().sum())
+            put(None)
+            handles[layer] = module.register_forward_hook(compare)
+
+        return compare
+
+    handles = {}
+    try:
+        for layer in db.layers:
+            handles[layer] = model.get_submodule(layer).register_forward_hook(hook(layer))
+        with evaluating(model):
+            for images, _ in tqdm(batches, desc="squared", leave=False, disable=None):
+                model(_layout(images, device))
+    finally:
+        for handle in handles.values():
+            handle.remove()
+    relative = {
+        layer: {level: value / (energy[layer] or 1.0) for level, value in of.items()}
+        for layer, of in errors.items()
+    }
+    return expand(relative, levels, db)
+
+
+def quadratic_prior(db: Database) -> Scores:
+    """SPDY's prior (Frantar and Alistarh 2022, arXiv 2201.13096, section 3): (k / (K−1))² at the
+    k-th of K levels, for every layer alike; the search then finds each layer's coefficient."""
+    last = max(1, len(db.levels) - 1)
+    return {
+        layer: {level: (k / last) ** 2 for k, level in enumerate(db.levels)} for layer in db.layers
+    }

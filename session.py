@@ -1,0 +1,86 @@
+"""What every command starts from: device, data and dense model, as the common options say.
+
+    Session.of(args) ─┬─ .model           the dense model, on the device
+                      ├─ .calibration()   calibration images, augmented or not
+                      └─ .accuracy(m)     top-1 on the test images
+
+`load_compressed` reads what the commands save: a state dict with the grids of a quantised model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import quant
+from cli import UserError, resolve_device
+from datautils import Batches, ImageData, calibration_batches, load_data, test_batches
+from modelutils import evaluate, find_layers, get_model, load_checkpoint, load_state
+
+
+@dataclass(frozen=True)
+class Session:
+    """Device, data and dense model of one run."""
+
+    args: argparse.Namespace
+    device: torch.device
+    data: ImageData
+    model: nn.Module
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Session:
+        """From the common options; raises UserError for what is wrong with them."""
+        device = resolve_device(args.device)
+        data = load_data(
+            args.dataset,
+            datapath=args.datapath,
+            image_size=args.image_size,
+            nsamples=args.nsamples,
+            seed=args.seed,
+        )
+        model = get_model(args.model, args.dataset, args.weights, len(data.classes)).to(device)
+        if not find_layers(model):
+            raise UserError(f"{args.model} has no convolution or linear layer to compress")
+        return cls(args, device, data, model)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (3, self.data.image_size, self.data.image_size)
+
+    def calibration(self, augment: bool = False, nrounds: int = 1) -> Batches:
+        """Passes over the calibration images; not augmented unless asked for."""
+        args = self.args
+        return calibration_batches(
+            self.data,
+            batchsize=args.batchsize,
+            nrounds=nrounds,
+            augment=augment,
+            seed=args.seed,
+            workers=args.workers,
+        )
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Top-1 in percent on the test images."""
+        batches = test_batches(
+            self.data, batchsize=self.args.batchsize, workers=self.args.workers
+        )
+        return evaluate(model, batches, self.device)
+
+
+def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """Load a checkpoint that a command of ours saved, with its grids, into a dense model.
+
+    Returns the state dict. Raises UserError where it does not fit.
+    """
+    state = load_checkpoint(path)
+    try:
+        quant.restore_grids(model, state)
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"{path}: does not fit the model: {error}") from None
+    load_state(model, state, path)
+    return state

@@ -1,0 +1,289 @@
+"""Choose a level per layer for a target: `python spdy.py MODEL DATASET TARGET DATABASE` (--help).
+
+OBC (arXiv 2208.11580), section 4, with the search of SPDY (Frantar & Alistarh, arXiv 2201.13096).
+
+    minimise  Σ_i error_i(level_i)   where  Σ_i cost_i(level_i) ≤ Σ_i dense cost_i / TARGET
+
+--dp solves this (`dp.py`). Without, coefficients of the errors are searched for whose solution,
+stitched from the database and with its norms corrected, has the least mean cross-entropy on the
+calibration images, not augmented (`search.py`). An interrupted search is continued by the same
+command: its state is in a hidden file beside the profile until the profile is written.
+
+Batch norms of a candidate are re-estimated in one pass, as plain averages over the calibration
+batches. Deviation from OBC: moving averages over 100 batches, which `post_proc.py --bnt` takes too,
+would cost many times as much as the evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cli
+import database
+import dp
+from cli import UserError, log
+from corrections import BatchNorm, correct_statistics, norm_moments, placed
+from costs import CONSTRAINTS, layer_costs
+from database import KINDS, Database, model_tag
+from modelutils import evaluating, mean_loss
+from search import Problem, State, load_state, make_problem, picks_key, save_state, search
+from session import Session
+
+ERRORS = ("squared", "loss", "spdy")
+DEFAULT_CONSTRAINTS = {"mixed": "bops", "4block": "flops", "unstr": "flops", "4block_8w8a": "bops"}
+
+Batches = list[tuple[Tensor, Tensor]]  # images, labels
+
+
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+def batchnorm_averages(model: nn.Module, batches: Batches, device: torch.device) -> None:
+    """Replace the statistics of all batch norms by their averages over `batches`, in place.
+
+    A batch of a single image is left out: it has no variance where a map is one pixel.
+    """
+    norms = [norm for norm in model.modules()
+             if isinstance(norm, BatchNorm) and norm.running_mean is not None]
+    if not norms:
+        return
+    if all(len(images) < 2 for images, _ in batches):
+        raise UserError("batch norms need batches of two images or more: "
+                        "pass a larger --batchsize or --nsamples, or --nobatchnorm")
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # None: the average of all batches
+        for images, _ in batches:
+            if len(images) > 1:
+                model(images.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+class Evaluator:
+    """Calibration loss of a profile; the decoded images and the dense model stay in memory."""
+
+    def __init__(self, session: Session, db: Database, args: argparse.Namespace) -> None:
+        self.session, self.db, device = session, db, session.device
+        images = tqdm(session.calibration(), desc="reading images", leave=False, disable=None)
+        self.batches = [(placed(x, device) if device.type == "cpu" else x, y) for x, y in images]
+        if args.statcorr:
+            first = self.batches[0][0]
+            self.correct = partial(correct_statistics, images=first, device=device,
+                                   wanted=norm_moments(session.model, first, device))
+        elif args.nobatchnorm:
+            self.correct = lambda model: None
+        else:
+            self.correct = partial(batchnorm_averages, batches=self.batches, device=device)
+
+    def __call__(self, profile: Mapping[str, str]) -> float:
+        model = copy.deepcopy(self.session.model)
+        self.db.stitch(model, profile)
+        self.correct(model)
+        return mean_loss(model, self.batches, self.session.device)
+
+
+def digest(arrays: Iterable[Any]) -> str:  # NumPy arrays or tensors on the CPU
+    """A short name for their contents."""
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(torch.as_tensor(array).contiguous().numpy())
+    return total.hexdigest()[:16]
+
+
+def fingerprint(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> dict[str, Any]:
+    """All that a search depends on; of images and of layers in the database, the first rows."""
+    session, db = evaluator.session, evaluator.db
+    words = ("model", "dataset", "target", "database")
+    options = ("errors", "constr", "dpbuckets", "seed", "nsamples", "batchsize", "nobatchnorm",
+               "statcorr")
+    rows = (db.layer(layer, level)["weight"][0] for level in db.levels for layer in db.layers)
+    images = (x for images, labels in evaluator.batches for x in (images[0], labels))
+    return {
+        **{word.upper(): getattr(args, word) for word in words},
+        **{f"--{option}": getattr(args, option) for option in options},
+        "--device": session.device.type,
+        "dense weights": digest(x.cpu() for x in session.model.state_dict().values()),
+        "database": digest(rows),
+        "scores": digest(problem.errors),
+        "costs": digest(problem.costs),
+        "calibration images": digest(images),
+    }
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="spdy.py", description=__doc__.splitlines()[0])
+    cli.add_common_options(parser)
+    add = parser.add_argument
+    add("target", metavar="TARGET", type=cli.positive_float,
+        help="how many times less the layers shall cost than at 32 bits and dense")
+    add("database", metavar="DATABASE", choices=list(KINDS), help=" ".join(KINDS))
+    add("--dp", action="store_true", help="one solve of the dynamic programme, no search")
+    add("--errors", choices=ERRORS, default="loss", help="scores of database.py to add up")
+    add("--constr", choices=CONSTRAINTS,
+        help="what the target is about (default: flops for unstr and 4block, bops for mixed and "
+             "4block_8w8a, timingsq with --timings)")
+    add("--timings", metavar="FILE", help="seconds per layer and level, for timingsq")
+    add("--dpbuckets", metavar="N", type=cli.positive_int, default=dp.BUCKETS,
+        help="steps that the budget is divided into")
+    add("--nobatchnorm", action="store_true",
+        help="evaluate without re-estimating the batch norms' statistics")
+    add("--statcorr", action="store_true", help="evaluate after statistics correction instead")
+    add("--score", metavar="FILE", help="score this profile instead of making one")
+    add("--prefix", metavar="DIR", default="",
+        help="where models_unstr/ etc. are and where the profile goes (default: here)")
+    add("--score_path", metavar="DIR", default="scores", help="folder of scores")
+    add("--restart", action="store_true", help="do not continue an interrupted search")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """What argparse cannot see by itself."""
+    if args.score and args.dp:
+        raise UserError("--score FILE scores a profile, --dp makes one: choose")
+    args.constr = args.constr or (
+        "timingsq" if args.timings else DEFAULT_CONSTRAINTS[args.database])
+    if (args.constr == "timingsq") != bool(args.timings):
+        raise UserError("--timings FILE goes with --constr timingsq, which needs it")
+
+
+def profile_file(args: argparse.Namespace) -> Path:
+    """<model>_<database>_<100·target>x_dp.txt, or _spdy.
+
+    >>> words = ["rn18", "imagenet", "2.3", "unstr", "--dp"]
+    >>> str(profile_file(build_parser().parse_args(words)))
+    'rn18_unstr_230x_dp.txt'
+    """
+    target, method = f"{100 * args.target:.10g}", "dp" if args.dp else "spdy"
+    name = f"{model_tag(args.model)}_{args.database}_{target}x_{method}.txt"
+    return Path(args.prefix) / name
+
+
+def state_file(args: argparse.Namespace) -> Path:
+    """Where an interrupted search is kept."""
+    profile = profile_file(args)
+    return profile.with_name(f".{profile.name}.state.json")
+
+
+def read_problem(args: argparse.Namespace, db: Database, session: Session) -> Problem:
+    """Costs and scores of the database."""
+    path = database.score_file(args.score_path, db.model, db.kind, args.errors)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; make it with python database.py {args.model} "
+                        f"{args.dataset} {args.database} {args.errors}")
+    costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
+    scores = database.read_scores(path)
+    return make_problem(db.levels, costs, scores, path, args.target, args.dpbuckets)
+
+
+def run_search(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> State:
+    """Start the search, or continue it."""
+    path, marks = state_file(args), fingerprint(args, problem, evaluator)
+    state = None if args.restart else load_state(path, marks)
+    if state is None:
+        state = State.start(len(problem.levels), args.seed)
+    else:
+        log.info("%s: continuing after %d candidates", path, state.candidates)
+    return search(problem, lambda picks: evaluator(problem.profile(picks)), state,
+                  lambda state: save_state(path, marks, state))
+
+
+def report(problem: Problem, picks: list[int]) -> dict[str, float]:
+    """Print what a choice reaches; the same for the record."""
+    cost, error = problem.cost(picks), problem.error(picks)
+    reached = problem.dense / cost if cost else math.inf
+    for line in (f"target {problem.target:g}", f"reached {reached:.4f}", f"objective {error:.6g}"):
+        cli.print_result(line)
+    return {"target": problem.target, "reached": reached, "dense_cost": problem.dense,
+            "budget": problem.budget, "cost": cost, "objective": error}
+
+
+def score(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> None:
+    """Print what the profile --score reaches, its objective and its calibration loss."""
+    picks = problem.picks(database.read_profile(args.score), args.score)
+    loss = evaluator(problem.profile(picks))
+    if report(problem, picks)["cost"] > problem.budget:
+        log.warning("%s misses the target %g", args.score, problem.target)
+    cli.print_result(f"calibration loss {loss:.6f}")
+
+
+def choose(args: argparse.Namespace, problem: Problem, evaluator: Evaluator | None) -> None:
+    """Make a profile, by a search if there is an evaluator; write and report it."""
+    started, path = time.perf_counter(), profile_file(args)
+    choice, found = problem.solve(), {}
+    if evaluator is not None:
+        plain = picks_key(choice.levels)
+        state = run_search(args, problem, evaluator)
+        choice = problem.solve(state.coefficients)
+        found = {"loss": state.loss, "dp_loss": state.losses[plain],
+                 "candidates": state.candidates, "evaluations": len(state.losses),
+                 "coefficients": state.coefficients, "history": state.history}
+    figures = report(problem, choice.levels)
+    figures |= {"discretisation_error": choice.gap, "bucket": choice.bucket, **found}
+    cli.print_result(f"discretisation error at most {choice.gap:.3g}")
+    if found:
+        of_plain = math.nan if found["dp_loss"] is None else found["dp_loss"]
+        cli.print_result(f"calibration loss {found['loss']:.6f} (--dp: {of_plain:.6f})")
+    write_record(args, problem, choice.levels, figures | {"seconds": time.perf_counter() - started})
+    database.write_profile(path, problem.profile(choice.levels))
+    if found:
+        state_file(args).unlink(missing_ok=True)
+    cli.print_result(f"profile {path}")
+
+
+def write_record(
+    args: argparse.Namespace, problem: Problem, picks: list[int], figures: dict[str, Any]
+) -> None:
+    """Arguments, environment and figures of the run, as JSON beside the profile."""
+    rows = zip(problem.profile(picks).items(), problem.costs, problem.errors, picks, strict=True)
+    cli.write_record(profile_file(args).with_suffix(".json"), {
+        "command": "spdy.py",
+        "arguments": vars(args),
+        "environment": cli.environment(),
+        **figures,
+        "layers": [{"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
+                   for (layer, level), cost, error, pick in rows],
+    })
+
+
+def run(args: argparse.Namespace) -> None:
+    check_options(args)
+    if not args.score:
+        cli.check_writable(profile_file(args))
+    db = Database.open(args.database, model_tag(args.model), args.prefix)
+    session = Session.of(args)
+    db.check(session.model)
+    problem = read_problem(args, db, session)
+    if args.score:
+        score(args, problem, Evaluator(session, db, args))
+    else:
+        problem.solve()  # says that a target cannot be reached before any image is read
+        choose(args, problem, None if args.dp else Evaluator(session, db, args))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    cli.setup_logging()
+    return cli.guarded(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

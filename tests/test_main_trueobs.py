@@ -1,0 +1,701 @@
+"""main_trueobs.py as a command: what it prints, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import main_trueobs
+from datautils import calibration_batches, load_data
+from modelutils import SHIPPED_WEIGHTS, CifarResNet
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ("--nsamples", "128", "--noaug")
+LAYERS = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2",
+          "layer3.0.conv1", "layer3.0.conv2", "linear"]
+GRID = ("--max-sparsity", "0.8", "--delta-sparse", "0.4")
+LEVELS = [0.0, 0.4, 0.64, 0.784, 0.8]  # of GRID
+FILES = ["rn8_0000.pth", "rn8_4000.pth", "rn8_6400.pth", "rn8_7840.pth", "rn8_8000.pth"]
+
+State = dict[str, Tensor]
+
+
+class Done(NamedTuple):
+    """What a run of the command leaves on the terminal."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+def start(*words: object, **options) -> subprocess.Popen[str]:
+    line = [sys.executable, str(ROOT / "main_trueobs.py"), *map(str, words)]
+    return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **options)
+
+
+def in_a_process(*words: object) -> Done:
+    process = start(*words)
+    out, err = process.communicate(timeout=300)
+    return Done(process.returncode, out, err)
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """The command without the price of a process: 4 s of imports."""
+
+    def run(*words: object) -> Done:
+        capfd.readouterr()
+        try:
+            status = main_trueobs.main([str(word) for word in words])
+        except SystemExit as stop:
+            status = stop.code
+        return Done(status, *capfd.readouterr())
+
+    return run
+
+
+def read(path: Path) -> State:
+    state = torch.load(path, weights_only=True)
+    assert isinstance(state, dict)
+    assert all(isinstance(tensor, Tensor) for tensor in state.values())
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    return state
+
+
+def record_of(path: Path) -> dict:
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+def accuracy(done: Done) -> float:
+    assert done.status == 0, done.err
+    found = re.fullmatch(r"top-1 (\d+\.\d\d)", done.out.splitlines()[-1])
+    assert found, done.out
+    return float(found[1])
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def same(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def dense() -> State:
+    return read(SHIPPED_WEIGHTS["rn8", "digits"])
+
+
+@pytest.fixture(scope="module")
+def quant_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
+    """rn8 at 4 bits, made by a process of its own."""
+    path = tmp_path_factory.mktemp("quant") / "deep" / "rn8_4w.pth"
+    return in_a_process("rn8", "digits", "quant", "--wbits", 4, "--save", path, *QUICK), path
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """rn8 pruned to 2:4."""
+    path = tmp_path_factory.mktemp("nm") / "rn8_24.pth"
+    words = ["rn8", "digits", "nmprune", "--save", str(path), *QUICK]
+    assert main_trueobs.main(words) == 0
+    return path
+
+
+# -- quant -----------------------------------------------------------------------------------------
+
+
+def check_on_grid(state: State, layer: str, bits: int) -> None:
+    """Weights are scale · (code − zero) to the last bit, with codes of `bits` bits."""
+    grid = f"{layer}.weight_quant"
+    scale, zero, maxq = (state[f"{grid}.{part}"] for part in ("scale", "zero", "maxq"))
+    weight = state[f"{layer}.weight"].flatten(1)
+    code = torch.round(weight / scale) + zero
+    assert int(maxq) == 2**bits - 1
+    assert code.min() >= 0 and code.max() <= maxq
+    assert torch.equal(scale * (code - zero), weight)
+
+
+def test_a_run_shows_and_leaves_what_it_should(quant_run, dense):
+    done, path = quant_run
+    assert accuracy(done) > 97
+    assert done.out.count("\n") == 1
+    assert tree(path.parent) == ["rn8_4w.json", "rn8_4w.pth"]
+    lines = done.err.splitlines()
+    assert [line.split()[0] for line in lines] == LAYERS
+    for line in lines:
+        assert re.fullmatch(r"\S+ [\d×]+ \d+\.\d\d s  squared error \S+ \(\S+ %\)  4 bits.*", line)
+    state = read(path)
+    for layer in LAYERS:
+        check_on_grid(state, layer, 4)
+        assert not torch.equal(state[f"{layer}.weight"], dense[f"{layer}.weight"])
+    others = dense.keys() - {f"{layer}.weight" for layer in LAYERS}
+    assert others and all(torch.equal(state[key], dense[key]) for key in others)
+
+
+def test_the_record_tells_arguments_machine_and_layers(quant_run):
+    done, path = quant_run
+    record = record_of(path)
+    assert record["arguments"]["wbits"] == 4 and record["arguments"]["seed"] == 0
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["top1"] == pytest.approx(accuracy(done), abs=0.005)
+    assert record["seconds"] > 0
+    assert [layer["name"] for layer in record["layers"]] == LAYERS
+    for layer, line in zip(record["layers"], done.err.splitlines(), strict=True):
+        assert layer["result"] == "4 bits" and not layer["dense"]
+        assert layer["shape"] and layer["seconds"] > 0
+        assert 0 < layer["relative_error"] < 0.01
+        assert f"squared error {layer['squared_error']:.4g} " in line
+        assert (layer["damping"] > 0) == ("damping" in line)
+
+
+def test_two_runs_are_equal_to_the_last_bit(quant_run, tmp_path):
+    words = ["rn8", "digits", "quant", "--wbits", 4, "--save", tmp_path / "again.pth", *QUICK]
+    assert in_a_process(*words).status == 0
+    assert (tmp_path / "again.pth").read_bytes() == quant_run[1].read_bytes()
+
+
+def test_the_seed_chooses_the_images(quant_run, command, tmp_path):
+    path = tmp_path / "seed1.pth"
+    done = command("rn8", "digits", "quant", "--wbits", 4, "--save", path, *QUICK, "--seed", 1)
+    assert accuracy(done) > 97
+    assert not same(read(path), read(quant_run[1]))
+
+
+def quantise(command: Command, path: Path, *words: object) -> State:
+    assert accuracy(command("rn8", "digits", "quant", *words, "--save", path, *QUICK)) > 90
+    return read(path)
+
+
+def test_weight_grid_for_a_whole_layer(command, tmp_path):
+    state = quantise(command, tmp_path / "q.pth", "--wbits", 4, "--wperweight")
+    for layer in LAYERS:
+        check_on_grid(state, layer, 4)
+        assert len(state[f"{layer}.weight_quant.scale"].unique()) == 1
+
+
+def test_asymmetric_weight_grid(command, tmp_path):
+    state = quantise(command, tmp_path / "q.pth", "--wbits", 4, "--wasym")
+    for layer in LAYERS:
+        check_on_grid(state, layer, 4)
+        assert (state[f"{layer}.weight_quant.zero"] != 8).any()
+
+
+def test_min_max_weight_range(command, tmp_path, dense):
+    state = quantise(command, tmp_path / "q.pth", "--wbits", 4, "--wminmax")
+    for layer in LAYERS:
+        check_on_grid(state, layer, 4)
+        widest = dense[f"{layer}.weight"].flatten(1).abs().amax(1, keepdim=True)
+        torch.testing.assert_close(state[f"{layer}.weight_quant.scale"], 2 * widest / 15)
+
+
+def activation_grids(state: State, bits: int) -> State:  # zero point by layer
+    for layer in LAYERS:
+        assert int(state[f"{layer}.act_quant.maxq"]) == 2**bits - 1
+        assert state[f"{layer}.act_quant.scale"].shape == ()
+    return {layer: state[f"{layer}.act_quant.zero"] for layer in LAYERS}
+
+
+def test_activations_are_asymmetric_by_search(command, tmp_path):
+    state = quantise(command, tmp_path / "q.pth", "--wbits", 4, "--abits", 4)
+    zeros = activation_grids(state, 4)
+    assert all(zeros[layer] == 0 for layer in LAYERS if layer != "conv1")  # after a ReLU
+    assert 0 < zeros["conv1"] < 15
+    check_on_grid(state, "linear", 4)
+
+
+def test_symmetric_activations_of_min_max_range(command, tmp_path):
+    state = quantise(command, tmp_path / "q.pth", "--abits", 8, "--asym", "--aminmax")
+    assert set(activation_grids(state, 8).values()) == {torch.tensor(128.0)}
+    data = load_data("digits", nsamples=128)
+    images, _ = next(iter(calibration_batches(data, batchsize=128)))
+    torch.testing.assert_close(state["conv1.act_quant.scale"], 2 * images.abs().max() / 255)
+
+
+def test_min_max_range_of_activations(command, tmp_path, dense):
+    state = quantise(command, tmp_path / "q.pth", "--abits", 8, "--aminmax")
+    activation_grids(state, 8)
+    data = load_data("digits", nsamples=128)
+    images, _ = next(iter(calibration_batches(data, batchsize=128)))
+    step = (images.max() - images.min()) / 255
+    torch.testing.assert_close(state["conv1.act_quant.scale"], step)
+    assert all(torch.equal(state[key], dense[key]) for key in dense)  # 32 bits
+
+
+# -- N:M -------------------------------------------------------------------------------------------
+
+
+def groups(weight: Tensor, size: int) -> Tensor:  # (groups, size) along the input channels
+    return weight.movedim(1, -1).reshape(-1, size)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4)])
+def test_nm_counts_along_input_channels(n, m, command, tmp_path, dense):
+    path = tmp_path / "nm.pth"
+    words = ["--prunen", n, "--prunem", m, "--save", path]
+    done = command("rn8", "digits", "nmprune", *words, *QUICK)
+    assert accuracy(done) > 95
+    state = read(path)
+    for layer in LAYERS[1:]:
+        assert ((groups(state[f"{layer}.weight"], m) == 0).sum(1) == n).all(), layer
+    assert torch.equal(state["conv1.weight"], dense["conv1.weight"])
+    assert f"conv1 16×3×3×3 left dense: 27 columns are not a multiple of M = {m}" in done.err
+    first, *others = record_of(path)["layers"]
+    assert first["dense"] and "27 columns" in first["result"]
+    assert not any(layer["dense"] for layer in others)
+
+
+def test_a_pruned_checkpoint_keeps_its_zeros_when_quantised(pruned, command, tmp_path):
+    path = tmp_path / "rn8_24_4w4a.pth"
+    words = ["--wbits", 4, "--abits", 4, "--load", pruned, "--save", path]
+    assert accuracy(command("rn8", "digits", "quant", *words, *QUICK)) > 90
+    before, after = read(pruned), read(path)
+    for layer in LAYERS:
+        check_on_grid(after, layer, 4)
+        zeros = before[f"{layer}.weight"] == 0
+        assert (after[f"{layer}.weight"][zeros] == 0).all()
+        if layer != "conv1":  # left dense
+            assert (zeros.movedim(1, -1).reshape(-1, 4).sum(1) == 2).all()
+
+
+def test_a_quantised_checkpoint_can_be_quantised_further_but_not_pruned(
+    quant_run, command, tmp_path
+):
+    again = tmp_path / "rn8_3w8a.pth"
+    words = ["--wbits", 3, "--abits", 8, "--load", quant_run[1], "--save", again]
+    assert accuracy(command("rn8", "digits", "quant", *words, *QUICK)) > 90
+    check_on_grid(read(again), "layer3.0.conv2", 3)
+    done = command("rn8", "digits", "nmprune", "--load", again, *QUICK)
+    assert done.status == 2 and "prune first, then quantise" in done.err
+
+
+# -- databases -------------------------------------------------------------------------------------
+
+
+def make_database(command: Command, folder: Path, mode: str, *words: object) -> list[State]:
+    done = command("rn8", "digits", mode, "--sparse-dir", folder, *GRID, *words, *QUICK)
+    assert done.status == 0, done.err
+    assert tree(folder) == ["rn8.json", *FILES]
+    assert [layer["name"] for layer in record_of(folder / "rn8.pth")["layers"]] == LAYERS
+    return [read(folder / name) for name in FILES]
+
+
+def check_levels(states: list[State], layer: str, zero_units: Callable[[Tensor], Tensor]) -> None:
+    """Exactly ceil(units · sparsity) units are zero, and those of a level stay so in the next."""
+    before = None
+    for state, sparsity in zip(states, LEVELS, strict=True):
+        zero = zero_units(state[f"{layer}.weight"])
+        assert int(zero.sum()) == math.ceil(zero.numel() * sparsity - 1e-6), (layer, sparsity)
+        assert before is None or not (before & ~zero).any()
+        before = zero
+
+
+def check_rest_is_dense(states: list[State], dense: State, layers: list[str]) -> None:
+    weights = {f"{layer}.weight" for layer in layers}
+    for state in states:
+        assert state.keys() == dense.keys()
+        assert all(torch.equal(state[key], dense[key]) for key in dense if key not in weights)
+    assert same(states[0], dense)
+
+
+def test_unstructured_levels(command, tmp_path, dense):
+    states = make_database(command, tmp_path / "models_unstr", "unstr")
+    for layer in LAYERS:
+        check_levels(states, layer, lambda weight: weight == 0)
+    check_rest_is_dense(states, dense, LAYERS)
+
+
+def test_blocked_levels(command, tmp_path, dense):
+    states = make_database(command, tmp_path / "models_4block", "blocked")
+    for layer in LAYERS[1:]:
+        check_levels(states, layer, lambda weight: (groups(weight, 4) == 0).all(1))
+        check_levels(states, layer, lambda weight: (groups(weight, 4) == 0).any(1))  # whole blocks
+    check_rest_is_dense(states, dense, LAYERS[1:])
+
+
+def test_block_size(command, tmp_path):
+    states = make_database(command, tmp_path / "db", "blocked", "--blocked_size", 8)
+    check_levels(states, "linear", lambda weight: (groups(weight, 8) == 0).all(1))
+
+
+def test_structured_levels_drop_whole_input_channels(command, tmp_path, dense):
+    states = make_database(command, tmp_path / "models_struct", "struct")
+    for layer in LAYERS:
+        check_levels(states, layer, lambda weight: (weight == 0).transpose(0, 1).flatten(1).all(1))
+    check_rest_is_dense(states, dense, LAYERS)
+
+
+def test_default_grids():
+    grids = {mode: main_trueobs.sparsity_grid(*grid)
+             for mode, grid in main_trueobs.SPARSITY_GRIDS.items()}
+    assert {mode: (grid[0], grid[-1], len(grid)) for mode, grid in grids.items()} == {
+        "unstr": (0.0, 0.99, 45), "blocked": (0.0, 0.95, 30), "struct": (0.0, 0.9, 46)}
+    for mode, grid in grids.items():
+        factor = 0.95 if mode == "struct" else 0.9
+        inner = [1 - s for s in grid[:-1]]
+        assert all(b / a == pytest.approx(factor) for a, b in zip(inner, inner[1:], strict=False))
+
+
+def test_a_pruned_checkpoint_can_be_pruned_further(pruned, command, tmp_path):
+    words = ["--load", pruned, "--sparse-dir", tmp_path / "db", "--min-sparsity", 0.7,
+             "--max-sparsity", 0.7]
+    assert command("rn8", "digits", "unstr", *words, *QUICK).status == 0
+    before, after = read(pruned), read(tmp_path / "db" / "rn8_7000.pth")
+    for layer in LAYERS[1:]:
+        weight = after[f"{layer}.weight"]
+        assert (weight[before[f"{layer}.weight"] == 0] == 0).all()
+        assert int((weight == 0).sum()) == math.ceil(0.7 * weight.numel() - 1e-6)
+
+
+# -- weights, models and devices of the user's own -------------------------------------------------
+
+
+def test_foreign_checkpoints_and_safetensors(pruned, command, tmp_path, dense):
+    wrapped = {"epoch": 7, "state_dict": {f"module.{key}": t for key, t in dense.items()}}
+    torch.save(wrapped, tmp_path / "foreign.th")
+    save_file(dense, tmp_path / "dense.safetensors")
+    outputs = [tmp_path / "a.safetensors", tmp_path / "b.pth"]
+    for weights, output in zip(("foreign.th", "dense.safetensors"), outputs, strict=True):
+        words = ["--weights", tmp_path / weights, "--save", output]
+        assert accuracy(command("rn8", "digits", "nmprune", *words, *QUICK)) > 97
+    assert same(load_file(outputs[0]), read(pruned))
+    assert same(read(outputs[1]), read(pruned))
+
+
+def test_safetensors_with_grids_come_back(command, tmp_path):
+    path = tmp_path / "q.safetensors"
+    words = ["rn8", "digits", "quant", "--wbits", 4, "--abits", 8, *QUICK]
+    assert accuracy(command(*words, "--save", path)) > 97
+    assert accuracy(command(*words, "--load", path)) > 97
+
+
+USER_MODEL = '''
+import torch
+from torch import nn
+
+class Tokens(nn.Module):
+    """(n, 16, s, s) -> (n, s * s, 16)"""
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+def build(classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding="same", groups=8), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, dilation=2, padding=2, groups=2, padding_mode="reflect"), nn.ReLU(),
+        Tokens(), nn.Linear(16, 12), nn.GELU(), Mean(), nn.Linear(12, classes))
+
+def five():
+    return build(5)
+
+def large_kernel():
+    return nn.Sequential(nn.Conv2d(3, 10, 33), nn.Flatten())
+
+def without_layers():
+    return nn.Sequential(nn.Flatten(), nn.Softmax(1))
+
+def with_nan():
+    model = build()
+    model[-1].weight.data[0, 0] = float("nan")
+    return model
+'''
+
+
+@pytest.fixture
+def user_model(tmp_path: Path) -> str:
+    folder = tmp_path / "user"
+    folder.mkdir()
+    (folder / "my_model.py").write_text(USER_MODEL)
+    return f"{folder / 'my_model.py'}:"
+
+
+def test_a_users_model_with_depthwise_grouped_and_token_layers(user_model, command, tmp_path):
+    model = f"{user_model}build"
+    layers = ["0", "2", "4", "7", "10"]
+    path = tmp_path / "q.pth"
+    accuracy(command(model, "digits", "quant", "--wbits", 4, "--abits", 8, "--save", path, *QUICK))
+    state = read(path)
+    for layer in layers:
+        check_on_grid(state, layer, 4)
+    path = tmp_path / "nm.pth"
+    done = command(model, "digits", "nmprune", "--save", path, *QUICK)
+    accuracy(done)
+    left = {layer["name"]: layer["dense"] for layer in record_of(path)["layers"]}
+    assert left == {"0": True, "2": True, "4": False, "7": False, "10": False}  # 27 and 9 columns
+    state = read(path)
+    assert all(((groups(state[f"{layer}.weight"], 4) == 0).sum(1) == 2).all() for layer in "47")
+    for mode in ("unstr", "struct"):
+        folder = tmp_path / mode
+        words = ["--sparse-dir", folder, "--max-sparsity", 0.5, "--delta-sparse", 0.5]
+        assert command(model, "digits", mode, *words, *QUICK).status == 0
+        assert tree(folder) == ["build.json", "build_0000.pth", "build_5000.pth"]
+        weight = read(folder / "build_5000.pth")["2.weight"]
+        assert int((weight == 0).sum()) == weight.numel() // 2
+
+
+def test_a_users_model_takes_weights(user_model, command, tmp_path):
+    words = [f"{user_model}build", "digits", "nmprune", *QUICK]
+    accuracy(command(*words, "--save", tmp_path / "a.pth"))
+    doubled = {key: 2 * tensor for key, tensor in read(tmp_path / "a.pth").items()}
+    torch.save(doubled, tmp_path / "w.pth")
+    accuracy(command(*words, "--weights", tmp_path / "w.pth", "--save", tmp_path / "b.pth"))
+    first = "0.weight"  # left dense
+    assert torch.equal(read(tmp_path / "b.pth")[first], doubled[first])
+
+
+def test_little_memory_means_more_passes_and_the_same_result(pruned, command, tmp_path):
+    path = tmp_path / "rn8_24.pth"
+    words = ["--memory", "0.004", "--save", path]
+    done = command("rn8", "digits", "nmprune", *words, *QUICK)
+    assert accuracy(done) > 97
+    assert "pass 2 of" in done.err
+    assert same(read(path), read(pruned))
+
+
+def test_augmented_rounds(command, tmp_path):
+    path = tmp_path / "q.pth"
+    words = ["--wbits", 4, "--nsamples", 64, "--nrounds", 2, "--save", path]
+    assert accuracy(command("rn8", "digits", "quant", *words)) > 97
+    assert record_of(path)["arguments"]["nrounds"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_what_a_cpu_gives(pruned, command, tmp_path):
+    for words in (["quant", "--wbits", 4, "--abits", 4], ["nmprune"]):
+        path = tmp_path / f"{words[0]}.pth"
+        done = command("rn8", "digits", *words, "--device", "cuda", "--save", path, *QUICK)
+        assert accuracy(done) > 97
+    assert all(tensor.device.type == "cpu" for tensor in read(path).values())
+    ours, reference = read(path), read(pruned)
+    masks = [(state[f"{layer}.weight"] == 0 for layer in LAYERS) for state in (ours, reference)]
+    agree = [float((a == b).float().mean()) for a, b in zip(*masks, strict=True)]
+    assert min(agree) > 0.95
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+class Harmful:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def bad(tmp_path: Path, user_model: str, pruned: Path, dense: State) -> Path:
+    """A folder with everything that the command must refuse."""
+    contents = SHIPPED_WEIGHTS["rn8", "digits"].read_bytes()
+    (tmp_path / "corrupt.pth").write_bytes(b"no checkpoint at all" * 100)
+    (tmp_path / "truncated.pth").write_bytes(contents[: len(contents) // 2])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save(CifarResNet(3).state_dict(), tmp_path / "rn20.pth")
+    torch.save({"weights": Harmful(tmp_path / "code_ran")}, tmp_path / "harmful.pth")
+    nan = {key: tensor.clone() for key, tensor in dense.items()}
+    nan["linear.weight"][0, 0] = math.nan
+    torch.save(nan, tmp_path / "nan.pth")
+    for part in ("train", "val"):
+        (tmp_path / "images" / part / "zero").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "file").write_text("a regular file")
+    return tmp_path
+
+
+QUANT = "quant --wbits 4 --save out/q.pth"
+UNSTR = "unstr --sparse-dir out"
+REFUSED = {  # arguments, with files in the folder `bad` -> a part of the error
+    "unknown model": (f"rn9 digits {QUANT}", "unknown model rn9; did you mean rn8"),
+    "unknown dataset": (f"rn8 mnist {QUANT}", "unknown dataset mnist"),
+    "unknown mode": ("rn8 digits distil", "MODE: invalid choice: 'distil'"),
+    "no mode": ("rn8 digits", "MODE"),
+    "unknown option": (f"rn8 digits {QUANT} --wbit 4", "--wbit"),
+    "no such weights": (f"rn8 digits {QUANT} --weights none.pth", "no such file"),
+    "no such checkpoint": (f"rn8 digits {QUANT} --load none.pth", "no such file"),
+    "corrupt": (f"rn8 digits {QUANT} --load corrupt.pth", "cannot be read"),
+    "truncated": (f"rn8 digits {QUANT} --load truncated.pth", "cannot be read"),
+    "empty": (f"rn8 digits {QUANT} --weights empty.pth", "cannot be read"),
+    "another model's": (f"rn8 digits {QUANT} --load rn20.pth", "does not fit the model"),
+    "another's weights": (f"rn8 digits {QUANT} --weights rn20.pth", "does not fit the model"),
+    "code, loaded": (f"rn8 digits {QUANT} --load harmful.pth", "refuse to load"),
+    "code, as weights": (f"rn8 digits {QUANT} --weights harmful.pth", "refuse to load"),
+    "NaN": (f"rn8 digits {QUANT} --weights nan.pth", "linear.weight has NaN"),
+    "NaN, loaded": (f"rn8 digits {QUANT} --load nan.pth", "linear.weight has NaN"),
+    "empty folder": (f"rn8 folder {QUANT} --datapath images --image-size 16", "no images"),
+    "N > M": ("rn8 digits nmprune --prunen 5 --prunem 4 --save out/q.pth", "--prunen 5 is more"),
+    "0 bits": ("rn8 digits quant --wbits 0 --save out/q.pth", "--wbits must be 1 to 16"),
+    "33 bits": ("rn8 digits quant --abits 33 --save out/q.pth", "--abits must be 1 to 16"),
+    "nothing to quantise": ("rn8 digits quant --save out/q.pth", "--wbits or --abits"),
+    "95 %": (f"rn8 digits {UNSTR} --max-sparsity 95", "Did you mean 0.95?"),
+    "empty grid": (f"rn8 digits {UNSTR} --min-sparsity 0.9 --max-sparsity 0.5", "is above"),
+    "below a file": ("rn8 digits nmprune --save file/q.pth", "cannot be written"),
+    "folder below a file": ("rn8 digits unstr --sparse-dir file/db", "cannot be written"),
+    "onto a folder": ("rn8 digits nmprune --save out", "is a directory"),
+    "--save of many": ("rn8 digits unstr --save out/q.pth", "--sparse-dir"),
+    "no --sparse-dir": ("rn8 digits blocked", "--sparse-dir"),
+    "--sparse-dir of one": ("rn8 digits nmprune --sparse-dir out", "--save"),
+    "no layer": (f"user/my_model.py:without_layers digits {QUANT}", "no convolution or linear"),
+    "no function": (f"user/my_model.py:other digits {QUANT}", "no function other"),
+    "no file": (f"user/none.py:build digits {QUANT}", "there is no file"),
+    "no images": ("rn8 digits nmprune --nsamples 0", "--nsamples must be"),
+    "unknown device": ("rn8 digits nmprune --device gpu", "--device must be"),
+}  # fmt: skip
+
+
+def check_refused(done: Done, part: str, before: list[str], folder: Path) -> None:
+    """One line, status 2, and nothing else anywhere."""
+    assert done.status == 2
+    assert done.out == ""
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+    assert part in done.err
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line(case, bad, command, monkeypatch):
+    words, part = REFUSED[case]
+    monkeypatch.chdir(bad)
+    before = tree(bad)
+    check_refused(command(*words.split()), part, before, bad)
+
+
+@pytest.mark.parametrize("case", ["unknown model", "code, loaded", "truncated", "95 %"])
+def test_bad_input_is_one_line_in_a_process_too(case, bad):
+    words, part = REFUSED[case]
+    files = {word for word in words.split() if word.endswith(".pth") or word == "out"}
+    line = [bad / word if word in files else word for word in words.split()]
+    check_refused(in_a_process(*line), part, tree(bad), bad)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_no_gpu(device, command, tmp_path):
+    done = command("rn8", "digits", "nmprune", "--device", device, "--save", tmp_path / "q.pth")
+    check_refused(done, "sees no GPU", [], tmp_path)
+
+
+def test_no_layer_fits(bad, command):
+    words = ["--blocked_size", 1000, "--sparse-dir", bad / "out", *QUICK]
+    before = tree(bad)
+    done = command("rn8", "digits", "blocked", *words)
+    *layers, error = done.err.splitlines()
+    assert done.status == 2 and done.out == ""
+    assert len(layers) == len(LAYERS) and all("left dense" in line for line in layers)
+    assert error.startswith("error: rn8: no layer can be compressed")
+    assert tree(bad) == before
+
+
+def last_line_is_an_error(done: Done) -> bool:
+    return done.status == 2 and done.out == "" and done.err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("mode", [QUANT, "nmprune --save out/q.pth", UNSTR,
+                                  "struct --sparse-dir out"])
+def test_a_users_weights_are_nan(mode, bad, command, monkeypatch):
+    monkeypatch.chdir(bad)
+    before = tree(bad)
+    words = ["user/my_model.py:with_nan", "digits", *mode.split(), *QUICK]
+    assert last_line_is_an_error(command(*words))
+    assert tree(bad) == before
+
+
+@pytest.mark.parametrize("words", [f"rn9 digits {QUANT}", f"rn9 digits {UNSTR}",
+                                   "rn8 digits nmprune --load rn20.pth --save out/q.pth"])
+def test_no_empty_folder_is_left_of_what_is_refused(words, bad, command, monkeypatch):
+    monkeypatch.chdir(bad)
+    (bad / "out").rmdir()
+    before = tree(bad)
+    assert last_line_is_an_error(command(*words.split()))
+    assert tree(bad) == before
+
+
+def test_a_model_of_too_few_classes_leaves_nothing(bad, command, monkeypatch):
+    monkeypatch.chdir(bad)
+    before = tree(bad)
+    assert last_line_is_an_error(command("user/my_model.py:five", "digits", *QUANT.split(), *QUICK))
+    assert tree(bad) == before
+
+
+def test_images_too_small_for_the_model(bad, command, monkeypatch):
+    monkeypatch.chdir(bad)
+    words = ["user/my_model.py:large_kernel", "digits", *QUANT.split(), *QUICK]
+    check_refused(command(*words), "", tree(bad), bad)
+
+
+@pytest.mark.parametrize("save", ["out/q.json", "out/taken.pth"])
+def test_the_record_needs_a_place_too(save, bad, command, monkeypatch):
+    monkeypatch.chdir(bad)
+    (bad / "out" / "taken.json").mkdir()
+    check_refused(command("rn8", "digits", "nmprune", "--save", save), "", tree(bad), bad)
+
+
+def test_levels_too_close_for_their_names(bad, command, monkeypatch):
+    monkeypatch.chdir(bad)
+    words = [*UNSTR.split(), "--max-sparsity", "0.001", "--delta-sparse", "0.00001"]
+    check_refused(command("rn8", "digits", *words), "--delta-sparse", tree(bad), bad)
+
+
+def test_grids_that_do_not_fit(quant_run, command, tmp_path):
+    state = read(quant_run[1])
+    state["conv1.weight_quant.scale"] = torch.ones(3)
+    path = tmp_path / "odd.pth"
+    torch.save(state, path)
+    done = command("rn8", "digits", "quant", "--abits", 8, "--load", path, *QUICK)
+    check_refused(done, "conv1.weight_quant.scale", ["odd.pth"], tmp_path)
+
+
+# -- interrupted -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["nmprune --save {}/q.pth", "unstr --sparse-dir {}"])
+def test_a_killed_run_leaves_nothing_under_a_final_name(words, tmp_path):
+    process = start("rn8", "digits", *words.format(tmp_path).split(), *QUICK)
+    assert process.stderr.readline().startswith("conv1 ")  # now it is at work
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+
+
+def test_a_database_is_made_anew_after_a_killed_run(command, tmp_path):
+    partial = tmp_path / "db" / ".rn8.partial"
+    partial.mkdir(parents=True)
+    (partial / "conv1.pth").write_bytes(b"half a file")
+    make_database(command, tmp_path / "db", "unstr")
+
+
+@pytest.mark.parametrize("words", ["nmprune --save {}/q.pth", "unstr --sparse-dir {}"])
+def test_an_interrupted_run_tidies_up(words, tmp_path):
+    process = start("rn8", "digits", *words.format(tmp_path).split(), *QUICK)
+    first = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert first.startswith("conv1 ")
+    assert process.returncode == 130
+    assert out == "" and err.splitlines()[-1] == "error: interrupted"
+    assert tree(tmp_path) == []
