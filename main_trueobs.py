@@ -128,7 +128,7 @@ def output_file(args: argparse.Namespace) -> Path | None:
 def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
     """Sparsities whose density shrinks by the factor 1 − delta, from `low`; then `high` itself.
 
-    >>> [round(s, 3) for s in sparsity_grid(0, 0.3, 0.1)]
+    >>> [round(s, 3) for s in sparsity_grid(0.0, 0.3, 0.1)]
     [0.0, 0.1, 0.19, 0.271, 0.3]
     """
     levels, density = [], 1 - low

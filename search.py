@@ -1,11 +1,11 @@
 """The search for a profile: coefficients of a dynamic programme, judged by an evaluation.
 
-SPDY (Frantar & Alistarh, arXiv 2201.13096, section 4.2) and OBC (arXiv 2208.11580, section 4).
+SPDY (Frantar & Alistarh, arXiv 2201.13096), as used by OBC (arXiv 2208.11580).
 
     minimise  Σ_i a_i · error_i(level_i)   where  Σ_i cost_i(level_i) ≤ Σ_i dense cost_i / TARGET
 
-The dynamic programme (`dp.py`) solves this exactly, but errors do not quite add up over layers: the
-optimum for a_i = 1 is not the profile of least loss. The search looks for the a in [0, 1]^L whose
+The dynamic programme (`dp.py`) solves this, but errors do not quite add up over layers: the optimum
+for a_i = 1 is not the profile of least loss. The search looks for the a in [0, 1]^L whose
 solution has the least loss, as an evaluation of the user's tells:
 
     1  RANDOM_VECTORS vectors: all ones, so that the search is never worse than the plain programme;

@@ -9,8 +9,8 @@ A change in a layer leaves everything before it as it was. The model is traced (
 list of operations; for each batch the dense model runs once, and where it comes to a layer, only
 what follows is run for each of the layer's levels, from the values then alive. On average that is
 half of a network; nothing but one batch's live values is kept. Levels of a layer that are equal in
-all their tensors are run once. Operations in place are replaced by their copies, lest a level spoil
-the values that the next one starts from.
+all their tensors are run once. Where operations work in place, the values alive are put back after
+each level.
 """
 
 from __future__ import annotations
@@ -34,12 +34,7 @@ if TYPE_CHECKING:
 Batches = Iterable[tuple[Tensor, Tensor]]  # images, labels
 Scores = dict[str, dict[str, float]]  # layer → level → value
 
-OUT_OF_PLACE = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
+IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
 class Resumable(fx.Interpreter):
@@ -47,14 +42,19 @@ class Resumable(fx.Interpreter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(fx.symbolic_trace(model))
-        for module in self.module.modules():
-            if getattr(module, "inplace", False):
-                module.inplace = False
         self.nodes = list(self.graph.nodes)
         last_use = {user: node for node in self.nodes for user in node.all_input_nodes}
         self.dies_at: dict[fx.Node, list[fx.Node]] = {}
         for value, node in last_use.items():
             self.dies_at.setdefault(node, []).append(value)
+        self.in_place = any(self._in_place(node) for node in self.nodes)
+
+    def _in_place(self, node: fx.Node) -> bool:
+        """Whether an operation may change a value instead of making a new one."""
+        if node.op == "call_module":
+            return getattr(self.module.get_submodule(node.target), "inplace", False)
+        method = node.op == "call_method" and node.target.rstrip("_") + "_" == node.target
+        return method or node.target in IN_PLACE or bool(node.kwargs.get("inplace"))
 
     def first_call(self, layer: str) -> int | None:
         """Number of the first operation that calls a layer."""
@@ -74,15 +74,18 @@ class Resumable(fx.Interpreter):
                 return values[node]
         return None
 
-    def call_function(self, target: Callable, args: tuple, kwargs: dict) -> object:
-        if kwargs.get("inplace"):
-            kwargs = {**kwargs, "inplace": False}
-        return super().call_function(OUT_OF_PLACE.get(target, target), args, kwargs)
+    def kept(self, values: dict[fx.Node, object]) -> Callable[[], None]:
+        """A function that puts all values back as they are now."""
+        tensors = [value for value in values.values() if isinstance(value, Tensor)]
+        if not self.in_place:
+            return lambda: None
+        copies = [tensor.clone() for tensor in tensors]
 
-    def call_method(self, target: str, args: tuple, kwargs: dict) -> object:
-        if target.endswith("_") and not target.endswith("__") and isinstance(args[0], Tensor):
-            args = (args[0].clone(), *args[1:])
-        return super().call_method(target, args, kwargs)
+        def put_back() -> None:
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)
+
+        return put_back
 
     def images(self, images: Tensor) -> dict[fx.Node, object]:
         """The values before the first operation."""
@@ -101,6 +104,9 @@ class Whole:
 
     def images(self, images: Tensor) -> dict[str, Tensor]:
         return {"images": images}
+
+    def kept(self, values: dict[str, Tensor]) -> Callable[[], None]:
+        return lambda: None
 
     def advance(self, values: dict[str, Tensor], start: int, stop: int | None = None) -> object:
         return self.model(values["images"]) if stop is None else None
@@ -170,10 +176,11 @@ def losses(model: nn.Module, db: Database, batches: Batches, device: torch.devic
             for number, layer in order:
                 run.advance(values, at, number)
                 at = number
-                put = swap_layer(model, db, layer)
+                put, put_back = swap_layer(model, db, layer), run.kept(values)
                 for level in levels[layer]:
                     put(level)
                     outputs = run.advance(dict(values), number)
+                    put_back()
                     sums[layer][level] += _loss(outputs, labels) - dense_loss
                     bar.update()
                 put(None)

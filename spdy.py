@@ -1,6 +1,6 @@
 """Choose a level per layer for a target: `python spdy.py MODEL DATASET TARGET DATABASE` (--help).
 
-OBC (arXiv 2208.11580), section 4, with the search of SPDY (Frantar & Alistarh, arXiv 2201.13096).
+OBC (arXiv 2208.11580), with the search of SPDY (Frantar & Alistarh, arXiv 2201.13096).
 
     minimise  Σ_i error_i(level_i)   where  Σ_i cost_i(level_i) ≤ Σ_i dense cost_i / TARGET
 

@@ -1,0 +1,161 @@
+"""Errors per layer and level against the plain way: replace one layer, run the whole model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sensitivity
+from database import Database
+from quant import fit_activation_grid, set_activation_grid
+from vision import torchvision
+
+CPU = torch.device("cpu")
+
+
+class Residual(nn.Module):
+    """In-place operations of every kind, a shared layer, a side branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+        self.side = nn.Conv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        out = self.norm(self.shared(x))
+        out += self.side(x)
+        out = F.relu(out, inplace=True)
+        out.mul_(0.5)
+        out = self.shared(out)
+        return self.linear(out.mean((2, 3)))
+
+
+class Untraceable(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.sum()) < 1e9 else x
+
+
+def levels_of(model: nn.Module) -> Database:
+    """Dense, two pruned levels, one of which equals the other in a layer, and 4-bit inputs."""
+    states = {}
+    for level, share in (("0000", 0.0), ("3000", 0.3), ("6000", 0.6), ("9000", 0.6)):
+        net = copy.deepcopy(model)
+        for name, layer in net.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                weight = layer.weight.data.view(-1)
+                order = weight.abs().argsort()
+                keep = level == "9000" and name == "side"
+                weight[order[: int((0.0 if keep else share) * len(order))]] = 0
+                if level == "9000":
+                    set_activation_grid(layer, fit_activation_grid(torch.randn(99), 4))
+        states[level] = net.state_dict()
+    return Database("unstr", "net", states)
+
+
+def images(batches: int = 3, size: int = 12) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(5 + i, 3, size, size, generator=generator),
+            torch.randint(4, (5 + i,), generator=generator),
+        )
+        for i in range(batches)
+    ]
+
+
+def plain_losses(model: nn.Module, db: Database, batches: list) -> dict[str, dict[str, float]]:
+    def loss(net: nn.Module) -> float:
+        with torch.no_grad():
+            sums = [F.cross_entropy(net(x), y, reduction="sum") for x, y in batches]
+        return float(sum(sums)) / sum(len(y) for _, y in batches)
+
+    dense = loss(model)
+    scores: dict[str, dict[str, float]] = {}
+    for layer in db.layers:
+        for level in db.levels:
+            net = copy.deepcopy(model)
+            db.stitch(net, {layer: level})
+            scores.setdefault(layer, {})[level] = loss(net) - dense
+    return scores
+
+
+def model_of(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "resnet18":
+        return torchvision.models.resnet18(num_classes=4).eval()
+    return {"residual": Residual, "untraceable": Untraceable}[kind]().eval()
+
+
+@pytest.mark.parametrize("kind", ["residual", "untraceable", "resnet18"])
+def test_losses_are_those_of_the_plain_way(kind: str) -> None:
+    model = model_of(kind)
+    db = levels_of(model)
+    batches = images(1, 32) if kind == "resnet18" else images()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    scores = sensitivity.losses(model, db, batches, CPU)
+    wanted = plain_losses(model, db, batches)
+    assert list(scores) == db.layers and all(list(of) == db.levels for of in scores.values())
+    for layer in db.layers:
+        for level in db.levels:
+            assert scores[layer][level] == pytest.approx(wanted[layer][level], abs=2e-6)
+    assert any(abs(value) > 1e-4 for of in scores.values() for value in of.values())
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_the_plain_way_is_traced_only_where_it_can_be() -> None:
+    assert isinstance(sensitivity.runner(model_of("residual")), sensitivity.Resumable)
+    assert isinstance(sensitivity.runner(model_of("untraceable")), sensitivity.Whole)
+
+
+@pytest.mark.parametrize("kind", ["residual", "untraceable"])
+def test_squared_errors_are_the_definition(kind: str) -> None:
+    model = model_of(kind)
+    db, batches = levels_of(model), images()
+    scores = sensitivity.squared_errors(model, db, batches, CPU)
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in db.layers}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda m, x, y, name=name: seen[name].append((x[0].clone(), y.clone()))
+        )
+        for name in db.layers
+    ]
+    with torch.no_grad():
+        for x, _ in batches:
+            model(x)
+    for handle in handles:
+        handle.remove()
+    for name, calls in seen.items():
+        for level in db.levels:
+            net = copy.deepcopy(model)
+            db.stitch(net, {name: level})
+            layer = net.get_submodule(name)
+            with torch.no_grad():
+                error = sum(float((layer(x) - y).double().square().sum()) for x, y in calls)
+            energy = sum(float(y.double().square().sum()) for _, y in calls)
+            assert scores[name][level] == pytest.approx(error / energy, rel=1e-4, abs=1e-9)
+
+
+def test_equal_levels_run_once() -> None:
+    db = levels_of(model_of("residual"))
+    db.states = {"0000": db.states["0000"], "1000": db.states["0000"], "3000": db.states["3000"]}
+    db.levels = list(db.states)
+    sets = sensitivity.distinct_levels(db, "stem")
+    assert sets == {"0000": ["0000", "1000"], "3000": ["3000"]}
+
+
+def test_prior_is_quadratic_and_alike_for_all_layers() -> None:
+    db = levels_of(model_of("residual"))
+    prior = sensitivity.quadratic_prior(db)
+    assert prior["stem"] == {"0000": 0.0, "3000": 1 / 9, "6000": 4 / 9, "9000": 1.0}
+    assert all(of == prior["stem"] for of in prior.values())
