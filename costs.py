@@ -21,14 +21,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cli import UserError
-from database import Database, read_scores
 from modelutils import evaluating, find_layers
+from profiles import read_scores
 from quant import ACTIVATION_GRID, WEIGHT_GRID
+
+if TYPE_CHECKING:
+    from database import Database
 
 CONSTRAINTS = ("params", "bits", "flops", "bops", "timingsq")
 FULL_BITS = 32

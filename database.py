@@ -22,7 +22,7 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,8 +31,11 @@ from torch import Tensor, nn
 import cli
 import quant
 import sensitivity
-from cli import UserError, atomic_write, save_checkpoint
+from cli import UserError, save_checkpoint
+from costs import unit_cost
 from modelutils import load_checkpoint
+from profiles import read_profile, score_file, write_scores
+from quant import put_layer
 from session import Session
 
 SPARSITY = r"\d{4}"
@@ -116,14 +119,15 @@ class Database:
 
     def __init__(self, kind: str, model: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.kind, self.model, self.states = kind, model, states
-        self.levels = list(states)
-        first = states[self.levels[0]]
         suffix = ".weight"
         self.layers = [
             key.removesuffix(suffix)
-            for key, tensor in first.items()
+            for key, tensor in next(iter(states.values())).items()
             if key.endswith(suffix) and tensor.ndim in (2, 4)
         ]
+        if not self.layers:
+            raise UserError(f"no layers in the {kind} database of {model}")
+        self.levels = sorted(states, key=self._size, reverse=True)
 
     @classmethod
     def open(cls, kind: str, model: str, prefix: str | Path = "") -> Database:
@@ -149,6 +153,10 @@ class Database:
             check_same_model(files[names[0]], states[names[0]], files[level], states[level])
         return cls(kind, model, states)
 
+    def _size(self, level: str) -> float:
+        """What a level makes of the middle layer's BOPs, to put levels in order, largest first."""
+        return unit_cost(self.layer(self.layers[len(self.layers) // 2], level), "bops")
+
     def layer(self, layer: str, level: str) -> dict[str, Tensor]:
         """A layer's tensors at a level, by their names in the layer (`weight`, `bias`, grids)."""
         if level not in self.states:
@@ -172,16 +180,6 @@ class Database:
         for name in self.layers:
             weight = self.states[self.levels[0]][f"{name}.weight"]
             check_layer(name, layers.get(name), weight, self.kind)
-
-
-def put_layer(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a layer the weight, bias and grids in `tensors`, and no other grids."""
-    quant.clear_grids(layer)
-    with torch.no_grad():
-        layer.weight.copy_(tensors["weight"])
-        if layer.bias is not None and "bias" in tensors:
-            layer.bias.copy_(tensors["bias"])
-    quant.restore_grids(layer, tensors)
 
 
 def check_layer(name: str, layer: nn.Module | None, weight: Tensor, kind: str) -> None:
@@ -214,81 +212,6 @@ def check_same_model(
 def glob_safe(text: str) -> str:
     """`text` with the characters that mean something to a glob escaped."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
-
-# -- profiles and scores ---------------------------------------------------------------------------
-
-
-def score_file(folder: str | Path, model: str, kind: str, mode: str) -> Path:
-    """Where the scores of a database are: scores/<model>_<database>_<mode>.txt."""
-    return Path(folder) / f"{model}_{kind}_{mode}.txt"
-
-
-def read_lines(path: str | Path) -> Iterable[tuple[int, list[str]]]:
-    """Numbered lines of a text file that are not empty, split into words."""
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield number, line.split()
-
-
-def read_profile(path: str | Path) -> dict[str, str]:
-    """Layer → level, from lines `<level> <layer>`. Raises UserError that names the line."""
-    profile: dict[str, str] = {}
-    for number, words in read_lines(path):
-        if len(words) != 2:
-            raise UserError(f"{path}, line {number}: expected `<level> <layer>`")
-        level, layer = words
-        if layer in profile:
-            raise UserError(f"{path}, line {number}: {layer} stands there twice")
-        profile[layer] = level
-    if not profile:
-        raise UserError(f"{path}: no layers in it")
-    return profile
-
-
-def write_profile(path: str | Path, profile: Mapping[str, str]) -> None:
-    """The inverse of `read_profile`."""
-    with atomic_write(path) as file:
-        file.write("".join(f"{level} {layer}\n" for layer, level in profile.items()).encode())
-
-
-def read_scores(path: str | Path) -> dict[str, dict[str, float]]:
-    """Layer → level → value, from a layer's name on a line and `<value> <level>` lines below it."""
-    scores: dict[str, dict[str, float]] = {}
-    layer = None
-    for number, words in read_lines(path):
-        if len(words) == 1:
-            layer = words[0]
-            if layer in scores:
-                raise UserError(f"{path}, line {number}: {layer} stands there twice")
-            scores[layer] = {}
-            continue
-        try:
-            value, level = float(words[0]), words[1]
-        except ValueError:
-            value, level = 0.0, ""
-        if len(words) != 2 or not level or layer is None:
-            raise UserError(f"{path}, line {number}: expected a layer, or `<value> <level>`")
-        if level in scores[layer]:
-            raise UserError(f"{path}, line {number}: level {level} stands there twice")
-        scores[layer][level] = value
-    if not scores:
-        raise UserError(f"{path}: no scores in it")
-    return scores
-
-
-def write_scores(path: str | Path, scores: Mapping[str, Mapping[str, float]]) -> None:
-    """The inverse of `read_scores`; values keep all their digits."""
-    lines = []
-    for layer, values in scores.items():
-        lines += [layer, *(f"{value!r} {level}" for level, value in values.items())]
-    with atomic_write(path) as file:
-        file.write(("\n".join(lines) + "\n").encode())
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -38,9 +38,11 @@ from torch import Tensor, nn
 import cli
 from cli import UserError, log
 from corrections import batchnorm_tune, statistics_correction
-from database import KINDS, Database, model_tag, put_layer, read_profile
+from database import KINDS, Database, model_tag
 from datautils import calibration_batches
 from modelutils import find_layers
+from profiles import read_profile
+from quant import put_layer
 from retraining import finetune, global_adaprune, train_vectors
 from session import Session, load_compressed
 

@@ -151,3 +151,13 @@ def restore_grids(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             layer = model.get_submodule(layer_name)
             parts = (state[f"{name}.{part}"] for part in ("scale", "zero", "maxq"))
             setters[kind](layer, Grid(*(part.to(layer.weight.device).clone() for part in parts)))
+
+
+def put_layer(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a layer the weight, bias and grids in `tensors`, and no other grids."""
+    clear_grids(layer)
+    with torch.no_grad():
+        layer.weight.copy_(tensors["weight"])
+        if layer.bias is not None and "bias" in tensors:
+            layer.bias.copy_(tensors["bias"])
+    restore_grids(layer, tensors)

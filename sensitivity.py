@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from cli import log
 from modelutils import evaluating
+from quant import put_layer
 
 if TYPE_CHECKING:
     from database import Database
@@ -144,8 +145,6 @@ def expand(scores: Scores, levels: dict[str, dict[str, list[str]]], db: Database
 
 def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | None], None]:
     """A function that puts a layer at a level, or makes it dense again (None)."""
-    from database import put_layer  # not at the top: database imports this module
-
     module = model.get_submodule(layer)
     dense = {key: tensor.clone() for key, tensor in module.state_dict().items()}
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cli
-import database
 import dp
+import profiles
 from cli import UserError, log
 from corrections import BatchNorm, correct_statistics, norm_moments, placed
 from costs import CONSTRAINTS, layer_costs
@@ -185,12 +185,12 @@ def state_file(args: argparse.Namespace) -> Path:
 
 def read_problem(args: argparse.Namespace, db: Database, session: Session) -> Problem:
     """Costs and scores of the database."""
-    path = database.score_file(args.score_path, db.model, db.kind, args.errors)
+    path = profiles.score_file(args.score_path, db.model, db.kind, args.errors)
     if not path.exists():
         raise UserError(f"{path}: no such file; make it with python database.py {args.model} "
                         f"{args.dataset} {args.database} {args.errors}")
     costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
-    scores = database.read_scores(path)
+    scores = profiles.read_scores(path)
     return make_problem(db.levels, costs, scores, path, args.target, args.dpbuckets)
 
 
@@ -218,7 +218,7 @@ def report(problem: Problem, picks: list[int]) -> dict[str, float]:
 
 def score(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> None:
     """Print what the profile --score reaches, its objective and its calibration loss."""
-    picks = problem.picks(database.read_profile(args.score), args.score)
+    picks = problem.picks(profiles.read_profile(args.score), args.score)
     loss = evaluator(problem.profile(picks))
     if report(problem, picks)["cost"] > problem.budget:
         log.warning("%s misses the target %g", args.score, problem.target)
@@ -243,7 +243,7 @@ def choose(args: argparse.Namespace, problem: Problem, evaluator: Evaluator | No
         of_plain = math.nan if found["dp_loss"] is None else found["dp_loss"]
         cli.print_result(f"calibration loss {found['loss']:.6f} (--dp: {of_plain:.6f})")
     write_record(args, problem, choice.levels, figures | {"seconds": time.perf_counter() - started})
-    database.write_profile(path, problem.profile(choice.levels))
+    profiles.write_profile(path, problem.profile(choice.levels))
     if found:
         state_file(args).unlink(missing_ok=True)
     cli.print_result(f"profile {path}")

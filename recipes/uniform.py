@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli  # noqa: E402
 from costs import CONSTRAINTS, layer_costs  # noqa: E402
-from database import KINDS, Database, model_tag, score_file, write_profile  # noqa: E402
+from database import KINDS, Database, model_tag  # noqa: E402
+from profiles import write_profile  # noqa: E402
 from session import Session  # noqa: E402
 
 
@@ -26,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=" ".join(KINDS))
     parser.add_argument("--constr", choices=CONSTRAINTS, default="flops", help="what to count")
     parser.add_argument("--prefix", metavar="DIR", default="", help="where models_unstr/ etc. are")
-    parser.add_argument("--score_path", metavar="DIR", default="scores", help="timings are here")
+    parser.add_argument("--timings", metavar="FILE", help="measured seconds, for timingsq")
     parser.add_argument("--output", metavar="FILE", required=True, help="profile to write")
     return parser
 
@@ -34,8 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     db = Database.open(args.kind, model_tag(args.model), args.prefix)
     session = Session.of(args)
-    timings = score_file(args.score_path, db.model, db.kind, "timings")
-    costs = layer_costs(db, session.model, session.image_shape, args.constr, timings)
+    costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
     dense = sum(costs.dense.values())
     total = {level: sum(costs.levels[n][level] for n in db.layers) for level in db.levels}
     allowed = [level for level in db.levels if total[level] * args.target <= dense]

@@ -30,9 +30,14 @@ COMMANDS = {"main_trueobs", "database", "spdy", "post_proc"} & FILES.keys()
 
 
 def imports(tree: ast.Module) -> set[str]:
-    """Our own top-level modules that a module imports, anywhere in it."""
+    """Our own top-level modules that a module imports, anywhere in it, when it runs."""
     names = set()
+    never_run = {id(node) for branch in ast.walk(tree)
+                 if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+                 for node in branch.body}
     for node in ast.walk(tree):
+        if id(node) in never_run:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -33,7 +33,7 @@ def images(batches) -> Tensor:
     return torch.cat([images for images, _ in batches])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def dense() -> nn.Module:
     return get_model("rn8", "digits")
 
@@ -132,7 +132,7 @@ def test_batch_norm_tuning_restores_modes_and_momentum_and_leaves_dropout_off(ba
     modes = [model.training, model.drop.training, model.norm.training, model.fixed.training]
     assert modes == [False, True, False, False]
     mean = batches[0][0].mean((0, 2, 3)) * (1 - 0.9**50)
-    assert torch.allclose(model.norm.running_mean, mean, atol=1e-5)
+    assert torch.allclose(model.norm.running_mean, mean, atol=1e-4)
 
 
 def test_batch_norm_tuning_leaves_single_images_out(batches):
@@ -215,7 +215,8 @@ def test_corrected_statistics_are_the_dense_ones_everywhere(kind, dense, images)
         new_mean, new_std = moments_along(after[name], axes[name])
         assert torch.allclose(new_mean, mean, rtol=0, atol=1e-4), name
         assert torch.allclose(new_std, std, rtol=1e-4, atol=1e-4), name
-        assert not torch.allclose(moments_along(before[name], axes[name])[0], mean, atol=1e-3), name
+        if name != "bn1":  # which follows the layer that was left dense
+            assert not torch.allclose(moments_along(before[name], axes[name])[0], mean, atol=1e-3)
 
 
 def test_one_pass_equals_a_pass_for_each_norm(compressed, dense, images):
@@ -302,9 +303,8 @@ def test_zeros_grids_names_and_modes_stay(name, compressed, dense, batches):
     compressed.layer2.train()
     dense.layer1.train()
     ALL[name](compressed, dense, batches)
-    assert compressed.layer2.bn1.training and not compressed.layer1.training
-    assert dense.layer1.bn1.training and not dense.layer2.training
-    dense.eval()
+    assert compressed.layer2[0].bn1.training and not compressed.layer1[0].bn1.training
+    assert dense.layer1[0].bn1.training and not dense.layer2[0].bn1.training
     assert compressed.state_dict().keys() == before.state_dict().keys()
     assert not any(module._forward_hooks for module in compressed.modules())
     moved = 0
@@ -386,12 +386,12 @@ def test_gradients_pass_through_activation_grids(dense, batches, images):
     assert not torch.allclose(model[0].weight, before[0], atol=1e-4)
 
 
-def test_a_loss_that_runs_away_leaves_the_model_as_it_was(compressed, dense, batches):
-    before = copy.deepcopy(compressed.state_dict())
+def test_a_loss_that_runs_away_leaves_the_model_as_it_was(dense, batches):
+    model = perturbed(dense)
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(UserError, match="finetune: the loss is not finite"):
-        finetune(compressed, dense, batches, CPU, 2, 1e38)
-    assert all(torch.equal(tensor, before[key])
-               for key, tensor in compressed.state_dict().items())  # fmt: skip
+        finetune(model, dense, batches, CPU, 2, 1e30)
+    assert all(map(torch.equal, model.state_dict().values(), before.values()))
 
 
 @pytest.mark.parametrize("name", TRAININGS)

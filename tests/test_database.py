@@ -14,14 +14,8 @@ from torch import nn
 import database
 import main_trueobs
 from cli import UserError, save_checkpoint
-from database import (
-    Database,
-    LevelWriter,
-    read_profile,
-    read_scores,
-    write_profile,
-    write_scores,
-)
+from database import Database, LevelWriter
+from profiles import read_profile, read_scores, write_profile, write_scores
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
 
 
@@ -68,6 +62,7 @@ def test_mixed_levels_bring_their_grids_and_take_old_ones_away(tmp_path: Path) -
     level_files(tmp_path / "models_nm_quant", "a_b", {"24_4w4a": quantised(4)})
     level_files(tmp_path / "models_quant", "a_b_c", {"4w4a": net(3.0)})
     db = Database.open("mixed", "a_b", tmp_path)
+    assert db.levels[0] == "8w32a"  # the largest first
     assert sorted(db.levels) == ["24_4w4a", "4w4a", "8w32a"]
     model = net()
     db.stitch(model, {"0": "4w4a", "2": "8w32a"})
@@ -79,10 +74,10 @@ def test_mixed_levels_bring_their_grids_and_take_old_ones_away(tmp_path: Path) -
 
 
 def test_files_are_mapped_not_read(tmp_path: Path) -> None:
-    level_files(tmp_path / "models_unstr", "big", {"0000": nn.Linear(4000, 4000)})
+    level_files(tmp_path / "models_unstr", "big", {"0000": nn.Sequential(nn.Linear(4000, 4000))})
     path = tmp_path / "models_unstr" / "big_0000.pth"
     db = Database.open("unstr", "big", tmp_path)
-    tensor = db.states["0000"]["weight"]
+    tensor = db.states["0000"]["0.weight"]
     assert str(path) in Path("/proc/self/maps").read_text() and tensor.numel() == 16_000_000
 
 

@@ -23,6 +23,7 @@ import cli
 import database
 import dp
 import main_trueobs
+import profiles
 import search
 import spdy
 from costs import Costs
@@ -276,7 +277,7 @@ def test_the_programme_from_end_to_end(workplace, capsys):
     assert found["target"] == "2" and float(found["reached"]) >= 2
     assert float(found["discretisation error at most"]) >= 0
     assert found["profile"] == "rn8_unstr_200x_dp.txt"
-    profile = database.read_profile("rn8_unstr_200x_dp.txt")
+    profile = profiles.read_profile("rn8_unstr_200x_dp.txt")
     db = database.Database.open("unstr", "rn8")
     assert list(profile) == db.layers and set(profile.values()) <= set(db.levels)
     record = json.loads(Path("rn8_unstr_200x_dp.json").read_text())
