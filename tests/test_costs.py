@@ -77,8 +77,8 @@ def test_costs_are_the_definitions() -> None:
         }  # fmt: skip
     bops = layer_costs(db, net, shape, "bops")
     assert bops.dense["conv"] == 32 * flops["conv"]
-    assert [bops.dense["conv"] / bops.levels["conv"][lv] for lv in db.levels] == [4, 8, 16, 1]
-    assert [bops.dense["linear"] / bops.levels["linear"][lv] for lv in db.levels] == [4, 8, 8, 1]
+    assert [bops.dense["conv"] / bops.levels["conv"][lv] for lv in db.levels] == [1, 4, 8, 16]
+    assert [bops.dense["linear"] / bops.levels["linear"][lv] for lv in db.levels] == [1, 4, 8, 8]
     bits = layer_costs(db, net, shape, "bits")
     assert bits.dense["conv"] == 32 * params["conv"]
     assert bits.levels["conv"] == {
