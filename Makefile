@@ -19,7 +19,8 @@ demo: $(INSTALLED)
 	@PYTHON=$(VENV_PYTHON) ./demo.sh
 
 test: $(INSTALLED)
-	$(VENV_PYTHON) -m pytest -m "not gpu" $(PYTEST_OPTIONS)
+	@# two processes of one thread each: they would only wait for each other with more
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m "not gpu" -n 2 $(PYTEST_OPTIONS)
 
 test-gpu: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest -m gpu $(PYTEST_OPTIONS)

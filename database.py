@@ -127,7 +127,8 @@ class Database:
         ]
         if not self.layers:
             raise UserError(f"no layers in the {kind} database of {model}")
-        self.levels = sorted(states, key=self._size, reverse=True)
+        by_name = all(level.isdecimal() for level in states)  # sparsities
+        self.levels = sorted(states) if by_name else sorted(states, key=self._size, reverse=True)
 
     @classmethod
     def open(cls, kind: str, model: str, prefix: str | Path = "") -> Database:
@@ -154,8 +155,9 @@ class Database:
         return cls(kind, model, states)
 
     def _size(self, level: str) -> float:
-        """What a level makes of the middle layer's BOPs, to put levels in order, largest first."""
-        return unit_cost(self.layer(self.layers[len(self.layers) // 2], level), "bops")
+        """What a level makes of the largest layer's BOPs, to put levels in order."""
+        layer = max(self.layers, key=lambda name: self.states[level][f"{name}.weight"].numel())
+        return unit_cost(self.layer(layer, level), "bops")
 
     def layer(self, layer: str, level: str) -> dict[str, Tensor]:
         """A layer's tensors at a level, by their names in the layer (`weight`, `bias`, grids)."""

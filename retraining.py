@@ -115,6 +115,18 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the model's own parameters: the latents stand in for them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+@contextmanager
 def _rounding_with_gradient(model: nn.Module) -> Iterator[None]:
     """Activation grids let gradients through; their results stay the same."""
 
@@ -145,7 +157,7 @@ def _train(
     adam = torch.optim.Adam([item.latent for item in trainables.values()], lr=lr)
     progress = tqdm(total=epochs * len(batches), desc=task, leave=False, disable=None)
     losses = []
-    with progress, _eval_mode(model), _rounding_with_gradient(model):
+    with progress, _eval_mode(model), _frozen(model), _rounding_with_gradient(model):
         for _ in range(epochs):
             total, count = torch.zeros((), dtype=torch.float64, device=device), 0
             for images, labels in batches:
