@@ -15,23 +15,18 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import math
 import os
-import platform
 import re
 import stat
-import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-import numpy as np
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
@@ -276,9 +271,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` only once it is complete and on disk.
 
     On any exception inside, the temporary file is removed and what was at `path` stays. The parent
-    directory has to exist (`check_writable` makes it).
+    directory is made if it is missing.
     """
     target = _destination(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -294,11 +290,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise a UserError now if `path` could not be written later; make its parent if missing."""
+    """Raise a UserError now if `path` could not be written later. Leaves nothing behind."""
     target = _destination(path)
-    probe = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.tmp")
+    existing = next(folder for folder in target.parents if os.path.lexists(folder))
+    name = target.name if existing == target.parent else "x"
+    probe = existing / f"{name[:-12]}{uuid.uuid4().hex[:12]}"  # as long as the name itself
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         probe.open("xb").close()
         probe.unlink()
         if target.exists() and not os.access(target, os.W_OK):
@@ -326,75 +323,3 @@ def save_checkpoint(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -
         contents = buffer.getbuffer()
     with atomic_write(path) as file:
         file.write(contents)
-
-
-def _strict_json(value: Any) -> Any:
-    """`value` in JSON's own terms; NaN and infinities, which JSON lacks, become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _strict_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict_json(item) for item in value]
-    if isinstance(value, (np.generic, np.ndarray, Tensor)):
-        return _strict_json(value.tolist())
-    if isinstance(value, argparse.Namespace):
-        return _strict_json(vars(value))
-    if isinstance(value, (Path, torch.device, torch.dtype)):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
-    """Write the record of a run (arguments, environment, figures per layer) as strict JSON."""
-    text = json.dumps(_strict_json(record), indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_write(path) as file:
-        file.write(text.encode() + b"\n")
-
-
-# ------------------------------------------------------------------------------ environment
-
-
-def _git(*words: str) -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        answer = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True,
-                                timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
-
-
-def _git_revision() -> dict[str, Any] | None:
-    """The commit of this checkout and whether files differ from it; None if not a checkout."""
-    top, revision = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
-    if not top or not revision or Path(top).resolve() != Path(__file__).resolve().parent:
-        return None
-    return {"commit": revision, "dirty": bool(_git("status", "--porcelain"))}
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, the part of a run's record that makes its numbers comparable."""
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return {
-        "argv": list(sys.argv),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": metadata.version("torchvision"),
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
-        "git": _git_revision(),
-    }

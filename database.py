@@ -19,6 +19,7 @@ the layers it stitches. Which bits and how many zeros a level has is read off it
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -66,6 +67,16 @@ def level_name(sparsity: float) -> str:
     return f"{round(sparsity * 10_000):04d}"
 
 
+def level_names(sparsities: Sequence[float]) -> list[str]:
+    """The names of a grid of sparsities; raises UserError if two would get the same one."""
+    names = [level_name(sparsity) for sparsity in sparsities]
+    if len(set(names)) < len(names):
+        raise UserError(
+            "levels less than 0.0001 apart have the same name; choose a larger --delta-sparse"
+        )
+    return names
+
+
 # -- writing ---------------------------------------------------------------------------------------
 
 
@@ -78,6 +89,7 @@ class LevelWriter:
 
     def __init__(self, folder: Path, model: str, sparsities: Sequence[float]) -> None:
         self.folder, self.model, self.sparsities = folder, model, list(sparsities)
+        self.files = [f"{model}_{name}.pth" for name in level_names(self.sparsities)]
         self.parts = folder / f".{model}.partial"
         shutil.rmtree(self.parts, ignore_errors=True)
         self.parts.mkdir(parents=True)
@@ -97,14 +109,15 @@ class LevelWriter:
             layer: torch.load(self._part(layer), mmap=True, weights_only=True)["levels"]
             for layer in self.layers
         }
-        files = []
-        for index, sparsity in enumerate(self.sparsities):
+        made = self.parts / "levels"
+        for index, name in enumerate(self.files):
             state = dict(dense)
             state.update({f"{layer}.weight": parts[index] for layer, parts in levels.items()})
-            files.append(self.folder / f"{self.model}_{level_name(sparsity)}.pth")
-            save_checkpoint(state, files[-1])
+            save_checkpoint(state, made / name)
+        for name in self.files:  # all at once, as far as a file system can
+            os.replace(made / name, self.folder / name)
         self.discard()
-        return files
+        return [self.folder / name for name in self.files]
 
     def discard(self) -> None:
         """Remove what was kept beside; call it when the run fails."""

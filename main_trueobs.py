@@ -28,13 +28,15 @@ import cli
 import quant
 from calibration import activation_grids, attach_activation_grids, calibrate, in_passes
 from cli import UserError, log
-from database import LevelWriter, model_tag
+from database import LevelWriter, level_names, model_tag
 from hessian import SingularHessian
 from modelutils import find_layers
+from records import write_run
 from session import Session, load_compressed
 from trueobs import TrueOBS, default_memory
 
 NO_QUANTISATION = 32  # bits
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
 SPARSITY_GRIDS = {  # min, max, delta (DESIGN.md section 3)
     "unstr": (0.0, 0.99, 0.1),
     "blocked": (0.0, 0.95, 0.1),
@@ -91,38 +93,68 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+OPTIONS_OF = {
+    "quant": ("wbits", "abits", "wperweight", "wasym", "wminmax", "asym", "aminmax"),
+    "nmprune": ("prunen", "prunem"),
+    "blocked": ("blocked_size",),
+}
+
+
 def check_options(args: argparse.Namespace) -> None:
     """What argparse cannot see by itself; raises UserError before any work is done."""
+    check_belonging(args)
     if args.mode == "quant" and args.wbits == args.abits == NO_QUANTISATION:
         raise UserError("quant needs --wbits or --abits below 32")
-    if args.mode == "nmprune" and args.prunen > args.prunem:
+    if args.prunen > args.prunem:
         raise UserError(f"--prunen {args.prunen} is more than --prunem {args.prunem}")
+    if args.mode in SPARSITY_GRIDS:
+        fill_sparsity_grid(args)
+    args.nrounds = args.nrounds or (1 if args.noaug else 10)
+    if args.save:
+        if Path(args.save).suffix not in CHECKPOINT_SUFFIXES:
+            raise UserError(f"--save {args.save}: name a file in {' '.join(CHECKPOINT_SUFFIXES)}")
+        cli.check_writable(args.save)
+    if record := record_file(args):
+        cli.check_writable(record)
+
+
+def check_belonging(args: argparse.Namespace) -> None:
+    """Raise a UserError for an option of another mode: nothing is skipped in silence."""
+    parser = build_parser()
+    for mode, options in OPTIONS_OF.items():
+        for option in options:
+            if mode != args.mode and getattr(args, option) != parser.get_default(option):
+                flag = "--" + (option if option == "blocked_size" else option.replace("_", "-"))
+                raise UserError(f"{flag} belongs to {mode}, not to {args.mode}")
+    if args.save == "" or args.sparse_dir == "":
+        raise UserError("--save and --sparse-dir need a name")
     if args.mode in SPARSITY_GRIDS:
         if args.save:
             raise UserError(f"{args.mode} yields many models: name a --sparse-dir, not --save")
         if not args.sparse_dir:
             raise UserError(f"{args.mode} needs --sparse-dir DIR for its database")
-        default = SPARSITY_GRIDS[args.mode]
-        given = (args.min_sparsity, args.max_sparsity, args.delta_sparse)
-        low, high, delta = (d if g is None else g for d, g in zip(default, given, strict=True))
-        if low > high:
-            raise UserError(f"--min-sparsity {low:g} is above --max-sparsity {high:g}")
-        if delta == 0:
-            raise UserError("--delta-sparse must be above 0")
-        args.min_sparsity, args.max_sparsity, args.delta_sparse = low, high, delta
     elif args.sparse_dir:
         raise UserError(f"{args.mode} yields one model: name --save FILE, not --sparse-dir")
-    args.nrounds = args.nrounds or (1 if args.noaug else 10)
-    output = output_file(args)
-    if output:
-        cli.check_writable(output)
 
 
-def output_file(args: argparse.Namespace) -> Path | None:
-    """The file that a run is known by: its record goes beside it."""
+def fill_sparsity_grid(args: argparse.Namespace) -> None:
+    """The mode's own grid, where none is given; raises UserError if it is no grid."""
+    default = SPARSITY_GRIDS[args.mode]
+    given = (args.min_sparsity, args.max_sparsity, args.delta_sparse)
+    low, high, delta = (d if g is None else g for d, g in zip(default, given, strict=True))
+    if low > high:
+        raise UserError(f"--min-sparsity {low:g} is above --max-sparsity {high:g}")
+    if delta == 0:
+        raise UserError("--delta-sparse must be above 0")
+    args.min_sparsity, args.max_sparsity, args.delta_sparse = low, high, delta
+    level_names(sparsity_grid(low, high, delta))
+
+
+def record_file(args: argparse.Namespace) -> Path | None:
+    """Where the record of a run goes: beside its output."""
     if args.sparse_dir:
         return Path(args.sparse_dir) / f"{model_tag(args.model)}.json"
-    return Path(args.save) if args.save else None
+    return Path(args.save).with_suffix(".json") if args.save else None
 
 
 def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
@@ -296,10 +328,15 @@ def run(args: argparse.Namespace) -> None:
         reports = []
         if args.mode != "quant" or args.wbits < NO_QUANTISATION:
             reports = compress(dense, compressed, batches, args)
+        else:
+            log.info("weights left as they are (--wbits 32); activations: %d bits", args.abits)
         if args.save:
             cli.save_checkpoint(compressed.state_dict(), args.save)
         accuracy = session.accuracy(compressed)
-    write_run_record(args, reports, accuracy, time.perf_counter() - started)
+    if record := record_file(args):
+        seconds = time.perf_counter() - started
+        layers = [asdict(report) for report in reports]
+        write_run(record, "main_trueobs.py", args, seconds=seconds, top1=accuracy, layers=layers)
     if accuracy is not None:
         cli.print_result(f"top-1 {accuracy:.2f}")
 
@@ -320,23 +357,6 @@ def make_database(
         writer.discard()
     cli.print_result(f"{len(files)} levels in {args.sparse_dir}")
     return reports
-
-
-def write_run_record(
-    args: argparse.Namespace, reports: list[LayerReport], accuracy: float | None, seconds: float
-) -> None:
-    """Arguments, environment and figures of the run, as JSON beside its output."""
-    output = output_file(args)
-    if output is not None:
-        record = {
-            "command": "main_trueobs.py",
-            "arguments": vars(args),
-            "environment": cli.environment(),
-            "seconds": seconds,
-            "top1": accuracy,
-            "layers": [asdict(report) for report in reports],
-        }
-        cli.write_record(output.with_suffix(".json"), record)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,6 +43,7 @@ from datautils import calibration_batches
 from modelutils import find_layers
 from profiles import read_profile
 from quant import put_layer
+from records import write_run
 from retraining import finetune, global_adaprune, train_vectors
 from session import Session, load_compressed
 
@@ -233,15 +234,14 @@ def run(args: argparse.Namespace) -> None:
         cli.save_checkpoint(model.state_dict(), args.save)
     accuracy = session.accuracy(model)
     if args.save:
-        record = {
-            "command": "post_proc.py",
-            "arguments": vars(args),
-            "environment": cli.environment(),
-            "seconds": time.perf_counter() - started,
-            "top1": accuracy,
-            "corrections": [vars(report) for report in reports],
-        }
-        cli.write_record(Path(args.save).with_suffix(".json"), record)
+        write_run(
+            Path(args.save).with_suffix(".json"),
+            "post_proc.py",
+            args,
+            seconds=time.perf_counter() - started,
+            top1=accuracy,
+            corrections=[vars(report) for report in reports],
+        )
     cli.print_result(f"top-1 {accuracy:.2f}")
 
 

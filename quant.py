@@ -142,6 +142,7 @@ def restore_grids(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         AttributeError: if the state dict names a layer that the model has not.
         KeyError: if a grid in the state dict is not complete.
+        ValueError: if it is no grid for that layer.
     """
     setters = {WEIGHT_GRID: set_weight_grid, ACTIVATION_GRID: set_activation_grid}
     for key in state:
@@ -149,8 +150,21 @@ def restore_grids(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         layer_name, _, kind = name.rpartition(".")
         if kind in setters and part == "scale":
             layer = model.get_submodule(layer_name)
-            parts = (state[f"{name}.{part}"] for part in ("scale", "zero", "maxq"))
+            parts = [state[f"{name}.{part}"] for part in ("scale", "zero", "maxq")]
+            rows = len(layer.weight) if kind == WEIGHT_GRID else None
+            check_grid(name, rows, *parts)
             setters[kind](layer, Grid(*(part.to(layer.weight.device).clone() for part in parts)))
+
+
+def check_grid(name: str, rows: int | None, scale: Tensor, zero: Tensor, maxq: Tensor) -> None:
+    """Raise a ValueError unless these are a grid: of (rows, 1), or of () where rows is None."""
+    shape = () if rows is None else (rows, 1)
+    if scale.shape != shape or zero.shape != shape or maxq.shape != ():
+        raise ValueError(f"{name} has the wrong shape")
+    highest = float(maxq)
+    codes = 1 <= highest < 2**16 and torch.equal(zero, zero.round().clamp(0, highest))
+    if not (codes and bool(torch.isfinite(scale).all() & (scale > 0).all())):
+        raise ValueError(f"{name} is not a quantisation grid")
 
 
 def put_layer(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,8 @@ A rounding's gradient is zero almost everywhere; it is taken to be 1 within the 
 beyond ("straight through", Bengio et al., arXiv 1308.3432), for weights and activations alike.
 Training is done in eval mode: batch norms keep their running statistics, so what is trained is
 what will be used, and dropout is off. V lives outside of the model, which is written once, at the
-end; whatever interrupts the training leaves the model as it was.
+end; whatever interrupts the training leaves the model as it was. A quantised weight moves once its
+latent has gone half a step: at rates of 1e-5, norms and biases do most of what can be done there.
 
     symbol   variable   shape               meaning
     V        latent     the parameter's     what Adam moves

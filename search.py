@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-import cli
 import dp
+import records
 from cli import UserError, log
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def advance(
 
 def save_state(path: Path, fingerprint: Mapping[str, Any], state: State) -> None:
     """Write a state, with what it is valid for."""
-    cli.write_record(path, {"fingerprint": fingerprint, "state": asdict(state)})
+    records.write_record(path, {"fingerprint": fingerprint, "state": asdict(state)})
 
 
 def load_state(path: Path, fingerprint: Mapping[str, Any]) -> State | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import quant
 from cli import UserError, resolve_device
 from datautils import Batches, ImageData, calibration_batches, load_data, test_batches
-from modelutils import evaluate, find_layers, get_model, load_checkpoint, load_state
+from modelutils import evaluate, evaluating, find_layers, get_model, load_checkpoint, load_state
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Session:
             nsamples=args.nsamples,
             seed=args.seed,
         )
+        torch.manual_seed(args.seed)  # for a model of the user's own that starts at random
         model = get_model(args.model, args.dataset, args.weights, len(data.classes)).to(device)
-        if not find_layers(model):
-            raise UserError(f"{args.model} has no convolution or linear layer to compress")
+        check_model(model, args.model, data)
         return cls(args, device, data, model)
 
     @property
@@ -72,6 +72,30 @@ class Session:
         return evaluate(model, batches, self.device)
 
 
+def check_model(model: nn.Module, name: str, data: ImageData) -> None:
+    """Raise a UserError, before hours are spent, unless the model can be compressed and run."""
+    if not find_layers(model):
+        raise UserError(f"{name} has no convolution or linear layer to compress")
+    for key, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name}: {key} has NaN or infinite values")
+    size, classes = data.image_size, len(data.classes)
+    images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
+    try:
+        with evaluating(model):
+            outputs = model(images)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{name} cannot take images of {size}×{size} pixels (--image-size): {error}"
+        ) from None
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
+        raise UserError(f"{name} does not return class scores of shape (images, classes)")
+    if outputs.shape[1] < classes:
+        raise UserError(
+            f"{name} tells {outputs.shape[1]} classes apart, but {data.name} has {classes}"
+        )
+
+
 def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     """Load a checkpoint that a command of ours saved, with its grids, into a dense model.
 
@@ -80,7 +104,7 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[s
     state = load_checkpoint(path)
     try:
         quant.restore_grids(model, state)
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: does not fit the model: {error}") from None
     load_state(model, state, path)
     return state

@@ -39,6 +39,7 @@ from corrections import BatchNorm, correct_statistics, norm_moments, placed
 from costs import CONSTRAINTS, layer_costs
 from database import KINDS, Database, model_tag
 from modelutils import evaluating, mean_loss
+from records import write_run
 from search import Problem, State, load_state, make_problem, picks_key, save_state, search
 from session import Session
 
@@ -254,14 +255,9 @@ def write_record(
 ) -> None:
     """Arguments, environment and figures of the run, as JSON beside the profile."""
     rows = zip(problem.profile(picks).items(), problem.costs, problem.errors, picks, strict=True)
-    cli.write_record(profile_file(args).with_suffix(".json"), {
-        "command": "spdy.py",
-        "arguments": vars(args),
-        "environment": cli.environment(),
-        **figures,
-        "layers": [{"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
-                   for (layer, level), cost, error, pick in rows],
-    })
+    layers = [{"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
+              for (layer, level), cost, error, pick in rows]
+    write_run(profile_file(args).with_suffix(".json"), "spdy.py", args, **figures, layers=layers)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -379,11 +379,14 @@ def weights_at(
 def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor:  # (R, d, d)
     """Cholesky factor of each system's H⁻¹ with its columns in a given order.
 
-    In float64 for a system where the inverse's own precision does not carry.
+    In float64 where the inverse's own precision does not carry.
     """
     pairs = zip(system, order, strict=True)
     A = torch.stack([inverse.matrix[g].index_select(0, o).index_select(1, o) for g, o in pairs])
     L, info = torch.linalg.cholesky_ex(A)
+    if bool((info == 0).all()):
+        return L
+    L, info = torch.linalg.cholesky_ex(A.double())
     if not bool((info == 0).all()):
-        L = torch.linalg.cholesky(A.double())
+        raise ArithmeticError("the inverse Hessian is not positive definite; try --rel-damp 1e-2")
     return L

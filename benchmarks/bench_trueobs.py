@@ -46,6 +46,7 @@ if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
+import records
 from elimination import Trace, Unstructured, eliminate
 from hessian import Inverse, damped_inverse
 
@@ -296,10 +297,10 @@ def run(args: argparse.Namespace) -> None:
         record = {
             "command": "benchmarks/bench_trueobs.py",
             "arguments": vars(args),
-            "environment": cli.environment(),
+            "environment": records.environment(),
             "results": [asdict(result) for result in results],
         }
-        cli.write_record(args.out, record)
+        records.write_record(args.out, record)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import cli
+import records
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,10 +205,13 @@ def test_what_is_not_a_regular_file_is_never_replaced(write, tmp_path):
         write("/dev/null")
 
 
-def test_check_writable_makes_the_parent_and_nothing_else(tmp_path):
-    path = tmp_path / "models_nm" / "rn18_24.pth"
+def test_check_writable_makes_nothing_and_atomic_write_makes_the_parent(tmp_path):
+    path = tmp_path / "models_nm" / "deep" / "rn18_24.pth"
     cli.check_writable(path)
-    assert os.listdir(tmp_path) == ["models_nm"] and os.listdir(tmp_path / "models_nm") == []
+    assert os.listdir(tmp_path) == []
+    with cli.atomic_write(path) as file:
+        file.write(b"x")
+    assert path.read_bytes() == b"x"
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(cli.UserError, match="cannot be written"):
         cli.check_writable(tmp_path / "file" / "x.pth")
@@ -263,7 +267,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, suffix, capsy
 
 def test_records_are_strict_json(tmp_path):
     path = tmp_path / "run.json"
-    cli.write_record(path, {
+    records.write_record(path, {
         "nan": math.nan, "inf": [1.5, -math.inf], 3: (1, 2), "path": Path("a/b"),
         "numpy": np.float32(0.5), "array": np.array([1.0, math.nan]), "device": torch.device("cpu"),
         "tensor": torch.tensor([2, 3]), "args": argparse.Namespace(seed=0), "none": None,
@@ -272,12 +276,12 @@ def test_records_are_strict_json(tmp_path):
         "nan": None, "inf": [1.5, None], "3": [1, 2], "path": "a/b", "numpy": 0.5,
         "array": [1.0, None], "device": "cpu", "tensor": [2, 3], "args": {"seed": 0}, "none": None}
     with pytest.raises(TypeError):
-        cli.write_record(path, {"x": object()})
+        records.write_record(path, {"x": object()})
     assert json.loads(path.read_text())["3"] == [1, 2]
 
 
 def test_environment_can_be_recorded(tmp_path):
-    found = cli.environment()
+    found = records.environment()
     assert found["torch"] == torch.__version__ and found["cores"] >= 1 and found["processor"]
     assert found["git"] is None or len(found["git"]["commit"]) == 40
-    cli.write_record(tmp_path / "run.json", found)
+    records.write_record(tmp_path / "run.json", found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -287,15 +288,20 @@ def test_statistics_correction_leaves_no_hooks_and_restores_modes(compressed, de
 
 
 TRAININGS: dict[str, Callable] = {
-    "gap": lambda model, dense, batches: global_adaprune(model, dense, batches, CPU, 3, 1e-3),
-    "lintune": lambda model, dense, batches: train_vectors(model, dense, batches, CPU, 3, 1e-3),
-    "lintune-loss": lambda model, dense, batches: train_vectors(
-        model, dense, batches, CPU, 3, 1e-3, cross_entropy=True),
-    "finetune": lambda model, dense, batches: finetune(model, dense, batches, CPU, 3, 1e-3),
-    "finetune-mse": lambda model, dense, batches: finetune(
-        model, dense, batches, CPU, 3, 1e-3, cross_entropy=False),
+    "gap": global_adaprune,
+    "lintune": train_vectors,
+    "lintune-loss": partial(train_vectors, cross_entropy=True),
+    "finetune": finetune,
+    "finetune-mse": partial(finetune, cross_entropy=False),
 }
-ALL = TRAININGS | {
+
+
+def train(name: str, model: nn.Module, dense: nn.Module, batches, lr: float = 1e-3) -> list[float]:
+    """Three epochs; at the default rate some weights move from grid value to grid value."""
+    return TRAININGS[name](model, dense, batches, CPU, epochs=3, lr=lr)
+
+
+ALL = {name: partial(train, name) for name in TRAININGS} | {
     "bnt": lambda model, dense, batches: batchnorm_tune(model, batches, CPU, 5),
     "statcorr": lambda model, dense, batches: statistics_correction(
         model, dense, batches[0][0], CPU),
@@ -353,10 +359,10 @@ def test_each_training_lowers_its_own_loss(name, compressed, dense, batches, ima
             return float(F.cross_entropy(compressed(images), labels))
 
     before = loss()
-    losses = TRAININGS[name](compressed, dense, batches)
+    losses = train(name, compressed, dense, batches, lr=3e-4)
     assert len(losses) == 3
     assert losses[2] < losses[0]
-    assert loss() < 0.99 * before
+    assert loss() < 0.97 * before
 
 
 def test_global_adaprune_reports_the_mean_relative_error_of_all_layers(compressed, dense, batches):
@@ -367,7 +373,7 @@ def test_global_adaprune_reports_the_mean_relative_error_of_all_layers(compresse
 
 def test_lintune_moves_vectors_only(compressed, dense, batches):
     before = copy.deepcopy(compressed.state_dict())
-    TRAININGS["lintune"](compressed, dense, batches)
+    train("lintune", compressed, dense, batches)
     changed = {key for key, tensor in compressed.state_dict().items()
                if not torch.equal(tensor, before[key])}  # fmt: skip
     vectors = {name for name, parameter in compressed.named_parameters() if parameter.ndim == 1}
@@ -403,9 +409,9 @@ def test_a_loss_that_runs_away_leaves_the_model_as_it_was(dense, batches):
 def test_training_is_deterministic(name, compressed, dense, batches):
     other = copy.deepcopy(compressed)
     torch.manual_seed(1)
-    TRAININGS[name](compressed, dense, batches)
+    train(name, compressed, dense, batches)
     torch.manual_seed(2)  # the global generator plays no part
-    TRAININGS[name](other, dense, batches)
+    train(name, other, dense, batches)
     assert all(map(torch.equal, compressed.state_dict().values(), other.state_dict().values()))
 
 

@@ -254,8 +254,10 @@ def test_restoring_a_model_that_is_a_single_layer() -> None:
 
 def test_restoring_into_another_model_is_an_error() -> None:
     model, _ = quantised_model()
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match="weight_quant has the wrong shape"):
         restore_grids(nn.Sequential(nn.Linear(2, 2)), model.state_dict())
+    with pytest.raises(AttributeError):
+        restore_grids(nn.Sequential(), model.state_dict())
 
 
 def test_bits_of_a_grid() -> None:
