@@ -49,9 +49,6 @@ DEFAULT_PATHS = {"imagenet": "../imagenet", "cifar10": "../cifar10"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
 MAX_WORKERS = 8
 
-_functional = torchvision.transforms.functional
-_BILINEAR = torchvision.transforms.InterpolationMode.BILINEAR
-
 
 # ------------------------------------------------------------------------- images and labels
 
@@ -106,9 +103,9 @@ class View:
     def plain(self, image: Image.Image) -> Image.Image:
         """The view for testing, and for calibration without augmentation."""
         if self.crops:
-            shorter = round(self.size * 256 / 224)
-            image = _functional.resize(image, shorter, _BILINEAR)
-            return _functional.center_crop(image, self.size)
+            functional = torchvision.transforms.functional  # bilinear by default
+            image = functional.resize(image, round(self.size * 256 / 224))
+            return functional.center_crop(image, self.size)
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         return image
@@ -118,7 +115,8 @@ class View:
         if self.crops:
             box = torchvision.transforms.RandomResizedCrop.get_params(
                 image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
-            image = _functional.resized_crop(image, *box, [self.size, self.size], _BILINEAR)
+            size = [self.size, self.size]
+            image = torchvision.transforms.functional.resized_crop(image, *box, size)
         else:
             padding = self.size // 8
             left, upper = torch.randint(-padding, padding + 1, (2,)).tolist()

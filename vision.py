@@ -1,4 +1,4 @@
-"""torchvision beside any PyTorch: the one import in this project that does something.
+"""torchvision beside any PyTorch, imported when it is first used.
 
 The problem. PyPI's torchvision wheel is built for CUDA. Next to a CPU-only PyTorch its compiled
 extension ``_C`` cannot be loaded (a CUDA library is missing), and torchvision then dies in its own
@@ -15,13 +15,19 @@ signatures, no code), so that their descriptions have something to attach to. Da
 and classification models need none of the extension's operators; box operators keep raising
 torchvision's own error when they are called.
 
-Everybody writes ``from vision import torchvision`` and never ``import torchvision``.
+Everybody writes ``from vision import torchvision`` and never ``import torchvision``. The import
+itself takes seconds (it loads PyTorch's compiler) and happens when the first attribute is used, so
+that the CIFAR networks and the embedded data do not wait for what they do not use.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -57,7 +63,18 @@ def declare_operators() -> torch.library.Library:
     return library
 
 
-# The declarations vanish with the object that made them: it has to outlive torchvision.
-_declarations = None if extension_loads() else declare_operators()
+@cache
+def imported() -> tuple[ModuleType, torch.library.Library | None]:
+    """torchvision, and the declarations, which vanish with the object that made them."""
+    declarations = None if extension_loads() else declare_operators()
+    return importlib.import_module("torchvision"), declarations
 
-import torchvision  # noqa: E402  (the lines above are what makes this import work)
+
+class _Torchvision:
+    """Stands for the package; see the module docstring."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(imported()[0], name)
+
+
+torchvision = _Torchvision()
