@@ -9,20 +9,23 @@ A change in a layer leaves everything before it as it was. The model is traced (
 list of operations; for each batch the dense model runs once, and where it comes to a layer, only
 what follows is run for each of the layer's levels, from the values then alive. On average that is
 half of a network; nothing but one batch's live values is kept. Levels of a layer that are equal in
-all their tensors are run once. Where operations work in place, the values alive are put back after
-each level.
+all their tensors are run once, those equal to the dense layer not at all. Batch norms behind the
+layer are folded into their convolutions, which changes a loss by rounding only. Where operations
+work in place, the values alive are put back after each level.
 """
 
 from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from cli import log
@@ -49,6 +52,7 @@ class Resumable(fx.Interpreter):
         for value, node in last_use.items():
             self.dies_at.setdefault(node, []).append(value)
         self.in_place = any(self._in_place(node) for node in self.nodes)
+        self.folded = self._folded()
 
     def _in_place(self, node: fx.Node) -> bool:
         """Whether an operation may change a value instead of making a new one."""
@@ -57,6 +61,21 @@ class Resumable(fx.Interpreter):
         method = node.op == "call_method" and node.target.rstrip("_") + "_" == node.target
         return method or node.target in IN_PLACE or bool(node.kwargs.get("inplace"))
 
+    def _folded(self) -> dict[fx.Node, tuple[nn.Module, fx.Node]]:
+        """Convolution → the same with the batch norm behind it folded in, and that batch norm."""
+        calls = [node for node in self.nodes if node.op == "call_module"]
+        once = Counter(node.target for node in calls)
+        folded = {}
+        for norm in calls:
+            conv = norm.args[0] if norm.args else None
+            if conv not in calls or len(conv.users) > 1 or once[conv.target] > 1:
+                continue
+            modules = [self.module.get_submodule(node.target) for node in (conv, norm)]
+            if type(modules[0]) is nn.Conv2d and type(modules[1]) is nn.BatchNorm2d:
+                if not modules[1].training and modules[1].running_mean is not None:
+                    folded[conv] = (fuse_conv_bn_eval(*modules), norm)
+        return folded
+
     def first_call(self, layer: str) -> int | None:
         """Number of the first operation that calls a layer."""
         for number, node in enumerate(self.nodes):
@@ -64,16 +83,31 @@ class Resumable(fx.Interpreter):
                 return number
         return None
 
-    def advance(self, values: dict[fx.Node, object], start: int, stop: int | None = None) -> object:
-        """Run operations start … stop−1 on `values`, in place; the model's output, if it comes."""
+    def advance(self, values: dict[fx.Node, object], start: int, stop: int) -> None:
+        """Run operations start … stop−1 on `values`, in place, as the model does."""
         self.env = values
         for node in self.nodes[start:stop]:
             values[node] = self.run_node(node)
-            for dead in self.dies_at.get(node, ()):
-                values.pop(dead, None)
-            if node.op == "output":
-                return values[node]
-        return None
+            self._forget(values, node)
+
+    def finish(self, values: dict[fx.Node, object], start: int) -> object:
+        """Run operation `start`, as it is, and all that follow, folded; the model's output."""
+        self.env, done = values, set()
+        for number, node in enumerate(self.nodes[start:]):
+            if number and node in self.folded:
+                module, norm = self.folded[node]
+                values[node] = module(*self.map_nodes_to_values(node.args, node))
+                done.add(norm)
+            elif node in done:
+                values[node] = values[node.args[0]]
+            else:
+                values[node] = self.run_node(node)
+            self._forget(values, node)
+        return values[node]
+
+    def _forget(self, values: dict[fx.Node, object], node: fx.Node) -> None:
+        for dead in self.dies_at.get(node, ()):
+            values.pop(dead, None)
 
     def kept(self, values: dict[fx.Node, object]) -> Callable[[], None]:
         """A function that puts all values back as they are now."""
@@ -109,8 +143,11 @@ class Whole:
     def kept(self, values: dict[str, Tensor]) -> Callable[[], None]:
         return lambda: None
 
-    def advance(self, values: dict[str, Tensor], start: int, stop: int | None = None) -> object:
-        return self.model(values["images"]) if stop is None else None
+    def advance(self, values: dict[str, Tensor], start: int, stop: int) -> None:
+        """Nothing: `finish` does it all."""
+
+    def finish(self, values: dict[str, Tensor], start: int) -> object:
+        return self.model(values["images"])
 
 
 def runner(model: nn.Module) -> Resumable | Whole:
@@ -122,25 +159,29 @@ def runner(model: nn.Module) -> Resumable | Whole:
         return Whole(model)
 
 
-def distinct_levels(db: Database, layer: str) -> dict[str, list[str]]:
-    """One level of each set of equal ones → all levels of the set."""
-    sets: dict[bytes, list[str]] = {}
+def distinct_levels(db: Database, layer: str, dense: nn.Module) -> dict[str, list[str]]:
+    """One level of each set of equal ones → all levels of the set; those equal to dense: ""."""
+    sets: dict[bytes, list[str]] = {digest(dense.state_dict()): [""]}
     for level in db.levels:
-        content = hashlib.sha256()
-        for key, tensor in sorted(db.layer(layer, level).items()):
-            content.update(key.encode())
-            content.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        sets.setdefault(content.digest(), []).append(level)
+        sets.setdefault(digest(db.layer(layer, level)), []).append(level)
     return {names[0]: names for names in sets.values()}
 
 
-def expand(scores: Scores, levels: dict[str, dict[str, list[str]]], db: Database) -> Scores:
-    """Scores of distinct levels, given to all levels, in the database's order."""
-    full: Scores = {}
-    for layer, values in scores.items():
-        of = {name: values[one] for one, names in levels[layer].items() for name in names}
-        full[layer] = {level: of[level] for level in db.levels}
-    return full
+def digest(tensors: Mapping[str, Tensor]) -> bytes:
+    """A short name for the contents of some tensors."""
+    content = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        content.update(key.encode())
+        content.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return content.digest()
+
+
+def all_levels(
+    values: Mapping[str, float], sets: Mapping[str, list[str]], db: Database
+) -> dict[str, float]:
+    """Values of distinct levels, given to all levels of each set, in the database's order."""
+    of = {name: values.get(one, 0.0) for one, names in sets.items() for name in names}
+    return {level: of[level] for level in db.levels}
 
 
 def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | None], None]:
@@ -159,35 +200,46 @@ def losses(model: nn.Module, db: Database, batches: Batches, device: torch.devic
 
     The model is dense, and dense again afterwards.
     """
-    run = runner(model)
-    levels = {layer: distinct_levels(db, layer) for layer in db.layers}
-    calls = {layer: run.first_call(layer) for layer in db.layers}
-    order = sorted((n, layer) for layer, n in calls.items() if n is not None)
-    sums = {layer: dict.fromkeys(levels[layer], 0.0) for layer in db.layers}
-    images_seen = 0
-    total = sum(len(levels[layer]) for _, layer in order) * _count(batches)
-    with evaluating(model), tqdm(total=total, desc="loss", leave=False, disable=None) as bar:
-        for images, labels in batches:
-            labels = labels.to(device)
-            images_seen += len(images)
-            dense_loss = _loss(run.advance(run.images(_layout(images, device)), 0), labels)
-            values, at = run.images(_layout(images, device)), 0
-            for number, layer in order:
-                run.advance(values, at, number)
-                at = number
-                put, put_back = swap_layer(model, db, layer), run.kept(values)
-                for level in levels[layer]:
-                    put(level)
-                    outputs = run.advance(dict(values), number)
-                    put_back()
-                    sums[layer][level] += _loss(outputs, labels) - dense_loss
+    with evaluating(model):
+        run = runner(model)
+        sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
+        sums = {layer: dict.fromkeys((lv for lv in sets[layer] if lv), 0.0) for layer in db.layers}
+        images_seen = 0
+        total = sum(len(levels) for levels in sums.values()) * _count(batches)
+        with tqdm(total=total, desc="loss", leave=False, disable=None) as bar:
+            for images, labels in batches:
+                changes = batch_changes(run, model, db, sums, _layout(images, device), labels)
+                for layer, level, change in changes:
+                    sums[layer][level] += change
                     bar.update()
-                put(None)
-    means = {
-        layer: {level: value / images_seen for level, value in of.items()}
-        for layer, of in sums.items()
-    }
-    return expand(means, levels, db)
+                images_seen += len(images)
+    means = {x: {lv: total / images_seen for lv, total in of.items()} for x, of in sums.items()}
+    return {layer: all_levels(means[layer], sets[layer], db) for layer in db.layers}
+
+
+def batch_changes(
+    run: Resumable | Whole,
+    model: nn.Module,
+    db: Database,
+    wanted: Mapping[str, Iterable[str]],  # layer → levels
+    images: Tensor,
+    labels: Tensor,
+) -> Iterator[tuple[str, str, float]]:  # layer, level, change of the summed loss
+    """Run one batch at every level of every layer, each from where the layer is called."""
+    labels = labels.to(images.device)
+    calls = {layer: run.first_call(layer) for layer in wanted}
+    dense_loss = _loss(run.finish(run.images(images.clone()), 0), labels)
+    values, at = run.images(images), 0
+    for number, layer in sorted((n, layer) for layer, n in calls.items() if n is not None):
+        run.advance(values, at, number)
+        at = number
+        put, put_back = swap_layer(model, db, layer), run.kept(values)
+        for level in wanted[layer]:
+            put(level)
+            change = _loss(run.finish(dict(values), number), labels) - dense_loss
+            put_back()
+            yield layer, level, change
+        put(None)
 
 
 def _layout(images: Tensor, device: torch.device) -> Tensor:
@@ -208,8 +260,8 @@ def squared_errors(
     model: nn.Module, db: Database, batches: Batches, device: torch.device
 ) -> Scores:
     """‖y − ŷ‖² / ‖y‖² of every layer's output at every level, its inputs the dense model's."""
-    levels = {layer: distinct_levels(db, layer) for layer in db.layers}
-    errors = {layer: dict.fromkeys(levels[layer], 0.0) for layer in db.layers}
+    sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
+    errors = {layer: dict.fromkeys((lv for lv in sets[layer] if lv), 0.0) for layer in db.layers}
     energy = dict.fromkeys(db.layers, 0.0)
 
     def hook(layer: str) -> Callable:
@@ -218,7 +270,7 @@ def squared_errors(
         def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             handles[layer].remove()  # the calls below are ours
             energy[layer] += float(output.double().square().sum())
-            for level in levels[layer]:
+            for level in errors[layer]:
                 put(level)
                 difference = module(*inputs) - output
                 errors[layer][level] += float(difference.double().square().sum())
@@ -241,7 +293,7 @@ def squared_errors(
         layer: {level: value / (energy[layer] or 1.0) for level, value in of.items()}
         for layer, of in errors.items()
     }
-    return expand(relative, levels, db)
+    return {layer: all_levels(relative[layer], sets[layer], db) for layer in db.layers}
 
 
 def quadratic_prior(db: Database) -> Scores:

@@ -1,4 +1,5 @@
 # Sourced by the recipes: MODEL and DATASET, the options passed on, and a folder for the results.
+# Standard output is for the table alone; what the commands print goes to standard error.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: $0 MODEL DATASET [common options, see main_trueobs.py --help]" >&2
@@ -16,18 +17,25 @@ mkdir -p "$OUT"
 RESULTS=$OUT/$RECIPE.tsv
 : > "$RESULTS"
 
-run() {  # run() SCRIPT ARGS…: one of our commands on MODEL DATASET, with the common options
+run() {  # run SCRIPT ARGS…: one of our commands on MODEL DATASET, with the common options
     local script=$1
-    shift
-    "$PYTHON" "$ROOT/$script" "$MODEL" "$DATASET" "$@" "${OPTIONS[@]}"
+    shift  # the odd form of OPTIONS: an empty array is "unbound" to bash 3
+    "$PYTHON" "$ROOT/$script" "$MODEL" "$DATASET" "$@" ${OPTIONS[@]+"${OPTIONS[@]}"}
 }
 
-record() {  # record METHOD TARGET COST TOP1: a line of the table; COST is dense / reached
+make_file() {  # the same, for a command whose result is a file
+    run "$@" >&2
+}
+
+# A command that fails inside $(…) stops the recipe only where $(…) is assigned: never use it as an
+# argument.
+
+top1() {  # top1 SCRIPT ARGS…: run, and print the accuracy in the last line
+    run "$@" | tail -n 1 | sed -n 's/^top-1 //p'
+}
+
+record() {  # record METHOD TARGET REACHED TOP1: a line of the table
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$RESULTS"
-}
-
-top1() {  # the accuracy in a command's last line
-    tail -n 1 | sed -n 's/^top-1 //p'
 }
 
 report() {  # the table on standard output, the pictures beside it

@@ -7,11 +7,11 @@ source "$ROOT/recipes/nonuniform.sh"
 
 KIND=mixed CONSTR=bops TARGETS=${TARGETS:-"5 6 8 10 12 14 15"}
 nm=$PREFIX/models_nm/${TAG}_24.pth
-run main_trueobs.py nmprune --save "$nm"
+make_file main_trueobs.py nmprune --save "$nm"
 for bits in 8 4; do
     level=${bits}w${bits}a
-    quant() { run main_trueobs.py quant --wbits $bits --abits $bits "$@"; }
-    quant --save "$PREFIX/models_quant/${TAG}_$level.pth"
-    quant --load "$nm" --save "$PREFIX/models_nm_quant/${TAG}_24_$level.pth"
+    quantise=(main_trueobs.py quant --wbits $bits --abits $bits)
+    make_file "${quantise[@]}" --save "$PREFIX/models_quant/${TAG}_$level.pth"
+    make_file "${quantise[@]}" --load "$nm" --save "$PREFIX/models_nm_quant/${TAG}_24_$level.pth"
 done
 nonuniform

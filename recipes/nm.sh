@@ -3,11 +3,11 @@
 # Usage: recipes/nm.sh MODEL DATASET [common options]
 source "$(dirname "$0")/common.sh"
 
-for pattern in "2 4" "4 8"; do
-    set -- $pattern
-    file=$OUT/${TAG}_$1$2.pth
-    run main_trueobs.py nmprune --prunen "$1" --prunem "$2" --save "$file"
-    top=$(run post_proc.py "$file" --bnt --skip-firstlast | top1)
-    record "first and last dense, BN-tuned" "$1:$2" "$1:$2" "$top"
+for pattern in 2:4 4:8; do
+    n=${pattern%:*} m=${pattern#*:}
+    file=$OUT/${TAG}_$n$m.pth
+    make_file main_trueobs.py nmprune --prunen "$n" --prunem "$m" --save "$file"
+    top=$(top1 post_proc.py "$file" --bnt --skip-firstlast)
+    record "first and last dense, BN-tuned" "$pattern" "$pattern" "$top"
 done
 report

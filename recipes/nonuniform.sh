@@ -1,31 +1,33 @@
 # Sourced by the non-uniform recipes. KIND, CONSTR, TARGETS: for each target, the uniform level, the
-# dynamic programme and the SPDY search, all batch-norm tuned. SEARCH=0 leaves the search out.
+# dynamic programme and the SPDY search, all batch-norm tuned. SEARCH=0 leaves the search out; GRID
+# holds options of the sparsity grid, as in GRID="--delta-sparse 0.2"; TIMINGS is for timingsq.
 PREFIX=$OUT
 SCORES=$OUT/scores
+GRID=${GRID:-}
+PROFILES=()
 
 nonuniform() {
-    run database.py "$KIND" loss --prefix "$PREFIX" --score_path "$SCORES"
+    local budget=(--constr "$CONSTR" --prefix "$PREFIX") target
+    if [ -n "${TIMINGS:-}" ]; then
+        budget+=(--timings "$TIMINGS")
+    fi
+    make_file database.py "$KIND" loss --prefix "$PREFIX" --score_path "$SCORES"
     for target in $TARGETS; do
-        percent=$("$PYTHON" -c "print(round(100 * $target))")
-        profile() { echo "$OUT/${TAG}_${KIND}_${percent}x_$1.txt"; }
-        choose uniform "$target" "$(profile uniform)" "$("$PYTHON" "$ROOT/recipes/uniform.py" \
-            "$MODEL" "$DATASET" "$target" "$KIND" --constr "$CONSTR" --prefix "$PREFIX" \
-            --output "$(profile uniform)" "${OPTIONS[@]}")"
-        choose DP "$target" "$(profile dp)" "$(search "$target" --dp)"
+        choose uniform "$target" recipes/uniform.py
+        choose DP "$target" spdy.py --dp --score_path "$SCORES"
         if [ "${SEARCH:-1}" = 1 ]; then
-            choose search "$target" "$(profile spdy)" "$(search "$target")"
+            choose search "$target" spdy.py --score_path "$SCORES"
         fi
     done
-    report --scores "$SCORES/${TAG}_${KIND}_loss.txt" --profiles "$OUT/${TAG}_${KIND}_"*x_*.txt
+    report --scores "$SCORES/${TAG}_${KIND}_loss.txt" --profiles "${PROFILES[@]}"
 }
 
-search() {  # search TARGET [--dp]
-    run spdy.py "$@" "$KIND" --constr "$CONSTR" --prefix "$PREFIX" --score_path "$SCORES"
-}
-
-choose() {  # choose METHOD TARGET PROFILE OUTPUT: stitch a profile, tune, evaluate, record
-    local reached
-    reached=$(sed -n 's/.*reached \([0-9.]*\)x.*/\1/p' <<< "$4")
-    record "$1" "$2" "$reached" \
-        "$(run post_proc.py "$3" --database "$KIND" --prefix "$PREFIX" --bnt | top1)"
+choose() {  # choose METHOD TARGET SCRIPT OPTIONS…: make a profile, stitch, tune, record
+    local said profile top
+    said=$(run "$3" "$2" "$KIND" "${@:4}" "${budget[@]}")
+    echo "$said" >&2
+    profile=$(sed -n 's/^profile //p' <<< "$said")
+    top=$(top1 post_proc.py "$profile" --database "$KIND" --prefix "$PREFIX" --bnt)
+    record "$1" "$2" "$(sed -n 's/^reached //p' <<< "$said")" "$top"
+    PROFILES+=("$profile")
 }

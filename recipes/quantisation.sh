@@ -6,8 +6,10 @@ source "$(dirname "$0")/common.sh"
 
 for bits in 4 3 2; do
     file=$OUT/${TAG}_${bits}w_asym.pth
-    run main_trueobs.py quant --wbits $bits --wasym --save "$file"
-    record "asymmetric, BN-tuned" $bits "$bits bits" "$(run post_proc.py "$file" --bnt | top1)"
-    record "symmetric" $bits "$bits bits" "$(run main_trueobs.py quant --wbits $bits | top1)"
+    make_file main_trueobs.py quant --wbits $bits --wasym --save "$file"
+    top=$(top1 post_proc.py "$file" --bnt)
+    record "asymmetric, BN-tuned" $bits "$bits bits" "$top"
+    top=$(top1 main_trueobs.py quant --wbits $bits)
+    record "symmetric" $bits "$bits bits" "$top"
 done
 report

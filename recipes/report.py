@@ -54,8 +54,12 @@ PAPER: dict[tuple[str, str], dict[str, dict[str, float]]] = {
 
 def read_results(path: Path) -> list[tuple[str, str, str, float]]:
     """Method, target, reached, top-1; a line each. Raises UserError that names the line."""
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file") from None
     results = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             method, target, reached, top1 = line.split("\t")
             results.append((method, target, reached, float(top1)))
@@ -78,8 +82,9 @@ def markdown(args: argparse.Namespace, results: list[tuple[str, str, str, float]
     lines = ["| target | method | reached | top-1 | paper |", "|---|---|---|---|---|"]
     for method, target, reached, top1 in results:
         paper = paper_number(args.recipe, args.model, args.dataset, method, target)
-        times = "×" if is_number(target) and is_number(reached) else ""
-        lines.append(f"| {target}{times} | {method} | {reached}{times} | {top1:.2f} | {paper} |")
+        if is_number(reached):  # times less than dense
+            target, reached = f"{target}×", f"{float(reached):.2f}×"
+        lines.append(f"| {target} | {method} | {reached} | {top1:.2f} | {paper} |")
     return "\n".join(lines)
 
 
@@ -90,11 +95,11 @@ def is_number(text: str) -> bool:
 def draw_accuracy(args: argparse.Namespace, results: list[tuple[str, str, str, float]]) -> None:
     """Top-1 against cost, a line per method."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    numeric = all(is_number(reached) for _, _, reached, _ in results)
     for method in dict.fromkeys(method for method, *_ in results):
-        points = [(r if is_number(r) else t, top) for m, t, r, top in results if m == method]
-        numeric = all(is_number(x) for x, _ in points)
-        xs = [float(x) if numeric else x for x, _ in points]
-        axes.plot(xs, [top for _, top in points], marker="o", label=method)
+        points = [(reached, top1) for of, _, reached, top1 in results if of == method]
+        xs = [float(reached) if numeric else reached for reached, _ in points]
+        axes.plot(xs, [top1 for _, top1 in points], marker="o", label=method)
     axes.set_xlabel("dense / compressed" if numeric else "bits or pattern")
     axes.set(ylabel="top-1 (%)", title=f"{args.recipe}: {args.model} on {args.dataset}")
     axes.legend()
@@ -124,6 +129,9 @@ def draw_profiles(args: argparse.Namespace) -> None:
     profiles = {path.stem: read_profile(path) for path in args.profiles}
     levels = sorted({level for profile in profiles.values() for level in profile.values()})
     layers = list(next(iter(profiles.values())))
+    for path in args.profiles:
+        if profiles[path.stem].keys() != set(layers):
+            raise UserError(f"{path}: not of the same layers as {args.profiles[0]}")
     figure, axes = plt.subplots(figsize=(2 + 0.35 * len(layers), 4.5), layout="constrained")
     markers = {"uniform": "_", "dp": "o", "spdy": "x"}
     for name, profile in profiles.items():
@@ -154,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
         draw_profiles(args)
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="report.py", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="its name, e.g. unstructured")
     parser.add_argument("model", help="MODEL")
@@ -162,7 +170,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="lines method, target, reached, top-1")
     parser.add_argument("--scores", type=Path, help="scores to draw")
     parser.add_argument("--profiles", type=Path, nargs="*", help="profiles to draw")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     cli.setup_logging()
     return cli.guarded(run, args)
 

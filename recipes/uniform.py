@@ -1,8 +1,9 @@
 """The uniform baseline: every layer at the same level, the mildest that meets a target.
 
-    python recipes/uniform.py MODEL DATASET TARGET KIND --constr flops --output FILE
+    python recipes/uniform.py MODEL DATASET TARGET KIND --constr flops
 
-Writes a profile as spdy.py does. TARGET is dense cost / allowed cost.
+Writes a profile as spdy.py does, <model>_<kind>_<100·target>x_uniform.txt.
+TARGET is dense cost / allowed cost.
 """
 
 from __future__ import annotations
@@ -26,15 +27,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="TARGET", type=cli.positive_float, help="dense / allowed")
     parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=" ".join(KINDS))
     parser.add_argument("--constr", choices=CONSTRAINTS, default="flops", help="what to count")
-    parser.add_argument("--prefix", metavar="DIR", default="", help="where models_unstr/ etc. are")
+    parser.add_argument("--prefix", metavar="DIR", default="", help="where models_unstr/ etc. are "
+                        "and where the profile goes (default: here)")  # fmt: skip
     parser.add_argument("--timings", metavar="FILE", help="measured seconds, for timingsq")
-    parser.add_argument("--output", metavar="FILE", required=True, help="profile to write")
+    parser.add_argument("--output", metavar="FILE", help="where the profile goes instead")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    db = Database.open(args.kind, model_tag(args.model), args.prefix)
+    tag = model_tag(args.model)
+    name = f"{tag}_{args.kind}_{100 * args.target:.10g}x_uniform.txt"
+    path = args.output or Path(args.prefix) / name
+    cli.check_writable(path)
+    db = Database.open(args.kind, tag, args.prefix)
     session = Session.of(args)
+    db.check(session.model)
     costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
     dense = sum(costs.dense.values())
     total = {level: sum(costs.levels[n][level] for n in db.layers) for level in db.levels}
@@ -43,8 +50,9 @@ def run(args: argparse.Namespace) -> None:
         best = dense / min(total.values())
         raise cli.UserError(f"no level reaches {args.target:g}x; the most is {best:.2f}x")
     level = max(allowed, key=total.__getitem__)
-    write_profile(args.output, dict.fromkeys(db.layers, level))
-    cli.print_result(f"level {level}: reached {dense / total[level]:.2f}x: {args.output}")
+    write_profile(path, dict.fromkeys(db.layers, level))
+    for line in (f"level {level}", f"reached {dense / total[level]:.4f}", f"profile {path}"):
+        cli.print_result(line)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,5 +5,5 @@ source "$(dirname "$0")/common.sh"
 source "$ROOT/recipes/nonuniform.sh"
 
 KIND=unstr CONSTR=flops TARGETS=${TARGETS:-"2 3 4"}
-run main_trueobs.py unstr --sparse-dir "$PREFIX/models_unstr"
+make_file main_trueobs.py unstr --sparse-dir "$PREFIX/models_unstr" $GRID
 nonuniform

@@ -150,8 +150,12 @@ def test_equal_levels_run_once() -> None:
     db = levels_of(model_of("residual"))
     db.states = {"0000": db.states["0000"], "1000": db.states["0000"], "3000": db.states["3000"]}
     db.levels = list(db.states)
-    sets = sensitivity.distinct_levels(db, "stem")
-    assert sets == {"0000": ["0000", "1000"], "3000": ["3000"]}
+    stem = model_of("residual").stem
+    sets = sensitivity.distinct_levels(db, "stem", stem)
+    assert sets == {"": ["", "0000", "1000"], "3000": ["3000"]}
+    stem.weight.data += 1
+    sets = sensitivity.distinct_levels(db, "stem", stem)
+    assert sets == {"": [""], "0000": ["0000", "1000"], "3000": ["3000"]}
 
 
 def test_prior_is_quadratic_and_alike_for_all_layers() -> None:

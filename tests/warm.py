@@ -1,0 +1,159 @@
+"""Processes that need not import PyTorch: many commands are run here, and each would take seconds.
+
+    Warm ── a server that has imported everything once (this file, as a script)
+      │       forks for each request ── a process that runs one command, as `python` would
+      └── `python`, a stand-in for the interpreter that hands its arguments to the server
+
+A command so run is a process of its own: it has its folder, its standard streams and its exit
+status, and takes signals. Only its imports are done already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = ("database", "main_trueobs", "post_proc", "spdy")
+STAND_IN = """#!{python} -IS
+import json, os, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({address!r})
+request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(connection, [b"!"], [0, 1, 2])
+connection.sendall(request)
+connection.shutdown(socket.SHUT_WR)
+answer = connection.makefile().read().split()
+sys.exit(int(answer[1]) if len(answer) == 2 else 99)
+"""
+
+
+# -- the side of the tests -------------------------------------------------------------------------
+
+
+class Running:
+    """A command at work."""
+
+    def __init__(self, address: str, words: list[str], folder: Path, stderr: Path) -> None:
+        self.connection = socket.socket(socket.AF_UNIX)
+        self.connection.connect(address)
+        with open(os.devnull, "r+b") as null, open(stderr, "wb") as file:
+            streams = [null.fileno(), null.fileno(), file.fileno()]
+            socket.send_fds(self.connection, [b"!"], streams)
+        self.connection.sendall(json.dumps([words, str(folder), dict(os.environ)]).encode())
+        self.connection.shutdown(socket.SHUT_WR)
+        self.answers = self.connection.makefile()
+        self.pid = int(self.answers.readline())
+
+    def signal(self, number: int) -> None:
+        """Send a signal, unless the command has ended."""
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def wait(self) -> int:
+        """The exit status, as `subprocess` has it: negative for a signal."""
+        status = int(self.answers.readline())
+        self.answers.close()
+        self.connection.close()
+        return status
+
+
+class Warm:
+    """The server, to run commands by."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address, self.python = str(folder / "socket"), folder / "python"
+        self.python.write_text(STAND_IN.format(python=sys.executable, address=self.address))
+        self.python.chmod(0o755)
+
+    def start(self, script: str, *words: object, folder: Path, stderr: Path) -> Running:
+        """Run one of our scripts in `folder`, its standard error into a file."""
+        return Running(self.address, [str(ROOT / script), *map(str, words)], folder, stderr)
+
+
+@contextmanager
+def warm_server(folder: Path) -> Iterator[Warm]:
+    """`folder` needs a short path: it holds a socket."""
+    warm = Warm(folder)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads do not survive a fork
+    server = subprocess.Popen([sys.executable, __file__, warm.address], cwd=ROOT, text=True,
+                              env=environment, stdout=subprocess.PIPE)  # fmt: skip
+    try:
+        assert server.stdout.readline() == "ready\n"
+        yield warm
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+# -- the server ------------------------------------------------------------------------------------
+
+
+def run_script(words: list[str], folder: str, environment: dict[str, str]) -> None:
+    """What `python WORDS…` does."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv[:] = words
+    sys.path[0] = str(Path(words[0]).resolve().parent)
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def serve(connection: socket.socket) -> None:
+    """Answer one request: the process's number, and at its end its status."""
+    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    words, folder, environment = json.loads(connection.makefile().read())
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        os.closerange(3, 64)
+        run_script(words, folder, environment)
+        sys.exit(0)
+    for stream in streams:
+        os.close(stream)
+    connection.sendall(f"{child}\n".encode())
+    _, status = os.waitpid(child, 0)
+    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def main(address: str) -> None:
+    sys.path.insert(0, str(ROOT))
+    for module in MODULES:
+        __import__(module)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who serve
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            listener.close()
+            serve(connection)
+            return
+        connection.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
