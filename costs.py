@@ -1,14 +1,16 @@
 """What a layer costs at each level: parameters, bits, FLOPs, BOPs or measured seconds.
 
 Targets are relative to the dense network at 32 bits, over the layers that can be compressed. With n
-weights, s the share of them that is not zero, F the layer's dense FLOPs and b the wider of its
-weights' and its activations' bits (32 where it is not quantised):
+weights, s the share of them that is left, F the layer's dense FLOPs and b the wider of its weights'
+and its activations' bits (32 where it is not quantised):
 
     params    n s             bits      n s · (bits of the weights)
     flops     F s             bops      F s · b      (dense 32; 8w8a 8; 4w4a 4; half of it with 2:4)
     timingsq  seconds, measured by the user, from a file (format below)
 
-A layer that was left dense has s = 1 at every level and so costs what it costs. FLOPs count two for
+A layer that was left dense has s = 1 at every level. Zeros that rounding to a grid has made do not
+count. In a `mixed` database s is 1/2 for a quantised layer that is 2:4 sparse along its input
+channels, else 1; in `4block_8w8a` it is the share of blocks of 4 that are not all zero. FLOPs count two for
 a multiply-add: for a layer with O outputs an image, F = 2 · O · (weights of one output channel),
 which is right for any stride, dilation and number of groups.
 
@@ -56,8 +58,7 @@ def layer_flops(
 
     def hook(name: str):
         def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            outputs = output[0].numel()
-            flops[name] = flops.get(name, 0) + 2 * outputs * layer.weight[0].numel()
+            flops[name] = flops.get(name, 0) + 2 * output.numel() * layer.weight[0].numel()
 
         return count
 
@@ -91,20 +92,34 @@ def layer_costs(
         size = tensors[db.levels[0]]["weight"].numel()
         work = flops.get(name, 0) if constr in ("flops", "bops") else size
         dense[name] = float(work * (FULL_BITS if constr in ("bits", "bops") else 1))
-        levels[name] = {level: work * unit_cost(tensors[level], constr) for level in db.levels}
+        levels[name] = {level: work * unit_cost(tensors[level], db.kind, constr) for level in db.levels}
     return Costs(dense, levels)
 
 
-def unit_cost(tensors: Mapping[str, Tensor], constr: str) -> float:
+def unit_cost(tensors: Mapping[str, Tensor], kind: str, constr: str) -> float:
     """What a level makes of each of a layer's weights (params, bits) or FLOPs (flops, bops)."""
-    weight = tensors["weight"]
-    density = int(torch.count_nonzero(weight)) / weight.numel()
     weight_bits = grid_bits(tensors, WEIGHT_GRID)
+    share = share_left(tensors["weight"], kind if weight_bits < FULL_BITS else "")
     if constr == "bits":
-        return density * weight_bits
+        return share * weight_bits
     if constr == "bops":
-        return density * max(weight_bits, grid_bits(tensors, ACTIVATION_GRID))
-    return density
+        return share * max(weight_bits, grid_bits(tensors, ACTIVATION_GRID))
+    return share
+
+
+def share_left(
+    weight: Tensor,
+    kind: str,  # of the database, if the weight is quantised; else ""
+) -> float:
+    """The share of weights that was not pruned; see the module docstring."""
+    columns = weight.unsqueeze(-1).flatten(2).transpose(1, 2).flatten(1)  # channels innermost
+    if kind in ("mixed", "4block_8w8a") and columns.shape[1] % 4:
+        return 1.0
+    if kind == "mixed":
+        return 0.5 if bool(((columns == 0).view(-1, 4).sum(1) >= 2).all()) else 1.0
+    if kind == "4block_8w8a":
+        columns = columns.reshape(-1, 4).any(1)
+    return int(torch.count_nonzero(columns)) / columns.numel()
 
 
 def grid_bits(tensors: Mapping[str, Tensor], grid: str) -> int:

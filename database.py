@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import cli
 import quant
 import sensitivity
-from cli import UserError, save_checkpoint
+from cli import UserError, log, save_checkpoint
 from costs import unit_cost
 from modelutils import load_checkpoint
 from profiles import read_profile, score_file, write_scores
@@ -70,11 +70,22 @@ def level_name(sparsity: float) -> str:
 def level_names(sparsities: Sequence[float]) -> list[str]:
     """The names of a grid of sparsities; raises UserError if two would get the same one."""
     names = [level_name(sparsity) for sparsity in sparsities]
+    if "10000" in names:
+        raise UserError("a sparsity above 0.9999 has no name; choose a smaller --max-sparsity")
     if len(set(names)) < len(names):
         raise UserError(
             "levels less than 0.0001 apart have the same name; choose a larger --delta-sparse"
         )
     return names
+
+
+def stray_levels(folder: Path, model: str, names: Sequence[str]) -> list[Path]:
+    """Level files of the model that are not of this grid: they would be mixed in."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+    levels = {path: path.stem.removeprefix(f"{model}_") for path in found}
+    return [p for p, lv in levels.items() if re.fullmatch(SPARSITY, lv) and lv not in names]
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -170,7 +181,7 @@ class Database:
     def _size(self, level: str) -> float:
         """What a level makes of the largest layer's BOPs, to put levels in order."""
         layer = max(self.layers, key=lambda name: self.states[level][f"{name}.weight"].numel())
-        return unit_cost(self.layer(layer, level), "bops")
+        return unit_cost(self.layer(layer, level), self.kind, "bops")
 
     def layer(self, layer: str, level: str) -> dict[str, Tensor]:
         """A layer's tensors at a level, by their names in the layer (`weight`, `bias`, grids)."""
@@ -184,14 +195,25 @@ class Database:
     def stitch(self, model: nn.Module, profile: Mapping[str, str]) -> None:
         """Put each layer of `profile` (layer → level) into the model at its level, in place."""
         layers = dict(model.named_modules())
+        left = [name for name in self.layers if name not in profile]
+        if left and len(profile) > 1:
+            log.warning("%d layers are not in the profile and stay dense: %s …", len(left), left[0])
         for name, level in profile.items():
             tensors = self.layer(name, level)
             check_layer(name, layers.get(name), tensors["weight"], self.kind)
             put_layer(layers[name], tensors)
 
     def check(self, model: nn.Module) -> None:
-        """Raise a UserError unless the database's layers are those of the model."""
+        """Raise a UserError unless the database's layers are those of the model.
+
+        Other matrices in the files, such as embeddings, are no layers from then on.
+        """
         layers = dict(model.named_modules())
+        self.layers = [
+            name
+            for name in self.layers
+            if isinstance(layers.get(name), (nn.Conv2d, nn.Linear, type(None)))
+        ]
         for name in self.layers:
             weight = self.states[self.levels[0]][f"{name}.weight"]
             check_layer(name, layers.get(name), weight, self.kind)
@@ -260,10 +282,12 @@ def write_errors(args: argparse.Namespace, db: Database, session: Session) -> No
 
 
 def evaluate_levels(db: Database, session: Session) -> None:
-    """Accuracy with every layer at the same level, for every level."""
+    """Accuracy with every layer at the same level, for every level; in the end, of the last."""
     for level in db.levels:
         db.stitch(session.model, dict.fromkeys(db.layers, level))
-        cli.print_result(f"{level} top-1 {session.accuracy(session.model):.2f}")
+        accuracy = session.accuracy(session.model)
+        cli.print_result(f"{level} {accuracy:.2f}")
+    cli.print_result(f"top-1 {accuracy:.2f}")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -59,7 +59,7 @@ class Trace:
 
 
 class PivotRule:
-    """Which columns may go next and to which value. This base is final for none of them."""
+    """Which columns may go next, and to which value they are fixed."""
 
     unit = 1  # columns that are removed together
     nm = (0, 0)  # N and M of a limit on zeros per group, or no limit
@@ -142,6 +142,9 @@ class Quantise(PivotRule):
         return torch.where(outlier, -distance, scores)
 
 
+COMPILED_RULES = (Unstructured, Blocks, NM, Quantise)  # all that `elimination_cpu` knows
+
+
 def panel_width(columns: int, unit: int) -> int:
     """Steps between two flushes (measured, see benchmarks/), a multiple of the unit."""
     width = 96 if columns < 1000 else 128
@@ -162,8 +165,8 @@ def eliminate(
     """
     panel = min(panel or panel_width(W.shape[2], rule.unit), steps)
     panel = max(1, panel // rule.unit) * rule.unit
-    rows_apart = W.shape[1] == 1 and W.device.type == "cpu"
-    if rows_apart and (compiled := compiled_engine()) is not None:
+    fits = type(rule) in COMPILED_RULES and W.shape[1] == 1 and W.device.type == "cpu"
+    if fits and (compiled := compiled_engine()) is not None:
         grid = W.new_empty(len(W), 0) if rule.grid is None else rule.grid
         order, losses, weights = compiled.eliminate_rows(
             W[:, 0], inverse.matrix, inverse.floor, system, rule.unit, rule.nm, grid, steps, panel
@@ -177,7 +180,7 @@ def compiled_engine() -> ModuleType | None:
     """`elimination_cpu`, or None where numba is not installed."""
     try:
         return importlib.import_module("elimination_cpu")
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # not installed; no folder to cache in
         log.warning("the compiled CPU engine is not available (%s): pip install numba", error)
         return None
 

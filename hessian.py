@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHUNK_BYTES = 64 << 20  # an unfolded piece of a batch is no larger than this
+DEAD = 1e-20  # × mean(diag H): inputs with less than this are always zero, or as good as
 LADDER = tuple(10.0**exponent for exponent in range(-8, 1))  # damping tried, × mean(diag H)
 
 
@@ -226,13 +227,22 @@ def damped_inverse(
 
 
 def decoupled(H: Tensor) -> tuple[Tensor, Tensor]:  # (G, d, d), (G,)
-    """H with the mean of the diagonal in place of zeros there, and that mean (1 if H is zero)."""
-    H = H.clone()
-    diagonal = H.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1)
+    """H without its dead inputs: zero but for the mean on the diagonal; and that mean (or 1)."""
+    alive = alive_inputs(H)
+    mean = H.diagonal(dim1=1, dim2=2).mean(1)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    diagonal.copy_(torch.where(diagonal == 0, mean[:, None], diagonal))
+    if bool(alive.all()):
+        return H, mean
+    H = torch.where(alive[:, :, None] & alive[:, None, :], H, 0.0)
+    diagonal = H.diagonal(dim1=1, dim2=2)
+    diagonal.copy_(torch.where(alive, diagonal, mean[:, None]))
     return H, mean
+
+
+def alive_inputs(H: Tensor) -> Tensor:  # (G, d, d) -> (G, d) bool
+    """Which inputs are not always zero (NaN counts as alive: it has to be noticed)."""
+    diagonal = H.diagonal(dim1=1, dim2=2)
+    return ~(diagonal <= DEAD * diagonal.mean(1, keepdim=True))
 
 
 def checked_inverse(H: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -246,10 +256,12 @@ def checked_inverse(H: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def without(
-    H: Tensor,  # (d, d) float64
+    H: Tensor,  # (R, d, d) float64, one for each row
     zero: Tensor,  # (R, d) bool, weights that are gone
 ) -> Tensor:  # (R, d, d)
     """H for rows that lack some weights: those columns are decoupled, their diagonal kept."""
     kept = ~zero
-    coupled = kept[:, :, None] & kept[:, None, :]
-    return torch.where(coupled, H, torch.diag(H.diagonal()))
+    diagonal = H.diagonal(dim1=1, dim2=2).clone()
+    H = torch.where(kept[:, :, None] & kept[:, None, :], H, 0.0)
+    H.diagonal(dim1=1, dim2=2).copy_(diagonal)
+    return H

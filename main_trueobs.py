@@ -28,7 +28,7 @@ import cli
 import quant
 from calibration import activation_grids, attach_activation_grids, calibrate, in_passes
 from cli import UserError, log
-from database import LevelWriter, level_names, model_tag
+from database import LevelWriter, level_names, model_tag, stray_levels
 from hessian import SingularHessian
 from modelutils import find_layers
 from records import write_run
@@ -97,6 +97,7 @@ OPTIONS_OF = {
     "quant": ("wbits", "abits", "wperweight", "wasym", "wminmax", "asym", "aminmax"),
     "nmprune": ("prunen", "prunem"),
     "blocked": ("blocked_size",),
+    "unstr, blocked and struct": ("min_sparsity", "max_sparsity", "delta_sparse"),
 }
 
 
@@ -123,7 +124,7 @@ def check_belonging(args: argparse.Namespace) -> None:
     parser = build_parser()
     for mode, options in OPTIONS_OF.items():
         for option in options:
-            if mode != args.mode and getattr(args, option) != parser.get_default(option):
+            if args.mode not in mode and getattr(args, option) != parser.get_default(option):
                 flag = "--" + (option if option == "blocked_size" else option.replace("_", "-"))
                 raise UserError(f"{flag} belongs to {mode}, not to {args.mode}")
     if args.save == "" or args.sparse_dir == "":
@@ -147,7 +148,10 @@ def fill_sparsity_grid(args: argparse.Namespace) -> None:
     if delta == 0:
         raise UserError("--delta-sparse must be above 0")
     args.min_sparsity, args.max_sparsity, args.delta_sparse = low, high, delta
-    level_names(sparsity_grid(low, high, delta))
+    names = level_names(sparsity_grid(low, high, delta))
+    others = stray_levels(Path(args.sparse_dir), model_tag(args.model), names)
+    if others:
+        raise UserError(f"{others[0]} is a level of another grid: move it, or name another folder")
 
 
 def record_file(args: argparse.Namespace) -> Path | None:
@@ -291,7 +295,7 @@ def compress(
         for name in names:
             try:
                 reports.append(compress_layer(name, solvers.pop(name), args, writer))
-            except (SingularHessian, ArithmeticError, ValueError) as error:
+            except (SingularHessian, ArithmeticError) as error:
                 raise UserError(f"{name}: {error}") from error
     if all(report.dense for report in reports):
         raise UserError(f"{args.model}: no layer can be compressed; {reports[0].line()}")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 SHRINK_FACTORS = tuple((100 - i) / 100 for i in range(80))  # 1.00, 0.99, … 0.21
 ERROR_POWER = 2.4
-SEARCH_SAMPLE = 1 << 18  # values of a tensor that the search of its range looks at
+SEARCH_SAMPLE = 1 << 18  # values of activations that the search of their range looks at
 WEIGHT_GRID, ACTIVATION_GRID = "weight_quant", "act_quant"
 
 
@@ -74,13 +74,14 @@ def fit_grid(
     bits: int,
     symmetric: bool = True,
     search: bool = True,  # for the range of least error, else min–max
+    sample: Tensor | None = None,  # (rows, n) values of x that the search looks at; all if None
 ) -> Grid:
     """The grid for x, per row, with its range found as in the module docstring."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
     best = grid_of_range(low, high, bits, symmetric)
     if not search:
         return best
-    sample = x[:, :: -(-x.shape[1] // SEARCH_SAMPLE)]
+    sample = x if sample is None else sample
     least = torch.full_like(low, float("inf"))
     for factor in SHRINK_FACTORS:
         grid = grid_of_range(low * factor, high * factor, bits, symmetric)
@@ -108,8 +109,16 @@ def fit_weight_grid(
 
 
 def fit_activation_grid(x: Tensor, bits: int, symmetric: bool = False, search: bool = True) -> Grid:
-    """One grid for a tensor of any shape; its scale has shape ()."""
-    grid = fit_grid(x.reshape(1, -1), bits, symmetric, search)
+    """One grid for a tensor of any shape; its scale has shape ().
+
+    Of a large tensor the search sees `SEARCH_SAMPLE` values, drawn with a fixed seed.
+    """
+    x, sample = x.reshape(1, -1), None
+    if x.shape[1] > SEARCH_SAMPLE:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(x.shape[1], (SEARCH_SAMPLE,), generator=generator)
+        sample = x[:, drawn.to(x.device)]
+    grid = fit_grid(x, bits, symmetric, search, sample)
     return Grid(grid.scale.reshape(()), grid.zero.reshape(()), grid.maxq)
 
 

@@ -77,6 +77,13 @@ def _processor() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, the part of a run's record that makes its numbers comparable."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
@@ -86,6 +93,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": metadata.version("torchvision"),
         "numpy": np.__version__,
+        "numba": _version("numba"),
+        "safetensors": _version("safetensors"),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -57,9 +57,11 @@ class Resumable(fx.Interpreter):
     def _in_place(self, node: fx.Node) -> bool:
         """Whether an operation may change a value instead of making a new one."""
         if node.op == "call_module":
-            return getattr(self.module.get_submodule(node.target), "inplace", False)
-        method = node.op == "call_method" and node.target.rstrip("_") + "_" == node.target
-        return method or node.target in IN_PLACE or bool(node.kwargs.get("inplace"))
+            modules = self.module.get_submodule(node.target).modules()
+            return any(getattr(module, "inplace", False) for module in modules)
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        named = node.op in ("call_method", "call_function") and name.rstrip("_") + "_" == name
+        return named or node.target in IN_PLACE or bool(node.kwargs.get("inplace"))
 
     def _folded(self) -> dict[fx.Node, tuple[nn.Module, fx.Node]]:
         """Convolution → the same with the batch norm behind it folded in, and that batch norm."""
@@ -77,10 +79,11 @@ class Resumable(fx.Interpreter):
         return folded
 
     def first_call(self, layer: str) -> int | None:
-        """Number of the first operation that calls a layer."""
+        """Number of the first operation that calls a layer or a module that it is part of."""
         for number, node in enumerate(self.nodes):
-            if node.op == "call_module" and node.target == layer:
-                return number
+            if node.op in ("call_module", "get_attr"):
+                if f"{layer}.".startswith(f"{node.target}.") or node.target.startswith(f"{layer}."):
+                    return number
         return None
 
     def advance(self, values: dict[fx.Node, object], start: int, stop: int) -> None:

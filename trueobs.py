@@ -5,15 +5,6 @@ and `elimination.py` (the greedy elimination and its pivot rules); here they mee
 split into batches that fit in memory, groups of a convolution get their own H, and results go back
 into the layer's shape.
 
-Many levels from one run (section 4, "global" selection): pruning a row to the end yields an order
-and a loss for every step, and nothing else is kept. At sparsity s the layer loses the
-K = ceil(rows·d·s) weights of least loss, so row r loses its first k_r. The row's weights then
-follow from a plain Cholesky factorisation A = LLᵀ of H⁻¹ in the known order:
-
-    w after k steps  =  w − L[:, :k] z[:k]        L z = w
-
-which gives all levels of a row at the cost of one factorisation and one triangular solve.
-
     symbol  variable    shape       meaning
     W       W           (rows, d)   the layer's weights, one row an output channel
     d       columns                 weights in a row: (C/groups)·kh·kw, or in_features
@@ -25,10 +16,9 @@ that groups of M and blocks run along the input channels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +33,8 @@ from elimination import (
     bytes_per_system,
     eliminate,
 )
-from hessian import Gram, Inverse, damped_inverse, without
+from hessian import Gram, Inverse, alive_inputs, damped_inverse, without
+from levels import first_counts, weights_at
 from quant import Grid
 
 RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
@@ -53,7 +44,8 @@ RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a
 class Problem:
     """A layer's weights and Hessians at one moment, in one order of columns."""
 
-    W: Tensor  # (rows, d) in the precision of the solver
+    W: Tensor  # (rows, d) in the precision of the solver; zero where the input is dead
+    pruned: Tensor  # (rows, d) bool, weights that were zero before, their inputs alive
     H: Tensor  # (groups, d, d) float64
     inverse: Inverse
     channels_innermost: bool
@@ -66,6 +58,7 @@ class Prepared:
     problem: Problem
     trace: Trace
     size: int  # columns in a unit
+    apart: Tensor  # (rows,) bool, rows that have an inverse of their own
 
 
 class TrueOBS:
@@ -144,8 +137,7 @@ class TrueOBS:
     def _weights(self, channels_innermost: bool = False) -> Tensor:  # (rows, d)
         """The layer's weights; those whose input is always zero ("dead") are zero."""
         W = self.layer.weight.detach().to(self._solve_dtype()).flatten(1).clone()
-        alive = self._hessian().diagonal(dim1=1, dim2=2) != 0  # (groups, d)
-        W *= alive.repeat_interleave(self.rows // self.groups, 0)
+        W *= alive_inputs(self._hessian()).repeat_interleave(self.rows // self.groups, 0)
         return W[:, self._innermost().to(W.device)] if channels_innermost else W
 
     def _as_layer(self, W: Tensor, channels_innermost: bool = False) -> Tensor:
@@ -198,8 +190,10 @@ class TrueOBS:
         for rows in self._batches(torch.nonzero(~apart)[:, 0], matrices):
             yield rows, problem.inverse, group[rows]
         for rows in self._batches(torch.nonzero(apart)[:, 0], matrices=True):
-            H = [without(problem.H[group[r]], problem.W[r, None] == 0) for r in rows]
-            own = damped_inverse(torch.cat(H), self.rel_damp, self._solve_dtype())
+            H = without(problem.H[group[rows]], problem.pruned[rows])
+            own = damped_inverse(H, self.rel_damp, self._solve_dtype())
+            self.damping = max(self.damping, float(own.damping.max()))
+            del H  # not needed while the caller works
             yield rows, own, torch.arange(len(rows), device=group.device)
 
     def _problem(self, channels_innermost: bool = False) -> Problem:
@@ -208,7 +202,8 @@ class TrueOBS:
         inverse = damped_inverse(H, self.rel_damp, self._solve_dtype())
         self.damping = float(inverse.damping.max())
         self.rank_deficit = int(inverse.deficit.max())
-        return Problem(W, H, inverse, channels_innermost)
+        alive = alive_inputs(H).repeat_interleave(self.rows // self.groups, 0)
+        return Problem(W, (W == 0) & alive, H, inverse, channels_innermost)
 
     def _batches(self, rows: Tensor, matrices: bool = False) -> Iterator[Tensor]:
         """Split rows so that a batch fits in the memory budget."""
@@ -245,7 +240,7 @@ class TrueOBS:
         if not 0 <= n <= m:
             raise ValueError(f"N:M needs 0 <= N <= M; got {n}:{m}")
         problem = self._problem(channels_innermost=True)
-        too_many = (problem.W == 0).view(self.rows, -1, m).sum(2).amax(1) > n
+        too_many = problem.pruned.view(self.rows, -1, m).sum(2).amax(1) > n
 
         def rule_of(rows: Tensor) -> PivotRule:
             return NM(n, m, len(rows), self.columns, rows.device)
@@ -263,7 +258,8 @@ class TrueOBS:
         """Find every row's order of removal for `prune_unstr` (section 4, algorithm 1)."""
         problem = self._problem()
         trace = self._eliminate(problem, lambda rows: Unstructured(), self.columns)
-        self._prepared = Prepared(problem, trace, 1)
+        together = torch.zeros(self.rows, dtype=torch.bool, device=trace.order.device)
+        self._prepared = Prepared(problem, trace, 1, together)
 
     def prune_unstr(self, sparsities: Sequence[float]) -> list[Tensor]:
         """The prepared weights at each sparsity (0 … 1), all rows sharing one threshold."""
@@ -273,10 +269,10 @@ class TrueOBS:
         """Find every row's order of removal for `prune_blocked` (section 4, blocks of `size`)."""
         self._require_divisible(size)
         problem = self._problem(channels_innermost=True)
-        zeros = (problem.W == 0).view(self.rows, -1, size)
+        zeros = problem.pruned.view(self.rows, -1, size)
         ragged = (zeros.any(2) & ~zeros.all(2)).any(1)
         trace = self._eliminate(problem, lambda rows: Blocks(size), self.columns, ragged)
-        self._prepared = Prepared(problem, trace, size)
+        self._prepared = Prepared(problem, trace, size, ragged)
 
     def prune_blocked(self, sparsities: Sequence[float]) -> list[Tensor]:
         """The prepared weights at each sparsity, in blocks along the input channels."""
@@ -285,11 +281,10 @@ class TrueOBS:
     def _levels(self, sparsities: Sequence[float]) -> list[Tensor]:
         if self._prepared is None:
             raise ValueError("call prepare_unstr() or prepare_blocked() before asking for levels")
-        problem, trace, size = self._prepared.problem, self._prepared.trace, self._prepared.size
-        counts = first_counts(trace.losses, sparsities, size)  # (levels, rows)
+        problem, trace = self._prepared.problem, self._prepared.trace
+        counts = first_counts(trace.losses, sparsities, self._prepared.size)  # (levels, rows)
         levels = problem.W.new_empty(len(sparsities), self.rows, self.columns)
-        apart = (problem.W == 0).any(1) & (size > 1)
-        self._fill_levels(levels, problem, trace.order, counts, apart)
+        self._fill_levels(levels, problem, trace.order, counts, self._prepared.apart)
         return list(self._as_layer(levels, problem.channels_innermost))
 
     def _fill_levels(
@@ -322,7 +317,7 @@ class TrueOBS:
         self.trace, self.Losses = trace, trace.losses
         counts = first_counts(trace.losses, sparsities, size)
         levels = weights_at(W, problem.inverse, system, trace.order, counts).flatten(1, 2)
-        own_zeros = (problem.W == 0).any(1)
+        own_zeros = problem.pruned.any(1)
         if own_zeros.any():
             of_row = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
             order = trace.order[of_row]
@@ -331,62 +326,11 @@ class TrueOBS:
 
 
 def default_memory(device: torch.device) -> int:
-    """Half of the memory that is free now, in bytes."""
-    if device.type == "cpu":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return torch.cuda.mem_get_info(device)[0] // 2
-
-
-def first_counts(
-    losses: Tensor,  # (systems, steps) in each system's own order
-    sparsities: Sequence[float],
-    size: int = 1,  # steps that go together
-) -> Tensor:  # (levels, systems) int64, how many columns each system loses from its start
-    """Global selection (section 4): the units of least loss go, over all systems."""
-    units = losses.view(len(losses), -1, size).sum(2)
-    cheapest = units.flatten().argsort(stable=True) // units.shape[1]
-    counts = []
-    for sparsity in sparsities:
-        if not 0 <= sparsity <= 1:
-            raise ValueError(f"a sparsity must be in [0, 1]; got {sparsity}")
-        K = ceil(units.numel() * sparsity * (1 - 1e-12))  # 0.3·10 is 3, not 3.0000000000000004
-        counts.append(torch.bincount(cheapest[:K], minlength=len(losses)) * size)
-    return torch.stack(counts)
-
-
-def weights_at(
-    W: Tensor,  # (R, q, d)
-    inverse: Inverse,
-    system: Tensor,  # (R,)
-    order: Tensor,  # (R, d) int64, columns in order of removal
-    counts: Tensor,  # (levels, R) how many of them are gone
-) -> Tensor:  # (levels, R, q, d)
-    """Weights of every row at every level, in closed form; see the module docstring."""
-    L = cholesky_in_order(inverse, system, order)
-    columns = order[:, None].expand_as(W)
-    w = W.gather(2, columns).to(L.dtype)  # (R, q, d) in order of removal
-    z = torch.linalg.solve_triangular(L, w.transpose(1, 2), upper=False)  # (R, d, q)
-    place = torch.arange(W.shape[2], device=W.device)
-    levels = W.new_zeros(len(counts), *W.shape)
-    for level, count in enumerate(counts):
-        gone = place < count[:, None]  # (R, d)
-        now = w - (L @ (z * gone[:, :, None])).transpose(1, 2)
-        now.masked_fill_(gone[:, None], 0)
-        levels[level].scatter_(2, columns, now.to(W.dtype))
-    return levels
-
-
-def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor:  # (R, d, d)
-    """Cholesky factor of each system's H⁻¹ with its columns in a given order.
-
-    In float64 where the inverse's own precision does not carry.
-    """
-    pairs = zip(system, order, strict=True)
-    A = torch.stack([inverse.matrix[g].index_select(0, o).index_select(1, o) for g, o in pairs])
-    L, info = torch.linalg.cholesky_ex(A)
-    if bool((info == 0).all()):
-        return L
-    L, info = torch.linalg.cholesky_ex(A.double())
-    if not bool((info == 0).all()):
-        raise ArithmeticError("the inverse Hessian is not positive definite; try --rel-damp 1e-2")
-    return L
+    """Half of the memory that is free now, in bytes; of a CPU, what Linux says is available."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        words = Path("/proc/meminfo").read_text().split()
+        return int(words[words.index("MemAvailable:") + 1]) * 1024 // 2
+    except (OSError, ValueError):  # another system: a size that any machine has
+        return 2 << 30

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from warm import Warm, warm_server
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +28,13 @@ def cifar10_images(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) 
     with tarfile.open(shared_data / "cifar10.tar.gz") as archive:
         archive.extractall(folder, filter="data")
     return folder / "cifar10"
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Runs commands in processes that need not import anything."""
+    with tempfile.TemporaryDirectory(prefix="warm") as folder, warm_server(Path(folder)) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli import UserError
-from costs import layer_costs, layer_flops
+from costs import layer_costs, layer_flops, share_left
 from database import Database
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
 from vision import torchvision
@@ -36,7 +36,7 @@ def test_flops_are_those_of_the_flop_counter(name: str) -> None:
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2, dilation=1)
+        self.conv = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2, dilation=1)
         self.linear = nn.Linear(8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,11 +49,12 @@ def database_of(*levels: tuple[str, int, int, float]) -> tuple[Net, Database]:
     for name, wbits, abits, pruned in levels:
         torch.manual_seed(0)
         net = Net()
-        weight = net.conv.weight.data.view(-1)
-        weight[: int(pruned * weight.numel())] = 0
+        net.conv.weight.data[:, : int(pruned * 4)] = 0  # of 4 input channels
         for layer in (net.conv, net.linear):
             if wbits < 32:
-                set_weight_grid(layer, fit_weight_grid(layer.weight.detach().flatten(1), wbits))
+                flat = layer.weight.detach().flatten(1)
+                set_weight_grid(layer, fit_weight_grid(flat, wbits))
+                layer.weight.data = layer.weight_quant(flat).view_as(layer.weight)
             if abits < 32:
                 set_activation_grid(layer, fit_activation_grid(torch.randn(50), abits))
         states[name] = net.state_dict()
@@ -64,9 +65,9 @@ def test_costs_are_the_definitions() -> None:
     net, db = database_of(
         ("8w8a", 8, 8, 0), ("4w4a", 4, 4, 0), ("24_4w4a", 4, 4, 0.5), ("3w32a", 3, 32, 0)
     )
-    flops = {"conv": 2 * 8 * 4 * 4 * 18, "linear": 2 * 5 * 8}  # an 8×8 image becomes 4×4
-    params = {"conv": 8 * 18, "linear": 5 * 8}
-    shape = (4, 8, 8)
+    flops = {"conv": 2 * 8 * 4 * 4 * 36, "linear": 2 * 5 * 8}  # an 8×8 image becomes 4×4
+    params = {"conv": 8 * 36, "linear": 5 * 8}
+    shape = (8, 8, 8)
     assert layer_flops(net, shape) == flops
     for constr, dense in (("flops", flops), ("params", params)):
         costs = layer_costs(db, net, shape, constr)
@@ -82,7 +83,7 @@ def test_costs_are_the_definitions() -> None:
     bits = layer_costs(db, net, shape, "bits")
     assert bits.dense["conv"] == 32 * params["conv"]
     assert bits.levels["conv"] == {
-        "8w8a": 8 * 144, "4w4a": 4 * 144, "24_4w4a": 2 * 144, "3w32a": 3 * 144
+        "8w8a": 8 * 288, "4w4a": 4 * 288, "24_4w4a": 2 * 288, "3w32a": 3 * 288
     }  # fmt: skip
 
 
@@ -98,3 +99,17 @@ def test_timings_come_from_a_file(tmp_path: Path) -> None:
         layer_costs(db, net, (4, 8, 8), "timingsq", path)
     with pytest.raises(UserError, match="needs measured seconds"):
         layer_costs(db, net, (4, 8, 8), "timingsq", tmp_path / "none.txt")
+
+
+def test_zeros_of_rounding_are_not_pruning() -> None:
+    _, db = database_of(("2w2a", 2, 2, 0), ("24_2w2a", 2, 2, 0.5), ("3w3a", 3, 3, 0))
+    rounded = db.layer("conv", "2w2a")["weight"]
+    assert 0.2 < float((rounded == 0).float().mean()) < 0.9
+    shares = [share_left(db.layer("conv", level)["weight"], "mixed") for level in db.states]
+    assert shares == [1.0, 0.5, 1.0]
+    blocks = torch.randn(3, 8, 3, 3)
+    blocks[0, :4] = 0  # 9 of 54 blocks of 4 input channels
+    blocks[1, 0] = 0  # by rounding
+    assert share_left(blocks, "4block_8w8a") == 45 / 54
+    assert share_left(blocks, "") == (180 - 9) / 216
+    assert share_left(torch.zeros(3, 3, 3, 3), "mixed") == 1.0  # 27 columns: left dense

@@ -195,7 +195,9 @@ def test_loss_and_squared_write_scores(prefix: Path, capsys: pytest.CaptureFixtu
 def test_stitch_and_eval_tell_the_accuracy(prefix: Path, capsys: pytest.CaptureFixture) -> None:
     assert command(prefix, "unstr", "eval") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["0000", "4000", "6400", "7840", "8704", "9000"]
+    levels = ["0000", "4000", "6400", "7840", "8704", "9000"]
+    assert [line.split()[0] for line in lines] == [*levels, "top-1"]
+    assert lines[-1].split()[1] == lines[-2].split()[1]
     profile = prefix / "profile.txt"
     write_profile(profile, dict.fromkeys(read_layers(prefix), "0000"))
     assert command(prefix, "unstr", "stitch", "--profile", str(profile)) == 0

@@ -49,8 +49,9 @@ from elimination import (
     eliminate_in_torch,
 )
 from hessian import damped_inverse
+from levels import first_counts
 from quant import Grid, fit_weight_grid
-from trueobs import TrueOBS, first_counts
+from trueobs import TrueOBS
 
 TOLERANCE = 1e-9
 SPARSITIES = (0.0, 0.1, 0.37, 0.5, 0.75, 0.99, 1.0)

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ socket.send_fds(connection, [b"!"], [0, 1, 2])
 connection.sendall(request)
 connection.shutdown(socket.SHUT_WR)
 answer = connection.makefile().read().split()
-sys.exit(int(answer[1]) if len(answer) == 2 else 99)
+sys.exit(int(answer[-1]) if answer[-2:-1] == ["status"] else 99)
 """
 
 
@@ -51,7 +52,19 @@ class Running:
         self.connection.sendall(json.dumps([words, str(folder), dict(os.environ)]).encode())
         self.connection.shutdown(socket.SHUT_WR)
         self.answers = self.connection.makefile()
-        self.pid = int(self.answers.readline())
+        self.pid = self.answer("pid")
+
+    def answer(self, wanted: str) -> int:
+        """The next thing that the server says of it, skipping what is not wanted."""
+        for line in self.answers:
+            word, number = line.split()
+            if word == wanted:
+                return int(number)
+        raise EOFError(f"the server did not say {wanted}")
+
+    def wait_for_work(self) -> None:
+        """Until it is where a command turns exceptions into its answer."""
+        self.answer("working")
 
     def signal(self, number: int) -> None:
         """Send a signal, unless the command has ended."""
@@ -62,7 +75,7 @@ class Running:
 
     def wait(self) -> int:
         """The exit status, as `subprocess` has it: negative for a signal."""
-        status = int(self.answers.readline())
+        status = self.answer("status")
         self.answers.close()
         self.connection.close()
         return status
@@ -100,15 +113,36 @@ def warm_server(folder: Path) -> Iterator[Warm]:
 # -- the server ------------------------------------------------------------------------------------
 
 
-def run_script(words: list[str], folder: str, environment: dict[str, str]) -> None:
-    """What `python WORDS…` does."""
+def run_script(words: list[str], folder: str, environment: dict[str, str]) -> int:
+    """What `python WORDS…` does; the exit status."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv[:] = words
     sys.path[0] = str(Path(words[0]).resolve().parent)
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def announce_work(connection: socket.socket) -> None:
+    """Let `cli.guarded` tell when it begins."""
+    import cli
+
+    guarded = cli.guarded
+
+    def announced(*args):
+        connection.sendall(b"working 1\n")
+        connection.close()
+        return guarded(*args)
+
+    cli.guarded = announced
 
 
 def serve(connection: socket.socket) -> None:
@@ -117,17 +151,20 @@ def serve(connection: socket.socket) -> None:
     words, folder, environment = json.loads(connection.makefile().read())
     child = os.fork()
     if child == 0:
-        connection.close()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
-        os.closerange(3, 64)
-        run_script(words, folder, environment)
-        sys.exit(0)
+        for stream in streams:
+            os.close(stream)
+        announce_work(connection)
+        status = run_script(words, folder, environment)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # taking the interpreter down would take a second
     for stream in streams:
         os.close(stream)
-    connection.sendall(f"{child}\n".encode())
+    connection.sendall(f"pid {child}\n".encode())
     _, status = os.waitpid(child, 0)
-    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    connection.sendall(f"status {os.waitstatus_to_exitcode(status)}\n".encode())
 
 
 def main(address: str) -> None:
@@ -151,7 +188,7 @@ def main(address: str) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listener.close()
             serve(connection)
-            return
+            os._exit(0)
         connection.close()
 
 

@@ -1,0 +1,94 @@
+"""Weights at many levels of sparsity from one elimination.
+
+OBC (arXiv 2208.11580), section 4, "global" selection: pruning a row to the end yields an order and
+a loss for every step, and nothing else is kept. At sparsity s the layer loses the
+K = ceil(rows·d·s) weights of least loss, so row r loses its first k_r. The row's weights then
+follow from a plain Cholesky factorisation A = LLᵀ of H⁻¹ in the known order:
+
+    w after k steps  =  w − L[:, :k] z[:k]        L z = w
+
+which gives all levels of a row at the cost of one factorisation and one triangular solve.
+
+    symbol  variable  shape         meaning
+    L       L         (R, d, d)     Cholesky factor of H⁻¹, columns in order of removal
+    z       z         (R, d, q)     L z = w, the weights in order of removal
+    k       counts    (levels, R)   columns that are gone at each level
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from hessian import Inverse
+
+
+def first_counts(
+    losses: Tensor,  # (systems, steps) in each system's own order
+    sparsities: Sequence[float],
+    size: int = 1,  # steps that go together
+) -> Tensor:  # (levels, systems) int64, how many columns each system loses from its start
+    """Global selection (section 4): the units of least loss go, over all systems."""
+    units = losses.view(len(losses), -1, size).sum(2)
+    cheapest = units.flatten().argsort(stable=True) // units.shape[1]
+    counts = []
+    for sparsity in sparsities:
+        if not 0 <= sparsity <= 1:
+            raise ValueError(f"a sparsity must be in [0, 1]; got {sparsity}")
+        K = ceil(units.numel() * sparsity * (1 - 1e-12))  # 0.3·10 is 3, not 3.0000000000000004
+        counts.append(torch.bincount(cheapest[:K], minlength=len(losses)) * size)
+    return torch.stack(counts)
+
+
+def weights_at(
+    W: Tensor,  # (R, q, d)
+    inverse: Inverse,
+    system: Tensor,  # (R,)
+    order: Tensor,  # (R, d) int64, columns in order of removal
+    counts: Tensor,  # (levels, R) how many of them are gone
+) -> Tensor:  # (levels, R, q, d)
+    """Weights of every row at every level, in closed form; see the module docstring."""
+    L = cholesky_in_order(inverse, system, order)
+    columns = order[:, None].expand_as(W)
+    w = W.gather(2, columns).to(L.dtype)  # (R, q, d) in order of removal
+    z = torch.linalg.solve_triangular(L, w.transpose(1, 2), upper=False)  # (R, d, q)
+    place = torch.arange(W.shape[2], device=W.device)
+    levels = W.new_zeros(len(counts), *W.shape)
+    together = max(1, 64 // W.shape[1])  # levels in one product, which reads L once
+    for first in range(0, len(counts), together):
+        gone = place < counts[first : first + together, :, None]  # (levels, R, d)
+        now = w - moved(L, z, gone)
+        now.masked_fill_(gone[:, :, None], 0)
+        index = columns.expand(len(gone), *columns.shape)
+        levels[first : first + together].scatter_(3, index, now.to(W.dtype))
+    return levels
+
+
+def moved(
+    L: Tensor,  # (R, d, d)
+    z: Tensor,  # (R, d, q)
+    gone: Tensor,  # (levels, R, d) bool
+) -> Tensor:  # (levels, R, q, d)
+    """L[:, gone] z[gone] of every level, in one product."""
+    levels, (R, d, q) = len(gone), z.shape
+    masked = z[:, :, None] * gone.permute(1, 2, 0)[:, :, :, None]  # (R, d, levels, q)
+    return (L @ masked.reshape(R, d, levels * q)).view(R, d, levels, q).permute(2, 0, 3, 1)
+
+
+def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor:  # (R, d, d)
+    """Cholesky factor of each system's H⁻¹ with its columns in a given order.
+
+    In float64 where the inverse's own precision does not carry.
+    """
+    pairs = zip(system.tolist(), order, strict=True)
+    A = torch.stack([inverse.matrix[g].index_select(0, o).index_select(1, o) for g, o in pairs])
+    L, info = torch.linalg.cholesky_ex(A)
+    if bool((info == 0).all()):
+        return L
+    L, info = torch.linalg.cholesky_ex(A.double())
+    if not bool((info == 0).all()):
+        raise ArithmeticError("the inverse Hessian is not positive definite; try --rel-damp 1e-2")
+    return L

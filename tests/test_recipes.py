@@ -1,0 +1,347 @@
+"""What users copy: OBC's own recipes, the scripts in recipes/, the commands in README.md."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--nsamples", "128", "--batchsize", "32", "--noaug", "--device", "cpu"]
+
+# The section "OBC's own recipes" of CLI.md.
+OBC = """\
+  python main_trueobs.py rn18 imagenet quant --wbits 4 --abits 4 --save rn18_4w4a.pth
+  python main_trueobs.py rn18 imagenet nmprune --prunen 2 --prunem 4 --save rn18_24.pth
+  python main_trueobs.py rn18 imagenet unstr --sparse-dir models_unstr
+  python main_trueobs.py rn18 imagenet blocked --sparse-dir models_4block
+  python main_trueobs.py rn18 imagenet quant --wbits 4 --abits 4 --load rn18_24.pth --save rn18_24_4w4a.pth
+  python postproc.py rn18 imagenet rn18_24.pth --bnt
+  python postproc.py rn18 imagenet rn18_24.pth --statcorr --statcorr-samples 1024
+  -- non-uniform, unstructured
+  python main_trueobs.py rn18 imagenet unstr --sparse-dir models_unstr
+  python database.py rn18 imagenet unstr loss
+  python spdy.py rn18 imagenet 2 unstr --dp
+  python postproc.py rn18 imagenet rn18_unstr_200x_dp.txt --database unstr --bnt
+  -- non-uniform, quantisation + 2:4
+  python main_trueobs.py rn18 imagenet nmprune --save models_nm/rn18_24.pth
+  python main_trueobs.py rn18 imagenet quant --wbits 8 --abits 8 --save models_quant/rn18_8w8a.pth
+  python main_trueobs.py rn18 imagenet quant --wbits 4 --abits 4 --save models_quant/rn18_4w4a.pth
+  python main_trueobs.py rn18 imagenet quant --wbits 8 --abits 8 --load models_nm/rn18_24.pth --save models_nm_quant/rn18_24_8w8a.pth
+  python main_trueobs.py rn18 imagenet quant --wbits 4 --abits 4 --load models_nm/rn18_24.pth --save models_nm_quant/rn18_24_4w4a.pth
+  python database.py rn18 imagenet mixed loss
+  python spdy.py rn18 imagenet 8 mixed --dp
+  python postproc.py rn18 imagenet rn18_mixed_800x_dp.txt --database mixed --bnt
+"""  # noqa: E501
+OBC_COMMANDS = [line.strip() for line in OBC.splitlines() if not line.startswith("  --")]
+OBC_FILES = """\
+rn8_4w4a.pth rn8_24.pth rn8_24_4w4a.pth rn8_unstr_200x_dp.txt rn8_mixed_800x_dp.txt
+models_unstr/rn8_0000.pth models_unstr/rn8_9900.pth models_4block/rn8_9500.pth
+models_nm/rn8_24.pth models_quant/rn8_8w8a.pth models_quant/rn8_4w4a.pth
+models_nm_quant/rn8_24_8w8a.pth models_nm_quant/rn8_24_4w4a.pth
+scores/rn8_unstr_loss.txt scores/rn8_mixed_loss.txt""".split()
+
+
+def load_script(script: str) -> ModuleType:
+    """The module of a script, wherever it lies."""
+    if "/" not in script:
+        return importlib.import_module(Path(script).stem)
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_parses(script: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A script of ours takes these words."""
+    module = load_script("post_proc.py" if script == "postproc.py" else script)
+    try:
+        module.build_parser().parse_args(words)
+    except SystemExit:
+        pytest.fail(f"{script} {shlex.join(words)}\n{capsys.readouterr().err}")
+
+
+# -- OBC's own recipes -----------------------------------------------------------------------------
+
+
+def test_they_are_those_of_our_plan():
+    plan = ROOT.parent / "shared" / "CLI.md"
+    if not plan.exists():
+        pytest.skip(f"not here: {plan}")
+    section = plan.read_text().partition("## OBC's own recipes")[2].partition("\n## ")[0]
+    assert section.partition("\n")[2].strip("\n") == OBC.strip("\n")
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(OBC_COMMANDS))
+def test_obc_command_parses(line, capsys):
+    python, script, *words = line.split()
+    assert python == "python"
+    check_parses(script, words, capsys)
+
+
+@pytest.mark.slow
+def test_obc_recipes_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for line in OBC_COMMANDS:
+        line = line.replace("rn18 imagenet", "rn8 digits").replace("rn18_", "rn8_")
+        _, script, *words = line.split()
+        quick = QUICK if "--statcorr-samples" not in words else QUICK[2:]
+        grid = ["--delta-sparse", "0.4"] if "--sparse-dir" in words else []
+        assert load_script(script).main([*words, *quick, *grid]) == 0, line
+        last = capsys.readouterr().out.splitlines()[-1]
+        makes = {"database.py": " scores/rn8_", "spdy.py": "profile rn8_"}.get(script)
+        if makes or grid:  # last, they name the file or folder that was made
+            assert (makes or words[-1]) in last, line
+        else:
+            assert re.fullmatch(r"top-1 \d\d\.\d\d", last), line
+            assert float(last.split()[1]) > 90, line
+    assert [name for name in OBC_FILES if not (tmp_path / name).is_file()] == []
+
+
+# -- recipes/ --------------------------------------------------------------------------------------
+
+SCRIPTS = ("block8", "mixed", "nm", "quantisation", "unstructured")
+
+
+def run_recipe(name: str, *words: str, python: Path, **settings: object):
+    """Run a recipe with OUT=results, in the current folder."""
+    environment = {**os.environ, "PYTHON": str(python), "OUT": "results", **settings}
+    return subprocess.run([ROOT / "recipes" / f"{name}.sh", *words], env=environment, text=True,
+                          capture_output=True)  # fmt: skip
+
+
+def table(output: str) -> list[list[str]]:
+    """Target, method, reached, top-1, paper: rows of the Markdown table that is all there is."""
+    head, rule, *rows = output.splitlines()
+    assert head == "| target | method | reached | top-1 | paper |"
+    assert rule == "|---|---|---|---|---|"
+    return [row.removeprefix("| ").removesuffix(" |").split(" | ") for row in rows]
+
+
+def check_picture(path: Path) -> None:
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+@pytest.fixture
+def notes(tmp_path, monkeypatch) -> Path:
+    """A stand-in for Python that only takes notes, and fails if told to."""
+    monkeypatch.chdir(tmp_path)
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh
+printf '%s\\0' "$@" '' >> notes
+case "$1" in *"${FAILS-nothing}") echo 'error: as told' >&2; exit 2;; esac
+echo 'profile made.txt'
+""")
+    python.chmod(0o755)
+    return python
+
+
+def noted() -> list[list[str]]:
+    """The commands of a recipe: script and words."""
+    commands = [note.split("\0") for note in Path("notes").read_text().split("\0\0")[:-1]]
+    return [[Path(script).relative_to(ROOT).as_posix(), *words] for script, *words in commands]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_command_of_a_recipe_parses(name, notes, capsys):
+    """Also: without any common option."""
+    done = run_recipe(name, "rn18", "imagenet", python=notes)
+    assert (done.returncode, done.stdout) == (0, "profile made.txt\n"), done.stderr
+    for script, *words in noted():
+        check_parses(script, words, capsys)
+    assert len(noted()) >= 5 and noted()[-1][0] == "recipes/report.py"
+
+
+@pytest.mark.parametrize(("name", "script"), [
+    *((name, "post_proc.py") for name in SCRIPTS), *((name, "main_trueobs.py") for name in SCRIPTS),
+    *((name, script) for name in ("block8", "mixed", "unstructured")
+      for script in ("uniform.py", "spdy.py", "database.py")),
+])  # fmt: skip
+def test_a_failing_command_stops_a_recipe(name, script, notes):
+    done = run_recipe(name, "rn18", "imagenet", python=notes, FAILS=script)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "error: as told"
+    assert noted()[-1][0].endswith(script)  # it was the last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "expected"), [
+    ("quantisation", [(bits, method, f"{bits} bits") for bits in "432"
+                      for method in ("asymmetric, BN-tuned", "symmetric")]),
+    ("nm", [(pattern, "first and last dense, BN-tuned", pattern) for pattern in ("2:4", "4:8")]),
+])  # fmt: skip
+def test_uniform_tables(name, expected, warm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_recipe(name, "rn8", "digits", *QUICK, python=warm.python)
+    assert done.returncode == 0, done.stderr
+    rows = table(done.stdout)
+    assert [(target, method, reached) for target, method, reached, *_ in rows] == expected
+    for target, _, _, top1, paper in rows:
+        assert float(top1) > (30 if target == "2" else 95) and paper == "–"
+    check_picture(tmp_path / "results" / f"{name}_accuracy.png")
+
+
+def check_nonuniform(name: str, methods: list[str], targets: list[str], output: str) -> None:
+    """A row per target and method, each of which meets its target; the pictures."""
+    rows = table(output)
+    assert [row[:2] for row in rows] == [[f"{t}×", m] for t in targets for m in methods]
+    for target, _, reached, top1, paper in rows:
+        times, wanted = float(reached.removesuffix("×")), float(target.removesuffix("×"))
+        assert wanted <= times + 0.005 and times < 3 * wanted
+        assert float(top1) > 90 and paper == "–"
+    for picture in ("accuracy", "errors", "profiles"):
+        check_picture(Path("results") / f"{name}_{picture}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "targets", "settings"), [
+    ("unstructured", ["2", "3.5"], {"GRID": "--delta-sparse 0.4", "SEARCH": "1"}),
+    ("mixed", ["10"], {}),
+    ("block8", ["9"], {"GRID": "--min-sparsity 0.5 --max-sparsity 0.75 --delta-sparse 0.5"}),
+])
+def test_nonuniform_tables(name, targets, settings, warm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"SEARCH": "0", "TARGETS": " ".join(targets), **settings}
+    done = run_recipe(name, "rn8", "digits", *QUICK, python=warm.python, **settings)
+    assert done.returncode == 0, done.stderr
+    methods = ["uniform", "DP", "search"] if settings["SEARCH"] == "1" else ["uniform", "DP"]
+    check_nonuniform(name, methods, targets, done.stdout)
+    dp = [float(row[3]) for row in table(done.stdout) if row[1] == "DP"]
+    assert dp[0] >= dp[-1] - 1  # a harder target is no better
+
+
+@pytest.mark.slow
+def test_block8_at_measured_time(warm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layers = [f"layer{n}.0.conv{m}" for n in (1, 2, 3) for m in (1, 2)]
+    seconds = "".join(f"{name}\n8.0 dense\n2.5 5000\n1.0 7500\n"
+                      for name in ("conv1", *layers, "linear"))  # fmt: skip
+    Path("seconds.txt").write_text(seconds)
+    grid = "--min-sparsity 0.5 --max-sparsity 0.75 --delta-sparse 0.5"
+    done = run_recipe("block8", "rn8", "digits", *QUICK, python=warm.python, GRID=grid,
+                      SEARCH="0", TARGETS="4", TIMINGS="seconds.txt")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    check_nonuniform("block8", ["uniform", "DP"], ["4"], done.stdout)
+    assert [row[2] for row in table(done.stdout)] == ["8.00×", "4.13×"]  # 8 · 8 / (5 · 2.5 + 3)
+
+
+def test_a_recipe_without_words_says_its_usage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_recipe("nm", "rn8", python=Path("python"))
+    assert done.returncode == 2 and done.stderr.startswith("usage: ") and not os.listdir()
+
+
+@pytest.mark.slow
+def test_a_target_out_of_reach(warm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_recipe("unstructured", "rn8", "digits", *QUICK, python=warm.python, TARGETS="3",
+                      GRID="--min-sparsity 0.5 --max-sparsity 0.5")  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "error: no level reaches 3x; the most is 2.00x"
+    assert "Traceback" not in done.stderr
+
+
+# -- recipes/report.py -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def report(tmp_path, capsys):
+    """Runs report.py on lines of results; status, standard output and error."""
+    main = load_script("recipes/report.py").main
+
+    def run(text: str, recipe: str, model: str, dataset: str) -> tuple[int, str, str]:
+        results = tmp_path / f"{recipe}.tsv"
+        results.write_text(text)
+        return (main([recipe, model, dataset, str(results)]), *capsys.readouterr())
+
+    return run
+
+
+UNSTRUCTURED = "uniform\t2\t2.01\t75.1\nDP\t2\t2.0004\t75.5\nsearch\t4\t4.0004\t74.123\n"
+
+
+@pytest.mark.parametrize(("recipe", "model", "dataset", "papers"), [
+    ("unstructured", "rn50", "imagenet", ["–", "75.64", "74.05"]),
+    ("unstructured", "rn50", "cifar10", ["–", "–", "–"]),
+    ("unstructured", "rn101", "imagenet", ["–", "–", "–"]),
+    ("mixed", "rn18", "imagenet", ["–", "–", "–"]),  # no such targets
+])
+def test_papers_numbers(recipe, model, dataset, papers, report, tmp_path):
+    status, out, _ = report(UNSTRUCTURED, recipe, model, dataset)
+    assert status == 0 and [row[4] for row in table(out)] == papers
+    assert table(out)[2][:4] == ["4×", "search", "4.00×", "74.12"]
+    check_picture(tmp_path / f"{recipe}_accuracy.png")
+
+
+def test_papers_numbers_of_quantisation(report):
+    lines = "asymmetric, BN-tuned\t3\t3 bits\t75\nsymmetric\t3\t3 bits\t73\n"
+    status, out, _ = report(lines, "quantisation", "rn50", "imagenet")
+    assert status == 0 and [row[4] for row in table(out)] == ["75.24", "73.61"]
+    assert [row[:3:2] for row in table(out)] == [["3", "3 bits"]] * 2
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("DP\t2\t2.0\t75.5\nDP\t3\t3.0\t\n", "line 2: expected method, target, reached, top-1"),
+    ("DP 2 2.0 75.5\n", "line 1: expected method"),
+    ("", "no results in it"),
+])
+def test_broken_results_are_one_line(text, message, report, tmp_path):
+    status, out, err = report(text, "unstructured", "rn50", "imagenet")
+    assert (status, out) == (2, "") and not list(tmp_path.glob("*.png"))
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+# -- README.md -------------------------------------------------------------------------------------
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+def readme_commands() -> list[list[str]]:
+    """The words of every command in README.md's blocks of shell."""
+    commands = []
+    for kind, block in re.findall(r"^```(sh|console)\n(.*?)^```", readme(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if kind == "console" and not line.startswith("$ "):
+                continue  # output
+            lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+            words = list(lexer)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                del words[0]
+            end = next((n for n, word in enumerate(words) if set(word) <= set("|&;<>")), None)
+            commands.append(words[:end])
+    return [words for words in commands if words]
+
+
+def test_readme_has_commands():
+    assert {words[0] for words in readme_commands()} >= {"make", "python"}
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_readme_command_is_one_of_ours(words, capsys):
+    first, *words = words
+    if first == "make":
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+        assert {word for word in words if "=" not in word} <= targets
+    elif first in ("python", ".venv/bin/python") and words[0] == "-m":
+        assert importlib.util.find_spec(words[1])
+    elif first in ("python", ".venv/bin/python"):
+        check_parses(words[0], words[1:], capsys)
+    elif first == "pip":
+        assert words[:2] == ["install", "-r"] and (ROOT / words[2]).is_file()
+    elif first not in ("cd", "git", "source"):
+        assert os.access(ROOT / first, os.X_OK) and first.endswith(".sh"), first
+
+
+def test_files_named_in_readme_exist():
+    names = set(re.findall(r"`((?:[a-z_]+/)?\w+\.(?:py|sh))[ `]", readme()))
+    assert "recipes/unstructured.sh" in names
+    assert [name for name in sorted(names) if not (ROOT / name).is_file()] == []
