@@ -10,9 +10,9 @@ and its activations' bits (32 where it is not quantised):
 
 A layer that was left dense has s = 1 at every level. Zeros that rounding to a grid has made do not
 count. In a `mixed` database s is 1/2 for a quantised layer that is 2:4 sparse along its input
-channels, else 1; in `4block_8w8a` it is the share of blocks of 4 that are not all zero. FLOPs count two for
-a multiply-add: for a layer with O outputs an image, F = 2 · O · (weights of one output channel),
-which is right for any stride, dilation and number of groups.
+channels, else 1; in `4block_8w8a` it is the share of blocks of 4 that are not all zero. FLOPs count
+two for a multiply-add: for a layer with O outputs an image, F = 2 · O · (weights of one output
+channel), which is right for any stride, dilation and number of groups.
 
 Timings are a text file in the format of the scores: a layer's name on a line, then a line
 `<seconds> <level>` for each level of the database, and one with the level `dense`.
@@ -92,7 +92,7 @@ def layer_costs(
         size = tensors[db.levels[0]]["weight"].numel()
         work = flops.get(name, 0) if constr in ("flops", "bops") else size
         dense[name] = float(work * (FULL_BITS if constr in ("bits", "bops") else 1))
-        levels[name] = {level: work * unit_cost(tensors[level], db.kind, constr) for level in db.levels}
+        levels[name] = {lv: work * unit_cost(of, db.kind, constr) for lv, of in tensors.items()}
     return Costs(dense, levels)
 
 
