@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cli import UserError, log
+from tracing import folded
 from vision import torchvision
 
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
@@ -365,8 +366,9 @@ def _outputs(
     on_cpu = torch.device(device).type == "cpu"
     layout = torch.channels_last if on_cpu else torch.contiguous_format
     with evaluating(model):
+        run = folded(model)
         for images, labels in tqdm(batches, desc=task, leave=False, disable=None):
-            logits = model(images.to(device, memory_format=layout))
+            logits = run(images.to(device, memory_format=layout))
             if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
                 raise UserError("the model does not return class scores of shape (images, classes)")
             if int(labels.max()) >= logits.shape[1]:

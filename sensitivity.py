@@ -5,162 +5,34 @@ The dynamic programme adds up the layers' errors, so each layer is compared alon
     loss      L(layer at the level) − L(dense)       L: mean cross-entropy on calibration images
     squared   ‖y − ŷ‖² / ‖y‖²                        y: the layer's dense output, ŷ: at the level
 
-A change in a layer leaves everything before it as it was. The model is traced (torch.fx) into a
-list of operations; for each batch the dense model runs once, and where it comes to a layer, only
-what follows is run for each of the layer's levels, from the values then alive. On average that is
-half of a network; nothing but one batch's live values is kept. Levels of a layer that are equal in
-all their tensors are run once, those equal to the dense layer not at all. Batch norms behind the
-layer are folded into their convolutions, which changes a loss by rounding only. Where operations
-work in place, the values alive are put back after each level.
+A change in a layer leaves everything before it as it was. For each batch the dense model runs once,
+and where it comes to a layer, only what follows is run for each of the layer's levels, from the
+values then alive (`tracing.py`). On average that is half of a network; nothing but one batch's live
+values is kept. Levels of a layer that are equal in all their tensors are run once, those equal to
+the dense layer not at all. Where operations work in place, the values alive are put back after each
+level.
 """
 
 from __future__ import annotations
 
 import hashlib
-import operator
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import log
 from modelutils import evaluating
 from quant import put_layer
+from tracing import Resumable, Whole, runner
 
 if TYPE_CHECKING:
     from database import Database
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images, labels
 Scores = dict[str, dict[str, float]]  # layer → level → value
-
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
-
-
-class Resumable(fx.Interpreter):
-    """Runs a traced model, from its start or from any of its operations with the values alive."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(fx.symbolic_trace(model))
-        self.nodes = list(self.graph.nodes)
-        last_use = {user: node for node in self.nodes for user in node.all_input_nodes}
-        self.dies_at: dict[fx.Node, list[fx.Node]] = {}
-        for value, node in last_use.items():
-            self.dies_at.setdefault(node, []).append(value)
-        self.in_place = any(self._in_place(node) for node in self.nodes)
-        self.folded = self._folded()
-
-    def _in_place(self, node: fx.Node) -> bool:
-        """Whether an operation may change a value instead of making a new one."""
-        if node.op == "call_module":
-            modules = self.module.get_submodule(node.target).modules()
-            return any(getattr(module, "inplace", False) for module in modules)
-        name = node.target if isinstance(node.target, str) else node.target.__name__
-        named = node.op in ("call_method", "call_function") and name.rstrip("_") + "_" == name
-        return named or node.target in IN_PLACE or bool(node.kwargs.get("inplace"))
-
-    def _folded(self) -> dict[fx.Node, tuple[nn.Module, fx.Node]]:
-        """Convolution → the same with the batch norm behind it folded in, and that batch norm."""
-        calls = [node for node in self.nodes if node.op == "call_module"]
-        once = Counter(node.target for node in calls)
-        folded = {}
-        for norm in calls:
-            conv = norm.args[0] if norm.args else None
-            if conv not in calls or len(conv.users) > 1 or once[conv.target] > 1:
-                continue
-            modules = [self.module.get_submodule(node.target) for node in (conv, norm)]
-            if type(modules[0]) is nn.Conv2d and type(modules[1]) is nn.BatchNorm2d:
-                if not modules[1].training and modules[1].running_mean is not None:
-                    folded[conv] = (fuse_conv_bn_eval(*modules), norm)
-        return folded
-
-    def first_call(self, layer: str) -> int | None:
-        """Number of the first operation that calls a layer or a module that it is part of."""
-        for number, node in enumerate(self.nodes):
-            if node.op in ("call_module", "get_attr"):
-                if f"{layer}.".startswith(f"{node.target}.") or node.target.startswith(f"{layer}."):
-                    return number
-        return None
-
-    def advance(self, values: dict[fx.Node, object], start: int, stop: int) -> None:
-        """Run operations start … stop−1 on `values`, in place, as the model does."""
-        self.env = values
-        for node in self.nodes[start:stop]:
-            values[node] = self.run_node(node)
-            self._forget(values, node)
-
-    def finish(self, values: dict[fx.Node, object], start: int) -> object:
-        """Run operation `start`, as it is, and all that follow, folded; the model's output."""
-        self.env, done = values, set()
-        for number, node in enumerate(self.nodes[start:]):
-            if number and node in self.folded:
-                module, norm = self.folded[node]
-                values[node] = module(*self.map_nodes_to_values(node.args, node))
-                done.add(norm)
-            elif node in done:
-                values[node] = values[node.args[0]]
-            else:
-                values[node] = self.run_node(node)
-            self._forget(values, node)
-        return values[node]
-
-    def _forget(self, values: dict[fx.Node, object], node: fx.Node) -> None:
-        for dead in self.dies_at.get(node, ()):
-            values.pop(dead, None)
-
-    def kept(self, values: dict[fx.Node, object]) -> Callable[[], None]:
-        """A function that puts all values back as they are now."""
-        tensors = [value for value in values.values() if isinstance(value, Tensor)]
-        if not self.in_place:
-            return lambda: None
-        copies = [tensor.clone() for tensor in tensors]
-
-        def put_back() -> None:
-            for tensor, copy in zip(tensors, copies, strict=True):
-                tensor.copy_(copy)
-
-        return put_back
-
-    def images(self, images: Tensor) -> dict[fx.Node, object]:
-        """The values before the first operation."""
-        self.args_iter: Iterator[object] = iter([images])
-        return {}
-
-
-class Whole:
-    """Stands in for `Resumable` where a model cannot be traced: every level runs all of it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def first_call(self, layer: str) -> int | None:
-        return 0
-
-    def images(self, images: Tensor) -> dict[str, Tensor]:
-        return {"images": images}
-
-    def kept(self, values: dict[str, Tensor]) -> Callable[[], None]:
-        return lambda: None
-
-    def advance(self, values: dict[str, Tensor], start: int, stop: int) -> None:
-        """Nothing: `finish` does it all."""
-
-    def finish(self, values: dict[str, Tensor], start: int) -> object:
-        return self.model(values["images"])
-
-
-def runner(model: nn.Module) -> Resumable | Whole:
-    """The fastest way there is to run a model again and again with one layer changed."""
-    try:
-        return Resumable(model)
-    except Exception as error:  # tracing runs the model's own Python: anything can happen
-        log.warning("the model cannot be traced (%s): every level runs all of it", error)
-        return Whole(model)
-
 
 def distinct_levels(db: Database, layer: str, dense: nn.Module) -> dict[str, list[str]]:
     """One level of each set of equal ones → all levels of the set; those equal to dense: ""."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sensitivity
+import tracing
 from database import Database
 from quant import fit_activation_grid, set_activation_grid
 from vision import torchvision
@@ -114,8 +115,8 @@ def test_losses_are_those_of_the_plain_way(kind: str) -> None:
 
 
 def test_the_plain_way_is_traced_only_where_it_can_be() -> None:
-    assert isinstance(sensitivity.runner(model_of("residual")), sensitivity.Resumable)
-    assert isinstance(sensitivity.runner(model_of("untraceable")), sensitivity.Whole)
+    assert isinstance(tracing.runner(model_of("residual")), tracing.Resumable)
+    assert isinstance(tracing.runner(model_of("untraceable")), tracing.Whole)
 
 
 @pytest.mark.parametrize("kind", ["residual", "untraceable"])
