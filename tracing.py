@@ -1,10 +1,10 @@
 """A model as a list of operations: run from anywhere, batch norms folded into convolutions.
 
-The model is traced by torch.fx. `Resumable.advance` runs operations as the model does and keeps the
-values that later ones need; `Resumable.finish` runs the rest of the model from such values, as
-often as one likes, with every batch norm folded into the convolution before it: that changes results
-by rounding only and saves a third of the time of a small network on a CPU. A model that cannot be
-traced runs whole.
+The model is traced by torch.fx. `Resumable.advance` runs operations as the model does and keeps
+the values that later ones need; `Resumable.finish` runs the rest of the model from such values, as
+often as one likes, with every batch norm folded into the convolution before it. That changes
+results by rounding only and saves a third of the time of a small network on a CPU. A model that
+cannot be traced runs whole.
 """
 
 from __future__ import annotations
