@@ -12,8 +12,8 @@ together. `python database.py MODEL DATASET KIND ACTION` measures what each leve
                  models_nm_quant/<model>_<level>.pth               24_8w8a, 24_4w4a, …
 
 A level is what stands between the model's name and the suffix: to add a level, add a file. Files
-are mapped into memory, so that opening a database reads names and shapes only, and stitching reads
-the layers it stitches. Which bits and how many zeros a level has is read off its tensors.
+are mapped into memory (.safetensors are read), so that opening a database reads names and shapes
+only, and stitching reads the layers it stitches. Which bits and how many zeros a level has is read off its tensors.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ class Session:
     def of(cls, args: argparse.Namespace) -> Session:
         """From the common options; raises UserError for what is wrong with them."""
         device = resolve_device(args.device)
+        torch.backends.cudnn.allow_tf32 = False  # layers see inputs in full float32
         data = load_data(
             args.dataset,
             datapath=args.datapath,
