@@ -13,7 +13,8 @@ together. `python database.py MODEL DATASET KIND ACTION` measures what each leve
 
 A level is what stands between the model's name and the suffix: to add a level, add a file. Files
 are mapped into memory (.safetensors are read), so that opening a database reads names and shapes
-only, and stitching reads the layers it stitches. Which bits and how many zeros a level has is read off its tensors.
+only, and stitching reads the layers it stitches. Which bits and how many zeros a level has is read
+off its tensors.
 """
 
 from __future__ import annotations
