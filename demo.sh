@@ -15,8 +15,8 @@ compress() { # compress NAME OPTIONS…: a line of the table
 }
 
 table=$'| rn8 on digits          | top-1 |\n|------------------------|-------|\n'
-compress "8-bit weights" quant --wbits 8 --save demo/rn8_8w.pth
 compress "4-bit weights" quant --wbits 4 --save demo/rn8_4w.pth
 compress "2:4 sparsity" nmprune --prunen 2 --prunem 4 --save demo/rn8_24.pth
-nonuniform=$(PYTHON=$PYTHON OUT=demo TARGETS="2 4" SEARCH=0 recipes/unstructured.sh rn8 digits --noaug)
+nonuniform=$(PYTHON=$PYTHON OUT=demo GRID="--delta-sparse 0.2" TARGETS="2 4" SEARCH=0 \
+    recipes/unstructured.sh rn8 digits --noaug)
 printf '\n%s\n%s\n\npictures and checkpoints: demo/\n' "$table" "$(grep '^|' <<< "$nonuniform")"

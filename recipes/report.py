@@ -118,7 +118,7 @@ def draw_errors(args: argparse.Namespace) -> None:
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_yticks(range(len(scores)), list(scores), fontsize=7)
     step = max(1, len(levels) // 12)
-    axes.set_xticks(range(0, len(levels), step), levels[::step], fontsize=7)
+    axes.set_xticks(range(0, len(levels), step), levels[::step], fontsize=7, rotation=90)
     axes.set(xlabel="level", title=f"error per layer and level: {args.model} on {args.dataset}")
     figure.colorbar(image, label="log10 of the change of loss (from 1e-6)")
     save(figure, args.results.with_name(f"{args.recipe}_errors.png"))
@@ -141,7 +141,7 @@ def draw_profiles(args: argparse.Namespace) -> None:
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     axes.set_yticks(range(len(levels)), levels, fontsize=6)
     axes.set(ylabel="level", title=f"chosen levels: {args.model} on {args.dataset}")
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, args.results.with_name(f"{args.recipe}_profiles.png"))
 
 
