@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHUNK_BYTES = 64 << 20  # an unfolded piece of a batch is no larger than this
+NARROW = 128  # features; up to here a product a row is faster than one long product
 DEAD = 1e-20  # × mean(diag H): inputs with less than this are always zero, or as good as
 LADDER = tuple(10.0**exponent for exponent in range(-8, 1))  # damping tried, × mean(diag H)
 
@@ -154,9 +155,10 @@ def window_products(
 
     def product(first: int, count: int) -> Tensor:
         stop = first + stride * (count - 1) + 1
-        left = F[:, first:stop:stride].flatten(1, 2)
-        right = F[:, first + shift : stop + shift : stride].flatten(1, 2)
-        return (left.transpose(1, 2) @ right).double()
+        left, right = F[:, first:stop:stride], F[:, first + shift : stop + shift : stride]
+        if F.shape[3] <= NARROW:
+            return (left.transpose(2, 3) @ right).sum(1).double()
+        return (left.flatten(1, 2).transpose(1, 2) @ right.flatten(1, 2)).double()
 
     lowest, highest = starts[0], starts[-1]
     edge = (highest - lowest) // stride  # rows that a window does not share, at either end
