@@ -3,8 +3,8 @@
 The model is traced by torch.fx. `Resumable.advance` runs operations as the model does and keeps
 the values that later ones need; `Resumable.finish` runs the rest of the model from such values, as
 often as one likes, with every batch norm folded into the convolution before it. That changes
-results by rounding only and saves a third of the time of a small network on a CPU. A model that
-cannot be traced runs whole.
+results by rounding only and saves a fifth to a third of the time of ResNet-20 on 2 cores. A model
+that cannot be traced runs whole.
 """
 
 from __future__ import annotations

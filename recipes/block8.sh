@@ -10,7 +10,7 @@ KIND=4block_8w8a CONSTR=bops TARGETS=${TARGETS:-"4 5"}
 if [ -n "${TIMINGS:-}" ]; then
     CONSTR=timingsq
 else
-    RECIPE=block8_bops  # no number of the paper's to compare with
+    NO_PAPER=--no-paper  # its numbers are for measured time
 fi
 make_file main_trueobs.py blocked --sparse-dir "$PREFIX/models_4block" $GRID
 for level in "$PREFIX/models_4block/${TAG}"_[0-9][0-9][0-9][0-9].pth; do

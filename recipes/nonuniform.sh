@@ -19,7 +19,7 @@ nonuniform() {
             choose search "$target" spdy.py --score_path "$SCORES"
         fi
     done
-    report --scores "$SCORES/${TAG}_${KIND}_loss.txt" --profiles "${PROFILES[@]}"
+    report ${NO_PAPER:-} --scores "$SCORES/${TAG}_${KIND}_loss.txt" --profiles "${PROFILES[@]}"
 }
 
 choose() {  # choose METHOD TARGET SCRIPT OPTIONS…: make a profile, stitch, tune, record

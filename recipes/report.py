@@ -81,7 +81,9 @@ def paper_number(recipe: str, model: str, dataset: str, method: str, target: str
 def markdown(args: argparse.Namespace, results: list[tuple[str, str, str, float]]) -> str:
     lines = ["| target | method | reached | top-1 | paper |", "|---|---|---|---|---|"]
     for method, target, reached, top1 in results:
-        paper = paper_number(args.recipe, args.model, args.dataset, method, target)
+        paper = "–"
+        if not args.no_paper:
+            paper = paper_number(args.recipe, args.model, args.dataset, method, target)
         if is_number(reached):  # times less than dense
             target, reached = f"{target}×", f"{float(reached):.2f}×"
         lines.append(f"| {target} | {method} | {reached} | {top1:.2f} | {paper} |")
@@ -168,6 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="MODEL")
     parser.add_argument("dataset", help="DATASET")
     parser.add_argument("results", type=Path, help="lines method, target, reached, top-1")
+    parser.add_argument("--no-paper", action="store_true", help="leave its numbers out")
     parser.add_argument("--scores", type=Path, help="scores to draw")
     parser.add_argument("--profiles", type=Path, nargs="*", help="profiles to draw")
     return parser

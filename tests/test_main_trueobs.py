@@ -694,6 +694,7 @@ def test_a_database_is_made_anew_after_a_killed_run(command, tmp_path):
     partial.mkdir(parents=True)
     (partial / "conv1.pth").write_bytes(b"half a file")
     make_database(command, tmp_path / "db", "unstr")
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize("words", ["nmprune --save {}/q.pth", "unstr --sparse-dir {}"])
