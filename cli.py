@@ -5,7 +5,7 @@ error, exit status 0; or, for anything the user got wrong, one line ``error: …
 and exit status 2 — never a traceback, never half a file. A command is therefore
 
     def main(argv=None) -> int:
-        return guarded(run, build_parser().parse_args(argv))
+        return command(build_parser, run, argv)
 
 with ``run(args)`` raising `UserError` wherever it has something to tell, and every file it leaves
 behind going through `atomic_write`: written under a temporary name, forced to disk, renamed.
@@ -14,6 +14,8 @@ behind going through `atomic_write`: written under a temporary name, forced to d
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import io
 import logging
 import math
@@ -23,7 +25,6 @@ import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -185,6 +186,31 @@ def _is_cpu_memory_error(error: RuntimeError) -> bool:
     return "DefaultCPUAllocator" in str(error)  # how PyTorch reports a failed malloc
 
 
+def command(
+    build_parser: Callable[[], argparse.ArgumentParser],
+    run: Callable[[argparse.Namespace], None],
+    argv: list[str] | None = None,  # None: the process's own
+) -> int:
+    """A whole command: options, logging, the work; its exit status."""
+    args = build_parser().parse_args(argv)
+    setup_logging()
+    reuse_freed_memory()
+    return guarded(run, args)
+
+
+def reuse_freed_memory() -> None:
+    """Let glibc keep up to 512 MB of freed memory instead of handing it back at every chance.
+
+    A network's activations come and go with every layer; each time the kernel has to clear their
+    pages anew, which took a fifth of the time of rn20 on 2 cores. Elsewhere this does nothing.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
+        mallopt(trim_threshold, 512 << 20)
+
+
 def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run `body(args)`; return the exit status, with the user's mistakes as one line on stderr.
 
@@ -266,7 +292,7 @@ def _destination(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` only once it is complete and on disk.
 

@@ -47,6 +47,8 @@ DATASETS = ("imagenet", "cifar10", "digits", "folder")
 DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  # pixels
 DEFAULT_PATHS = {"imagenet": "../imagenet", "cifar10": "../cifar10"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
+CIFAR_BATCHES = "cifar-10-batches-py"  # torchvision's name
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MAX_WORKERS = 8
 
 
@@ -242,10 +244,9 @@ def _root(name: str, datapath: str | os.PathLike[str] | None) -> Path:
 
 def _cifar_batches(root: Path) -> Path | None:
     """The folder that holds torchvision's `cifar-10-batches-py`, if it is there."""
-    base = torchvision.datasets.CIFAR10.base_folder
-    if (root / base).is_dir():
+    if (root / CIFAR_BATCHES).is_dir():
         return root
-    return root.parent if root.resolve().name == base else None
+    return root.parent if root.resolve().name == CIFAR_BATCHES else None
 
 
 def _cifar_arrays(root: Path) -> tuple[ArrayImages, ArrayImages, list[str]]:
@@ -253,7 +254,7 @@ def _cifar_arrays(root: Path) -> tuple[ArrayImages, ArrayImages, list[str]]:
         train, test = (torchvision.datasets.CIFAR10(str(root), train=part, download=False)
                        for part in (True, False))
     except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"{root / torchvision.datasets.CIFAR10.base_folder}: {error}") from None
+        raise UserError(f"{root / CIFAR_BATCHES}: {error}") from None
     return (ArrayImages(train.data, train.targets), ArrayImages(test.data, test.targets),
             list(train.classes))
 
@@ -288,16 +289,23 @@ def _subfolders(folder: Path) -> set[str]:
 
 def _list_images(folder: Path, present: set[str], classes: list[str]) -> FileImages:
     """All images below `folder`, class by class and sorted by name, labelled by `classes`."""
-    labels = {name: label for label, name in enumerate(classes) if name in present}
-    extensions = torchvision.datasets.folder.IMG_EXTENSIONS
-    pairs = []
-    if labels:
-        pairs = torchvision.datasets.folder.make_dataset(
-            folder, labels, extensions=extensions, allow_empty=True)
-    if not pairs:
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        if name in present:
+            found = _images_below(os.path.join(folder, name))
+            files += found
+            labels += [label] * len(found)
+    if not files:
         raise UserError(f"{folder}: no images in it; expected <class>/<image>, "
-                        f"with a name ending in {' '.join(extensions)}")
-    return FileImages([path for path, _ in pairs], [label for _, label in pairs])
+                        f"with a name ending in {' '.join(IMAGE_SUFFIXES)}")
+    return FileImages(files, labels)
+
+
+def _images_below(folder: str) -> list[str]:
+    """Image files in a folder and the folders in it, in torchvision's order (`make_dataset`)."""
+    return [os.path.join(below, name)
+            for below, _, names in sorted(os.walk(folder, followlinks=True))
+            for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 # ---------------------------------------------------------------------------------- batches

@@ -7,6 +7,9 @@ threads as torch uses, and need (threads × rows of a task) matrices of d×d, ho
 
 The algorithm, its pivot rules and its symbols are those of `elimination.py`, step by step; a test
 holds both to the same traces. Rows are independent, so the result does not depend on the threads.
+One thing more: N:M lets go not only of the columns that went, but also of those that never will,
+since their group is full. They take half of the work, and only their weights are wanted, which
+follow from the columns gone in closed form.
 
     symbol  variable  shape          meaning
     A       A         (rows, d, d)   own inverse Hessian of each row; the leading m×m is live
@@ -22,6 +25,8 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from levels import weights_without
 
 INFINITY = np.inf
 CACHE_BYTES = 8 << 20  # matrices of one task, so that they stay in the last cache
@@ -79,7 +84,7 @@ class _Task:
         panel: int,
     ) -> None:
         R, d = W.shape
-        self.unit, self.panel, self.Hinv, self.system = unit, panel, Hinv, system
+        self.unit, self.panel, self.W, self.Hinv, self.system = unit, panel, W, Hinv, system
         self.n, self.group = nm
         self.w, self.grid = W.clone().numpy(), grid.numpy()
         self.floor = floor.index_select(0, system).numpy()
@@ -90,39 +95,39 @@ class _Task:
         zero = (W == 0).view(R, d // unit, unit).all(2).numpy()  # already gone: before all others
         self.barred = np.where(zero, -INFINITY, 0.0).astype(self.w.dtype)
         self.zeros = np.zeros((R, d // self.group if self.group else 1), dtype=np.int32)
-        self.picks = np.empty((R, panel), dtype=np.int64)
+        self.live = np.full(R, d)  # m of each row
         self.U = W.new_empty(R, panel, d)
         self.A: Tensor | None = None
 
     def all_panels(self, order: Tensor, losses: Tensor, weights: Tensor) -> None:
         """Run to the end; fill (rows, steps), (rows, steps) and (rows, d)."""
-        steps, m = order.shape[1], self.w.shape[1]
+        steps = order.shape[1]
         own, shared = np.arange(len(self.w)), self.system.numpy()
-        count = 0
         for start in range(0, steps, self.panel):
             if start:
-                self.flush(m, count)
+                self.flush()
             count = min(self.panel, steps - start)
             A, source = (self.Hinv, shared) if self.A is None else (self.A, own)
             run_panel(
                 A.numpy(), source, self.w, self.D, self.floor, self.columns, self.barred,
-                self.zeros, self.grid, self.U.numpy(), m, self.unit, self.n, self.group,
-                start, count, self.picks, order.numpy(), losses.numpy(), weights.numpy(),
+                self.zeros, self.grid, self.U.numpy(), self.live, self.unit, self.n, self.group,
+                start, count, order.numpy(), losses.numpy(), weights.numpy(),
             )  # fmt: skip
-            m -= count
-        write_free(self.w, self.columns, self.picks, count, m, weights.numpy())
+        if self.group:
+            weights.copy_(weights_without(self.W, self.Hinv, self.system, order))
+        else:
+            write_free(self.w, self.columns, self.barred, self.live, self.unit, weights.numpy())
 
-    def flush(self, left: int, count: int) -> None:
-        """After a panel of `count`: move live columns into the holes, then A −= UᵀU on the rest."""
+    def flush(self) -> None:
+        """After a whole panel: move live columns into the holes, then A −= UᵀU on what is left."""
         if self.A is None:
             self.A = self.Hinv.index_select(0, self.system)
         compact(
             self.A.numpy(), self.U.numpy(), self.w, self.D, self.floor, self.columns, self.barred,
-            self.picks, count, left, self.unit,
+            self.live, self.unit,
         )  # fmt: skip
-        U = self.U[:, :count, :left]
-        for A, u in zip(self.A[:, :left, :left], U, strict=True):
-            A.addmm_(u.T, u, alpha=-1)
+        for A, U, m in zip(self.A, self.U, self.live.tolist(), strict=True):
+            A[:m, :m].addmm_(U[:, :m].T, U[:, :m], alpha=-1)
 
 
 # -- compiled ---------------------------------------------------------------------------------
@@ -130,13 +135,13 @@ class _Task:
 
 @compiled
 def run_panel(
-    A, source, w, D, floor, columns, barred, zeros, grid, U, m, unit, n, group,
-    start, count, picks, order, losses, weights,
+    A, source, w, D, floor, columns, barred, zeros, grid, U, live, unit, n, group,
+    start, count, order, losses, weights,
 ):  # fmt: skip
-    """Fix `count` columns of every row; record where, which, at what loss and value."""
-    scores = np.empty(m, dtype=w.dtype)
+    """Fix `count` columns of every row; record which, at what loss and value."""
+    scores = np.empty(w.shape[1], dtype=w.dtype)
     for r in range(len(w)):
-        inverse = A[source[r]]
+        inverse, m = A[source[r]], live[r]
         for k in range(0, count, unit):
             chosen = choose(w[r], D[r], floor[r], barred[r], grid[r], m, unit, scores)
             barred[r, chosen] = np.inf
@@ -145,7 +150,6 @@ def run_panel(
             for j in range(unit):
                 p = chosen * unit + j
                 value, loss = fix(inverse, w[r], floor[r], grid[r], U[r], m, p, k + j)
-                picks[r, k + j] = p
                 order[r, start + k + j] = columns[r, p]
                 losses[r, start + k + j] = loss
                 weights[r, columns[r, p]] = value
@@ -260,11 +264,12 @@ def update_blocks(D, floor, U, m, unit, k):
 
 
 @compiled
-def compact(A, U, w, D, floor, columns, barred, picks, count, left, unit):
-    """Move what is alive among the last positions into the holes below `left`, in every row."""
-    m = left + count
+def compact(A, U, w, D, floor, columns, barred, live, unit):
+    """Move what is alive among the last positions into the holes before it, in every row."""
     for r in range(len(w)):
-        source, hole, moves = vacancies(picks[r, :count], left, m)
+        m = live[r]
+        source, hole, left = vacancies(barred[r], m, unit)
+        live[r], moves = left, len(source)
         for x in range(moves):
             s, h = source[x], hole[x]
             A[r, h, :m] = A[r, s, :m]
@@ -274,43 +279,40 @@ def compact(A, U, w, D, floor, columns, barred, picks, count, left, unit):
         for i in range(left):
             for x in range(moves):
                 A[r, i, hole[x]] = A[r, i, source[x]]
-        for j in range(count):
+        for j in range(U.shape[1]):
             for x in range(moves):
                 U[r, j, hole[x]] = U[r, j, source[x]]
 
 
 @compiled
-def vacancies(gone, left, m):
-    """Sources among the last positions that are alive, and as many holes below `left`.
+def vacancies(barred, m, unit):
+    """Positions alive that have to move, the holes that they move into, and how many are alive.
 
-    Both ascending, and whole units stay together, as picks come in whole units.
+    Of m positions those of barred units are gone. Sources and holes ascend, and whole units stay
+    together.
     """
-    k = m - left
-    dead = np.zeros(k, dtype=np.bool_)
-    hole = np.empty(k, dtype=np.int64)
-    source = np.empty(k, dtype=np.int64)
-    moves = 0
-    for p in np.sort(gone):
-        if p < left:
-            hole[moves] = p
+    left = m
+    for b in range(m // unit):
+        if barred[b] == np.inf:
+            left -= unit
+    source = np.empty(m - left, dtype=np.int64)
+    hole = np.empty(m - left, dtype=np.int64)
+    moves = holes = 0
+    for i in range(m):
+        gone = barred[i // unit] == np.inf
+        if gone and i < left:
+            hole[holes] = i
+            holes += 1
+        elif not gone and i >= left:
+            source[moves] = i
             moves += 1
-        else:
-            dead[p - left] = True
-    alive = 0
-    for i in range(k):
-        if not dead[i]:
-            source[alive] = left + i
-            alive += 1
-    return source, hole, moves
+    return source[:moves], hole[:moves], left
 
 
 @compiled
-def write_free(w, columns, picks, count, left, weights):
+def write_free(w, columns, barred, live, unit, weights):
     """Write the weights that were never fixed to where they belong."""
     for r in range(len(w)):
-        fixed = np.zeros(left + count, dtype=np.bool_)
-        for p in picks[r, :count]:
-            fixed[p] = True
-        for i in range(left + count):
-            if not fixed[i]:
+        for i in range(live[r]):
+            if barred[r, i // unit] < np.inf:
                 weights[r, columns[r, i]] = w[r, i]

@@ -46,19 +46,21 @@ class Grid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Nearest grid values of x: (rows, d), or any shape if the grid has one row."""
-        code = torch.clamp(torch.round(x / self.scale) + self.zero, min=0).minimum(
-            self.maxq.to(x.dtype)
-        )
-        return self.scale * (code - self.zero)
+        return _rounded(x, self.scale, self.zero, self.maxq.to(x.dtype))
 
 
-def grid_of_range(
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor, maxq: Tensor) -> Tensor:
+    code = torch.clamp(torch.round(x / scale) + zero, min=0).minimum(maxq)
+    return scale * (code - zero)
+
+
+def _scale_and_zero(
     low: Tensor,  # (rows, 1), at most 0
     high: Tensor,  # (rows, 1), at least 0
     bits: int,
     symmetric: bool,
-) -> Grid:
-    """The grid that spans a range. A range of nothing gets a step of 1."""
+) -> tuple[Tensor, Tensor]:  # (rows, 1) each
+    """Step and zero point of the grid that spans a range. A range of nothing gets a step of 1."""
     maxq = 2**bits - 1
     if symmetric:
         high = torch.maximum(-low, high)
@@ -66,7 +68,7 @@ def grid_of_range(
     scale = (high - low) / maxq
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale)
-    return Grid(scale, zero, maxq)
+    return scale, zero
 
 
 def fit_grid(
@@ -78,18 +80,19 @@ def fit_grid(
 ) -> Grid:
     """The grid for x, per row, with its range found as in the module docstring."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    best = grid_of_range(low, high, bits, symmetric)
+    best = Grid(*_scale_and_zero(low, high, bits, symmetric), 2**bits - 1)
     if not search:
         return best
     sample = x if sample is None else sample
-    least = torch.full_like(low, float("inf"))
+    least, maxq = torch.full_like(low, float("inf")), best.maxq.to(x.dtype)
     for factor in SHRINK_FACTORS:
-        grid = grid_of_range(low * factor, high * factor, bits, symmetric)
-        error = (grid(sample) - sample).abs().pow(ERROR_POWER).sum(1, keepdim=True)
+        scale, zero = _scale_and_zero(low * factor, high * factor, bits, symmetric)
+        rounded = _rounded(sample, scale, zero, maxq)
+        error = (rounded - sample).abs_().pow_(ERROR_POWER).sum(1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
-        best.scale = torch.where(better, grid.scale, best.scale)
-        best.zero = torch.where(better, grid.zero, best.zero)
+        best.scale = torch.where(better, scale, best.scale)
+        best.zero = torch.where(better, zero, best.zero)
     return best
 
 

@@ -276,9 +276,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    cli.setup_logging()
-    return cli.guarded(run, args)
+    return cli.command(build_parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 The model is traced by torch.fx. `Resumable.advance` runs operations as the model does and keeps
 the values that later ones need; `Resumable.finish` runs the rest of the model from such values, as
-often as one likes, with every batch norm folded into the convolution before it. That changes
-results by rounding only and saves a fifth to a third of the time of ResNet-20 on 2 cores. A model
-that cannot be traced runs whole.
+often as one likes, with every batch norm folded into the convolution before it, and with ReLUs and
+sums in the memory of what they are made of. That changes results by rounding only and saves a third
+of the time of ResNet-20 on 2 cores. A model that cannot be traced runs whole.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cli import log
 
+RELU, ADD = {F.relu, torch.relu}, {operator.add, torch.add}
+FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)  # their output is a new tensor
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 
 
@@ -34,6 +37,8 @@ class Resumable(fx.Interpreter):
             self.dies_at.setdefault(node, []).append(value)
         self.in_place = any(self._in_place(node) for node in self.nodes)
         self.folded = self._folded()
+        self.place = {node: number for number, node in enumerate(self.nodes)}
+        self.overwriting = {node for node in self.nodes if self._may_overwrite(node)}
 
     def _in_place(self, node: fx.Node) -> bool:
         """Whether an operation may change a value instead of making a new one."""
@@ -60,6 +65,32 @@ class Resumable(fx.Interpreter):
                     folded[conv] = (fused, norm)
         return folded
 
+    def _kind(self, node: fx.Node) -> str:
+        """relu, add, new (a layer that makes a new tensor) or nothing of these."""
+        if node.op == "call_module":
+            module = self.module.get_submodule(node.target)
+            return "relu" if type(module) is nn.ReLU else "new" * isinstance(module, FRESH)
+        if node.op == "call_function" and node.target in RELU:
+            return "relu"
+        plain = len(node.args) == 2 and not node.kwargs
+        return "add" if node.op == "call_function" and node.target in ADD and plain else ""
+
+    def _may_overwrite(self, node: fx.Node) -> bool:
+        """Whether a ReLU or a sum is the only one to see its first argument, a new tensor."""
+        argument = node.args[0] if node.args else None
+        if self._kind(node) not in ("relu", "add") or not isinstance(argument, fx.Node):
+            return False
+        return bool(self._kind(argument)) and len(argument.users) == 1
+
+    def _overwrite(self, node: fx.Node) -> object:
+        """A ReLU or a sum, into the memory of its first argument where that fits."""
+        first, *others = self.map_nodes_to_values(node.args, node)
+        if self._kind(node) == "relu":
+            return first.relu_()
+        alike = isinstance(others[0], Tensor) and others[0].shape == first.shape
+        return first.add_(others[0]) if alike and others[0].dtype == first.dtype else (
+            self.run_node(node))
+
     def first_call(self, layer: str) -> int | None:
         """Number of the first operation that calls a layer or a module that it is part of."""
         for number, node in enumerate(self.nodes):
@@ -85,6 +116,8 @@ class Resumable(fx.Interpreter):
                 done.add(norm)
             elif node in done:
                 values[node] = values[node.args[0]]
+            elif node in self.overwriting and self.place[node.args[0]] >= start:
+                values[node] = self._overwrite(node)
             else:
                 values[node] = self.run_node(node)
             self._forget(values, node)

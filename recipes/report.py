@@ -177,9 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    cli.setup_logging()
-    return cli.guarded(run, args)
+    return cli.command(build_parser, run, argv)
 
 
 if __name__ == "__main__":
