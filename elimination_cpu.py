@@ -7,14 +7,20 @@ threads as torch uses, and need (threads × rows of a task) matrices of d×d, ho
 
 The algorithm, its pivot rules and its symbols are those of `elimination.py`, step by step; a test
 holds both to the same traces. Rows are independent, so the result does not depend on the threads.
+
 One thing more: N:M lets go not only of the columns that went, but also of those that never will,
-since their group is full. They take half of the work, and only their weights are wanted, which
-follow from the columns gone in closed form.
+since their group is full: half of the work. Their weights follow at the end. With P the columns
+gone in their order, A_PP = LLᵀ and L z = w_P are what the elimination has computed (L the u's at P,
+z its moves), so that
+
+    w − A[:, P] A_PP⁻¹ w_P  =  w − A[:, P] y,        Lᵀ y = z
 
     symbol  variable  shape          meaning
     A       A         (rows, d, d)   own inverse Hessian of each row; the leading m×m is live
     U       U         (rows, b, d)   the panel's u's
     D       D         (rows, d, c)   diagonal blocks of A: row i of the block that position i is in
+    L       L         (rows, k, d)   N:M: the u's of all steps, by column
+    z       z         (rows, k)      N:M: the moves e_p/√A_pp of all steps
 """
 
 from __future__ import annotations
@@ -26,11 +32,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from levels import weights_without
-
 INFINITY = np.inf
 CACHE_BYTES = 8 << 20  # matrices of one task, so that they stay in the last cache
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz"})
+EXACT = {"contract", "nsz"}  # sums in their own order
+compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=EXACT)
+compiled_sum = njit(nogil=True, cache=True, error_model="numpy", fastmath=EXACT | {"reassoc"})
 
 
 def eliminate_rows(
@@ -96,6 +102,9 @@ class _Task:
         self.barred = np.where(zero, -INFINITY, 0.0).astype(self.w.dtype)
         self.zeros = np.zeros((R, d // self.group if self.group else 1), dtype=np.int32)
         self.live = np.full(R, d)  # m of each row
+        kept = d // self.group * self.n if self.group else 0
+        self.L = np.zeros((R, kept, d if kept else 0), dtype=self.w.dtype)
+        self.z = np.zeros((R, kept), dtype=self.w.dtype)
         self.U = W.new_empty(R, panel, d)
         self.A: Tensor | None = None
 
@@ -111,10 +120,13 @@ class _Task:
             run_panel(
                 A.numpy(), source, self.w, self.D, self.floor, self.columns, self.barred,
                 self.zeros, self.grid, self.U.numpy(), self.live, self.unit, self.n, self.group,
-                start, count, order.numpy(), losses.numpy(), weights.numpy(),
+                start, count, order.numpy(), losses.numpy(), weights.numpy(), self.L, self.z,
             )  # fmt: skip
         if self.group:
-            weights.copy_(weights_without(self.W, self.Hinv, self.system, order))
+            write_weights_without(
+                self.W.numpy(), self.Hinv.numpy(), shared, order.numpy(), self.L, self.z,
+                weights.numpy(),
+            )  # fmt: skip
         else:
             write_free(self.w, self.columns, self.barred, self.live, self.unit, weights.numpy())
 
@@ -136,7 +148,7 @@ class _Task:
 @compiled
 def run_panel(
     A, source, w, D, floor, columns, barred, zeros, grid, U, live, unit, n, group,
-    start, count, order, losses, weights,
+    start, count, order, losses, weights, L, z,
 ):  # fmt: skip
     """Fix `count` columns of every row; record which, at what loss and value."""
     scores = np.empty(w.shape[1], dtype=w.dtype)
@@ -149,10 +161,16 @@ def run_panel(
                 bar_full_group(columns[r], barred[r], zeros[r], chosen, m, n, group)
             for j in range(unit):
                 p = chosen * unit + j
-                value, loss = fix(inverse, w[r], floor[r], grid[r], U[r], m, p, k + j)
-                order[r, start + k + j] = columns[r, p]
-                losses[r, start + k + j] = loss
+                step = start + k + j
+                value, error, pivot = fix(inverse, w[r], floor[r], grid[r], U[r], m, p, k + j)
+                order[r, step] = columns[r, p]
+                losses[r, step] = error * error / (2 * pivot)
                 weights[r, columns[r, p]] = value
+                if group:
+                    z[r, step] = error / np.sqrt(pivot)
+                    for i in range(m):
+                        L[r, step, columns[r, i]] = U[r, k + j, i]
+                    L[r, step, columns[r, p]] = np.sqrt(pivot)
             update_blocks(D[r], floor[r], U[r], m, unit, k)
 
 
@@ -205,14 +223,15 @@ def bar_full_group(columns, barred, zeros, chosen, m, n, group):
     g = columns[chosen] // group
     zeros[g] += 1
     if zeros[g] >= n:
+        first = g * group
         for i in range(m):
-            if columns[i] // group == g:
-                barred[i] = np.inf
+            inside = (columns[i] >= first) & (columns[i] < first + group)
+            barred[i] = np.inf if inside else barred[i]
 
 
 @compiled
 def fix(A, w, floor, grid, U, m, p, k):
-    """Step k of the panel: fix position p. The value it is fixed at, and the loss."""
+    """Step k of the panel: fix position p. The value it is fixed at, its error, its pivot."""
     u = U[k]
     for i in range(m):
         u[i] = A[p, i]
@@ -227,7 +246,7 @@ def fix(A, w, floor, grid, U, m, p, k):
     for i in range(m):
         u[i] *= scale
         w[i] -= u[i] * move
-    return value, error * error / (2 * pivot)
+    return value, error, pivot
 
 
 @compiled
@@ -316,3 +335,33 @@ def write_free(w, columns, barred, live, unit, weights):
         for i in range(live[r]):
             if barred[r, i // unit] < np.inf:
                 weights[r, columns[r, i]] = w[r, i]
+
+
+@compiled
+def write_weights_without(W, Hinv, system, order, L, z, weights):
+    """N:M: every row's weights once the columns of `order` are zero; see the module docstring."""
+    for r in range(len(W)):
+        y = np.zeros(W.shape[1], dtype=W.dtype)
+        for i in range(order.shape[1] - 1, -1, -1):
+            p = order[r, i]
+            y[p] = (z[r, i] - dot(L[r, i], y)) / L[r, i, p]
+        w = weights[r]
+        w[:] = W[r]
+        for p in order[r]:
+            subtract(w, y[p], Hinv[system[r], p])
+        for p in order[r]:
+            w[p] = 0
+
+
+@compiled_sum
+def dot(a, b):
+    total = a.dtype.type(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@compiled
+def subtract(w, factor, row):
+    for i in range(len(w)):
+        w[i] -= factor * row[i]

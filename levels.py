@@ -67,22 +67,6 @@ def weights_at(
     return levels
 
 
-def weights_without(
-    W: Tensor,  # (R, d)
-    Hinv: Tensor,  # (G, d, d)
-    system: Tensor,  # (R,)
-    gone: Tensor,  # (R, k) int64
-) -> Tensor:  # (R, d)
-    """Weights of every row when the columns P = `gone` are pruned: w − A[:, P] A_PP⁻¹ w_P.
-
-    For one level of few columns: a factorisation of k×k instead of d×d.
-    """
-    A = Hinv[system[:, None], gone]  # (R, k, d)
-    A_PP = A.gather(2, gone[:, None].expand(-1, gone.shape[1], -1))
-    y = torch.cholesky_solve(W.gather(1, gone)[:, :, None].to(A_PP), cholesky(A_PP))
-    return (W - (y.mT.to(A) @ A)[:, 0]).scatter(1, gone, 0)
-
-
 def moved(
     L: Tensor,  # (R, d, d)
     z: Tensor,  # (R, d, q)
@@ -95,15 +79,12 @@ def moved(
 
 
 def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor:  # (R, d, d)
-    """Cholesky factor of each system's H⁻¹ with its columns in a given order."""
+    """Cholesky factor of each system's H⁻¹ with its columns in a given order.
+
+    In float64 where the inverse's own precision does not carry.
+    """
     pairs = zip(system.tolist(), order, strict=True)
-    return cholesky(
-        torch.stack([inverse.matrix[g].index_select(0, o).index_select(1, o) for g, o in pairs])
-    )
-
-
-def cholesky(A: Tensor) -> Tensor:  # (R, k, k)
-    """Lower factor of principal submatrices of H⁻¹; float64 where their own type does not carry."""
+    A = torch.stack([inverse.matrix[g].index_select(0, o).index_select(1, o) for g, o in pairs])
     L, info = torch.linalg.cholesky_ex(A)
     if bool((info == 0).all()):
         return L
