@@ -33,9 +33,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -46,22 +45,13 @@ if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cli
-import records
+from benchmarks import timing
+from benchmarks.timing import Problem, alternating, make_problem, seconds
 from elimination import Trace, Unstructured, eliminate
-from hessian import Inverse, damped_inverse
 
 WHOLE_ROW = 576  # columns up to which float64 checks every step
 
 Update = Callable[[Tensor, Tensor, Tensor], object]  # A (R, d, d), c (R, d), pivot (R, 1)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Rows to prune: correlated, rectified inputs and normal weights."""
-
-    W: Tensor  # (R, 1, d) float32
-    inverse: Inverse  # one system
-    system: Tensor  # (R,) zeros
 
 
 @dataclass(frozen=True)
@@ -79,19 +69,6 @@ class Result:
     picks_equal: int
     float64_steps: int  # compared in row 0
     float64_equal: int  # steps before the first difference
-
-
-# -- problem ---------------------------------------------------------------------------------------
-
-
-def make_problem(d: int, rows: int, device: torch.device, seed: int) -> Problem:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.eye(d) + 0.5 * torch.randn(d, d, generator=generator) / d**0.5
-    x = torch.randn(4 * d, d, generator=generator).to(device) @ mixing.to(device)
-    x = x.relu().double()
-    H = 2 / len(x) * x.T @ x
-    W = torch.randn(rows, 1, d, generator=generator).to(device)
-    return Problem(W, damped_inverse(H[None]), torch.zeros(rows, dtype=torch.int64, device=device))
 
 
 # -- the textbook loop -----------------------------------------------------------------------------
@@ -149,36 +126,18 @@ def state_after(problem: Problem, order: Tensor, k: int) -> tuple[Tensor, Tensor
 # -- timing ----------------------------------------------------------------------------------------
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def time_engine(problem: Problem, repeats: int) -> tuple[Trace, list[float]]:
-    """The trace, and seconds a row."""
+def time_engine(problem: Problem, args: argparse.Namespace) -> tuple[Trace, dict[str, list[float]]]:
+    """The trace, and seconds of the engine (a row) and of one Cholesky factorisation."""
     R, _, d = problem.W.shape
-    traces: list[Trace] = []
-
-    def run() -> None:
-        traces[:] = [
+    matrix, traces = problem.inverse.matrix[0], []
+    works = {
+        "engine": lambda: traces.append(
             eliminate(problem.W, problem.inverse, problem.system, Unstructured(), d)
-        ]
-
-    run()  # warm-up: compiles, on first use
-    times = [seconds(run, problem.W.device) / R for _ in range(repeats)]
-    return traces[0], times
-
-
-def time_cholesky(problem: Problem, repeats: int) -> list[float]:
-    matrix = problem.inverse.matrix[0]
-    torch.linalg.cholesky(matrix)
-    work = lambda: torch.linalg.cholesky(matrix)  # noqa: E731
-    return [seconds(work, matrix.device) for _ in range(repeats)]
+        ),
+        "cholesky": lambda: torch.linalg.cholesky(matrix),
+    }
+    times = alternating(works, problem.W.device, args.repeats)
+    return traces[0], times | {"engine": [total / R for total in times["engine"]]}
 
 
 def time_textbook(
@@ -218,17 +177,17 @@ def steps_like_float64(problem: Problem, order: Tensor, check_steps: int) -> tup
 
 def measure(d: int, device: torch.device, args: argparse.Namespace) -> Result:
     problem = make_problem(d, args.rows, device, args.seed)
-    trace, engine_s = time_engine(problem, args.repeats)
+    trace, times = time_engine(problem, args)
     as_written_s, equal = time_textbook(problem, trace.order, update_as_written, args)
     in_place_s, equal_too = time_textbook(problem, trace.order, update_in_place, args)
     float64_steps, float64_equal = steps_like_float64(problem, trace.order, args.check_steps)
     return Result(
         columns=d,
         rows=args.rows,
-        engine_s=engine_s,
+        engine_s=times["engine"],
         textbook_as_written_s=as_written_s,
         textbook_in_place_s=in_place_s,
-        cholesky_s=time_cholesky(problem, args.repeats),
+        cholesky_s=times["cholesky"],
         steps_timed=args.points * args.burst,
         picks_compared=2 * args.points * args.burst * args.rows,
         picks_equal=equal + equal_too,
@@ -264,43 +223,30 @@ def table_row(result: Result) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="bench_trueobs.py", description=__doc__.splitlines()[0])
+    parser = timing.build_parser("bench_trueobs.py", __doc__.splitlines()[0])
     add, positive = parser.add_argument, cli.positive_int
     add("--columns", metavar="D", type=positive, nargs="+", default=[576, 1152, 2304],
         help="columns of the layers")  # fmt: skip
     add("--rows", metavar="R", type=positive, default=8, help="rows in a batch, for both")
-    add("--repeats", metavar="N", type=positive, default=5, help="after a warm-up")
     add("--points", metavar="N", type=positive, default=4,
         help="places in the trace at which the textbook loop is timed")  # fmt: skip
     add("--burst", metavar="N", type=positive, default=8, help="steps timed at each")
     add("--check-steps", metavar="N", type=positive, default=256,
         help=f"steps compared with float64, above {WHOLE_ROW} columns")  # fmt: skip
-    add("--seed", metavar="N", type=cli.nonnegative_int, default=0, help="of the problems")
-    add("--device", metavar="auto|cpu|cuda[:N]", default="cpu", help="where to compute")
-    add("--out", metavar="FILE", help="record of all times, machine and versions, as JSON")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     if min(args.columns) < args.burst:
         raise cli.UserError(f"--burst {args.burst} is more than --columns {min(args.columns)}")
-    if args.out:
-        cli.check_writable(args.out)
-    device = cli.resolve_device(args.device)
+    device = timing.start(args)
     results = []
     for d in args.columns:
         results.append(measure(d, device, args))
         if len(results) == 1:
             cli.print_result(HEADER)
         cli.print_result(table_row(results[-1]))
-    if args.out:
-        record = {
-            "command": "benchmarks/bench_trueobs.py",
-            "arguments": vars(args),
-            "environment": records.environment(),
-            "results": [asdict(result) for result in results],
-        }
-        records.write_record(args.out, record)
+    timing.finish(args, "bench_trueobs.py", results)
 
 
 def main(argv: list[str] | None = None) -> int:
