@@ -94,10 +94,13 @@ def seconds(work: Work, device: torch.device) -> float:
 
 
 def alternating(
-    works: Mapping[str, Work], device: torch.device, repeats: int
+    works: Mapping[str, Work],
+    device: torch.device,
+    repeats: int,
+    warm_up: bool = True,  # each once before, untimed; it compiles, on first use
 ) -> dict[str, list[float]]:
-    """Seconds of each, once a round, after a warm-up of each (which compiles, on first use)."""
-    for work in works.values():
+    """Seconds of each, once a round."""
+    for work in works.values() if warm_up else ():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):

@@ -1,0 +1,192 @@
+"""Calibration of a whole network: our Gram matrices against unfold and multiply.
+
+    python -m benchmarks.bench_calibration --out bench_calibration.json
+
+What is timed, in one process, on the same threads and the same random images: the dense model (rn18
+with random weights, `--image-size` 224) is shown `--images` in batches, and every layer's Σ x xᵀ is
+accumulated in float64, by
+
+* ours: `calibration.calibrate` with a `TrueOBS` for each layer, as main_trueobs.py does it;
+* plain: a hook on each layer that unfolds its whole input batch to columns x (positions, d) and
+  adds x.T @ x, a product in float32, to a float64 sum (written here);
+* forward: the model alone, which is in both.
+
+They take turns, round after round, after a warm-up of each on the first batch; medians of
+`--repeats`, scaled to seconds per 100 images. Images are laid out as `calibrate` has them
+(channels last on a CPU) for all three, so that all layers' inputs are the same to the last bit.
+Left out: reading, decoding and augmenting images; the 2/N and the order of columns.
+
+Checked in the same run: ‖H − H'‖ / ‖H'‖ (Frobenius) of ours to plain, the worst layer, ≤ 1e-6.
+
+Prediction. A 3×3 stride-1 layer needs 9 products of C×C a position in `hessian.py`'s way (3 of
+(3C)² at f = 3C) where the plain way needs 81, and the plain way also writes 9 copies of the input
+where ours writes 3: up to 3 where products dominate, less where the model's own forward pass
+counts. Goal: ≥ 2.5, forward included in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cli
+from benchmarks import timing
+from benchmarks.networks import Batches, layout_of, random_images, random_model
+from benchmarks.timing import against, alternating
+from calibration import calibrate, watching
+from modelutils import evaluating, find_layers
+from trueobs import TrueOBS
+
+GOAL, SAME = 2.5, 1e-6
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds for all images, one entry a repeat."""
+
+    model: str
+    images: int
+    image_size: int
+    layers: int
+    ours_s: list[float]
+    plain_s: list[float]
+    forward_s: list[float]
+    difference: dict[str, float]  # by layer, ‖H − H'‖ / ‖H'‖
+
+    @property
+    def worst(self) -> float:
+        return max(self.difference.values())
+
+
+def unfolded(layer: nn.Module, inputs: Tensor) -> Tensor:  # (positions, d)
+    """The columns that a layer's rows are multiplied with, in the order (channel, kh, kw)."""
+    if isinstance(layer, nn.Linear):
+        return inputs.reshape(-1, inputs.shape[-1])
+    columns = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    return columns.transpose(1, 2).flatten(0, 1)
+
+
+class Plain:
+    """Σ x xᵀ of every layer, the plain way."""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        self.layers = layers
+        self.totals = {
+            name: torch.zeros(2 * [layer.weight[0].numel()], dtype=torch.float64,
+                              device=layer.weight.device)
+            for name, layer in layers.items()
+        }  # fmt: skip
+
+    def see(self, name: str, inputs: Tensor) -> None:
+        x = unfolded(self.layers[name], inputs)
+        self.totals[name] += x.T @ x
+
+
+class Bench:
+    """One model and its images; each way of going through them, and what it left."""
+
+    def __init__(self, model: nn.Module, batches: Batches) -> None:
+        self.model, self.batches = model, batches
+        self.layers, self.device = find_layers(model), next(model.parameters()).device
+        self.solvers: dict[str, TrueOBS] = {}
+        self.totals: dict[str, Tensor] = {}
+
+    def forward(self) -> None:
+        with evaluating(self.model):
+            for images, _ in self.batches:
+                self.model(images.to(self.device, memory_format=layout_of(self.device)))
+
+    def ours(self) -> None:
+        self.solvers = {name: TrueOBS(layer) for name, layer in self.layers.items()}
+        calibrate(self.model, self.solvers, self.batches, self.device)
+
+    def plain(self) -> None:
+        plain = Plain(self.layers)
+        with watching(self.layers, plain.see):
+            self.forward()
+        self.totals = plain.totals
+
+    def differences(self) -> dict[str, float]:
+        """‖H − H'‖ / ‖H'‖, by layer."""
+        images = sum(len(labels) for _, labels in self.batches)
+        found = {}
+        for name, total in self.totals.items():
+            wanted = total * (2 / images)
+            found[name] = float((self.solvers[name].H - wanted).norm() / wanted.norm())
+        return found
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> Result:
+    model = random_model(args.model, args.seed, device)
+    odd = [x for x in find_layers(model).values()
+           if getattr(x, "groups", 1) > 1 or isinstance(getattr(x, "padding", 0), str)]  # fmt: skip
+    if odd:
+        raise cli.UserError(f"{args.model} has grouped convolutions: no plain way is written here")
+    batches = random_images(args.images, args.image_size, args.batchsize, args.seed)
+    warm = Bench(model, batches[:1])
+    for work in (warm.ours, warm.plain, warm.forward):
+        work()
+    bench = Bench(model, batches)
+    works = {"ours": bench.ours, "plain": bench.plain, "forward": bench.forward}
+    times = alternating(works, device, args.repeats, warm_up=False)
+    return Result(
+        model=args.model,
+        images=args.images,
+        image_size=args.image_size,
+        layers=len(bench.layers),
+        ours_s=times["ours"],
+        plain_s=times["plain"],
+        forward_s=times["forward"],
+        difference=bench.differences(),
+    )
+
+
+HEADER = """\
+| network | pixels | images | ours, s/100 | unfold and multiply, s/100 | ratio | \
+forward alone, s/100 | worst difference of H |
+|---|---|---|---|---|---|---|---|"""
+
+
+def table_row(result: Result) -> str:
+    ours, plain, forward = (
+        100 / result.images * median(times)
+        for times in (result.ours_s, result.plain_s, result.forward_s)
+    )
+    return (
+        f"| {result.model} | {result.image_size} | {result.images} | {ours:.3g} | {plain:.3g} "
+        f"| {against(plain / ours, GOAL, most=False)} | {forward:.3g} | {result.worst:.1e} |"
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = timing.build_parser("bench_calibration.py", __doc__.splitlines()[0])
+    add, positive = parser.add_argument, cli.positive_int
+    add("--model", metavar="MODEL", default="rn18", help="one of torchvision's, or rn8 … rn110")
+    add("--images", metavar="N", type=positive, default=100, help="in all")
+    add("--batchsize", metavar="N", type=positive, default=25, help="images per batch")
+    add("--image-size", metavar="N", type=positive, default=224, help="pixels")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    device = timing.start(args)
+    result = measure(args, device)
+    cli.print_result(HEADER)
+    cli.print_result(table_row(result))
+    faults = [f"{name}: H differs by {value:.2g}" for name, value in result.difference.items()
+              if not value <= SAME]  # fmt: skip
+    timing.finish(args, "bench_calibration.py", [result], faults)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.command(build_parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

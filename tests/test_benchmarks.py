@@ -1,0 +1,233 @@
+"""The timing scripts at tiny settings: tables and records are whole, wrong answers are noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import (
+    bench_calibration,
+    bench_loss,
+    bench_modes,
+    bench_networks,
+    bench_trueobs,
+    timing,
+)
+
+CPU = torch.device("cpu")
+TINY = {  # name: script, words
+    "trueobs": (bench_trueobs, "--columns 32 --rows 2 --points 2 --burst 4"),
+    "modes": (
+        bench_modes,
+        "--columns 32 64 --rows 3 --limit-columns 48 --limit-rows 2 --check-steps 64",
+    ),
+    "unstr": (bench_networks, "rn8 unstr --rows-fraction 0.05 --memory 0.5"),
+    "quant": (bench_networks, "rn8 quant --rows-fraction 0.05 --memory 0.5"),
+    "calibration": (bench_calibration, "--model rn8 --images 6 --batchsize 4 --image-size 12"),
+    "loss": (
+        bench_loss,
+        "--model rn8 --levels 3 --images 6 --batchsize 4 --image-size 12 --plain-share 1",
+    ),
+}
+COMMON = ["--repeats", "2"]
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The cells of all Markdown tables, without the line under the header."""
+    found: list[list[list[str]]] = []
+    for part in text.strip().split("\n\n"):
+        rows = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")]
+        assert all(set(cell) == {"-"} for cell in rows[1])
+        found.append([rows[0], *rows[2:]])
+    return found
+
+
+def run(script: ModuleType, words: str, out: Path) -> tuple[int, dict]:
+    """Exit status and record."""
+    status = script.main([*words.split(), *COMMON, "--out", str(out)])
+    return status, json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_table_and_record_are_whole(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    script, words = TINY[name]
+    status, record = run(script, words, tmp_path / "record.json")
+    output = capsys.readouterr()
+    assert (status, output.err) == (0, "")
+    assert record["command"] == f"benchmarks/{script.__name__.rpartition('.')[2]}.py"
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["arguments"]["repeats"] == 2
+    found = tables(output.out)
+    assert all(len(row) == len(table[0]) for table in found for row in table)
+    assert sum(len(table) - 1 for table in found) == len(record["results"])
+    times = [
+        values for result in record["results"] for key, value in result.items()
+        for values in (value.values() if isinstance(value, dict) else [value])
+        if key.endswith("_s") or key == "seconds_a_row" if isinstance(values, list)
+    ]  # fmt: skip
+    assert times and all(len(of) == 2 and min(of) > 0 for of in times)
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_extrapolation_is_marked_and_its_absence_too(capsys: pytest.CaptureFixture) -> None:
+    words = TINY["loss"][1].removesuffix("1")
+    assert bench_loss.main([*words.split(), "0.2", "--repeats", "1"]) == 0
+    assert "| extrapolated from 5 pairs |" in capsys.readouterr().out  # of 8 layers × 3 levels
+    assert bench_loss.main([*words.split(), "1", "--repeats", "1"]) == 0
+    assert "| measured |" in capsys.readouterr().out
+
+
+def test_time_of_all_rows_leaves_the_inverse_out_of_the_scaling() -> None:
+    layer = bench_networks.Layer("x", 100, 8, 10, [9.0, 3.0, 4.0], 1.0, 0.0, 0, 0.0, [])
+    assert layer.seconds == 1 + (4 - 1) * 10
+
+
+# -- wrong answers ---------------------------------------------------------------------------------
+
+
+def reversed_order(*words: object) -> object:
+    trace = ELIMINATE(*words)
+    return dataclasses.replace(trace, order=trace.order.flip(1))
+
+
+def weights_off(*words: object) -> object:
+    trace = ELIMINATE(*words)
+    return dataclasses.replace(trace, weights=trace.weights + 0.01)
+
+
+def off_by_a_percent(*words: object) -> list:
+    return [1.01 * weight for weight in SOLVE(*words)]
+
+
+def nearest(solver: object, *_: object) -> list:
+    SOLVE(solver, "quant", [])
+    generator = torch.Generator().manual_seed(0)  # the weights it was made with
+    weight = solver.layer.weight
+    dense = torch.randn(weight.shape, generator=generator) * (2 / weight[0].numel()) ** 0.5
+    return [solver.quantizer(dense.flatten(1)).view_as(dense)]
+
+
+def without_the_last_batch(dense: nn.Module, solvers: dict, batches: list, device: object) -> None:
+    CALIBRATE(dense, solvers, batches[:-1] or batches, device)
+
+
+def losses_off(*words: object) -> dict:
+    scores = LOSSES(*words)
+    return {x: {level: value + 2e-3 for level, value in of.items()} for x, of in scores.items()}
+
+
+ELIMINATE, SOLVE = bench_modes.eliminate, bench_networks.solve
+CALIBRATE, LOSSES = bench_calibration.calibrate, bench_loss.sensitivity.losses
+WRONG = {
+    "another order": ("modes", "benchmarks.bench_modes.eliminate", reversed_order,
+                      "unstructured at d = 32: a choice is"),
+    "zeros missing": ("modes", "benchmarks.bench_modes.eliminate", weights_off,
+                      "groups have other than 2 zeros"),
+    "no optimum": ("unstr", "benchmarks.bench_networks.solve", off_by_a_percent,
+                   "kept weights are no optimum"),
+    "nearest": ("quant", "benchmarks.bench_networks.solve", nearest,
+                "times the error of rounding to nearest"),
+    "a batch less": ("calibration", "benchmarks.bench_calibration.calibrate",
+                     without_the_last_batch, "conv1: H differs by"),
+    "other losses": ("loss", "sensitivity.losses", losses_off, "losses differ by 0.002"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_answer_ends_in_an_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    which, target, replacement, text = WRONG[name]
+    script, words = TINY[which]
+    monkeypatch.setattr(target, replacement)
+    status, record = run(script, words, tmp_path / "record.json")
+    error = capsys.readouterr().err
+    assert status == 2 and record["results"]
+    assert error.startswith("error: wrong answers") and error.count("\n") == 1
+    assert text in error
+
+
+@pytest.mark.parametrize("mode", ["quantise", "2:4", "4-blocks"])
+def test_the_textbook_of_every_mode_notices_a_swap(mode: str) -> None:
+    """Two units of the order exchanged, far from a tie."""
+    problem = timing.make_problem(32, 2, CPU, 0)
+    grid = bench_modes.fit_weight_grid(problem.W[:, 0], 4)
+    order = bench_modes.engine(mode, problem, grid).order
+    assert bench_modes.follow(mode, problem, grid, order) <= bench_modes.NEAR_TIE
+    swapped = order.clone()
+    swapped[:, :4], swapped[:, 8:12] = order[:, 8:12], order[:, :4]
+    assert bench_modes.follow(mode, problem, grid, swapped) > bench_modes.NEAR_TIE
+
+
+def test_unfolded_columns_give_the_layers_output() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), bias=False)
+    x = torch.randn(4, 3, 9, 8)
+    out = layer(x)
+    columns = bench_calibration.unfolded(layer, x)
+    wanted = F.linear(columns, layer.weight.flatten(1)).view(4, -1, 5).transpose(1, 2)
+    torch.testing.assert_close(wanted.reshape(out.shape), out)
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, words, line",
+    [
+        (bench_modes, "--columns 30", "--columns 30 must be a multiple of 4"),
+        (bench_networks, "rn18 unstr --rows-fraction 1.5", "--rows-fraction must be at most 1"),
+        (bench_networks, "rn99 quant", "unknown model rn99"),
+        (bench_networks, "rn18 struct", "MODE"),
+        (bench_networks, "rn18 unstr --scratch /nowhere", "--scratch /nowhere: no such folder"),
+        (bench_loss, "--weights x.pth", "--weights and --datapath go with --dataset"),
+        (bench_loss, "--plain-share 2", "--plain-share must be at most 1"),
+        (bench_loss, "--model rn8 --levels 46", "--levels 46 is more than the grid's 45"),
+        (bench_calibration, "--model mobilenet_v2", "mobilenet_v2 has grouped convolutions"),
+        (bench_calibration, "--images 0", "--images must be a whole number from 1"),
+        (bench_trueobs, "--columns 4", "--burst 8 is more than --columns 4"),
+        (bench_modes, "--device gpu", "--device must be auto, cpu, cuda"),
+        (bench_modes, "--out /dev/null/x.json", "/dev/null/x.json"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    script: ModuleType, words: str, line: str, capsys: pytest.CaptureFixture
+) -> None:
+    try:
+        status = script.main(words.split())
+    except SystemExit as error:
+        status = error.code
+    output = capsys.readouterr()
+    assert (status, output.out, output.err.count("\n")) == (2, "", 1)
+    assert line in output.err and output.err.startswith("error: ")
+
+
+def test_peak_memory_is_that_since_the_reset() -> None:
+    peak = timing.PeakMemory(CPU)
+    before = peak.bytes()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert 56 << 20 < peak.bytes() - before < 96 << 20
+    del block
+    if Path("/proc/self/clear_refs").exists():
+        peak.reset()
+        assert peak.bytes() - before < 32 << 20
+
+
+def test_goals_read_both_ways() -> None:
+    assert timing.against(2.0, 1.8) == "2.00 (≤ 1.8: missed)"
+    assert timing.against(2.6, 2.5, most=False) == "2.60 (≥ 2.5: met)"
+
+
+@pytest.mark.parametrize("script", [bench_calibration, bench_loss, bench_modes, bench_networks])
+def test_the_readme_names_every_script(script: ModuleType) -> None:
+    readme = Path(script.__file__).with_name("README.md").read_text()
+    assert Path(script.__file__).name in readme
