@@ -25,7 +25,8 @@ def random_model(name: str, seed: int, device: torch.device) -> nn.Module:
     if name not in CIFAR_BLOCKS and full not in known:
         raise cli.UserError(f"unknown model {name}; choose rn18, rn50, another of torchvision's, "
                             "or rn8 … rn110")
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+    made_on = device if device.type == "meta" else torch.device("cpu")
+    with torch.random.fork_rng(devices=[]), made_on:
         torch.manual_seed(seed)
         if name in CIFAR_BLOCKS:
             model = CifarResNet(CIFAR_BLOCKS[name], CLASSES)
