@@ -51,6 +51,7 @@ SURROUNDINGS = ("code", *VERSIONS, "threads", "device")  # they change results b
 NO_PART_OF_A_RESULT = {  # options: where and how to work, or files whose contents count
     "help", "device", "workers", "memory", "restart", "repeat", "check", "cache",
     "weights", "datapath", "load", "save", "sparse_dir", "prefix", "score_path", "profile", "file",
+    "timings", "image_size",
 }  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, str
         if {was, now} <= {"True", "False"}:
             return tuple(f"with{'' if value == 'True' else 'out'} {name}" for value in (was, now))
         if re.fullmatch(rf"[0-9a-f]{{{2 * HASH_BYTES}}}", was or now or ""):
-            return f"with other {name}", "not"
+            return f"with other {name}", "with what is found now"
         return tuple(f"with {name} {value}" for value in (was, now))
     return None
 

@@ -88,8 +88,9 @@ def losses(
                 wanted = {x: of for x, of in levels.items() if known[x] is None}
                 bar.update(len(levels) - len(wanted))
                 changes = batch_changes(run, model, db, wanted, _layout(images, device), labels)
-                for layer, known[layer] in changes if wanted else ():
-                    notes.add(f"{number} {layer}", known[layer])
+                for layer, of_levels in changes if wanted else ():
+                    known[layer] = of_levels
+                    notes.add(f"{number} {layer}", of_levels)
                     bar.update()
                 for layer in levels:
                     for level, change in (known[layer] or {}).items():
