@@ -34,7 +34,7 @@ from elimination import (
     eliminate,
 )
 from hessian import Gram, Inverse, alive_inputs, damped_inverse, without
-from levels import first_counts, weights_at
+from levels import Undamped, first_counts, weights_at
 from quant import Grid
 
 RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
@@ -196,6 +196,20 @@ class TrueOBS:
             del H  # not needed while the caller works
             yield rows, own, torch.arange(len(rows), device=group.device)
 
+    def _group(self, rows: Tensor) -> Tensor:
+        """Which group each of these rows is in."""
+        return rows // (self.rows // self.groups)
+
+    def _undamped(
+        self, problem: Problem, group: Tensor, inverse: Inverse, system: Tensor
+    ) -> Undamped | None:
+        """H for those systems whose inverse was damped without being asked to; None if no one's."""
+        damped = inverse.damping[system] > 0
+        return Undamped(problem.H, group, damped) if self._damped_by_need(damped) else None
+
+    def _damped_by_need(self, damped: Tensor | bool) -> bool:
+        return self.rel_damp == 0 and bool(torch.as_tensor(damped).any())
+
     def _problem(self, channels_innermost: bool = False) -> Problem:
         """The weights as they are now, H, and its inverse."""
         W, H = self._weights(channels_innermost), self._hessian(channels_innermost)
@@ -301,7 +315,9 @@ class TrueOBS:
                 system, rows = system[wanted[rows]], rows[wanted[rows]]
             if len(rows):
                 W, steps = problem.W[rows, None], order[rows].long()
-                levels[:, rows] = weights_at(W, inverse, system, steps, counts[:, rows])[:, :, 0]
+                undamped = self._undamped(problem, self._group(rows), inverse, system)
+                at = weights_at(W, inverse, system, steps, counts[:, rows], undamped)
+                levels[:, rows] = at[:, :, 0]
 
     def prune_struct(self, sparsities: Sequence[float], size: int = 1) -> list[Tensor]:
         """Structured pruning: the same columns, in blocks of `size`, go in all rows of a group.
@@ -316,7 +332,9 @@ class TrueOBS:
         trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
         self.trace, self.Losses = trace, trace.losses
         counts = first_counts(trace.losses, sparsities, size)
-        levels = weights_at(W, problem.inverse, system, trace.order, counts).flatten(1, 2)
+        undamped = self._undamped(problem, system, problem.inverse, system)
+        levels = weights_at(W, problem.inverse, system, trace.order, counts, undamped)
+        levels = levels.flatten(1, 2)
         own_zeros = problem.pruned.any(1)
         if own_zeros.any():
             of_row = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
