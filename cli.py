@@ -9,6 +9,8 @@ and exit status 2 — never a traceback, never half a file. A command is therefo
 
 with ``run(args)`` raising `UserError` wherever it has something to tell, and every file it leaves
 behind going through `atomic_write`: written under a temporary name, forced to disk, renamed.
+An interrupt (SIGINT) or a request to end (SIGTERM) is a line and status 130 or 143; what is done
+by then is kept where the command resumes (`resuming.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ import logging
 import math
 import os
 import re
+import signal
 import stat
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +42,10 @@ log = logging.getLogger("trueobs")
 
 class UserError(Exception):
     """Something the user got wrong. The message is one line that says what to do."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM; it passes through whatever lets an interrupt through."""
 
 
 # ---------------------------------------------------------------------------------- options
@@ -153,6 +161,13 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="working memory of the solver in GB (default: from what is free)")
 
 
+def add_resume_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that go on where they were interrupted (resuming.py, records.py)."""
+    parser.add_argument("--restart", action="store_true",
+                        help="start over instead of going on where an interrupted run stopped")
+    parser.add_argument("--repeat", metavar="RECORD",
+                        help="in place of all other arguments: repeat the run of a JSON record")
+
 def resolve_device(text: str) -> torch.device:
     """The device that --device names; "auto" is the first GPU if there is one, else the CPU."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", text):
@@ -195,7 +210,25 @@ def command(
     args = build_parser().parse_args(argv)
     setup_logging()
     reuse_freed_memory()
-    return guarded(run, args)
+    with _terminable():
+        return guarded(run, args)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM is raised as `Terminated` (in the main thread; elsewhere nothing changes)."""
+
+    def raise_terminated(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def reuse_freed_memory() -> None:
@@ -236,6 +269,8 @@ def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace
         if not _is_cpu_memory_error(error):
             raise
         message = "out of memory; pass a smaller --memory or --batchsize"
+    except Terminated:
+        message, status = "terminated", 143
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     tqdm.write(_error_line(message), file=sys.stderr, end="")
@@ -308,11 +343,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        sync_folder(target.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename = str(path)  # the name that the user knows
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Force to disk which files are in a folder, where a system knows of such a thing."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -22,23 +22,25 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 import cli
 import quant
+import records
 import sensitivity
-from cli import UserError, log, save_checkpoint
+from cli import UserError, log, save_checkpoint, sync_folder
 from costs import unit_cost
 from modelutils import load_checkpoint
 from profiles import read_profile, score_file, write_scores
 from quant import put_layer
-from session import Session
+from resuming import Notes, State, Unkept, bytes_hash, content_hash, state_folder
+from session import Session, images_hash
 
 SPARSITY = r"\d{4}"
 KINDS = {  # folders, and how levels are named
@@ -92,48 +94,25 @@ def stray_levels(folder: Path, model: str, names: Sequence[str]) -> list[Path]:
 # -- writing ---------------------------------------------------------------------------------------
 
 
-class LevelWriter:
-    """Writes a database of sparsities layer by layer; `finish` makes the level files.
-
-    Each finished layer is kept in a hidden folder beside, so that memory holds the levels of one
-    layer only; the level files appear, whole, at the end.
-    """
-
-    def __init__(self, folder: Path, model: str, sparsities: Sequence[float]) -> None:
-        self.folder, self.model, self.sparsities = folder, model, list(sparsities)
-        self.files = [f"{model}_{name}.pth" for name in level_names(self.sparsities)]
-        self.parts = folder / f".{model}.partial"
-        shutil.rmtree(self.parts, ignore_errors=True)
-        self.parts.mkdir(parents=True)
-        self.layers: list[str] = []
-
-    def add(self, layer: str, weights: Sequence[Tensor]) -> None:
-        """Keep a layer's weights at all levels, in the order of the sparsities."""
-        save_checkpoint({"levels": torch.stack(list(weights))}, self._part(layer))
-        self.layers.append(layer)
-
-    def _part(self, layer: str) -> Path:
-        return self.parts / f"{layer}.pth"
-
-    def finish(self, dense: Mapping[str, Tensor]) -> list[Path]:
-        """Write the level files: `dense`, with the weights of the layers that were added."""
-        levels = {
-            layer: torch.load(self._part(layer), mmap=True, weights_only=True)["levels"]
-            for layer in self.layers
-        }
-        made = self.parts / "levels"
-        for index, name in enumerate(self.files):
-            state = dict(dense)
-            state.update({f"{layer}.weight": parts[index] for layer, parts in levels.items()})
-            save_checkpoint(state, made / name)
-        for name in self.files:  # all at once, as far as a file system can
-            os.replace(made / name, self.folder / name)
-        self.discard()
-        return [self.folder / name for name in self.files]
-
-    def discard(self) -> None:
-        """Remove what was kept beside; call it when the run fails."""
-        shutil.rmtree(self.parts, ignore_errors=True)
+def write_levels(
+    folder: Path,
+    model: str,
+    sparsities: Sequence[float],
+    compressed: nn.Module,  # whatever is in no layer comes from it
+    layers: Sequence[str],
+    state: State,  # holds the "levels" of these layers
+) -> list[Path]:
+    """Write the level files, a level at a time; they appear, whole, when all are made."""
+    names = [f"{model}_{level}.pth" for level in level_names(sparsities)]
+    made = state.folder / "levels"
+    tensors = dict(compressed.state_dict())
+    for index, name in enumerate(names):
+        weights = {f"{layer}.weight": state.part(layer, "levels", index) for layer in layers}
+        save_checkpoint(tensors | weights, made / name)
+    for name in names:  # all at once, as far as a file system can
+        os.replace(made / name, folder / name)
+    sync_folder(folder)
+    return [folder / name for name in names]
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -192,6 +171,12 @@ class Database:
         if f"{layer}.weight" not in state:
             raise UserError(f"no layer {layer} in the {self.kind} database of {self.model}")
         return {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
+
+    @cached_property
+    def hash(self) -> str:
+        """A hash of all layers at all levels; reads them all."""
+        return bytes_hash(f"{layer} {level} {content_hash(self.layer(layer, level))}".encode()
+                          for layer in self.layers for level in self.levels)  # fmt: skip
 
     def stitch(self, model: nn.Module, profile: Mapping[str, str]) -> None:
         """Put each layer of `profile` (layer → level) into the model at its level, in place."""
@@ -258,6 +243,7 @@ def glob_safe(text: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="database.py", description=__doc__.splitlines()[0])
     cli.add_common_options(parser)
+    cli.add_resume_options(parser)
     parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=" ".join(KINDS))
     parser.add_argument(
         "action", metavar="ACTION", choices=["loss", "squared", "spdy", "stitch", "eval"],
@@ -271,24 +257,55 @@ def build_parser() -> argparse.ArgumentParser:
 
 def write_errors(args: argparse.Namespace, db: Database, session: Session) -> None:
     """Measure errors per layer and level and write them where spdy.py looks for them."""
-    path = score_file(args.score_path, db.model, db.kind, args.action)
+    path, started = score_file(args.score_path, db.model, db.kind, args.action), time.perf_counter()
     cli.check_writable(path)
-    if args.action == "spdy":
-        scores = sensitivity.quadratic_prior(db)
-    else:
-        measure = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}[args.action]
-        scores = measure(session.model, db, session.calibration(), session.device)
-    write_scores(path, scores)
+    marks = session.fingerprint(build_parser(), {"database": db.hash})
+    records.check_repeat(args.repeat, marks)
+    with State(state_folder(path), marks, args.restart) as state:
+        if args.action == "spdy":
+            scores = sensitivity.quadratic_prior(db)
+        else:
+            measure = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}
+            batches, notes = session.calibration(), Notes(state)
+            with notes.kept():
+                scores = measure[args.action](session.model, db, batches, session.device, notes)
+        seconds = time.perf_counter() - started
+        records.write_run(path.with_suffix(".json"), "database.py", args,
+                          fingerprint=marks, seconds=seconds)  # fmt: skip
+        write_scores(path, scores)
+        state.finish()
     cli.print_result(f"{len(scores)} layers at {len(db.levels)} levels: {path}")
 
 
 def evaluate_levels(db: Database, session: Session) -> None:
     """Accuracy with every layer at the same level, for every level; in the end, of the last."""
-    for level in db.levels:
-        db.stitch(session.model, dict.fromkeys(db.layers, level))
-        accuracy = session.accuracy(session.model)
-        cli.print_result(f"{level} {accuracy:.2f}")
+    with open_evaluation(db, session) as state:
+        notes = Notes(state)
+        if notes.known:
+            log.info("resuming: %d of %d levels are done", len(notes.known), len(db.levels))
+        with notes.kept():
+            for level in db.levels:
+                if (accuracy := notes.get(level)) is None:
+                    db.stitch(session.model, dict.fromkeys(db.layers, level))
+                    accuracy = session.accuracy(session.model)
+                    notes.add(level, accuracy)
+                cli.print_result(f"{level} {accuracy:.2f}")
+        state.finish()
     cli.print_result(f"top-1 {accuracy:.2f}")
+
+
+def open_evaluation(db: Database, session: Session) -> Unkept:
+    """Where accuracies are kept while an evaluation is at work: beside the database."""
+    args = session.args
+    contents = {"database": db.hash, "test images": images_hash(session.data.test)}
+    marks = session.fingerprint(build_parser(), contents)
+    folder = Path(args.prefix) / f".{db.model}_{db.kind}_eval.partial"
+    try:
+        return State(folder, marks, args.restart)
+    except OSError as error:
+        log.warning("%s: cannot be written (%s): an interrupt would lose what is evaluated",
+                    folder, error.strerror)  # fmt: skip
+        return Unkept()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -308,7 +325,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.command(build_parser, run, argv)
+    return cli.command(build_parser, run, records.repeated(build_parser, argv))
 
 
 if __name__ == "__main__":

@@ -343,6 +343,7 @@ def _collate(items: list[tuple[np.ndarray, int] | UserError]) -> tuple[Tensor, T
 
 def _leave_interrupts_to_the_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a DataLoader ends its workers by it
 
 
 @dataclass(frozen=True)

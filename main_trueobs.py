@@ -17,25 +17,28 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import cli
 import quant
-from calibration import activation_grids, attach_activation_grids, calibrate, in_passes
+import records
+from calibration import activation_grids, attach_activation_grids
+from checking import compare, fresh_images, measured_errors
 from cli import UserError, log
-from database import LevelWriter, level_names, model_tag, stray_levels
-from hessian import SingularHessian
+from compression import Compression
+from database import level_names, model_tag, stray_levels, write_levels
+from datautils import Batches
 from modelutils import find_layers
-from records import write_run
+from resuming import Cache, State, Unkept, content_hash, state_folder
 from session import Session, load_compressed
-from trueobs import TrueOBS, default_memory
 
 NO_QUANTISATION = 32  # bits
+CALIBRATION_OPTIONS = ("seed", "nrounds", "noaug", "batchsize")
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
 SPARSITY_GRIDS = {  # min, max, delta (DESIGN.md section 3)
     "unstr": (0.0, 0.99, 0.1),
@@ -58,6 +61,7 @@ def bits(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="main_trueobs.py", description=__doc__.splitlines()[0])
     cli.add_common_options(parser)
+    cli.add_resume_options(parser)
     parser.add_argument(
         "mode", metavar="MODE", choices=["quant", "nmprune", *SPARSITY_GRIDS],
         help="quant, nmprune, unstr, struct or blocked",
@@ -67,6 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save", metavar="FILE", help="where quant and nmprune save the compressed model")
     add("--rel-damp", metavar="F", type=cli.nonnegative_float, default=0.0,
         help="fraction of mean(diag H) added to the diagonal of H")  # fmt: skip
+    add("--cache", metavar="DIR", help="keep calibrated Hessians here, for later runs to share")
+    add("--check", action="store_true",
+        help="measure every layer's squared error again, on calibration and on fresh images")
     group = parser.add_argument_group("quant")
     group.add_argument("--wbits", type=bits, default=32, help="bits of weights, 1-16; 32: none")
     group.add_argument("--abits", type=bits, default=32, help="bits of activations; 32: none")
@@ -174,134 +181,6 @@ def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
     return [*levels, high]
 
 
-# -- compression -----------------------------------------------------------------------------------
-
-
-@dataclass
-class LayerReport:
-    """What became of a layer; a line in the log and an entry in the record."""
-
-    name: str
-    shape: tuple[int, ...]
-    result: str = ""  # e.g. "4 bits", "sparsity 0.5000"; why, if left dense
-    dense: bool = False
-    seconds: float = 0.0
-    squared_error: float = 0.0  # Σ (w−ŵ)H(w−ŵ)ᵀ/2
-    relative_error: float = 0.0  # the same, relative to Σ wHwᵀ/2
-    damping: float = 0.0  # × mean(diag H)
-    rank_deficit: int = 0
-
-    def line(self) -> str:
-        shape = "×".join(map(str, self.shape))
-        if self.dense:
-            return f"{self.name} {shape} left dense: {self.result}"
-        text = (
-            f"{self.name} {shape} {self.seconds:.2f} s  squared error {self.squared_error:.4g} "
-            f"({100 * self.relative_error:.3g} %)  {self.result}"
-        )
-        if self.damping:
-            text += f"  damping {self.damping:g}"
-        if self.rank_deficit:
-            text += f"  rank deficit {self.rank_deficit}"
-        return text
-
-
-def why_dense(solver: TrueOBS, args: argparse.Namespace) -> str:
-    """The reason to leave a layer as it is, or nothing."""
-    size = {"nmprune": args.prunem, "blocked": args.blocked_size}.get(args.mode, 1)
-    if solver.columns % size:
-        letter = "M" if args.mode == "nmprune" else "block size"
-        return f"{solver.columns} columns are not a multiple of {letter} = {size}"
-    if solver.nsamples == 0:
-        return "it saw no calibration image (the model does not call it)"
-    return ""
-
-
-def quantise_layer(solver: TrueOBS, args: argparse.Namespace) -> str:
-    weight = solver.layer.weight.detach().flatten(1)
-    solver.quantizer = quant.fit_weight_grid(
-        weight, args.wbits, not args.wasym, not args.wminmax, not args.wperweight
-    )
-    solver.quantize()
-    quant.set_weight_grid(solver.layer, solver.quantizer)
-    return f"{args.wbits} bits"
-
-
-def nmprune_layer(solver: TrueOBS, args: argparse.Namespace) -> str:
-    solver.nmprune(args.prunen, args.prunem)
-    return f"sparsity {sparsity(solver.layer.weight):.4f} ({args.prunen}:{args.prunem})"
-
-
-def sparse_levels(solver: TrueOBS, args: argparse.Namespace, levels: list[float]) -> list[Tensor]:
-    """The layer's weights at all levels."""
-    if args.mode == "unstr":
-        solver.prepare_unstr()
-        return solver.prune_unstr(levels)
-    if args.mode == "blocked":
-        solver.prepare_blocked(args.blocked_size)
-        return solver.prune_blocked(levels)
-    return solver.prune_struct(levels, size=solver.layer.weight[0, 0].numel())
-
-
-def sparsity(weight: Tensor) -> float:
-    return float((weight == 0).float().mean())
-
-
-def compress_layer(
-    name: str, solver: TrueOBS, args: argparse.Namespace, writer: LevelWriter | None
-) -> LayerReport:
-    """Compress one layer in place, or write all its levels; its report, logged."""
-    report = LayerReport(name, tuple(solver.layer.weight.shape), why_dense(solver, args))
-    report.dense = bool(report.result)
-    if not report.dense:
-        before = solver.layer.weight.detach().clone()
-        started = time.perf_counter()
-        if writer is None:
-            method = quantise_layer if args.mode == "quant" else nmprune_layer
-            report.result = method(solver, args)
-            after = solver.layer.weight.detach()
-        else:
-            levels = sparse_levels(solver, args, writer.sparsities)
-            writer.add(name, levels)
-            after = levels[-1]
-            report.result = f"{len(levels)} levels to sparsity {sparsity(after):.4f}"
-        report.seconds = time.perf_counter() - started
-        report.squared_error = solver.squared_error(after, before)
-        energy = solver.squared_error(torch.zeros_like(before), before)
-        report.relative_error = report.squared_error / energy if energy else 0.0
-        report.damping, report.rank_deficit = solver.damping, solver.rank_deficit
-    solver.free()
-    log.info(report.line())
-    return report
-
-
-def compress(
-    dense: nn.Module,
-    compressed: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    args: argparse.Namespace,
-    writer: LevelWriter | None = None,
-) -> list[LayerReport]:
-    """Calibrate and compress all layers, in as many passes over the images as memory asks for."""
-    device = next(dense.parameters()).device
-    memory = int(args.memory * 1e9) if args.memory else default_memory(device)
-    layers, reports = find_layers(compressed), []
-    passes = in_passes(layers, memory)
-    for number, names in enumerate(passes, 1):
-        if len(passes) > 1:
-            log.info("pass %d of %d over the images: %d layers", number, len(passes), len(names))
-        solvers = {name: TrueOBS(layers[name], args.rel_damp, memory // 2) for name in names}
-        calibrate(dense, solvers, batches, device)
-        for name in names:
-            try:
-                reports.append(compress_layer(name, solvers.pop(name), args, writer))
-            except (SingularHessian, ArithmeticError) as error:
-                raise UserError(f"{name}: {error}") from error
-    if all(report.dense for report in reports):
-        raise UserError(f"{args.model}: no layer can be compressed; {reports[0].line()}")
-    return reports
-
-
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -320,51 +199,99 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     session = Session.of(args)
     dense, compressed = session.model, load_start(args, session.model)
+    start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
+    marks = session.fingerprint(build_parser(), start)
+    records.check_repeat(args.repeat, marks)
     batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
     if args.mode == "quant" and args.abits < NO_QUANTISATION:
         images = next(iter(batches))[0].to(session.device)
         grids = activation_grids(dense, images, args.abits, args.asym, not args.aminmax)
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
-    if args.mode in SPARSITY_GRIDS:
-        reports, accuracy = make_database(args, dense, compressed, batches), None
-    else:
-        reports = []
-        if args.mode != "quant" or args.wbits < NO_QUANTISATION:
-            reports = compress(dense, compressed, batches, args)
-        else:
-            log.info("weights left as they are (--wbits 32); activations: %d bits", args.abits)
+    with open_state(args, marks) as state:
+        figures = compress(session, compressed, batches, state)
         if args.save:
             cli.save_checkpoint(compressed.state_dict(), args.save)
-        accuracy = session.accuracy(compressed)
-    if record := record_file(args):
-        seconds = time.perf_counter() - started
-        layers = [asdict(report) for report in reports]
-        write_run(record, "main_trueobs.py", args, seconds=seconds, top1=accuracy, layers=layers)
+        accuracy = None if args.sparse_dir else session.accuracy(compressed)
+        if record := record_file(args):
+            seconds = time.perf_counter() - started
+            records.write_run(record, "main_trueobs.py", args, fingerprint=marks, seconds=seconds,
+                              top1=accuracy, **figures)  # fmt: skip
+        state.finish()
     if accuracy is not None:
         cli.print_result(f"top-1 {accuracy:.2f}")
 
 
-def make_database(
-    args: argparse.Namespace,
-    dense: nn.Module,
-    compressed: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-) -> list[LayerReport]:
-    """All layers at all levels of the sparsity grid, into --sparse-dir."""
-    grid = sparsity_grid(args.min_sparsity, args.max_sparsity, args.delta_sparse)
-    writer = LevelWriter(Path(args.sparse_dir), model_tag(args.model), grid)
-    try:
-        reports = compress(dense, compressed, batches, args, writer)
-        files = writer.finish(compressed.state_dict())
-    finally:
-        writer.discard()
-    cli.print_result(f"{len(files)} levels in {args.sparse_dir}")
-    return reports
+def open_state(args: argparse.Namespace, marks: Mapping[str, str]) -> Unkept:
+    """Where finished layers are kept: beside the output, if there is to be one."""
+    if args.sparse_dir:
+        folder = Path(args.sparse_dir) / f".{model_tag(args.model)}.partial"
+    elif args.save:
+        folder = state_folder(args.save)
+    else:
+        return Unkept()
+    return State(folder, marks, args.restart)
+
+
+def open_cache(session: Session) -> Unkept:
+    """Where calibrated Hessians are kept: a folder for each calibration, below --cache."""
+    args = session.args
+    if not args.cache:
+        return Unkept()
+    options = {name: str(getattr(args, name)) for name in CALIBRATION_OPTIONS}
+    return Cache(args.cache, session.fingerprint(None, options))  # of dense with activation grids
+
+
+def compress(
+    session: Session,
+    compressed: nn.Module,  # in place
+    batches: Batches,
+    state: Unkept,
+) -> dict[str, Any]:
+    """All layers, in place or as levels into --sparse-dir; figures for the record."""
+    args, grid = session.args, None
+    if args.mode == "quant" and args.wbits == NO_QUANTISATION:
+        log.info("weights left as they are (--wbits 32); activations: %d bits", args.abits)
+        return {"layers": []}
+    if args.mode in SPARSITY_GRIDS:
+        grid = sparsity_grid(args.min_sparsity, args.max_sparsity, args.delta_sparse)
+    before = {name: layer.weight.detach().clone()
+              for name, layer in find_layers(compressed).items() if args.check}  # fmt: skip
+    with open_cache(session) as cache:
+        task = Compression(session.model, compressed, args, state, cache, grid)
+        layers = [asdict(report) for report in task.run(batches)]
+    if args.check:
+        check(session, batches, layers, {name: before[name] - weight.to(session.device)
+                                         for name, weight in task.results.items()})  # fmt: skip
+    if grid is not None:
+        names = [report["name"] for report in layers if not report["dense"]]
+        folder = Path(args.sparse_dir)
+        files = write_levels(folder, model_tag(args.model), grid, compressed, names, state)
+        cli.print_result(f"{len(files)} levels in {args.sparse_dir}")
+    return {"layers": layers}
+
+
+def check(
+    session: Session,
+    batches: Batches,
+    layers: list[dict[str, Any]],  # reports, which get two figures more
+    changes: dict[str, Tensor],  # layer → W − Ŵ
+) -> None:
+    """Measure all squared errors again, on the calibration images and on fresh ones."""
+    args = session.args
+    data, what = fresh_images(session.data, args.seed)
+    others = replace(session, data=data).calibration(augment=not args.noaug)
+    log.info("checking on the calibration images and on %s", what)
+    measured, fresh = (measured_errors(session.model, changes, images, session.device)
+                       for images in (batches, others))  # fmt: skip
+    for report in layers:
+        if (name := report["name"]) in changes:
+            report["checked_error"], report["fresh_error"] = measured[name], fresh[name]
+            compare(name, report["squared_error"], measured[name], fresh[name])
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.command(build_parser, run, argv)
+    return cli.command(build_parser, run, records.repeated(build_parser, argv))
 
 
 if __name__ == "__main__":

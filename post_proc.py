@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 import cli
+import records
 from cli import UserError, log
 from corrections import batchnorm_tune, statistics_correction
 from database import KINDS, Database, model_tag
@@ -43,7 +44,7 @@ from datautils import calibration_batches
 from modelutils import find_layers
 from profiles import read_profile
 from quant import put_layer
-from records import write_run
+from resuming import State, Unkept, content_hash, state_folder
 from retraining import finetune, global_adaprune, train_vectors
 from session import Session, load_compressed
 
@@ -61,6 +62,7 @@ DEPENDENT = {  # option: the correction that it belongs to
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="post_proc.py", description=__doc__.splitlines()[0])
     cli.add_common_options(parser)
+    cli.add_resume_options(parser)
     add = parser.add_argument
     add("file", metavar="FILE", help="compressed checkpoint; with --database, profile to stitch")
     add("--database", choices=list(KINDS), help="kind of the database that FILE is a profile of")
@@ -183,7 +185,9 @@ class StepReport:
         return text
 
 
-def corrections(session: Session, model: nn.Module) -> dict[str, Callable[[], list[float] | None]]:
+def corrections(
+    session: Session, model: nn.Module, state: Unkept
+) -> dict[str, Callable[[], list[float] | None]]:
     """All corrections by option, in the order of the module docstring; each changes `model`."""
     args, dense, device = session.args, session.model, session.device
     models = (model, dense)
@@ -194,30 +198,37 @@ def corrections(session: Session, model: nn.Module) -> dict[str, Callable[[], li
 
     return {
         "gap": lambda: global_adaprune(
-            *models, Epochs(session), device, args.gap_epochs, args.gap_lr
+            *models, Epochs(session), device, args.gap_epochs, args.gap_lr, state
         ),
         "bnt": tune_batchnorms,
         "statcorr": lambda: statistics_correction(*models, statistics_images(session), device),
         "lintune": lambda: train_vectors(
             *models, Epochs(session), device, args.lintune_epochs, args.lintune_lr,
-            cross_entropy=args.lintune_loss,
+            cross_entropy=args.lintune_loss, state=state,
         ),
         "finetune": lambda: finetune(
             *models, Epochs(session), device, args.finetune_epochs, args.finetune_lr,
-            cross_entropy=not args.finetune_mse,
+            cross_entropy=not args.finetune_mse, state=state,
         ),
     }  # fmt: skip
 
 
-def correct(session: Session, model: nn.Module) -> list[StepReport]:
+def correct(session: Session, model: nn.Module, state: Unkept) -> list[StepReport]:
     """Run the corrections that are asked for; a report of each, logged."""
     reports = []
-    for name, correction in corrections(session, model).items():
-        if getattr(session.args, name):
-            started = time.perf_counter()
-            losses = correction()
-            reports.append(StepReport(name, time.perf_counter() - started, losses))
-            log.info(reports[-1].line())
+    for name, correction in corrections(session, model, state).items():
+        if not getattr(session.args, name):
+            continue
+        if entry := state.load(name):
+            model.load_state_dict(entry.tensors)
+            reports.append(StepReport(**entry.figures))
+            log.info("resuming: %s is done", name)
+            continue
+        started = time.perf_counter()
+        losses = correction()
+        reports.append(StepReport(name, time.perf_counter() - started, losses))
+        log.info(reports[-1].line())
+        state.save(name, model.state_dict(), vars(reports[-1]))
     return reports
 
 
@@ -229,24 +240,31 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     session = Session.of(args)
     model = load_model(args, session.model)
-    reports = correct(session, model)
-    if args.save:
-        cli.save_checkpoint(model.state_dict(), args.save)
-    accuracy = session.accuracy(model)
-    if args.save:
-        write_run(
-            Path(args.save).with_suffix(".json"),
-            "post_proc.py",
-            args,
-            seconds=time.perf_counter() - started,
-            top1=accuracy,
-            corrections=[vars(report) for report in reports],
-        )
+    contents = {"compressed model": content_hash(model.state_dict())}
+    marks = session.fingerprint(build_parser(), contents)
+    records.check_repeat(args.repeat, marks)
+    kept = State(state_folder(args.save), marks, args.restart) if args.save else Unkept()
+    with kept as state:
+        reports = correct(session, model, state)
+        if args.save:
+            cli.save_checkpoint(model.state_dict(), args.save)
+        accuracy = session.accuracy(model)
+        if args.save:
+            records.write_run(
+                Path(args.save).with_suffix(".json"),
+                "post_proc.py",
+                args,
+                fingerprint=marks,
+                seconds=time.perf_counter() - started,
+                top1=accuracy,
+                corrections=[vars(report) for report in reports],
+            )
+        state.finish()
     cli.print_result(f"top-1 {accuracy:.2f}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.command(build_parser, run, argv)
+    return cli.command(build_parser, run, records.repeated(build_parser, argv))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,27 @@
 """The record of a run: JSON beside its output, with all it takes to compare or repeat it.
 
-Arguments, seed, versions, machine, git revision, and the run's own figures. JSON is strict: NaN and
-infinity, which it lacks, become null.
+JSON is strict: NaN and infinity, which it lacks, become null. Every record is an object of
+
+    key          value
+    command      the script, as in "spdy.py"
+    arguments    object: every word and option of the command as it was, defaults filled in
+    fingerprint  object of strings, or null: what the result depends on (resuming.py) - hashes of
+                 weights, images, code; options; versions; threads; device
+    environment  object: argv, python, platform, processor, cores, torch_threads, gpus, git and
+                 versions of packages
+    layers       list of objects (main_trueobs.py, spdy.py): a layer each, with its name
+    corrections  list of objects (post_proc.py): name, seconds, losses per epoch
+    seconds      number: how long the run took; of a resumed one, since it was resumed
+    top1         number in percent, or null (main_trueobs.py, post_proc.py)
+
+and further figures of the command. A layer of main_trueobs.py: name, shape, result, dense, seconds,
+squared_error, relative_error, damping, rank_deficit; with --check also checked_error, fresh_error.
+A layer of spdy.py: name, level, cost, error.
+
+`COMMAND --repeat RECORD` takes the arguments from a record. Options behind it count more: --save
+for another place, --device, --workers. What is found must be what the record's fingerprint tells:
+other weights, images or options are refused; other code, versions, threads or devices, which may
+change last digits, are a warning.
 """
 
 from __future__ import annotations
@@ -14,7 +34,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +43,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import atomic_write
+import cli
+from cli import UserError, atomic_write, log
+from resuming import SURROUNDINGS, difference
+
+SCHEMA = {  # key: types of its value, whether every record has it
+    "command": (str, True),
+    "arguments": (dict, True),
+    "environment": (dict, True),
+    "fingerprint": ((dict, type(None)), False),
+    "layers": (list, False),
+    "corrections": (list, False),
+    "seconds": ((int, float), False),
+    "top1": ((int, float, type(None)), False),
+}
+NOT_REPEATED = ("help", "repeat", "restart")
 
 
 def _strict_json(value: Any) -> Any:
@@ -113,3 +147,95 @@ def write_run(
     """Write the record of a run: command, arguments, environment and its own figures."""
     common = {"command": command, "arguments": vars(args), "environment": environment()}
     write_record(path, common | figures)
+
+
+# -- reading, repeating ----------------------------------------------------------------------------
+
+
+def flaw(record: Any) -> str | None:
+    """What keeps a value from being a record, in words; None if it is one."""
+    if not isinstance(record, dict):
+        return "not an object"
+    for key, (types, required) in SCHEMA.items():
+        if key not in record:
+            if required:
+                return f"no {key}"
+        elif not isinstance(record[key], types) or isinstance(record[key], bool):
+            return f"{key} is not of the right type"
+    marks = (record.get("fingerprint") or {}).values()
+    if not all(isinstance(value, str) for value in marks):
+        return "fingerprint holds more than strings"
+    for key in ("layers", "corrections"):
+        if not all(isinstance(x, dict) and isinstance(x.get("name"), str)
+                   for x in record.get(key, ())):  # fmt: skip
+            return f"{key} holds something without a name"
+    return None
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record in a file; raises UserError for anything else."""
+    try:
+        record = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not the record of a run (not JSON)") from None
+    if wrong := flaw(record):
+        raise UserError(f"{path}: not the record of a run ({wrong})")
+    return record
+
+
+def repeated(
+    build_parser: Callable[[], argparse.ArgumentParser],
+    argv: Sequence[str] | None,  # None: the process's own
+) -> list[str]:
+    """The words of a command; with --repeat, those of the record before the others."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    finder = cli.Parser(add_help=False)
+    finder.add_argument("--repeat")
+    path = finder.parse_known_args(words)[0].repeat
+    if path is None:
+        return words
+    parser = build_parser()
+    try:
+        return [*recorded_words(path, parser), *words]
+    except UserError as error:
+        parser.error(str(error))
+
+
+def recorded_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A record's arguments as words of the command; raises UserError where they are none."""
+    record = read_record(path)
+    if record["command"] != parser.prog:
+        raise UserError(f"{path}: the record of {record['command']}; repeat it with that command")
+    arguments, options, words = dict(record["arguments"]), [], []
+    for action in parser._actions:
+        value = arguments.pop(action.dest, None)
+        if action.dest in NOT_REPEATED or value is None or value is False:
+            continue
+        if not isinstance(value, bool | int | float | str):
+            raise UserError(f"{path}: not the record of a run ({action.dest} is {value})")
+        if not action.option_strings:
+            words.append(str(value))
+        else:
+            flag = action.option_strings[-1]
+            options.append(flag if value is True else f"{flag}={value}")
+    if arguments:
+        raise UserError(f"{path}: {parser.prog} has no option {next(iter(arguments))}")
+    return [*options, *words]
+
+
+def check_repeat(path: str | None, fingerprint: Mapping[str, str]) -> None:
+    """Raise a UserError unless what the record at `path` depended on is what is here now."""
+    old = read_record(path).get("fingerprint") if path else None
+    if old is None:
+        if path:
+            log.warning("%s: has no fingerprint; weights and images may be others", path)
+        return
+    parts = ({k: v for k, v in marks.items() if k not in SURROUNDINGS}
+             for marks in (old, fingerprint))  # fmt: skip
+    if parted := difference(*parts):
+        raise UserError(f"{path}: the run was made {parted[0]}, this would be {parted[1]}")
+    if parted := difference(old, fingerprint):
+        log.warning("%s: the run was made %s, this one is %s: last digits may differ",
+                    path, *parted)  # fmt: skip

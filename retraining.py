@@ -25,6 +25,7 @@ latent has gone half a step: at rates of 1e-5, norms and biases do most of what 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,10 +37,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from cli import UserError
+from cli import UserError, log
 from corrections import placed
 from modelutils import find_layers
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
+from resuming import Unkept
+
+SECONDS_BETWEEN_EPOCHS = 5.0  # at least, that are kept
+LATENT, AVERAGES = "latent", ("step", "exp_avg", "exp_avg_sq")  # the latter as Adam names them
 
 Forward = Callable[[Tensor], Tensor]  # images -> logits, of the model that is trained
 Loss = Callable[[Forward, Tensor, Tensor], Tensor]  # forward, images, labels -> ()
@@ -141,6 +146,53 @@ def _rounding_with_gradient(model: nn.Module) -> Iterator[None]:
         yield
 
 
+# -- what an interrupted training goes on from -----------------------------------------------------
+
+
+class _Course:
+    """A training after so many epochs: latents, Adam's averages, losses; kept in a state."""
+
+    def __init__(
+        self,
+        state: Unkept,
+        task: str,
+        trainables: dict[str, _Trainable],
+        adam: torch.optim.Adam,
+    ) -> None:
+        self.state, self.key = state, f"{task} under way"
+        self.latents, self.adam = {x: item.latent for x, item in trainables.items()}, adam
+        self.saved = time.monotonic()
+
+    def resume(self, batches: Batches) -> list[float]:
+        """Take over what is kept, and leave out the epochs it is from; their losses."""
+        entry = self.state.load(self.key)
+        if entry is None:
+            return []
+        for name, latent in self.latents.items():
+            kept = {key: entry.tensors[f"{name} {key}"] for key in (LATENT, *AVERAGES)}
+            latent.data.copy_(kept.pop(LATENT))
+            self.adam.state[latent] = {  # Adam counts its steps on the CPU
+                key: tensor.to(latent.device) if tensor.ndim else tensor
+                for key, tensor in kept.items()
+            }
+        losses = entry.figures["losses"]
+        for _ in losses:
+            iter(batches)  # an epoch that is over
+        log.info("resuming: %d epochs are done", len(losses))
+        return losses
+
+    def save(self, losses: list[float]) -> None:
+        """Keep an epoch, if the last one that was kept is some seconds ago."""
+        if time.monotonic() - self.saved < SECONDS_BETWEEN_EPOCHS:
+            return
+        tensors = {}
+        for name, latent in self.latents.items():
+            parts = {LATENT: latent, **self.adam.state[latent]}
+            tensors |= {f"{name} {key}": parts[key] for key in (LATENT, *AVERAGES)}
+        self.state.save(self.key, tensors, {"losses": losses})
+        self.saved = time.monotonic()
+
+
 # -- the loop ------------------------------------------------------------------------------------
 
 def _train(
@@ -153,13 +205,16 @@ def _train(
     epochs: int,
     lr: float,
     task: str,
+    state: Unkept | None = None,
 ) -> list[float]:
     """Adam on the latents; then the parameters are written. Returns the mean loss per epoch."""
     adam = torch.optim.Adam([item.latent for item in trainables.values()], lr=lr)
     progress = tqdm(total=epochs * len(batches), desc=task, leave=False, disable=None)
-    losses = []
+    course = _Course(state or Unkept(), task, trainables, adam)
+    losses = course.resume(batches)
+    progress.update(len(losses) * len(batches))
     with progress, _eval_mode(model), _frozen(model), _rounding_with_gradient(model):
-        for _ in range(epochs):
+        for _ in range(len(losses), epochs):
             total, count = torch.zeros((), dtype=torch.float64, device=device), 0
             for images, labels in batches:
                 values = {name: item.value() for name, item in trainables.items()}
@@ -175,6 +230,7 @@ def _train(
             progress.set_postfix_str(f"loss {losses[-1]:.4g}")
             if not math.isfinite(losses[-1]):
                 raise UserError(f"{task}: the loss is not finite; pass a smaller --{task}-lr")
+            course.save(losses)
     with torch.no_grad():
         for name, item in trainables.items():
             model.get_parameter(name).copy_(item.value())
@@ -191,6 +247,7 @@ def global_adaprune(
     device: torch.device,
     epochs: int = 100,
     lr: float = 1e-5,
+    state: Unkept | None = None,  # of an interrupted training
 ) -> list[float]:  # mean loss per epoch
     """Train all parameters so that every conv and linear output is the dense model's again.
 
@@ -216,7 +273,9 @@ def global_adaprune(
         return torch.stack(errors).mean()
 
     trainables = _trainables(model.to(device), lambda parameter: True)
-    return _train(model, batches, device, loss_of, trainables, epochs=epochs, lr=lr, task="gap")
+    return _train(
+        model, batches, device, loss_of, trainables, epochs=epochs, lr=lr, task="gap", state=state
+    )
 
 
 def train_vectors(
@@ -227,6 +286,7 @@ def train_vectors(
     epochs: int = 100,
     lr: float = 1e-4,
     cross_entropy: bool = False,  # else squared distance to the dense model's logits
+    state: Unkept | None = None,  # of an interrupted training
 ) -> list[float]:  # mean loss per epoch
     """Train the parameters that are vectors: biases and norms.
 
@@ -236,7 +296,10 @@ def train_vectors(
     if not trainables:
         raise UserError("--lintune: this model has no biases and no norms to train")
     loss_of = _cross_entropy if cross_entropy else _distance_to(dense.to(device))
-    return _train(model, batches, device, loss_of, trainables, epochs=epochs, lr=lr, task="lintune")
+    return _train(
+        model, batches, device, loss_of, trainables,
+        epochs=epochs, lr=lr, task="lintune", state=state,
+    )  # fmt: skip
 
 
 def finetune(
@@ -247,6 +310,7 @@ def finetune(
     epochs: int = 2,
     lr: float = 1e-5,
     cross_entropy: bool = True,  # else squared distance to the dense model's logits
+    state: Unkept | None = None,  # of an interrupted training
 ) -> list[float]:  # mean loss per epoch
     """Train all parameters.
 
@@ -255,8 +319,9 @@ def finetune(
     trainables = _trainables(model.to(device), lambda parameter: True)
     loss_of = _cross_entropy if cross_entropy else _distance_to(dense.to(device))
     return _train(
-        model, batches, device, loss_of, trainables, epochs=epochs, lr=lr, task="finetune"
-    )
+        model, batches, device, loss_of, trainables,
+        epochs=epochs, lr=lr, task="finetune", state=state,
+    )  # fmt: skip
 
 
 def _cross_entropy(forward: Forward, images: Tensor, labels: Tensor) -> Tensor:

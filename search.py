@@ -20,10 +20,9 @@ interrupted search end where it would have ended. Nothing here knows of models o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,6 @@ import numpy as np
 from tqdm import tqdm
 
 import dp
-import records
 from cli import UserError, log
 
 if TYPE_CHECKING:
@@ -218,27 +216,3 @@ def advance(
         state.failures += 1
         if state.failures == TRIES:
             state.resampled, state.failures = state.resampled - 1, 0
-
-
-def save_state(path: Path, fingerprint: Mapping[str, Any], state: State) -> None:
-    """Write a state, with what it is valid for."""
-    records.write_record(path, {"fingerprint": fingerprint, "state": asdict(state)})
-
-
-def load_state(path: Path, fingerprint: Mapping[str, Any]) -> State | None:
-    """The state in `path`, if there is one; raises UserError if it is of another search."""
-    if not path.exists():
-        return None
-    again = "pass --restart to start over"
-    try:
-        saved = json.loads(path.read_text())
-        old, state = saved["fingerprint"], saved["state"]
-        if state.keys() != {entry.name for entry in fields(State)}:
-            raise KeyError("state")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not the state of a search; {again}") from None
-    for name, value in fingerprint.items():
-        if old.get(name) != value:
-            raise UserError(f"{path}: an interrupted search with another {name} "
-                            f"({old.get(name)}, now {value}); {again}")
-    return State(**state)

@@ -15,7 +15,6 @@ level.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -24,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cli import log
 from modelutils import evaluating
 from quant import put_layer
+from resuming import Notes, Unkept, content_hash
 from tracing import Resumable, Whole, runner
 
 if TYPE_CHECKING:
@@ -36,19 +37,10 @@ Scores = dict[str, dict[str, float]]  # layer → level → value
 
 def distinct_levels(db: Database, layer: str, dense: nn.Module) -> dict[str, list[str]]:
     """One level of each set of equal ones → all levels of the set; those equal to dense: ""."""
-    sets: dict[bytes, list[str]] = {digest(dense.state_dict()): [""]}
+    sets: dict[str, list[str]] = {content_hash(dense.state_dict()): [""]}
     for level in db.levels:
-        sets.setdefault(digest(db.layer(layer, level)), []).append(level)
+        sets.setdefault(content_hash(db.layer(layer, level)), []).append(level)
     return {names[0]: names for names in sets.values()}
-
-
-def digest(tensors: Mapping[str, Tensor]) -> bytes:
-    """A short name for the contents of some tensors."""
-    content = hashlib.sha256()
-    for key, tensor in sorted(tensors.items()):
-        content.update(key.encode())
-        content.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return content.digest()
 
 
 def all_levels(
@@ -70,26 +62,47 @@ def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | No
     return put
 
 
-def losses(model: nn.Module, db: Database, batches: Batches, device: torch.device) -> Scores:
+def losses(
+    model: nn.Module,
+    db: Database,
+    batches: Batches,
+    device: torch.device,
+    notes: Notes | None = None,  # of what an interrupted run has measured
+) -> Scores:
     """Change of the mean loss with exactly one layer compressed, per layer and level.
 
     The model is dense, and dense again afterwards.
     """
+    notes = notes or Notes(Unkept())
     with evaluating(model):
         run = runner(model)
         sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
-        sums = {layer: dict.fromkeys((lv for lv in sets[layer] if lv), 0.0) for layer in db.layers}
+        levels = {layer: [level for level in of if level] for layer, of in sets.items()}
+        sums = {layer: dict.fromkeys(of, 0.0) for layer, of in levels.items()}
         images_seen = 0
-        total = sum(len(levels) for levels in sums.values()) * _count(batches)
-        with tqdm(total=total, desc="loss", leave=False, disable=None) as bar:
-            for images, labels in batches:
-                changes = batch_changes(run, model, db, sums, _layout(images, device), labels)
-                for layer, level, change in changes:
-                    sums[layer][level] += change
+        _say_what_is_known(notes, len(db.layers) * _count(batches), "layers × batches")
+        with tqdm(total=len(levels) * _count(batches), desc="loss", leave=False,
+                  disable=None) as bar:  # fmt: skip
+            for number, (images, labels) in enumerate(batches):
+                known = {x: notes.get(f"{number} {x}") for x in levels}
+                wanted = {x: of for x, of in levels.items() if known[x] is None}
+                bar.update(len(levels) - len(wanted))
+                changes = batch_changes(run, model, db, wanted, _layout(images, device), labels)
+                for layer, of_levels in changes if wanted else ():
+                    known[layer] = of_levels
+                    notes.add(f"{number} {layer}", of_levels)
                     bar.update()
+                for layer in levels:
+                    for level, change in (known[layer] or {}).items():
+                        sums[layer][level] += change
                 images_seen += len(images)
     means = {x: {lv: total / images_seen for lv, total in of.items()} for x, of in sums.items()}
     return {layer: all_levels(means[layer], sets[layer], db) for layer in db.layers}
+
+
+def _say_what_is_known(notes: Notes, total: int, what: str) -> None:
+    if notes.known:
+        log.info("resuming: %d of %d %s are done", len(notes.known), total, what)
 
 
 def batch_changes(
@@ -99,7 +112,7 @@ def batch_changes(
     wanted: Mapping[str, Iterable[str]],  # layer → levels
     images: Tensor,
     labels: Tensor,
-) -> Iterator[tuple[str, str, float]]:  # layer, level, change of the summed loss
+) -> Iterator[tuple[str, dict[str, float]]]:  # layer, changes of the summed loss by level
     """Run one batch at every level of every layer, each from where the layer is called."""
     labels = labels.to(images.device)
     calls = {layer: run.first_call(layer) for layer in wanted}
@@ -108,13 +121,13 @@ def batch_changes(
     for number, layer in sorted((n, layer) for layer, n in calls.items() if n is not None):
         run.advance(values, at, number)
         at = number
-        put, put_back = swap_layer(model, db, layer), run.kept(values)
+        put, put_back, changes = swap_layer(model, db, layer), run.kept(values), {}
         for level in wanted[layer]:
             put(level)
-            change = _loss(run.finish(dict(values), number), labels) - dense_loss
+            changes[level] = _loss(run.finish(dict(values), number), labels) - dense_loss
             put_back()
-            yield layer, level, change
         put(None)
+        yield layer, changes
 
 
 def _layout(images: Tensor, device: torch.device) -> Tensor:
@@ -132,43 +145,65 @@ def _loss(outputs: object, labels: Tensor) -> float:
 
 
 def squared_errors(
-    model: nn.Module, db: Database, batches: Batches, device: torch.device
+    model: nn.Module,
+    db: Database,
+    batches: Batches,
+    device: torch.device,
+    notes: Notes | None = None,  # of what an interrupted run has measured
 ) -> Scores:
     """‖y − ŷ‖² / ‖y‖² of every layer's output at every level, its inputs the dense model's."""
+    notes = notes or Notes(Unkept())
     sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
-    errors = {layer: dict.fromkeys((lv for lv in sets[layer] if lv), 0.0) for layer in db.layers}
-    energy = dict.fromkeys(db.layers, 0.0)
+    levels = {layer: [level for level in of if level] for layer, of in sets.items()}
+    _say_what_is_known(notes, _count(batches), "batches")
+    sums = {layer: dict.fromkeys(["", *of], 0.0) for layer, of in levels.items()}  # "": ‖y‖²
+    for number, (images, _) in enumerate(
+        tqdm(batches, desc="squared", leave=False, disable=None)
+    ):
+        if (of_batch := notes.get(str(number))) is None:
+            of_batch = batch_squares(model, db, levels, _layout(images, device))
+            notes.add(str(number), of_batch)
+        for layer, values in of_batch.items():
+            for level, value in values.items():
+                sums[layer][level] += value
+    relative = {
+        layer: {level: value / (of[""] or 1.0) for level, value in of.items() if level}
+        for layer, of in sums.items()
+    }
+    return {layer: all_levels(relative[layer], sets[layer], db) for layer in db.layers}
+
+
+def batch_squares(
+    model: nn.Module, db: Database, levels: Mapping[str, Iterable[str]], images: Tensor
+) -> dict[str, dict[str, float]]:
+    """‖y − ŷ‖² by layer and level, and ‖y‖² by layer and "", over one batch."""
+    sums = {layer: dict.fromkeys(["", *of], 0.0) for layer, of in levels.items()}
+    handles = {}
 
     def hook(layer: str) -> Callable:
         put = swap_layer(model, db, layer)
 
         def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             handles[layer].remove()  # the calls below are ours
-            energy[layer] += float(output.double().square().sum())
-            for level in errors[layer]:
+            sums[layer][""] += float(output.double().square().sum())
+            for level in levels[layer]:
                 put(level)
                 difference = module(*inputs) - output
-                errors[layer][level] += float(difference.double().square().sum())
+                sums[layer][level] += float(difference.double().square().sum())
             put(None)
             handles[layer] = module.register_forward_hook(compare)
 
         return compare
 
-    handles = {}
     try:
         for layer in db.layers:
             handles[layer] = model.get_submodule(layer).register_forward_hook(hook(layer))
         with evaluating(model):
-            for images, _ in tqdm(batches, desc="squared", leave=False, disable=None):
-                model(_layout(images, device))
+            model(images)
     finally:
         for handle in handles.values():
             handle.remove()
-    relative = {
-        layer: {level: value / (energy[layer] or 1.0) for level, value in of.items()}
-        for layer, of in errors.items()
-    }
-    return {layer: all_levels(relative[layer], sets[layer], db) for layer in db.layers}
+    return sums
 
 
 def quadratic_prior(db: Database) -> Scores:

@@ -2,6 +2,7 @@
 
     Session.of(args) ─┬─ .model           the dense model, on the device
                       ├─ .calibration()   calibration images, augmented or not
+                      ├─ .fingerprint(…)  what the run depends on
                       └─ .accuracy(m)     top-1 on the test images
 
 `load_compressed` reads what the commands save: a state dict with the grids of a quantised model.
@@ -11,16 +12,28 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import quant
 from cli import UserError, resolve_device
-from datautils import Batches, ImageData, calibration_batches, load_data, test_batches
+from datautils import (
+    ArrayImages,
+    Batches,
+    ImageData,
+    ImageSet,
+    calibration_batches,
+    load_data,
+    test_batches,
+)
 from modelutils import evaluate, evaluating, find_layers, get_model, load_checkpoint, load_state
+from resuming import bytes_hash, chosen_options, content_hash, surroundings
+
+CALIBRATING = ("calibration", "datautils")  # the code that Hessians depend on, with its imports
 
 
 @dataclass(frozen=True)
@@ -65,12 +78,42 @@ class Session:
             workers=args.workers,
         )
 
+    def fingerprint(
+        self,
+        parser: argparse.ArgumentParser | None,  # of the command; None: only of its calibration
+        contents: Mapping[str, str],  # what else the result depends on, by name
+    ) -> dict[str, str]:
+        """Everything that the result is a function of, by name (resuming.py)."""
+        marks = {} if parser is None else chosen_options(parser, self.args)
+        modules = CALIBRATING if parser is None else (Path(parser.prog).stem,)
+        marks["--image-size"] = str(self.data.image_size)
+        if ".py:" in self.args.model:
+            code = Path(self.args.model.rpartition(":")[0]).read_bytes()
+            marks["code of the model"] = bytes_hash([code])
+        marks["dense weights"] = content_hash(self.model.state_dict())
+        marks["calibration images"] = images_hash(self.data.calibration)
+        return marks | contents | surroundings(self.device, *modules)
+
     def accuracy(self, model: nn.Module) -> float:
         """Top-1 in percent on the test images."""
         batches = test_batches(
             self.data, batchsize=self.args.batchsize, workers=self.args.workers
         )
         return evaluate(model, batches, self.device)
+
+
+def images_hash(images: ImageSet) -> str:
+    """A hash of the chosen images as they are stored, their order, labels and view."""
+
+    def parts() -> Iterator[bytes]:
+        yield f"{images.view} {[images.source.labels[index] for index in images.chosen]}".encode()
+        for index in images.chosen:
+            if isinstance(images.source, ArrayImages):
+                yield images.source.pixels[index].tobytes()
+            else:
+                yield Path(images.source.files[index]).read_bytes()
+
+    return bytes_hash(parts())
 
 
 def check_model(model: nn.Module, name: str, data: ImageData) -> None:

@@ -7,7 +7,7 @@ OBC (arXiv 2208.11580), with the search of SPDY (Frantar & Alistarh, arXiv 2201.
 --dp solves this (`dp.py`). Without, coefficients of the errors are searched for whose solution,
 stitched from the database and with its norms corrected, has the least mean cross-entropy on the
 calibration images, not augmented (`search.py`). An interrupted search is continued by the same
-command: its state is in a hidden file beside the profile until the profile is written.
+command: its state is in a hidden folder beside the profile until the profile is written.
 
 Batch norms of a candidate are re-estimated in one pass, as plain averages over the calibration
 batches. Deviation from OBC: moving averages over 100 batches, which `post_proc.py --bnt` takes too,
@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,21 @@ from tqdm import tqdm
 import cli
 import dp
 import profiles
+import resuming
 from cli import UserError, log
 from corrections import BatchNorm, correct_statistics, norm_moments, placed
 from costs import CONSTRAINTS, layer_costs
 from database import KINDS, Database, model_tag
 from modelutils import evaluating, mean_loss
-from records import write_run
-from search import Problem, State, load_state, make_problem, picks_key, save_state, search
+from records import check_repeat, repeated, write_run
+from resuming import Unkept, content_hash, state_folder
+from search import Problem, State, make_problem, picks_key, search
 from session import Session
 
 ERRORS = ("squared", "loss", "spdy")
 DEFAULT_CONSTRAINTS = {"mixed": "bops", "4block": "flops", "unstr": "flops", "4block_8w8a": "bops"}
 
+SEARCH = "search"  # the one thing in the state of a search
 Batches = list[tuple[Tensor, Tensor]]  # images, labels
 
 
@@ -99,32 +102,16 @@ class Evaluator:
         return mean_loss(model, self.batches, self.session.device)
 
 
-def digest(arrays: Iterable[Any]) -> str:  # NumPy arrays or tensors on the CPU
-    """A short name for their contents."""
-    total = hashlib.sha256()
-    for array in arrays:
-        total.update(torch.as_tensor(array).contiguous().numpy())
-    return total.hexdigest()[:16]
-
-
-def fingerprint(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> dict[str, Any]:
-    """All that a search depends on; of images and of layers in the database, the first rows."""
-    session, db = evaluator.session, evaluator.db
-    words = ("model", "dataset", "target", "database")
-    options = ("errors", "constr", "dpbuckets", "seed", "nsamples", "batchsize", "nobatchnorm",
-               "statcorr")
-    rows = (db.layer(layer, level)["weight"][0] for level in db.levels for layer in db.layers)
-    images = (x for images, labels in evaluator.batches for x in (images[0], labels))
-    return {
-        **{word.upper(): getattr(args, word) for word in words},
-        **{f"--{option}": getattr(args, option) for option in options},
-        "--device": session.device.type,
-        "dense weights": digest(x.cpu() for x in session.model.state_dict().values()),
-        "database": digest(rows),
-        "scores": digest(problem.errors),
-        "costs": digest(problem.costs),
-        "calibration images": digest(images),
-    }
+def fingerprint(
+    args: argparse.Namespace, problem: Problem, session: Session, db: Database
+) -> dict[str, str]:
+    """All that a profile depends on; of the database itself only if there is a search in it."""
+    tables = {"scores": problem.errors, "costs": problem.costs}
+    contents = {name: content_hash({str(i): torch.as_tensor(x) for i, x in enumerate(table)})
+                for name, table in tables.items()}
+    if not args.dp:
+        contents["database"] = db.hash
+    return session.fingerprint(build_parser(), contents)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -133,6 +120,7 @@ def fingerprint(args: argparse.Namespace, problem: Problem, evaluator: Evaluator
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="spdy.py", description=__doc__.splitlines()[0])
     cli.add_common_options(parser)
+    cli.add_resume_options(parser)
     add = parser.add_argument
     add("target", metavar="TARGET", type=cli.positive_float,
         help="how many times less the layers shall cost than at 32 bits and dense")
@@ -152,7 +140,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefix", metavar="DIR", default="",
         help="where models_unstr/ etc. are and where the profile goes (default: here)")
     add("--score_path", metavar="DIR", default="scores", help="folder of scores")
-    add("--restart", action="store_true", help="do not continue an interrupted search")
     return parser
 
 
@@ -178,12 +165,6 @@ def profile_file(args: argparse.Namespace) -> Path:
     return Path(args.prefix) / name
 
 
-def state_file(args: argparse.Namespace) -> Path:
-    """Where an interrupted search is kept."""
-    profile = profile_file(args)
-    return profile.with_name(f".{profile.name}.state.json")
-
-
 def read_problem(args: argparse.Namespace, db: Database, session: Session) -> Problem:
     """Costs and scores of the database."""
     path = profiles.score_file(args.score_path, db.model, db.kind, args.errors)
@@ -195,16 +176,16 @@ def read_problem(args: argparse.Namespace, db: Database, session: Session) -> Pr
     return make_problem(db.levels, costs, scores, path, args.target, args.dpbuckets)
 
 
-def run_search(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> State:
+def run_search(
+    args: argparse.Namespace, problem: Problem, evaluator: Evaluator, kept: Unkept
+) -> State:
     """Start the search, or continue it."""
-    path, marks = state_file(args), fingerprint(args, problem, evaluator)
-    state = None if args.restart else load_state(path, marks)
-    if state is None:
-        state = State.start(len(problem.levels), args.seed)
-    else:
-        log.info("%s: continuing after %d candidates", path, state.candidates)
+    entry = kept.load(SEARCH)
+    state = State(**entry.figures) if entry else State.start(len(problem.levels), args.seed)
+    if entry:
+        log.info("resuming: after %d candidates", state.candidates)
     return search(problem, lambda picks: evaluator(problem.profile(picks)), state,
-                  lambda state: save_state(path, marks, state))
+                  lambda state: kept.save(SEARCH, {}, asdict(state)))
 
 
 def report(problem: Problem, picks: list[int]) -> dict[str, float]:
@@ -226,27 +207,30 @@ def score(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> N
     cli.print_result(f"calibration loss {loss:.6f}")
 
 
-def choose(args: argparse.Namespace, problem: Problem, evaluator: Evaluator | None) -> None:
+def choose(
+    args: argparse.Namespace, problem: Problem, marks: dict[str, str], evaluator: Evaluator | None
+) -> None:
     """Make a profile, by a search if there is an evaluator; write and report it."""
     started, path = time.perf_counter(), profile_file(args)
     choice, found = problem.solve(), {}
-    if evaluator is not None:
-        plain = picks_key(choice.levels)
-        state = run_search(args, problem, evaluator)
-        choice = problem.solve(state.coefficients)
-        found = {"loss": state.loss, "dp_loss": state.losses[plain],
-                 "candidates": state.candidates, "evaluations": len(state.losses),
-                 "coefficients": state.coefficients, "history": state.history}
-    figures = report(problem, choice.levels)
-    figures |= {"discretisation_error": choice.gap, "bucket": choice.bucket, **found}
-    cli.print_result(f"discretisation error at most {choice.gap:.3g}")
-    if found:
-        of_plain = math.nan if found["dp_loss"] is None else found["dp_loss"]
-        cli.print_result(f"calibration loss {found['loss']:.6f} (--dp: {of_plain:.6f})")
-    write_record(args, problem, choice.levels, figures | {"seconds": time.perf_counter() - started})
-    profiles.write_profile(path, problem.profile(choice.levels))
-    if found:
-        state_file(args).unlink(missing_ok=True)
+    with Unkept() if args.dp else resuming.State(state_folder(path), marks, args.restart) as kept:
+        if evaluator is not None:
+            plain = picks_key(choice.levels)
+            state = run_search(args, problem, evaluator, kept)
+            choice = problem.solve(state.coefficients)
+            found = {"loss": state.loss, "dp_loss": state.losses[plain],
+                     "candidates": state.candidates, "evaluations": len(state.losses),
+                     "coefficients": state.coefficients, "history": state.history}
+        figures = report(problem, choice.levels)
+        figures |= {"discretisation_error": choice.gap, "bucket": choice.bucket, **found}
+        cli.print_result(f"discretisation error at most {choice.gap:.3g}")
+        if found:
+            of_plain = math.nan if found["dp_loss"] is None else found["dp_loss"]
+            cli.print_result(f"calibration loss {found['loss']:.6f} (--dp: {of_plain:.6f})")
+        figures |= {"fingerprint": marks, "seconds": time.perf_counter() - started}
+        write_record(args, problem, choice.levels, figures)
+        profiles.write_profile(path, problem.profile(choice.levels))
+        kept.finish()
     cli.print_result(f"profile {path}")
 
 
@@ -272,11 +256,13 @@ def run(args: argparse.Namespace) -> None:
         score(args, problem, Evaluator(session, db, args))
     else:
         problem.solve()  # says that a target cannot be reached before any image is read
-        choose(args, problem, None if args.dp else Evaluator(session, db, args))
+        marks = fingerprint(args, problem, session, db)
+        check_repeat(args.repeat, marks)
+        choose(args, problem, marks, None if args.dp else Evaluator(session, db, args))
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.command(build_parser, run, argv)
+    return cli.command(build_parser, run, repeated(build_parser, argv))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ MAX_FUNCTION, MAX_FILE = 50, 400  # lines
 # What a later part of the toolkit adds as support stands on the layer of what it supports.
 LAYERS = (
     {"cli", "vision", "quant", "hessian", "dp"},
-    {"datautils", "elimination", "elimination_cpu", "levels", "tracing", "profiles", "records"},
-    {"modelutils", "trueobs"},
+    {"datautils", "elimination", "elimination_cpu", "levels", "tracing", "profiles", "resuming"},
+    {"modelutils", "trueobs", "records"},
     {"calibration", "costs", "sensitivity", "session", "corrections", "retraining", "search"},
-    {"database"},
+    {"database", "checking", "compression"},
     {"spdy", "post_proc", "main_trueobs"},
     {"postproc"},
 )

@@ -14,9 +14,10 @@ from torch import nn
 import database
 import main_trueobs
 from cli import UserError, save_checkpoint
-from database import Database, LevelWriter
+from database import Database, write_levels
 from profiles import read_profile, read_scores, write_profile, write_scores
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
+from resuming import State
 
 
 def net(scale: float = 1.0, width: int = 3) -> nn.Sequential:
@@ -106,15 +107,17 @@ def test_misfits_are_named(tmp_path: Path) -> None:
         db.stitch(net(), {"other": "5000"})
 
 
-def test_writer_makes_whole_files_only_at_the_end(tmp_path: Path) -> None:
-    dense = net().state_dict()
-    writer = LevelWriter(tmp_path / "db", "net", [0.0, 0.25])
+def test_levels_are_written_from_a_state(tmp_path: Path) -> None:
+    model, folder = net(), tmp_path / "db"
+    dense = model.state_dict()
     levels = [dense["0.weight"], dense["0.weight"] * 0.5]
-    writer.add("0", levels)
-    assert not list((tmp_path / "db").glob("net_*"))
-    files = writer.finish(dense)
+    with State(folder / ".net.partial", {}) as state:
+        state.save("0", {"levels": torch.stack(levels)}, {})
+        assert not list(folder.glob("net_*"))
+        files = write_levels(folder, "net", [0.0, 0.25], model, ["0"], state)
+        state.finish()
     assert [path.name for path in files] == ["net_0000.pth", "net_2500.pth"]
-    assert sorted((tmp_path / "db").iterdir()) == files
+    assert sorted(folder.iterdir()) == files
     for path, wanted in zip(files, levels, strict=True):
         state = torch.load(path, weights_only=True)
         assert torch.equal(state["0.weight"], wanted) and state.keys() == dense.keys()

@@ -689,16 +689,16 @@ def test_a_killed_run_leaves_nothing_under_a_final_name(words, tmp_path):
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
 
 
-def test_a_database_is_made_anew_after_a_killed_run(command, tmp_path):
+def test_what_is_left_of_something_else_is_not_taken(command, tmp_path):
     partial = tmp_path / "db" / ".rn8.partial"
     partial.mkdir(parents=True)
-    (partial / "conv1.pth").write_bytes(b"half a file")
+    (partial / "conv1.safetensors").write_bytes(b"half a file, no fingerprint")
     make_database(command, tmp_path / "db", "unstr")
     assert not partial.exists()
 
 
 @pytest.mark.parametrize("words", ["nmprune --save {}/q.pth", "unstr --sparse-dir {}"])
-def test_an_interrupted_run_tidies_up(words, tmp_path):
+def test_an_interrupted_run_leaves_what_is_done_hidden(words, tmp_path):
     process = start("rn8", "digits", *words.format(tmp_path).split(), *QUICK)
     first = process.stderr.readline()
     process.send_signal(signal.SIGINT)
@@ -706,4 +706,5 @@ def test_an_interrupted_run_tidies_up(words, tmp_path):
     assert first.startswith("conv1 ")
     assert process.returncode == 130
     assert out == "" and err.splitlines()[-1] == "error: interrupted"
-    assert tree(tmp_path) == []
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    assert not [name for name in tree(tmp_path) if name.endswith(".tmp")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import logging
@@ -11,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import cli
@@ -24,6 +26,7 @@ import database
 import dp
 import main_trueobs
 import profiles
+import resuming
 import search
 import spdy
 from costs import Costs
@@ -114,22 +117,38 @@ def test_local_search_draws_fewer_and_fewer_coefficients_until_nothing_improves(
     assert state.history == [[1, 1.0], [15, 0.5]]
 
 
+def kept_search(problem, loss, folder):
+    """A search that goes on from the state in a folder."""
+    args = argparse.Namespace(seed=0)
+    with resuming.State(folder, {"MODEL": "rn8"}) as kept:
+        return spdy.run_search(args, ByPicks(problem), loss, kept)
+
+
+class ByPicks(search.Problem):
+    """A problem whose profiles are its picks, as the synthetic losses want them."""
+
+    def __init__(self, problem):
+        super().__init__(**{x.name: getattr(problem, x.name) for x in fields(search.Problem)})
+
+    def profile(self, choice):
+        return choice
+
+
 def test_interrupted_at_every_evaluation_it_ends_the_same(tmp_path):
-    problem, path, marks = make_problem(), tmp_path / "state.json", {"MODEL": "rn8"}
+    problem = make_problem()
     whole = Loss(problem)
     expected = run_search(problem, whole)
     seen = []
     for _ in range(10_000):
-        state = search.load_state(path, marks) or search.State.start(len(problem.levels), 0)
         loss = Loss(problem, stop_before=1)
         try:
-            search.search(problem, loss, state, lambda s: search.save_state(path, marks, s))
+            state = kept_search(problem, loss, tmp_path / "state")
             break
         except KeyboardInterrupt:
             assert len(loss.seen) == 1
         finally:
             seen += loss.seen
-    assert asdict(state) == asdict(expected) == asdict(search.load_state(path, marks))
+    assert asdict(state) == asdict(expected)
     assert seen == whole.seen
 
 
@@ -138,22 +157,11 @@ def test_losses_that_are_not_finite_are_never_the_best(tmp_path):
     first = tuple(problem.solve().levels)
     state = run_search(problem, lambda picks: math.nan if tuple(picks) == first else 1.0)
     assert state.loss == 1 and state.losses[search.picks_key(first)] is None
-    search.save_state(tmp_path / "state.json", {}, state)
-    assert search.load_state(tmp_path / "state.json", {}) == state
+    with resuming.State(tmp_path / "state", {}) as kept:
+        kept.save("search", {}, asdict(state))
+        assert search.State(**kept.load("search").figures) == state
     with pytest.raises(cli.UserError, match="no candidate has a finite"):
         run_search(problem, lambda picks: math.inf)
-
-
-def test_a_state_of_another_search_is_refused_and_named(tmp_path):
-    path = tmp_path / "state.json"
-    assert search.load_state(path, {}) is None
-    search.save_state(path, {"MODEL": "rn8", "--seed": 0}, search.State.start(3, 0))
-    with pytest.raises(cli.UserError, match=r"another --seed \(0, now 1\); pass --restart"):
-        search.load_state(path, {"MODEL": "rn8", "--seed": 1})
-    for text in ("", "[]", "{", '{"fingerprint": {}, "state": {}}'):
-        path.write_text(text)
-        with pytest.raises(cli.UserError, match="not the state of a search; pass --restart"):
-            search.load_state(path, {})
 
 
 # ------------------------------------------------------------------------------- the problem
@@ -327,12 +335,12 @@ def test_interrupted_and_continued_the_command_writes_the_same(workplace, capsys
 
     monkeypatch.setattr(spdy.Evaluator, "__call__", interrupted)
     assert command("3", "unstr") == 130
-    state = Path(".rn8_unstr_300x_spdy.txt.state.json")
+    state = Path(".rn8_unstr_300x_spdy.txt.partial")
     assert state.exists() and not Path("rn8_unstr_300x_spdy.txt").exists()
     capsys.readouterr()
     assert command("3", "unstr", "--seed", "1") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "another --seed (0, now 1)" in error
+    assert error.startswith("error: ") and "begun with --seed 0, this one with --seed 1:" in error
     assert command("3", "unstr") == 0
     assert len(calls) == record["evaluations"] + 1 and not state.exists()
     assert Path("rn8_unstr_300x_spdy.txt").read_text() == expected
@@ -341,16 +349,21 @@ def test_interrupted_and_continued_the_command_writes_the_same(workplace, capsys
         assert again[key] == record[key]
 
 
+def evaluations(state):
+    with safe_open(state, "pt") as file:
+        return len(json.loads(file.metadata()["figures"])["losses"])
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_the_search_continues(workplace, monkeypatch):
     monkeypatch.undo()  # the constants as they are, for this process too
     words = ["rn8", "digits", "3", "unstr", *COMMON, "--device", "cpu"]
     run = [sys.executable, str(ROOT / "spdy.py"), *words]
-    state = workplace / ".rn8_unstr_300x_spdy.txt.state.json"
+    state = workplace / ".rn8_unstr_300x_spdy.txt.partial" / "search.safetensors"
     with subprocess.Popen(run, cwd=workplace, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            if state.exists() and len(json.loads(state.read_text())["state"]["losses"]) > 5:
+            if state.exists() and evaluations(state) > 5:
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.01)

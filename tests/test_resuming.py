@@ -1,0 +1,233 @@
+"""States: what is kept is what was saved, or is done again; what does not belong is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import resuming
+from cli import UserError
+from resuming import Cache, Notes, State, Unkept, content_hash, difference
+
+MARKS = {"MODEL": "rn8", "--wbits": "4", "--noaug": "True", "code": "0" * 32}
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "weight": torch.randn(2, 3, generator=generator),
+        "scale": torch.tensor(0.5, dtype=torch.float64),
+        "half": torch.randn(3, generator=generator).to(torch.bfloat16),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.empty(0, 4),
+    }
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+# -- fingerprints ----------------------------------------------------------------------------------
+
+
+def test_a_hash_tells_contents_apart_and_nothing_else():
+    original = content_hash(tensors())
+    assert content_hash(dict(reversed(tensors().items()))) == original
+    transposed = tensors() | {"weight": tensors()["weight"].T.contiguous().T}
+    assert content_hash(transposed) == original  # how it lies in memory does not matter
+    others = [{"name": tensors()["weight"]}]
+    for key, tensor in tensors().items():
+        others += [{key: tensor.unsqueeze(0)}, {key: tensor.double().long()}]
+        if tensor.numel():
+            bits = tensor.clone().flatten()
+            bits.view(torch.uint8)[0] ^= 1
+            others.append({key: bits.view(tensor.shape)})
+    hashes = {content_hash(tensors() | other) for other in others}
+    assert len(hashes) == len(others) and original not in hashes
+    assert content_hash(tensors(), "x") != original
+
+
+def test_the_code_of_a_command_is_what_it_imports(tmp_path, monkeypatch):
+    texts = {"one": "import os\nfrom two import x\n", "two": "def f():\n    import three\n",
+             "three": "", "other": ""}  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(resuming, "__file__", str(tmp_path / "resuming.py"))
+    before = resuming.code_hash("one")
+    (tmp_path / "other.py").write_text("changed")
+    assert resuming.code_hash("one") == before
+    (tmp_path / "three.py").write_text("changed")
+    assert resuming.code_hash("one") != before
+
+
+def test_the_code_of_main_trueobs_is_in_its_fingerprint():
+    marks = resuming.surroundings(torch.device("cpu"), "main_trueobs")
+    assert marks["code"] != resuming.code_hash("database")
+    assert marks["torch"] == torch.__version__ and marks["threads"] == str(torch.get_num_threads())
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"--wbits": "3"}, ("with --wbits 4", "with --wbits 3")),
+    ({"--noaug": "False"}, ("with --noaug", "without --noaug")),
+    ({"code": "1" * 32}, ("with other code", "with what is found now")),
+    ({"--new": "x"}, ("with --new None", "with --new x")),
+    ({}, None),
+])  # fmt: skip
+def test_the_first_difference_is_said_in_words(change, said, tmp_path):
+    assert difference(MARKS, MARKS | change) == said
+    State(tmp_path / "state", MARKS).__exit__()
+    if said is None:
+        State(tmp_path / "state", MARKS | change).__exit__()
+        return
+    with pytest.raises(UserError) as refusal:
+        State(tmp_path / "state", MARKS | change)
+    assert f"begun {said[0]}, this one {said[1]}" in str(refusal.value)
+    assert "--restart" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+# -- states ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["layer1.0.conv1", "a/b", "..", "ü %", "notes 0"])
+def test_what_is_saved_comes_back(key, tmp_path):
+    figures = {"name": key, "loss": 0.1 + 0.2, "worst": math.inf, "none": None, "shape": [1, 2]}
+    with State(tmp_path / "deep" / "state", MARKS) as state:
+        assert state.load(key) is None
+        state.save(key, {}, {})
+        state.save(key, tensors(), figures)
+    with State(tmp_path / "deep" / "state", MARKS) as state:
+        entry = state.load(key)
+        assert same(entry.tensors, tensors()) and entry.figures == figures
+        assert torch.equal(state.part(key, "weight", 1), tensors()["weight"][1])
+        assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {state.folder}
+        state.finish()
+    assert not state.folder.exists()
+
+
+def test_restart_and_a_state_without_a_fingerprint_begin_anew(tmp_path):
+    for spoil, restart in ((lambda: None, True),
+                           (lambda: (tmp_path / "fingerprint.json").unlink(), False)):
+        with State(tmp_path, MARKS, restart=True) as state:
+            state.save("conv1", tensors(), {})
+            (tmp_path / "levels").mkdir()
+        spoil()
+        with State(tmp_path, {"MODEL": "other"} if restart else MARKS, restart) as state:
+            assert state.load("conv1") is None
+            assert {path.name for path in tmp_path.iterdir()} == {"fingerprint.json", "lock"}
+
+
+def test_no_damaged_byte_passes(tmp_path, caplog):
+    """Whichever byte of an entry is another one, it is as it was, or it is done again."""
+    figures = {"squared_error": 2.74, "name": "conv1"}
+    with State(tmp_path, MARKS) as state:
+        state.save("conv1", tensors(), figures)
+        path = state.path("conv1")
+        whole, refused = path.read_bytes(), 0
+        for position in range(len(whole)):
+            for flip in (1, 128):
+                damaged = bytearray(whole)
+                damaged[position] ^= flip
+                path.write_bytes(damaged)
+                entry = state.load("conv1")
+                refused += entry is None
+                assert entry is None or same(entry.tensors, tensors()) and entry.figures == figures
+        assert refused > 1.5 * len(whole)
+        for length in (0, 7, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            assert state.load("conv1") is None
+    assert caplog.records[-1].getMessage() == f"{path}: damaged; it is done again"
+
+
+def test_no_damaged_byte_of_a_fingerprint_passes(tmp_path):
+    State(tmp_path, MARKS).__exit__()
+    path = tmp_path / "fingerprint.json"
+    whole, refused = path.read_bytes(), 0
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 2]) + whole[position + 1 :])
+        try:
+            State(tmp_path, MARKS).__exit__()
+        except UserError as error:
+            refused += 1
+            assert str(error) == f"{path}: damaged; pass --restart to start over"
+    assert refused > 0.8 * len(whole)  # what passes is white space
+    assert len(whole) < 400
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    with State(tmp_path, MARKS) as state:
+        child = os.fork()
+        if child == 0:
+            try:
+                State(tmp_path, MARKS)
+            except UserError as error:
+                os._exit(7 if "another run is at work" in str(error) else 1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        state.save("conv1", {}, {})
+    State(tmp_path, MARKS).__exit__()
+
+
+def test_a_folder_that_vanishes_is_said(tmp_path):
+    state = State(tmp_path / "state", MARKS)
+    state.finish()
+    with pytest.raises(UserError, match="was removed while the run was at work"):
+        state.save("conv1", tensors(), {})
+    assert not state.folder.exists()
+    state.__exit__()
+
+
+def test_a_cache_is_for_one_fingerprint_and_for_several_runs(tmp_path):
+    first, second, other = (Cache(tmp_path, marks) for marks in (MARKS, MARKS, MARKS | {"x": "y"}))
+    first.save("conv1", tensors(), {"nsamples": 3})
+    assert same(second.load("conv1").tensors, tensors()) and other.load("conv1") is None
+    first.finish()
+    assert second.load("conv1").figures == {"nsamples": 3}
+    assert json.loads((first.folder / "fingerprint.json").read_text()) == MARKS
+
+
+# -- notes -----------------------------------------------------------------------------------------
+
+
+def test_notes_come_back_and_damaged_ones_are_lost_alone(tmp_path, monkeypatch):
+    with State(tmp_path, MARKS) as state:
+        notes = Notes(state)
+        notes.add("quick", {"a": 1 / 3})
+        assert not list(tmp_path.glob("notes*"))  # not yet a second
+        monkeypatch.setattr(resuming, "SECONDS_BETWEEN_NOTES", 0.0)
+        notes.add("slow", 2.0)
+        notes.add("third", None)
+    pages = sorted(path.name for path in tmp_path.glob("notes*"))
+    assert pages == ["notes 0.safetensors", "notes 1.safetensors"]
+    with State(tmp_path, MARKS) as state:
+        assert Notes(state).known == {"quick": {"a": 1 / 3}, "slow": 2.0, "third": None}
+        content = bytearray((tmp_path / pages[0]).read_bytes())
+        content[-3] ^= 1
+        (tmp_path / pages[0]).write_bytes(content)
+        notes = Notes(state)
+        assert notes.known == {"third": None}
+        notes.add("again", 1)
+        assert Notes(state).known == {"third": None, "again": 1}
+
+
+def test_an_interrupt_loses_no_note(tmp_path):
+    with State(tmp_path, MARKS) as state:
+        notes = Notes(state)
+        with pytest.raises(KeyboardInterrupt), notes.kept():
+            notes.add("quick", 1)
+            raise KeyboardInterrupt
+        assert Notes(state).known == {"quick": 1}
+
+
+def test_where_nothing_is_kept_nothing_comes_back():
+    with Unkept() as state:
+        state.save("conv1", tensors(), {})
+        assert state.load("conv1") is None and Notes(state).known == {}
+        state.finish()
+    assert not Path("conv1.safetensors").exists()
