@@ -16,6 +16,7 @@ that groups of M and blocks run along the input channels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ from elimination import (
 from hessian import Gram, Inverse, alive_inputs, damped_inverse, without
 from levels import Undamped, first_counts, weights_at
 from quant import Grid
+from refinement import never_worse
+
+log = logging.getLogger("trueobs")
 
 RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
 
@@ -203,7 +207,7 @@ class TrueOBS:
     def _undamped(
         self, problem: Problem, group: Tensor, inverse: Inverse, system: Tensor
     ) -> Undamped | None:
-        """H for those systems whose inverse was damped without being asked to; None if no one's."""
+        """H, where an inverse was damped without being asked to; None where none was."""
         damped = inverse.damping[system] > 0
         return Undamped(problem.H, group, damped) if self._damped_by_need(damped) else None
 
@@ -246,6 +250,10 @@ class TrueOBS:
 
         trace = self._eliminate(problem, rule_of, self.columns)
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
+        nearest = grid(problem.W.to(grid.scale.dtype))
+        quantised, kept = never_worse(quantised, nearest, problem.W, problem.H)
+        if kept:
+            log.info("rounding to nearest does better in %d of %d rows: kept", kept, self.rows)
         self.layer.weight.data.copy_(self._as_layer(quantised))
 
     def nmprune(self, n: int, m: int) -> None:
@@ -260,7 +268,14 @@ class TrueOBS:
             return NM(n, m, len(rows), self.columns, rows.device)
 
         trace = self._eliminate(problem, rule_of, self.columns // m * n, too_many)
-        self.layer.weight.data.copy_(self._as_layer(trace.weights[:, 0], True))
+        weights = trace.weights[:, 0]
+        if self._damped_by_need(self.damping > 0):  # refine what stays
+            levels = torch.empty_like(weights)[None]
+            counts = torch.full((1, self.rows), trace.order.shape[1], device=weights.device)
+            self._fill_levels(levels, problem, completed(trace.order, self.columns), counts,
+                              too_many)  # fmt: skip
+            weights = levels[0]
+        self.layer.weight.data.copy_(self._as_layer(weights, True))
 
     def _require_divisible(self, size: int) -> None:
         if size < 1 or self.columns % size:
@@ -341,6 +356,13 @@ class TrueOBS:
             order = trace.order[of_row]
             self._fill_levels(levels, problem, order, counts[:, of_row], own_zeros, own_zeros)
         return list(self._as_layer(levels))
+
+
+def completed(order: Tensor, columns: int) -> Tensor:  # (rows, steps) -> (rows, columns)
+    """An order of removal, and after it the columns that stay."""
+    stays = torch.ones(len(order), columns, dtype=torch.bool, device=order.device)
+    stays.scatter_(1, order.long(), False)
+    return torch.cat([order.long(), torch.nonzero(stays)[:, 1].view(len(order), -1)], 1)
 
 
 def default_memory(device: torch.device) -> int:

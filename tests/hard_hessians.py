@@ -151,9 +151,13 @@ def magnitude_blocks(weight: Tensor, count: int, size: int) -> Tensor:
     return from_units(parts, weight)
 
 
+def grouped(weight: Tensor, groups: int) -> Tensor:  # (G, rows, channels, kh·kw)
+    return weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
+
+
 def magnitude_channels(weight: Tensor, groups: int, counts: list[int]) -> Tensor:
     """Of each group, the `counts` input channels of least norm are gone."""
-    parts = weight.unflatten(0, (groups, -1)).flatten(3).clone()  # (G, rows, channels, kh·kw)
+    parts = grouped(weight, groups).clone()
     norms = parts.square().sum((1, 3))
     for part, norm, count in zip(parts, norms, counts, strict=True):
         part[:, norm.argsort(dim=0, stable=True)[:count]] = 0
