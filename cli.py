@@ -155,6 +155,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
              "(default: 0 for cifar10 and digits, otherwise one per core, 8 at most)")
     add("--nrounds", metavar="N", type=positive_int,
         help="passes over the calibration images (default: 10 augmented, 1 with --noaug)")
+    add("--skip-bad-images", action="store_true",
+        help="go on without images that cannot be read, instead of refusing to start")
     add("--noaug", action="store_true", help="calibration images without augmentation")
     add("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="where to compute")
     add("--memory", metavar="GB", type=positive_float,
@@ -188,17 +190,18 @@ def resolve_device(text: str) -> torch.device:
 # -------------------------------------------------------------------- errors, logging, results
 
 
+def printable(text: str) -> str:
+    """Text that a terminal can be trusted with, whatever names of strangers are in it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:2000])
+
+
 def _error_line(message: object) -> str:
-    return f"error: {' '.join(str(message).split())}\n"
+    return f"error: {printable(' '.join(str(message).split()))}\n"
 
 
 def _os_error_text(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {reason}" if error.filename else reason
-
-
-def _is_cpu_memory_error(error: RuntimeError) -> bool:
-    return "DefaultCPUAllocator" in str(error)  # how PyTorch reports a failed malloc
 
 
 def command(
@@ -258,15 +261,13 @@ def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace
         message = str(error)
     except torch.OutOfMemoryError:
         message = "the GPU ran out of memory; pass a smaller --memory or --batchsize"
-    except MemoryError:
-        message = "out of memory; pass a smaller --memory or --batchsize"
     except BrokenPipeError:  # the reader of our output left (… | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain again on leaving
         message = "standard output was closed before all was written"
     except OSError as error:  # disk full, no permission, …
         message = _os_error_text(error)
-    except RuntimeError as error:
-        if not _is_cpu_memory_error(error):
+    except (MemoryError, RuntimeError) as error:  # PyTorch reports a failed malloc by the latter
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         message = "out of memory; pass a smaller --memory or --batchsize"
     except Terminated:
@@ -296,7 +297,9 @@ class _TqdmHandler(logging.Handler):
 class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        return line if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {line}"
+        if record.levelno <= logging.INFO:
+            return line
+        return f"{record.levelname.lower()}: {printable(line)}"
 
 
 def setup_logging(level: int = logging.INFO) -> None:

@@ -132,7 +132,7 @@ def timed_costs(db: Database, path: str | Path | None) -> Costs:
     """Seconds per layer and level, as measured by the user."""
     if path is None or not Path(path).exists():
         raise UserError(f"--constr timingsq needs measured seconds in {path} (format: README)")
-    seconds = read_scores(path)
+    seconds = read_scores(path, positive=True)
     for name in db.layers:
         missing = {DENSE, *db.levels} - seconds.get(name, {}).keys()
         if missing:

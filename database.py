@@ -34,9 +34,9 @@ import cli
 import quant
 import records
 import sensitivity
+from checkpoints import check_finite, load_checkpoint
 from cli import UserError, log, save_checkpoint, sync_folder
 from costs import unit_cost
-from modelutils import load_checkpoint
 from profiles import read_profile, score_file, write_scores
 from quant import put_layer
 from resuming import Notes, State, Unkept, bytes_hash, content_hash, state_folder
@@ -123,6 +123,7 @@ class Database:
 
     def __init__(self, kind: str, model: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.kind, self.model, self.states = kind, model, states
+        self.sound: set[tuple[str, str]] = set()  # layers and levels known to be finite
         suffix = ".weight"
         self.layers = [
             key.removesuffix(suffix)
@@ -170,7 +171,11 @@ class Database:
         state, start = self.states[level], f"{layer}."
         if f"{layer}.weight" not in state:
             raise UserError(f"no layer {layer} in the {self.kind} database of {self.model}")
-        return {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
+        found = {key: state[key] for key in state if key.startswith(start)}
+        if (layer, level) not in self.sound:
+            check_finite(found, f"{self.kind} database of {self.model}, level {level}")
+            self.sound.add((layer, level))
+        return {key.removeprefix(start): tensor for key, tensor in found.items()}
 
     @cached_property
     def hash(self) -> str:

@@ -27,8 +27,7 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cli import UserError, log
+from imagefiles import BadImage, FileImages, damaged, leave_interrupts, list_images, subfolders
 from vision import torchvision
 
 MEAN = (0.485, 0.456, 0.406)
@@ -48,30 +48,10 @@ DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  #
 DEFAULT_PATHS = {"imagenet": "../imagenet", "cifar10": "../cifar10"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
 CIFAR_BATCHES = "cifar-10-batches-py"  # torchvision's name
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MAX_WORKERS = 8
 
 
 # ------------------------------------------------------------------------- images and labels
-
-
-@dataclass(frozen=True)
-class FileImages:
-    """Image files with labels; decoded when asked for."""
-
-    files: list[str]
-    labels: list[int]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path = self.files[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB"), self.labels[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path}: not a readable image ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -179,6 +159,8 @@ class ImageData:
     calibration: ImageSet
     test: ImageSet
     workers: int  # how many decoding processes pay off
+    skip_bad_images: bool = False
+
 
 # ---------------------------------------------------------------------------------- by name
 
@@ -190,8 +172,11 @@ def load_data(
     image_size: int | None = None,  # pixels; default by kind of dataset
     nsamples: int = 1024,
     seed: int = 0,
+    skip_bad_images: bool = False,  # else they are a UserError
 ) -> ImageData:
-    """The dataset `name`; raises UserError for an unknown name or for missing or empty folders."""
+    """The dataset `name`; raises UserError for an unknown name, for missing or empty folders, and
+    for image files that are damaged (as far as `imagefiles.damaged` can see).
+    """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name}; choose from {', '.join(DATASETS)}")
     if name == "digits":
@@ -208,9 +193,13 @@ def load_data(
     large = name in ("imagenet", "folder")
     view = View(size, crops=large, flips=name != "digits")
     workers = min(MAX_WORKERS, os.cpu_count() or 1) if large else 0
-    calibration = ImageSet(train, view, _choose(len(train), nsamples, seed, name))
-    return ImageData(name, classes, size, calibration, ImageSet(test, view, range(len(test))),
-                     workers)
+    chosen = {"training": (train, _choose(len(train), nsamples, seed, name)),
+              "test": (test, range(len(test)))}
+    calibration, tested = (
+        ImageSet(source, view, _readable(source, wanted, part, workers, skip_bad_images))
+        for part, (source, wanted) in chosen.items()
+    )
+    return ImageData(name, classes, size, calibration, tested, workers, skip_bad_images)
 
 
 def _choose(total: int, wanted: int, seed: int, name: str) -> list[int]:
@@ -220,6 +209,29 @@ def _choose(total: int, wanted: int, seed: int, name: str) -> list[int]:
                     name, total, wanted)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return order[:wanted].tolist()
+
+
+def _readable(
+    source: Images, chosen: Sequence[int], part: str, workers: int, skip: bool
+) -> Sequence[int]:
+    """Those of the chosen images that can be read; raises UserError for others unless `skip`."""
+    if isinstance(source, ArrayImages):
+        return chosen
+    bad = damaged([source.files[index] for index in chosen], workers)
+    if not bad:
+        return chosen
+    first, flaw = next(iter(bad.items()))
+    if not skip or len(bad) == len(chosen):
+        raise BadImage(first, flaw, len(bad) - 1)
+    tell_skipped(bad, f"of {len(chosen)} {part} images")
+    return [index for index in chosen if source.files[index] not in bad]
+
+
+def tell_skipped(bad: Mapping[str, str], of_what: str) -> None:
+    """One line for all images that --skip-bad-images leaves out."""
+    first, flaw = next(iter(bad.items()))
+    log.warning("%d %s cannot be read and are skipped; the first: %s (%s)",
+                len(bad), of_what, first, flaw)
 
 
 def _digits() -> tuple[ArrayImages, ArrayImages, list[str]]:
@@ -267,7 +279,7 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
         raise UserError(f"{root}: needs train/<class>/ and {'/<class>/ or '.join(test_names)}"
                         "/<class>/ with images; pass --datapath DIR")
     test_folder = root / present[0]
-    listed = {folder: _subfolders(folder) for folder in (root / "train", test_folder)}
+    listed = {folder: subfolders(folder) for folder in (root / "train", test_folder)}
     train_classes, test_classes = listed.values()
     classes = sorted(train_classes | test_classes)
     if train_classes != test_classes:
@@ -277,35 +289,8 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
                             f"({odd} is in one of them only)")
         log.warning("%s: train/ has %d classes, %s/ has %d", root, len(train_classes),
                     test_folder.name, len(test_classes))
-    train, test = (_list_images(folder, names, classes) for folder, names in listed.items())
+    train, test = (list_images(folder, names, classes) for folder, names in listed.items())
     return train, test, classes
-
-
-def _subfolders(folder: Path) -> set[str]:
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries
-                if entry.is_dir() and not entry.name.startswith(".")}
-
-
-def _list_images(folder: Path, present: set[str], classes: list[str]) -> FileImages:
-    """All images below `folder`, class by class and sorted by name, labelled by `classes`."""
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        if name in present:
-            found = _images_below(os.path.join(folder, name))
-            files += found
-            labels += [label] * len(found)
-    if not files:
-        raise UserError(f"{folder}: no images in it; expected <class>/<image>, "
-                        f"with a name ending in {' '.join(IMAGE_SUFFIXES)}")
-    return FileImages(files, labels)
-
-
-def _images_below(folder: str) -> list[str]:
-    """Image files in a folder and the folders in it, in torchvision's order (`make_dataset`)."""
-    return [os.path.join(below, name)
-            for below, _, names in sorted(os.walk(folder, followlinks=True))
-            for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 # ---------------------------------------------------------------------------------- batches
@@ -314,8 +299,8 @@ def _images_below(folder: str) -> list[str]:
 class _Passes(Dataset):
     """`nrounds` passes over an image set, one after the other, as one long dataset.
 
-    A UserError comes back as an item: a DataLoader would re-raise it with a worker's whole
-    traceback for a message. `Batches` raises it as it was.
+    A BadImage comes back as an item: a DataLoader would re-raise it with a worker's whole
+    traceback for a message. `Batches` raises it as it was, or skips it.
     """
 
     def __init__(self, images: ImageSet, nrounds: int, seed: int | None) -> None:
@@ -324,26 +309,22 @@ class _Passes(Dataset):
     def __len__(self) -> int:
         return self.nrounds * len(self.images)
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int] | UserError:
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int] | BadImage:
         round_index, index = divmod(position, len(self.images))
         seed = None if self.seed is None else (self.seed, round_index, index)
         try:
             return self.images.pixels(index, seed)
-        except UserError as error:
+        except BadImage as error:
             return error
 
 
-def _collate(items: list[tuple[np.ndarray, int] | UserError]) -> tuple[Tensor, Tensor] | UserError:
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    pixels, labels = zip(*items, strict=True)
-    return normalise(np.stack(pixels)), torch.tensor(labels)
-
-
-def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a DataLoader ends its workers by it
+def _collate(
+    items: list[tuple[np.ndarray, int] | BadImage],
+) -> tuple[Tensor | None, Tensor, list[BadImage]]:
+    bad = [item for item in items if isinstance(item, BadImage)]
+    good = [item for item in items if not isinstance(item, BadImage)]
+    images = normalise(np.stack([pixels for pixels, _ in good])) if good else None
+    return images, torch.tensor([label for _, label in good]), bad
 
 
 @dataclass(frozen=True)
@@ -353,6 +334,7 @@ class Batches:
     passes: _Passes
     batchsize: int
     workers: int
+    skip_bad_images: bool = False
 
     def __len__(self) -> int:
         return math.ceil(len(self.passes) / self.batchsize)
@@ -360,14 +342,19 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             self.passes, batch_size=self.batchsize, num_workers=self.workers,
-            collate_fn=_collate, worker_init_fn=_leave_interrupts_to_the_parent,
+            collate_fn=_collate, worker_init_fn=leave_interrupts,
             generator=torch.Generator(),  # else every loop would advance the global one
         )
+        skipped: dict[str, str] = {}
         try:
-            for batch in loader:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
+            for images, labels, bad in loader:
+                if bad and not self.skip_bad_images:
+                    raise bad[0]
+                skipped |= {error.path: error.flaw for error in bad}
+                if images is not None:
+                    yield images, labels
+            if skipped:
+                tell_skipped(skipped, "more images")
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
@@ -389,7 +376,8 @@ def calibration_batches(
     Batches run on across the seam between two passes: only the very last may be smaller.
     """
     passes = _Passes(data.calibration, nrounds, seed if augment else None)
-    return Batches(passes, batchsize, data.workers if workers is None else workers)
+    workers = data.workers if workers is None else workers
+    return Batches(passes, batchsize, workers, data.skip_bad_images)
 
 
 def test_batches(
@@ -400,7 +388,8 @@ def test_batches(
 ) -> Batches:
     """One pass over the test images."""
     passes = _Passes(data.test, 1, None)
-    return Batches(passes, batchsize, data.workers if workers is None else workers)
+    workers = data.workers if workers is None else workers
+    return Batches(passes, batchsize, workers, data.skip_bad_images)
 
 
 test_batches.__test__ = False  # not a test, whatever pytest makes of the name

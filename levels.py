@@ -7,7 +7,8 @@ follow from a plain Cholesky factorisation A = LLᵀ of H⁻¹ in the known orde
 
     w after k steps  =  w − L[:, :k] z[:k]        L z = w
 
-which gives all levels of a row at the cost of one factorisation and one triangular solve.
+which gives all levels of a row at the cost of one factorisation and one triangular solve. Where H
+was damped, `refinement.py` improves on them.
 
     symbol  variable  shape         meaning
     L       L         (R, d, d)     Cholesky factor of H⁻¹, columns in order of removal
@@ -17,13 +18,24 @@ which gives all levels of a row at the cost of one factorisation and one triangu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor
 
 from hessian import Inverse
+from refinement import refined
+
+
+@dataclass(frozen=True)
+class Undamped:
+    """The Hessians that a batch of systems is about, where their inverses were damped."""
+
+    H: Tensor  # (G, d, d) float64
+    system: Tensor  # (R,) which H is each system's
+    damped: Tensor  # (R,) bool
 
 
 def first_counts(
@@ -49,6 +61,7 @@ def weights_at(
     system: Tensor,  # (R,)
     order: Tensor,  # (R, d) int64, columns in order of removal
     counts: Tensor,  # (levels, R) how many of them are gone
+    undamped: Undamped | None = None,  # H, to refine the weights by
 ) -> Tensor:  # (levels, R, q, d)
     """Weights of every row at every level, in closed form; see the module docstring."""
     L = cholesky_in_order(inverse, system, order)
@@ -62,9 +75,34 @@ def weights_at(
         gone = place < counts[first : first + together, :, None]  # (levels, R, d)
         now = w - moved(L, z, gone)
         now.masked_fill_(gone[:, :, None], 0)
-        index = columns.expand(len(gone), *columns.shape)
-        levels[first : first + together].scatter_(3, index, now.to(W.dtype))
+        part, index = levels[first : first + together], columns.expand(len(gone), *columns.shape)
+        part.scatter_(3, index, now.to(W.dtype))
+        if undamped is not None:
+            left = torch.zeros_like(part, dtype=torch.bool)
+            left.scatter_(3, index, ~gone[:, :, None].expand_as(now))
+            free = left & (W != 0) & undamped.damped[:, None, None]
+            solve = inverse_of_kept(L, index, gone)
+            part.copy_(refined(part, W, undamped.H, undamped.system, free, solve))
     return levels
+
+
+def inverse_of_kept(
+    L: Tensor,  # (R, d, d)
+    index: Tensor,  # (levels, R, q, d) columns in order of removal
+    gone: Tensor,  # (levels, R, d) bool, in that order
+) -> Callable[[Tensor], Tensor]:
+    """v (levels, R, q, d) ↦ v (H_MM)⁻¹ = v L_MM L_MMᵀ, with M the columns kept at each level."""
+    levels, R, q, d = index.shape
+    hidden = gone.transpose(0, 1).repeat_interleave(q, 1)  # (R, levels·q, d)
+
+    def solve(v: Tensor) -> Tensor:
+        x = v.gather(3, index).to(L.dtype).transpose(0, 1).reshape(R, levels * q, d)
+        x = x.masked_fill_(hidden, 0) @ L
+        x = x.masked_fill_(hidden, 0) @ L.transpose(1, 2)
+        x = x.view(R, levels, q, d).transpose(0, 1).to(v.dtype)
+        return torch.zeros_like(v).scatter_(3, index, x)
+
+    return solve
 
 
 def moved(

@@ -12,10 +12,8 @@ MODEL is one of
   have no parameters ("option A": every second pixel, new channels zero);
 * path/to/file.py:function, a model of the user's own: called without arguments.
 
-Weights are tensors in a file and nothing else: files are read with `weights_only=True` or as
-safetensors, the wrappers that training scripts put around a state dict are taken off, and names and
-shapes have to fit exactly. Deviation from §4.2: the zeros of option A go on both sides of the old
-channels, as in the checkpoints that circulate.
+Weights are tensors in a file and nothing else (`checkpoints.py`). Deviation from §4.2: the zeros of
+option A go on both sides of the old channels, as in the checkpoints that circulate.
 """
 
 from __future__ import annotations
@@ -23,30 +21,24 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import UserError, log
+from checkpoints import load_checkpoint, load_state
+from cli import UserError
 from tracing import folded
 from vision import torchvision
 
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 CIFAR_BLOCKS = {f"rn{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # name: n, blocks per stage
 SHIPPED_WEIGHTS = {("rn8", "digits"): Path(__file__).resolve().parent / "assets/rn8_digits.pth"}
-WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, s, s) float32, labels (n,) int64
 
@@ -234,103 +226,12 @@ def _from_file(name: str) -> nn.Module:
 
 
 def _dense_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    state = load_checkpoint(path)
+    """A checkpoint to start from; its values are looked at once it is known to fit (load_state)."""
+    state = load_checkpoint(path, finite=False)
     if any(".act_quant." in key for key in state):
         raise UserError(f"{path}: a compressed checkpoint, with quantised activations; "
                         "--weights takes dense ones")
     return state
-
-
-def load_checkpoint(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
-    """The state dict in a .pth, .th, .pt or .safetensors file: finite tensors on the CPU, by name.
-
-    Wrappers and `module.` prefixes are taken off. Raises UserError for anything else. Values are
-    mapped from the file; with finite=False they are not even looked at.
-    """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file")
-    if not Path(path).is_file():
-        raise UserError(f"{path}: is not a file")
-    content = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_torch(path)
-    state = _unwrap(content, path)
-    while all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    for key, tensor in state.items() if finite else ():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {key} has NaN or infinite values")
-    return state
-
-
-def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
-
-
-def _read_torch(path: str | os.PathLike[str]) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said below
-            return torch.load(path, map_location="cpu", weights_only=True,
-                              mmap=zipfile.is_zipfile(path))  # older files cannot be mapped
-    except UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found:
-            raise UserError(f"{path}: contains Python objects other than tensors ({found[1]}); "
-                            "refuse to load it: save its state_dict() instead") from None
-        reason = "not a checkpoint"
-    except PermissionError as error:
-        reason = str(error.strerror)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        if "TorchScript" in str(error):
-            raise UserError(f"{path}: is a TorchScript program; refuse to load it: "
-                            "save its state_dict() instead") from None
-        reason = "corrupt or truncated"
-    raise UserError(f"{path}: cannot be read ({reason})")
-
-
-def _unwrap(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors by name, out of whatever dictionary a training script has put them in."""
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: contains a {type(content).__name__}, not a state dict")
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        raise UserError(f"{path}: no tensors in it")
-    if len(state) < len(content):
-        others = [str(key) for key in content if str(key) not in state]
-        log.warning("%s: not used, since not tensors: %s", path, ", ".join(others))
-    return state
-
-
-def load_state(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    path: str | os.PathLike[str],  # for error messages
-) -> None:
-    """Copy `state` into `model`, whose names and shapes it has to have exactly.
-
-    Values are cast to the model's dtypes. Raises UserError that names the first misfit.
-    """
-    wanted = model.state_dict()
-    optional = {key for key in wanted if key.endswith("num_batches_tracked")}  # since PyTorch 0.4.1
-    missing = [key for key in wanted if key not in state and key not in optional]
-    unexpected = [key for key in state if key not in wanted]
-    if missing or unexpected:
-        texts = [f"{kind} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-                 for kind, keys in (("missing", missing), ("unexpected", unexpected)) if keys]
-        raise UserError(f"{path}: does not fit the model: {'; '.join(texts)}")
-    misfits = [key for key in state if state[key].shape != wanted[key].shape]
-    if misfits:
-        key = misfits[0]
-        more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
-        raise UserError(f"{path}: does not fit the model: {key} is {tuple(state[key].shape)}, "
-                        f"should be {tuple(wanted[key].shape)}{more}")
-    complete = {key: state.get(key, tensor) for key, tensor in wanted.items()}
-    model.load_state_dict(complete)
 
 
 # ----------------------------------------------------------------------- layers and evaluation

@@ -9,10 +9,14 @@ Both are read strictly: what does not fit is named with its line.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cli import UserError, atomic_write
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def score_file(folder: str | Path, model: str, kind: str, mode: str) -> Path:
@@ -23,13 +27,27 @@ def score_file(folder: str | Path, model: str, kind: str, mode: str) -> Path:
 def read_lines(path: str | Path) -> Iterable[tuple[int, list[str]]]:
     """Numbered lines of a text file that are not empty, split into words."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{path}: cannot be read ({reason})") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.isprintable() and not line.replace("\t", "").isprintable():
+            raise UserError(f"{path}, line {number}: holds a character that is no text")
         if line.strip():
             yield number, line.split()
+
+
+def as_number(text: str) -> float | None:
+    """A number as we write it; None for anything else that Python would take, such as 1_0 or ١.
+
+    >>> as_number("-2.5e-3"), as_number("nan"), as_number("1_0"), as_number("1e999")
+    (-0.0025, nan, None, None)
+    """
+    if text in ("nan", "inf", "-inf"):
+        return float(text)
+    value = float(text) if NUMBER.fullmatch(text) else math.inf
+    return value if math.isfinite(value) else None
 
 
 def read_profile(path: str | Path) -> dict[str, str]:
@@ -53,8 +71,12 @@ def write_profile(path: str | Path, profile: Mapping[str, str]) -> None:
         file.write("".join(f"{level} {layer}\n" for layer, level in profile.items()).encode())
 
 
-def read_scores(path: str | Path) -> dict[str, dict[str, float]]:
-    """Layer → level → value, from a layer's name on a line and `<value> <level>` lines below it."""
+def read_scores(path: str | Path, positive: bool = False) -> dict[str, dict[str, float]]:
+    """Layer → level → value, from a layer's name on a line and `<value> <level>` lines below it.
+
+    Scores that are not finite are scores; with `positive`, for seconds, they are not, nor are
+    negative ones.
+    """
     scores: dict[str, dict[str, float]] = {}
     layer = None
     for number, words in read_lines(path):
@@ -64,15 +86,14 @@ def read_scores(path: str | Path) -> dict[str, dict[str, float]]:
                 raise UserError(f"{path}, line {number}: {layer} stands there twice")
             scores[layer] = {}
             continue
-        try:
-            value, level = float(words[0]), words[1]
-        except ValueError:
-            value, level = 0.0, ""
-        if len(words) != 2 or not level or layer is None:
+        value = as_number(words[0])
+        if len(words) != 2 or value is None or layer is None:
             raise UserError(f"{path}, line {number}: expected a layer, or `<value> <level>`")
-        if level in scores[layer]:
-            raise UserError(f"{path}, line {number}: level {level} stands there twice")
-        scores[layer][level] = value
+        if positive and not 0 <= value < math.inf:
+            raise UserError(f"{path}, line {number}: must be 0 or more, and finite; got {words[0]}")
+        if words[1] in scores[layer]:
+            raise UserError(f"{path}, line {number}: level {words[1]} stands there twice")
+        scores[layer][words[1]] = value
     if not scores:
         raise UserError(f"{path}: no scores in it")
     return scores

@@ -49,7 +49,7 @@ FINGERPRINT, LOCK = "fingerprint.json", "lock"
 VERSIONS = ("torch", "torchvision", "numpy", "numba", "pillow")
 SURROUNDINGS = ("code", *VERSIONS, "threads", "device")  # they change results by rounding only
 NO_PART_OF_A_RESULT = {  # options: where and how to work, or files whose contents count
-    "help", "device", "workers", "memory", "restart", "repeat", "check", "cache",
+    "help", "skip_bad_images", "device", "workers", "memory", "restart", "repeat", "check", "cache",
     "weights", "datapath", "load", "save", "sparse_dir", "prefix", "score_path", "profile", "file",
     "timings", "image_size",
 }  # fmt: skip
@@ -234,10 +234,11 @@ class State(Unkept):
             with safe_open(self.path(key), "pt") as file:
                 marks = file.metadata()
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            if marks["hash"] == content_hash(tensors, marks["figures"]):
-                return Entry(tensors, json.loads(marks["figures"]))
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-            pass
+            figures = json.loads(marks["figures"])
+            if marks["hash"] == content_hash(tensors, marks["figures"]) and type(figures) is dict:
+                return Entry(tensors, figures)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
+            pass  # RecursionError is a RuntimeError
         log.warning("%s: damaged; it is done again", self.path(key))
         return None
 
@@ -273,9 +274,9 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, str]) -> None:
     """Raise a UserError unless the file holds this fingerprint."""
     try:
         old, mark = json.loads(path.read_bytes())
-        if mark != text_hash(old):
+        if mark != text_hash(old) or not all(isinstance(x, str) for x in old.values()):
             raise ValueError
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: damaged; pass --restart to start over") from None
     if parted := difference(old, fingerprint):
         raise UserError(

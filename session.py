@@ -56,6 +56,7 @@ class Session:
             image_size=args.image_size,
             nsamples=args.nsamples,
             seed=args.seed,
+            skip_bad_images=args.skip_bad_images,
         )
         torch.manual_seed(args.seed)  # for a model of the user's own that starts at random
         model = get_model(args.model, args.dataset, args.weights, len(data.classes)).to(device)
@@ -145,10 +146,10 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[s
 
     Returns the state dict. Raises UserError where it does not fit.
     """
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, finite=False)
     try:
         quant.restore_grids(model, state)
-    except (AttributeError, KeyError, ValueError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: does not fit the model: {error}") from None
     load_state(model, state, path)
     return state

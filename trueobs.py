@@ -16,6 +16,7 @@ that groups of M and blocks run along the input channels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,11 @@ from elimination import (
     eliminate,
 )
 from hessian import Gram, Inverse, alive_inputs, damped_inverse, without
-from levels import first_counts, weights_at
+from levels import Undamped, first_counts, weights_at
 from quant import Grid
+from refinement import never_worse
+
+log = logging.getLogger("trueobs")
 
 RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
 
@@ -196,6 +200,20 @@ class TrueOBS:
             del H  # not needed while the caller works
             yield rows, own, torch.arange(len(rows), device=group.device)
 
+    def _group(self, rows: Tensor) -> Tensor:
+        """Which group each of these rows is in."""
+        return rows // (self.rows // self.groups)
+
+    def _undamped(
+        self, problem: Problem, group: Tensor, inverse: Inverse, system: Tensor
+    ) -> Undamped | None:
+        """H, where an inverse was damped without being asked to; None where none was."""
+        damped = inverse.damping[system] > 0
+        return Undamped(problem.H, group, damped) if self._damped_by_need(damped) else None
+
+    def _damped_by_need(self, damped: Tensor | bool) -> bool:
+        return self.rel_damp == 0 and bool(torch.as_tensor(damped).any())
+
     def _problem(self, channels_innermost: bool = False) -> Problem:
         """The weights as they are now, H, and its inverse."""
         W, H = self._weights(channels_innermost), self._hessian(channels_innermost)
@@ -232,6 +250,10 @@ class TrueOBS:
 
         trace = self._eliminate(problem, rule_of, self.columns)
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
+        nearest = grid(problem.W.to(grid.scale.dtype))
+        quantised, kept = never_worse(quantised, nearest, problem.W, problem.H)
+        if kept:
+            log.info("rounding to nearest does better in %d of %d rows: kept", kept, self.rows)
         self.layer.weight.data.copy_(self._as_layer(quantised))
 
     def nmprune(self, n: int, m: int) -> None:
@@ -246,7 +268,14 @@ class TrueOBS:
             return NM(n, m, len(rows), self.columns, rows.device)
 
         trace = self._eliminate(problem, rule_of, self.columns // m * n, too_many)
-        self.layer.weight.data.copy_(self._as_layer(trace.weights[:, 0], True))
+        weights = trace.weights[:, 0]
+        if self._damped_by_need(self.damping > 0):  # refine what stays
+            levels = torch.empty_like(weights)[None]
+            counts = torch.full((1, self.rows), trace.order.shape[1], device=weights.device)
+            self._fill_levels(levels, problem, completed(trace.order, self.columns), counts,
+                              too_many)  # fmt: skip
+            weights = levels[0]
+        self.layer.weight.data.copy_(self._as_layer(weights, True))
 
     def _require_divisible(self, size: int) -> None:
         if size < 1 or self.columns % size:
@@ -301,7 +330,9 @@ class TrueOBS:
                 system, rows = system[wanted[rows]], rows[wanted[rows]]
             if len(rows):
                 W, steps = problem.W[rows, None], order[rows].long()
-                levels[:, rows] = weights_at(W, inverse, system, steps, counts[:, rows])[:, :, 0]
+                undamped = self._undamped(problem, self._group(rows), inverse, system)
+                at = weights_at(W, inverse, system, steps, counts[:, rows], undamped)
+                levels[:, rows] = at[:, :, 0]
 
     def prune_struct(self, sparsities: Sequence[float], size: int = 1) -> list[Tensor]:
         """Structured pruning: the same columns, in blocks of `size`, go in all rows of a group.
@@ -316,13 +347,22 @@ class TrueOBS:
         trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
         self.trace, self.Losses = trace, trace.losses
         counts = first_counts(trace.losses, sparsities, size)
-        levels = weights_at(W, problem.inverse, system, trace.order, counts).flatten(1, 2)
+        undamped = self._undamped(problem, system, problem.inverse, system)
+        levels = weights_at(W, problem.inverse, system, trace.order, counts, undamped)
+        levels = levels.flatten(1, 2)
         own_zeros = problem.pruned.any(1)
         if own_zeros.any():
             of_row = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
             order = trace.order[of_row]
             self._fill_levels(levels, problem, order, counts[:, of_row], own_zeros, own_zeros)
         return list(self._as_layer(levels))
+
+
+def completed(order: Tensor, columns: int) -> Tensor:  # (rows, steps) -> (rows, columns)
+    """An order of removal, and after it the columns that stay."""
+    stays = torch.ones(len(order), columns, dtype=torch.bool, device=order.device)
+    stays.scatter_(1, order.long(), False)
+    return torch.cat([order.long(), torch.nonzero(stays)[:, 1].view(len(order), -1)], 1)
 
 
 def default_memory(device: torch.device) -> int:

@@ -1,0 +1,102 @@
+"""The last word on weights whose Hessian is hard: H as it is, not as it was damped.
+
+Where H is not positive definite, or nearly so, `hessian.py` damps it: the elimination works with
+H + λI, and the weights it leaves are best for that, not for H. Which weights stay is settled then;
+their values are improved here. With M the weights kept at a level and ŵ their values,
+
+    minimise  E(ŵ) = (ŵ − w) H (ŵ − w)ᵀ / 2  over ŵ_M        (OBC, arXiv 2208.11580, section 3)
+
+by conjugate gradients with the damped inverse as preconditioner, which the Cholesky factor of
+`levels.py` holds for every level at once: (H + λI)_MM⁻¹ = L_MM L_MMᵀ. E falls with every step. No
+step is taken along a direction in which H is below what float32 sums of inputs resolve. Nothing is
+done where H was not damped, nor where the user asked for damping (--rel-damp).
+
+Greedy choices on a Hessian of low rank can still end above what no Hessian at all would have
+given. `never_worse` compares the two and keeps, row by row, the better one.
+
+    symbol  variable   shape            meaning
+    H       H          (G, d, d)        undamped, float64
+    ŵ       now        (levels, R, q, d)
+    −∂E     residual   (levels, R, q, d)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+STEPS = 12  # of conjugate gradients
+CONVERGED = 1e-12  # × the first residual's energy
+RESOLVED = 4 * torch.finfo(torch.float32).eps  # × Σ p_i² H_ii: less curvature than this is noise
+
+
+def refined(
+    now: Tensor,  # (levels, R, q, d) weights
+    W: Tensor,  # (R, q, d) weights to be as good as
+    H: Tensor,  # (G, d, d) float64
+    system: Tensor,  # (R,) which H is each row's
+    free: Tensor,  # (levels, R, q, d) bool, weights that may change
+    precondition: Callable[[Tensor], Tensor],  # (levels, R, q, d) -> the same, ≈ H⁻¹ on `free`
+) -> Tensor:  # (levels, R, q, d) float64
+    """Weights of lower E, none of them higher; see the module docstring."""
+    now, W = now.double(), W.double()
+    diagonal = H.diagonal(dim1=1, dim2=2)[system][:, None]  # (R, 1, d)
+    residual = times(W - now, H, system) * free
+    z = precondition(residual) * free
+    direction, energy = z, dot(residual, z)
+    enough = CONVERGED * energy
+    for _ in range(STEPS):
+        moved = times(direction, H, system) * free
+        curvature = dot(direction, moved)
+        sound = curvature > RESOLVED * dot(direction * diagonal, direction)
+        step = torch.where(sound & (energy > enough), energy / curvature, 0.0)
+        if not bool(step.any()):
+            break
+        now = torch.addcmul(now, step, direction)
+        residual = torch.addcmul(residual, step, moved, value=-1)
+        z = precondition(residual) * free
+        energy, before = dot(residual, z), energy
+        direction = z + direction * torch.where(before > 0, energy / before, 0.0)
+    return now
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:  # (…, d), (…, d) -> (…, 1)
+    return (a * b).sum(-1, keepdim=True)
+
+
+def times(
+    x: Tensor,  # (levels, R, q, d)
+    H: Tensor,  # (G, d, d)
+    system: Tensor,  # (R,)
+) -> Tensor:  # (levels, R, q, d)
+    """x H of every row's own H, a product for each H."""
+    if len(H) == 1:
+        return x @ H[0]
+    product = torch.empty_like(x)
+    for g in torch.unique(system).tolist():
+        rows = system == g
+        product[:, rows] = x[:, rows] @ H[g]
+    return product
+
+
+def row_errors(
+    weights: Tensor,  # (rows, d)
+    W: Tensor,  # (rows, d)
+    H: Tensor,  # (G, d, d), of rows/G rows each
+) -> Tensor:  # (rows,) float64
+    """E of every row."""
+    delta = (W - weights).double().view(len(H), -1, H.shape[1])
+    return (delta @ H * delta).sum(2).flatten() / 2
+
+
+def never_worse(
+    weights: Tensor,  # (rows, d)
+    rival: Tensor,  # (rows, d) what would have been done without a Hessian
+    W: Tensor,  # (rows, d)
+    H: Tensor,  # (G, d, d) float64
+) -> tuple[Tensor, int]:  # (rows, d), and the number of rows that are the rival's
+    """Of each row the weights of lower E."""
+    better = row_errors(rival, W, H) < row_errors(weights, W, H)
+    return torch.where(better[:, None], rival, weights), int(better.sum())

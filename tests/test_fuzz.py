@@ -1,0 +1,60 @@
+"""Arbitrary bytes: what fuzzing once found, and fresh cases by the thousand (tests/fuzz.py)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+from fuzz import BLIND, CORPUS, TARGETS, Target, blind, fuzz, outcome
+
+FRESH = 400  # cases of each target
+FOUND = sorted(path for path in CORPUS.rglob("*") if path.is_file())
+
+
+@pytest.fixture(autouse=True)
+def silent(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "trueobs")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_good_files_are_read(name: str, tmp_path: Path) -> None:
+    for data in TARGETS[name].good:
+        assert outcome(TARGETS[name], data, tmp_path) == "read"
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_was_found_is_mended(path: Path, tmp_path: Path) -> None:
+    assert outcome(TARGETS[path.parent.name], path.read_bytes(), tmp_path) in ("read", "refused")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_fresh_cases(name: str) -> None:
+    ends, failures = fuzz(name, FRESH, seed=1)
+    assert not failures
+    assert ends["refused" if name != "entry" else "read"] > FRESH / 4
+
+
+def test_the_fuzzer_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader with a bug, one that hangs, and one whose message has two lines."""
+    import fuzz as module
+
+    def hangs(_path: Path) -> None:
+        time.sleep(5)
+
+    def wordy(_path: Path) -> None:
+        raise module.UserError("one\ntwo")
+
+    monkeypatch.setattr(module, "SECONDS", 1)
+    for read, end in ((lambda path: path.no_such_name, "AttributeError"),
+                      (hangs, "slower"), (wordy, "several lines")):  # fmt: skip
+        assert outcome(Target(read, "x", (b"x",), (blind,)), b"x", tmp_path).startswith(end)
+
+
+def test_a_seed_makes_the_same_cases() -> None:
+    import numpy as np
+
+    first, again = ([blind(b"0123456789" * 9, np.random.default_rng(5)) for _ in range(9)]
+                    for _ in range(2))  # fmt: skip
+    assert first == again and len(BLIND) >= 7
