@@ -9,6 +9,10 @@ and exit status 2 — never a traceback, never half a file. A command is therefo
 
 with ``run(args)`` raising `UserError` wherever it has something to tell, and every file it leaves
 behind going through `atomic_write`: written under a temporary name, forced to disk, renamed.
+
+Started by torchrun, a command is many processes of the same arguments (`distributed.py`). The first
+one speaks and writes files for all. The others keep quiet; of an error they speak, too, but wait a
+little before: the first, if it has the same error, ends in the meantime, and torchrun ends them.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import os
 import re
 import stat
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -34,10 +39,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 log = logging.getLogger("trueobs")
+GRACE_S = 3.0  # for how long a process that is not the first keeps an error to itself
 
 
 class UserError(Exception):
     """Something the user got wrong. The message is one line that says what to do."""
+
+
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 if it is the only one."""
+    launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return int(os.environ["RANK"]) if launched else 0
 
 
 # ---------------------------------------------------------------------------------- options
@@ -61,6 +73,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if rank():
+            time.sleep(GRACE_S)
         message = re.sub(r"^argument ([^:]+): must", r"\1 must", message)
         self.exit(2, _error_line(message.removeprefix("argument ")))
 
@@ -154,17 +168,22 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve_device(text: str) -> torch.device:
-    """The device that --device names; "auto" is the first GPU if there is one, else the CPU."""
+    """The device that --device names; "auto" is a GPU if there is one, else the CPU.
+
+    Of several processes on a machine each gets a GPU of its own.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", text):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N; got {text}")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text == "auto":
-        return torch.device("cuda:0" if gpus else "cpu")
-    if text == "cpu":
+    if text == "cpu" or (text == "auto" and not gpus):
         return torch.device("cpu")
     if not gpus:
         raise UserError(f"--device {text}: this PyTorch sees no GPU; use --device cpu")
-    index = int(text.partition(":")[2] or 0)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if here > gpus or (":" in text and here > 1):
+        raise UserError(f"--device {text}: {here} processes on {gpus} GPUs; each needs its own: "
+                        f"pass --device cuda and torchrun --nproc-per-node {gpus}")
+    index = int(text.partition(":")[2] or os.environ.get("LOCAL_RANK", 0))
     if index >= gpus:
         raise UserError(f"--device {text}: there are {gpus} GPUs; use cuda:0 to cuda:{gpus - 1}")
     return torch.device("cuda", index)
@@ -193,7 +212,11 @@ def command(
 ) -> int:
     """A whole command: options, logging, the work; its exit status."""
     args = build_parser().parse_args(argv)
-    setup_logging()
+    if rank():
+        setup_logging(logging.ERROR)
+        sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
+    else:
+        setup_logging()
     reuse_freed_memory()
     return guarded(run, args)
 
@@ -238,14 +261,24 @@ def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace
         message = "out of memory; pass a smaller --memory or --batchsize"
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    if rank():
+        time.sleep(GRACE_S)
     tqdm.write(_error_line(message), file=sys.stderr, end="")
     return status
 
 
 def print_result(line: str) -> None:
-    """A result, such as `top-1 87.93`, on standard output."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    """A result, such as `top-1 87.93`, on standard output; of many processes, the first's."""
+    if rank() == 0:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+class _NoTerminal(io.TextIOWrapper):
+    """Standard error of a process that shall show no progress bars, wherever it leads."""
+
+    def isatty(self) -> bool:
+        return False
 
 
 class _TqdmHandler(logging.Handler):
@@ -297,8 +330,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` only once it is complete and on disk.
 
     On any exception inside, the temporary file is removed and what was at `path` stays. The parent
-    directory is made if it is missing.
+    directory is made if it is missing. Of many processes, only the first one's file appears.
     """
+    if rank():
+        with open(os.devnull, "wb") as nowhere:
+            yield nowhere
+        return
     target = _destination(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.tmp")

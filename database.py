@@ -35,6 +35,8 @@ import quant
 import sensitivity
 from cli import UserError, log, save_checkpoint
 from costs import unit_cost
+from distributed import ALONE, World
+from levelfile import LevelFile
 from modelutils import load_checkpoint
 from profiles import read_profile, score_file, write_scores
 from quant import put_layer
@@ -95,36 +97,44 @@ def stray_levels(folder: Path, model: str, names: Sequence[str]) -> list[Path]:
 class LevelWriter:
     """Writes a database of sparsities layer by layer; `finish` makes the level files.
 
-    Each finished layer is kept in a hidden folder beside, so that memory holds the levels of one
-    layer only; the level files appear, whole, at the end.
+    The levels of each layer are kept in a hidden folder beside (`levelfile.py`); the level files
+    appear, whole, at the end. Several processes write into one folder.
     """
 
-    def __init__(self, folder: Path, model: str, sparsities: Sequence[float]) -> None:
+    def __init__(
+        self, folder: Path, model: str, sparsities: Sequence[float], world: World = ALONE
+    ) -> None:
+        self.world = world
         self.folder, self.model, self.sparsities = folder, model, list(sparsities)
         self.files = [f"{model}_{name}.pth" for name in level_names(self.sparsities)]
         self.parts = folder / f".{model}.partial"
-        shutil.rmtree(self.parts, ignore_errors=True)
-        self.parts.mkdir(parents=True)
+        if world.first:
+            shutil.rmtree(self.parts, ignore_errors=True)
+            self.parts.mkdir(parents=True)
+        world.meet()
+        if not self.parts.is_dir():
+            raise UserError(f"{folder}: has to be a folder that all processes share")
         self.layers: list[str] = []
 
+    def file(self, layer: str, weight: Tensor) -> LevelFile:
+        """Where a layer's weights at all levels go, in the order of the sparsities."""
+        return LevelFile(self.parts / f"{layer}.levels", weight.shape, weight.dtype)
+
     def add(self, layer: str, weights: Sequence[Tensor]) -> None:
-        """Keep a layer's weights at all levels, in the order of the sparsities."""
-        save_checkpoint({"levels": torch.stack(list(weights))}, self._part(layer))
+        """Keep a layer's weights at all levels."""
+        weights = torch.stack(list(weights))
+        self.file(layer, weights[0]).write(torch.arange(weights.shape[1]), weights)
         self.layers.append(layer)
 
-    def _part(self, layer: str) -> Path:
-        return self.parts / f"{layer}.pth"
-
     def finish(self, dense: Mapping[str, Tensor]) -> list[Path]:
-        """Write the level files: `dense`, with the weights of the layers that were added."""
-        levels = {
-            layer: torch.load(self._part(layer), mmap=True, weights_only=True)["levels"]
-            for layer in self.layers
-        }
+        """Write the level files: `dense`, with the weights of the layers that are in `layers`."""
+        if not self.world.first:
+            return [self.folder / name for name in self.files]
         made = self.parts / "levels"
         for index, name in enumerate(self.files):
             state = dict(dense)
-            state.update({f"{layer}.weight": parts[index] for layer, parts in levels.items()})
+            for key in (f"{layer}.weight" for layer in self.layers):
+                state[key] = self.file(key.removesuffix(".weight"), dense[key]).read(index)
             save_checkpoint(state, made / name)
         for name in self.files:  # all at once, as far as a file system can
             os.replace(made / name, self.folder / name)
@@ -133,7 +143,8 @@ class LevelWriter:
 
     def discard(self) -> None:
         """Remove what was kept beside; call it when the run fails."""
-        shutil.rmtree(self.parts, ignore_errors=True)
+        if self.world.first:
+            shutil.rmtree(self.parts, ignore_errors=True)
 
 
 # -- reading ---------------------------------------------------------------------------------------

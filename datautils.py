@@ -25,10 +25,8 @@ are, nor in which order they run.
 
 from __future__ import annotations
 
-import math
 import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +34,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from batches import Batches, Passes, normalise
 from cli import UserError, log
 from vision import torchvision
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 DATASETS = ("imagenet", "cifar10", "digits", "folder")
 DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  # pixels
 DEFAULT_PATHS = {"imagenet": "../imagenet", "cifar10": "../cifar10"}
@@ -127,16 +124,6 @@ class View:
         if self.flips and torch.rand(()) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
-
-
-def normalise(
-    pixels: np.ndarray,  # (n, s, s, 3) uint8
-) -> Tensor:  # (n, 3, s, s) float32
-    """Scale to [0, 1], then shift and scale by MEAN and STD."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    images = images.to(torch.float32, memory_format=torch.contiguous_format)
-    return images.div_(255).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
@@ -311,69 +298,6 @@ def _images_below(folder: str) -> list[str]:
 # ---------------------------------------------------------------------------------- batches
 
 
-class _Passes(Dataset):
-    """`nrounds` passes over an image set, one after the other, as one long dataset.
-
-    A UserError comes back as an item: a DataLoader would re-raise it with a worker's whole
-    traceback for a message. `Batches` raises it as it was.
-    """
-
-    def __init__(self, images: ImageSet, nrounds: int, seed: int | None) -> None:
-        self.images, self.nrounds, self.seed = images, nrounds, seed
-
-    def __len__(self) -> int:
-        return self.nrounds * len(self.images)
-
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int] | UserError:
-        round_index, index = divmod(position, len(self.images))
-        seed = None if self.seed is None else (self.seed, round_index, index)
-        try:
-            return self.images.pixels(index, seed)
-        except UserError as error:
-            return error
-
-
-def _collate(items: list[tuple[np.ndarray, int] | UserError]) -> tuple[Tensor, Tensor] | UserError:
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-    pixels, labels = zip(*items, strict=True)
-    return normalise(np.stack(pixels)), torch.tensor(labels)
-
-
-def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Sized, and iterable any number of times: pairs (images, labels), always in the same order."""
-
-    passes: _Passes
-    batchsize: int
-    workers: int
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.passes) / self.batchsize)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(
-            self.passes, batch_size=self.batchsize, num_workers=self.workers,
-            collate_fn=_collate, worker_init_fn=_leave_interrupts_to_the_parent,
-            generator=torch.Generator(),  # else every loop would advance the global one
-        )
-        try:
-            for batch in loader:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise UserError("a process that decodes images died, perhaps for lack of (shared) "
-                            "memory; pass --workers 0 or a smaller --batchsize") from error
-
-
 def calibration_batches(
     data: ImageData,
     *,
@@ -387,7 +311,7 @@ def calibration_batches(
 
     Batches run on across the seam between two passes: only the very last may be smaller.
     """
-    passes = _Passes(data.calibration, nrounds, seed if augment else None)
+    passes = Passes(data.calibration, nrounds, seed if augment else None)
     return Batches(passes, batchsize, data.workers if workers is None else workers)
 
 
@@ -398,7 +322,7 @@ def test_batches(
     workers: int | None = None,  # None: what suits the dataset
 ) -> Batches:
     """One pass over the test images."""
-    passes = _Passes(data.test, 1, None)
+    passes = Passes(data.test, 1, None)
     return Batches(passes, batchsize, data.workers if workers is None else workers)
 
 

@@ -17,7 +17,7 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,14 +26,17 @@ from torch import Tensor, nn
 
 import cli
 import quant
-from calibration import activation_grids, attach_activation_grids, calibrate, in_passes
+from batches import Batches
+from calibration import activation_grids, attach_activation_grids, calibrate
 from cli import UserError, log
 from database import LevelWriter, level_names, model_tag, stray_levels
+from distributed import ALONE, World, deal
 from hessian import SingularHessian
+from memory import Needs, default_memory, in_passes, layer_needs
 from modelutils import find_layers
 from records import write_run
 from session import Session, load_compressed
-from trueobs import TrueOBS, default_memory
+from trueobs import TrueOBS
 
 NO_QUANTISATION = 32  # bits
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
@@ -65,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
     add("--save", metavar="FILE", help="where quant and nmprune save the compressed model")
+    add("--shards", metavar="N", type=cli.positive_int,
+        help="sum Hessians as N processes of torchrun would (default: as many as there are)")
+    add("--plan", action="store_true", help="print what the run needs and how long it takes; stop")
     add("--rel-damp", metavar="F", type=cli.nonnegative_float, default=0.0,
         help="fraction of mean(diag H) added to the diagonal of H")  # fmt: skip
     group = parser.add_argument_group("quant")
@@ -232,15 +238,21 @@ def nmprune_layer(solver: TrueOBS, args: argparse.Namespace) -> str:
     return f"sparsity {sparsity(solver.layer.weight):.4f} ({args.prunen}:{args.prunem})"
 
 
-def sparse_levels(solver: TrueOBS, args: argparse.Namespace, levels: list[float]) -> list[Tensor]:
-    """The layer's weights at all levels."""
+def write_levels(
+    name: str, solver: TrueOBS, args: argparse.Namespace, writer: LevelWriter
+) -> Tensor:
+    """Write the layer's weights at all levels, a few rows at a time; those at the last level."""
     if args.mode == "unstr":
         solver.prepare_unstr()
-        return solver.prune_unstr(levels)
-    if args.mode == "blocked":
+    elif args.mode == "blocked":
         solver.prepare_blocked(args.blocked_size)
-        return solver.prune_blocked(levels)
-    return solver.prune_struct(levels, size=solver.layer.weight[0, 0].numel())
+    else:
+        solver.prepare_struct(size=solver.layer.weight[0, 0].numel())
+    file = writer.file(name, solver.layer.weight)
+    for rows, weights in solver.level_parts(writer.sparsities):
+        file.write(rows, weights)
+    solver.world.meet()
+    return file.read(len(writer.sparsities) - 1).to(solver.layer.weight.device)
 
 
 def sparsity(weight: Tensor) -> float:
@@ -261,44 +273,103 @@ def compress_layer(
             report.result = method(solver, args)
             after = solver.layer.weight.detach()
         else:
-            levels = sparse_levels(solver, args, writer.sparsities)
-            writer.add(name, levels)
-            after = levels[-1]
-            report.result = f"{len(levels)} levels to sparsity {sparsity(after):.4f}"
+            after = write_levels(name, solver, args, writer)
+            levels = len(writer.sparsities)
+            report.result = f"{levels} levels to sparsity {sparsity(after):.4f}"
         report.seconds = time.perf_counter() - started
         report.squared_error = solver.squared_error(after, before)
         energy = solver.squared_error(torch.zeros_like(before), before)
         report.relative_error = report.squared_error / energy if energy else 0.0
         report.damping, report.rank_deficit = solver.damping, solver.rank_deficit
     solver.free()
-    log.info(report.line())
+    if solver.world.first:
+        log.info(report.line())
     return report
+
+
+def needs_of(layers: Mapping[str, nn.Module], args: argparse.Namespace) -> dict[str, Needs]:
+    """Memory for each layer in this mode."""
+    levels, innermost = 0, args.mode in ("nmprune", "blocked")
+    if args.mode in SPARSITY_GRIDS:
+        levels = len(sparsity_grid(args.min_sparsity, args.max_sparsity, args.delta_sparse))
+    return {name: layer_needs(layer, levels=levels, innermost=innermost)
+            for name, layer in layers.items()}  # fmt: skip
+
+
+def row_cost(layer: nn.Module) -> float:
+    """What a layer costs, in any unit: a factorisation of d×d for every row."""
+    rows, d = layer.weight.flatten(1).shape
+    return rows * d * d * (d + 500)
 
 
 def compress(
     dense: nn.Module,
     compressed: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     args: argparse.Namespace,
     writer: LevelWriter | None = None,
+    world: World = ALONE,
 ) -> list[LayerReport]:
-    """Calibrate and compress all layers, in as many passes over the images as memory asks for."""
+    """Calibrate and compress all layers, in as many passes over the images as memory asks for.
+
+    Of several processes, each does its share; all of them have the result.
+    """
     device = next(dense.parameters()).device
     memory = int(args.memory * 1e9) if args.memory else default_memory(device)
-    layers, reports = find_layers(compressed), []
-    passes = in_passes(layers, memory)
+    memory = min(world.gather(memory))
+    layers, reports = find_layers(compressed), {}
+    needs = needs_of(layers, args)
+    passes = in_passes(needs, memory)
     for number, names in enumerate(passes, 1):
         if len(passes) > 1:
             log.info("pass %d of %d over the images: %d layers", number, len(passes), len(names))
-        solvers = {name: TrueOBS(layers[name], args.rel_damp, memory // 2) for name in names}
-        calibrate(dense, solvers, batches, device)
+        owners = deal({x: row_cost(layers[x]) for x in names}, world.size, args.mode != "struct")
+        solvers = {}
         for name in names:
-            try:
-                reports.append(compress_layer(name, solvers.pop(name), args, writer))
-            except (SingularHessian, ArithmeticError) as error:
-                raise UserError(f"{name}: {error}") from error
+            sharing = world if owners[name] is None else ALONE
+            solvers[name] = TrueOBS(layers[name], args.rel_damp, memory, sharing)
+        calibrate(dense, solvers, batches, device, world, args.shards or 1)
+        waiting = sum(needs[name].sums for name in names)
+        done = {}
+        for name in sorted(names, key=lambda name: owners[name] is not None):  # shared ones first
+            waiting -= needs[name].sums
+            solver = solvers.pop(name)
+            solver.memory = memory - waiting
+            if owners[name] in (None, world.rank):
+                done[name] = compress_one(name, solver, args, writer)
+        reports |= exchange(layers, done, world)
+    reports = [reports[name] for name in layers]
     if all(report.dense for report in reports):
         raise UserError(f"{args.model}: no layer can be compressed; {reports[0].line()}")
+    if writer is not None:
+        writer.layers = [report.name for report in reports if not report.dense]
+    return reports
+
+
+def compress_one(
+    name: str, solver: TrueOBS, args: argparse.Namespace, writer: LevelWriter | None
+) -> LayerReport:
+    """`compress_layer`, with the layer's name on what goes wrong."""
+    try:
+        return compress_layer(name, solver, args, writer)
+    except (SingularHessian, ArithmeticError) as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def exchange(
+    layers: Mapping[str, nn.Module], done: Mapping[str, LayerReport], world: World
+) -> dict[str, LayerReport]:
+    """Put in what other processes have done; all reports."""
+    if world.size == 1:
+        return dict(done)
+    reports: dict[str, LayerReport] = {}
+    states = {name: {k: v.cpu() for k, v in layers[name].state_dict().items()} for name in done}
+    for rank, theirs in enumerate(world.gather((done, states))):
+        for name, report in theirs[0].items():
+            if name not in done:
+                quant.put_layer(layers[name], theirs[1][name])
+                log.info(report.line())
+            reports.setdefault(name, report)
     return reports
 
 
@@ -319,6 +390,8 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     started = time.perf_counter()
     session = Session.of(args)
+    if args.shards and session.world.size not in (1, args.shards):
+        raise UserError(f"--shards {args.shards}: {session.world.size} processes make as many")
     dense, compressed = session.model, load_start(args, session.model)
     batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
     if args.mode == "quant" and args.abits < NO_QUANTISATION:
@@ -327,11 +400,11 @@ def run(args: argparse.Namespace) -> None:
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
     if args.mode in SPARSITY_GRIDS:
-        reports, accuracy = make_database(args, dense, compressed, batches), None
+        reports, accuracy = make_database(args, session, compressed, batches), None
     else:
         reports = []
         if args.mode != "quant" or args.wbits < NO_QUANTISATION:
-            reports = compress(dense, compressed, batches, args)
+            reports = compress(dense, compressed, batches, args, world=session.world)
         else:
             log.info("weights left as they are (--wbits 32); activations: %d bits", args.abits)
         if args.save:
@@ -343,19 +416,17 @@ def run(args: argparse.Namespace) -> None:
         write_run(record, "main_trueobs.py", args, seconds=seconds, top1=accuracy, layers=layers)
     if accuracy is not None:
         cli.print_result(f"top-1 {accuracy:.2f}")
+    session.world.leave()
 
 
 def make_database(
-    args: argparse.Namespace,
-    dense: nn.Module,
-    compressed: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    args: argparse.Namespace, session: Session, compressed: nn.Module, batches: Batches
 ) -> list[LayerReport]:
     """All layers at all levels of the sparsity grid, into --sparse-dir."""
     grid = sparsity_grid(args.min_sparsity, args.max_sparsity, args.delta_sparse)
-    writer = LevelWriter(Path(args.sparse_dir), model_tag(args.model), grid)
+    writer = LevelWriter(Path(args.sparse_dir), model_tag(args.model), grid, session.world)
     try:
-        reports = compress(dense, compressed, batches, args, writer)
+        reports = compress(session.model, compressed, batches, args, writer, session.world)
         files = writer.finish(compressed.state_dict())
     finally:
         writer.discard()

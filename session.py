@@ -2,7 +2,8 @@
 
     Session.of(args) ─┬─ .model           the dense model, on the device
                       ├─ .calibration()   calibration images, augmented or not
-                      └─ .accuracy(m)     top-1 on the test images
+                      ├─ .accuracy(m)     top-1 on the test images
+                      └─ .world           the processes that share the work (torchrun)
 
 `load_compressed` reads what the commands save: a state dict with the grids of a quantised model.
 """
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import quant
+from batches import Batches
 from cli import UserError, resolve_device
-from datautils import Batches, ImageData, calibration_batches, load_data, test_batches
+from datautils import ImageData, calibration_batches, load_data, test_batches
+from distributed import ALONE, World, join
 from modelutils import evaluate, evaluating, find_layers, get_model, load_checkpoint, load_state
 
 
@@ -31,11 +34,13 @@ class Session:
     device: torch.device
     data: ImageData
     model: nn.Module
+    world: World = ALONE
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Session:
         """From the common options; raises UserError for what is wrong with them."""
         device = resolve_device(args.device)
+        world = join(device)
         torch.backends.cudnn.allow_tf32 = False  # layers see inputs in full float32
         data = load_data(
             args.dataset,
@@ -47,7 +52,7 @@ class Session:
         torch.manual_seed(args.seed)  # for a model of the user's own that starts at random
         model = get_model(args.model, args.dataset, args.weights, len(data.classes)).to(device)
         check_model(model, args.model, data)
-        return cls(args, device, data, model)
+        return cls(args, device, data, model, world)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -66,11 +71,12 @@ class Session:
         )
 
     def accuracy(self, model: nn.Module) -> float:
-        """Top-1 in percent on the test images."""
+        """Top-1 in percent on the test images; each of several processes looks at its share."""
         batches = test_batches(
             self.data, batchsize=self.args.batchsize, workers=self.args.workers
         )
-        return evaluate(model, batches, self.device)
+        shard = batches.shard(self.world.rank, self.world.size)
+        return evaluate(model, shard, self.device, self.world)
 
 
 def check_model(model: nn.Module, name: str, data: ImageData) -> None:

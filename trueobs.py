@@ -3,7 +3,8 @@
 Frantar, Singh, Alistarh, arXiv 2208.11580. The mathematics is in `hessian.py` (H and its inverse)
 and `elimination.py` (the greedy elimination and its pivot rules); here they meet a layer: rows are
 split into batches that fit in memory, groups of a convolution get their own H, and results go back
-into the layer's shape.
+into the layer's shape. Where several processes share a layer (`distributed.py`), each eliminates
+its own rows; order, losses and weights are then put together, so that all know them all.
 
     symbol  variable    shape       meaning
     W       W           (rows, d)   the layer's weights, one row an output channel
@@ -18,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from distributed import ALONE, World
 from elimination import (
     NM,
     Blocks,
@@ -30,11 +31,11 @@ from elimination import (
     Quantise,
     Trace,
     Unstructured,
-    bytes_per_system,
     eliminate,
 )
 from hessian import Gram, Inverse, alive_inputs, damped_inverse, without
 from levels import first_counts, weights_at
+from memory import Needs, default_memory, layer_needs
 from quant import Grid
 
 RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
@@ -59,6 +60,7 @@ class Prepared:
     trace: Trace
     size: int  # columns in a unit
     apart: Tensor  # (rows,) bool, rows that have an inverse of their own
+    shared: bool = False  # whether the rows of a group are one system
 
 
 class TrueOBS:
@@ -81,8 +83,9 @@ class TrueOBS:
         layer: nn.Conv2d | nn.Linear,
         rel_damp: float = 0.0,  # × mean(diag H), added to the diagonal
         memory: int | None = None,  # bytes the solver may use; default: half of what is free
+        world: World = ALONE,  # the processes that share the rows, if there are several
     ) -> None:
-        self.layer, self.rel_damp = layer, rel_damp
+        self.layer, self.rel_damp, self.world = layer, rel_damp, world
         self.rows, self.columns = len(layer.weight), layer.weight[0].numel()
         self.groups = getattr(layer, "groups", 1)
         self.memory = memory or default_memory(layer.weight.device)
@@ -94,6 +97,7 @@ class TrueOBS:
         self.damping = 0.0  # what the last inverse needed, × mean(diag H); the worst group's
         self.rank_deficit = 0
         self._scaled: Tensor | None = None  # H, made from the Gram matrix once it is asked for
+        self._scaled_by = 0  # images in it
         self._prepared: Prepared | None = None
 
     # -- the Hessian -------------------------------------------------------------------------------
@@ -102,7 +106,16 @@ class TrueOBS:
         """Add a batch of the layer's inputs. `out` is not needed; OBC's hooks pass it."""
         self.gram.add(inp.detach())
         self.nsamples += len(inp)
-        self._scaled = None
+
+    def end_shard(self) -> None:
+        """Sum what comes now apart: images of another shard, or process (`distributed.py`)."""
+        self.gram.end_shard()
+
+    def combine(self, world: World) -> None:
+        """Sum over the shards that have ended, in all processes, which have to call this."""
+        self.gram.all_shards()
+        world.sum_in_order(self.gram.sums())
+        self.nsamples = sum(world.gather(self.nsamples))
 
     @property
     def H(self) -> Tensor:  # (d, d), or (groups, d, d) if grouped; float64
@@ -113,13 +126,15 @@ class TrueOBS:
     def _hessian(self, channels_innermost: bool = False) -> Tensor:  # (groups, d, d)
         if self.nsamples == 0:
             raise ValueError("no calibration batch has been added to this layer")
-        if self._scaled is None:
-            self._scaled = self.gram.matrix().mul_(2 / self.nsamples)
-        H = self._scaled
+        if self.gram.total is not None:
+            fresh = self.gram.take().mul_(2 / self.nsamples)
+            if self._scaled is not None:  # batches were added after H had been asked for
+                fresh += self._scaled * (self._scaled_by / self.nsamples)
+            self._scaled, self._scaled_by = fresh, self.nsamples
         if channels_innermost:
-            order = self._innermost().to(H.device)
-            H = H[:, order][:, :, order]
-        return H
+            order = self._innermost().to(self._scaled.device)
+            return self._scaled[:, order[:, None], order]
+        return self._scaled
 
     def _innermost(self) -> Tensor:  # (d,) columns (channel, kh, kw) in the order (kh, kw, channel)
         spatial = self.layer.weight[0, 0].numel()
@@ -173,28 +188,34 @@ class TrueOBS:
             trace.order[rows] = part.order.to(torch.int32)
             trace.losses[rows] = part.losses
             trace.weights[rows] = part.weights
+        for part in (trace.order, trace.losses, trace.weights):
+            self.world.fill_rows(part)
+        self.damping = max(self.world.gather(self.damping))
         self.trace, self.Losses = trace, trace.losses
         return trace
 
     def _systems(
-        self, problem: Problem, apart: Tensor | None, matrices: bool = False
+        self, problem: Problem, apart: Tensor | None, levels: int = 0
     ) -> Iterator[tuple[Tensor, Inverse, Tensor]]:
-        """Batches of rows, the inverses they start from, and which of them is each row's.
+        """Batches of this process's rows, the inverses they start from, and which is each row's.
 
-        Rows `apart` get an inverse of their own, without the columns of their zeros. `matrices`:
-        whether the caller needs memory for a d×d matrix or two a row.
+        Rows `apart` get an inverse of their own, without the columns of their zeros. `levels`: how
+        many weights of each row the caller makes.
         """
         group = torch.arange(self.rows, device=problem.W.device) // (self.rows // self.groups)
+        own = torch.zeros_like(group, dtype=torch.bool)
+        own[self.world.rows(self.rows)] = True
         if apart is None:
-            apart = torch.zeros_like(group, dtype=torch.bool)
-        for rows in self._batches(torch.nonzero(~apart)[:, 0], matrices):
+            apart = torch.zeros_like(own)
+        together, alone = (torch.nonzero(own & kind)[:, 0] for kind in (~apart, apart))
+        for rows in batches_of(together, self._needs(problem, levels).rows(self.memory)):
             yield rows, problem.inverse, group[rows]
-        for rows in self._batches(torch.nonzero(apart)[:, 0], matrices=True):
+        for rows in batches_of(alone, self._needs(problem, levels, True).rows(self.memory)):
             H = without(problem.H[group[rows]], problem.pruned[rows])
-            own = damped_inverse(H, self.rel_damp, self._solve_dtype())
-            self.damping = max(self.damping, float(own.damping.max()))
+            inverses = damped_inverse(H, self.rel_damp, self._solve_dtype())
+            self.damping = max(self.damping, float(inverses.damping.max()))
             del H  # not needed while the caller works
-            yield rows, own, torch.arange(len(rows), device=group.device)
+            yield rows, inverses, torch.arange(len(rows), device=group.device)
 
     def _problem(self, channels_innermost: bool = False) -> Problem:
         """The weights as they are now, H, and its inverse."""
@@ -205,15 +226,9 @@ class TrueOBS:
         alive = alive_inputs(H).repeat_interleave(self.rows // self.groups, 0)
         return Problem(W, (W == 0) & alive, H, inverse, channels_innermost)
 
-    def _batches(self, rows: Tensor, matrices: bool = False) -> Iterator[Tensor]:
-        """Split rows so that a batch fits in the memory budget."""
-        d = self.columns
-        item = torch.finfo(self._solve_dtype()).bits // 8
-        row_bytes = bytes_per_system(d, item, rows.device)
-        if matrices:  # up to float64, with what it takes to make them
-            row_bytes += 4 * d * d * 8
-        if len(rows):
-            yield from rows.split(max(1, self.memory // row_bytes))
+    def _needs(self, problem: Problem, levels: int = 0, apart: bool = False) -> Needs:
+        innermost = problem.channels_innermost
+        return layer_needs(self.layer, self._solve_dtype(), levels, innermost, apart)
 
     # -- modes with one result --------------------------------------------------------------------
 
@@ -279,29 +294,64 @@ class TrueOBS:
         return self._levels(sparsities)
 
     def _levels(self, sparsities: Sequence[float]) -> list[Tensor]:
+        """All that `level_parts` yields, together; of the rows of this process."""
+        levels = self.layer.weight.new_zeros(len(sparsities), *self.layer.weight.shape)
+        for rows, weights in self.level_parts(sparsities):
+            levels[:, rows] = weights
+        return list(levels)
+
+    def level_parts(self, sparsities: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The prepared weights at each sparsity, a few rows of the layer at a time.
+
+        Yields their numbers (R,) and (levels, R, *weight.shape[1:]). For those who cannot hold all
+        levels of a layer in memory.
+        """
         if self._prepared is None:
             raise ValueError("call prepare_unstr() or prepare_blocked() before asking for levels")
-        problem, trace = self._prepared.problem, self._prepared.trace
-        counts = first_counts(trace.losses, sparsities, self._prepared.size)  # (levels, rows)
-        levels = problem.W.new_empty(len(sparsities), self.rows, self.columns)
-        self._fill_levels(levels, problem, trace.order, counts, self._prepared.apart)
-        return list(self._as_layer(levels, problem.channels_innermost))
-
-    def _fill_levels(
-        self,
-        levels: Tensor,  # (levels, rows, d), filled for the rows wanted
-        problem: Problem,
-        order: Tensor,  # (rows, d)
-        counts: Tensor,  # (levels, rows)
-        apart: Tensor,  # (rows,) bool
-        wanted: Tensor | None = None,  # (rows,) bool; all if None
-    ) -> None:
-        for rows, inverse, system in self._systems(problem, apart, matrices=True):
+        problem, trace, size = self._prepared.problem, self._prepared.trace, self._prepared.size
+        counts = first_counts(trace.losses, sparsities, size)  # (levels, systems)
+        apart, wanted, order = self._prepared.apart, None, trace.order
+        if self._prepared.shared:
+            yield from self._shared_parts(problem, order, counts, ~apart)
+            of_row = torch.arange(self.rows, device=counts.device) // (self.rows // self.groups)
+            order, counts, wanted = order[of_row], counts[:, of_row], apart
+        for rows, inverse, system in self._systems(problem, apart, len(sparsities)):
             if wanted is not None:
                 system, rows = system[wanted[rows]], rows[wanted[rows]]
             if len(rows):
                 W, steps = problem.W[rows, None], order[rows].long()
-                levels[:, rows] = weights_at(W, inverse, system, steps, counts[:, rows])[:, :, 0]
+                weights = weights_at(W, inverse, system, steps, counts[:, rows])[:, :, 0]
+                yield rows, self._as_layer(weights, problem.channels_innermost)
+
+    def _shared_parts(
+        self,
+        problem: Problem,
+        order: Tensor,  # (groups, d)
+        counts: Tensor,  # (levels, groups)
+        wanted: Tensor,  # (rows,) bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`level_parts` where all rows of a group share one system."""
+        q, device = self.rows // self.groups, order.device
+        batch = self._needs(problem, len(counts)).rows(self.memory)
+        for groups in torch.arange(self.groups, device=device).split(max(1, batch // q)):
+            for part in torch.arange(q, device=device).split(batch):
+                rows = (groups[:, None] * q + part).flatten()
+                W = problem.W[rows].view(len(groups), len(part), -1)
+                weights = weights_at(W, problem.inverse, groups, order[groups], counts[:, groups])
+                kept = wanted[rows]
+                yield rows[kept], self._as_layer(weights.flatten(1, 2)[:, kept])
+
+    def prepare_struct(self, size: int = 1) -> None:
+        """Find the order in which blocks of `size` columns go, in all rows of a group at once."""
+        if self.world.size > 1:
+            raise ValueError("rows that share their columns cannot be divided among processes")
+        self._require_divisible(size)
+        problem = self._problem()
+        W = problem.W.view(self.groups, -1, self.columns)  # rows of a group share one system
+        system = torch.arange(self.groups, device=W.device)
+        trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
+        self.trace, self.Losses = trace, trace.losses
+        self._prepared = Prepared(problem, trace, size, problem.pruned.any(1), shared=True)
 
     def prune_struct(self, sparsities: Sequence[float], size: int = 1) -> list[Tensor]:
         """Structured pruning: the same columns, in blocks of `size`, go in all rows of a group.
@@ -309,28 +359,10 @@ class TrueOBS:
         OBS of section 4 summed over rows; with size = kh·kw whole input channels go. The columns
         stay in the layer, as zeros. Zeros of single rows do not steer the choice, but stay.
         """
-        self._require_divisible(size)
-        problem = self._problem()
-        W = problem.W.view(self.groups, -1, self.columns)  # rows of a group share one system
-        system = torch.arange(self.groups, device=W.device)
-        trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
-        self.trace, self.Losses = trace, trace.losses
-        counts = first_counts(trace.losses, sparsities, size)
-        levels = weights_at(W, problem.inverse, system, trace.order, counts).flatten(1, 2)
-        own_zeros = problem.pruned.any(1)
-        if own_zeros.any():
-            of_row = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
-            order = trace.order[of_row]
-            self._fill_levels(levels, problem, order, counts[:, of_row], own_zeros, own_zeros)
-        return list(self._as_layer(levels))
+        self.prepare_struct(size)
+        return self._levels(sparsities)
 
 
-def default_memory(device: torch.device) -> int:
-    """Half of the memory that is free now, in bytes; of a CPU, what Linux says is available."""
-    if device.type != "cpu":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    try:
-        words = Path("/proc/meminfo").read_text().split()
-        return int(words[words.index("MemAvailable:") + 1]) * 1024 // 2
-    except (OSError, ValueError):  # another system: a size that any machine has
-        return 2 << 30
+def batches_of(rows: Tensor, count: int) -> Iterator[Tensor]:
+    """Row numbers, `count` at a time; nothing if there are none."""
+    return iter(rows.split(count) if len(rows) else ())

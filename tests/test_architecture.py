@@ -20,10 +20,12 @@ MAX_FUNCTION, MAX_FILE = 50, 400  # lines
 # Modules in layers; each may import from layers above its own, and within it without a cycle.
 # What a later part of the toolkit adds as support stands on the layer of what it supports.
 LAYERS = (
-    {"cli", "vision", "quant", "hessian", "dp"},
-    {"datautils", "elimination", "elimination_cpu", "levels", "tracing", "profiles", "records"},
+    {"cli", "vision", "quant", "hessian", "dp", "cifar_resnets", "levelfile"},
+    {"distributed", "batches", "datautils", "elimination", "elimination_cpu", "levels", "memory",
+     "tracing", "profiles", "records"},
     {"modelutils", "trueobs"},
-    {"calibration", "costs", "sensitivity", "session", "corrections", "retraining", "search"},
+    {"calibration", "costs", "sensitivity", "session", "corrections", "retraining", "search",
+     "planning"},
     {"database"},
     {"spdy", "post_proc", "main_trueobs"},
     {"postproc"},
