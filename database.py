@@ -288,7 +288,9 @@ def write_errors(args: argparse.Namespace, db: Database, session: Session) -> No
         scores = sensitivity.quadratic_prior(db)
     else:
         measure = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}[args.action]
-        scores = measure(session.model, db, session.calibration(), session.device)
+        world = session.world
+        batches = session.calibration().shard(world.rank, world.size)
+        scores = measure(session.model, db, batches, session.device, world)
     write_scores(path, scores)
     cli.print_result(f"{len(scores)} layers at {len(db.levels)} levels: {path}")
 
@@ -316,6 +318,7 @@ def run(args: argparse.Namespace) -> None:
         cli.print_result(f"top-1 {session.accuracy(session.model):.2f}")
     else:
         write_errors(args, db, session)
+    session.world.leave()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,19 @@ from torch import Tensor
 from hessian import Inverse
 
 
+def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
+    """Sparsities whose density shrinks by the factor 1 − delta, from `low`; then `high` itself.
+
+    >>> [round(s, 3) for s in sparsity_grid(0.0, 0.3, 0.1)]
+    [0.0, 0.1, 0.19, 0.271, 0.3]
+    """
+    levels, density = [], 1 - low
+    while density > 1 - high + 1e-9:
+        levels.append(1 - density)
+        density *= 1 - delta
+    return [*levels, high]
+
+
 def first_counts(
     losses: Tensor,  # (systems, steps) in each system's own order
     sparsities: Sequence[float],

@@ -17,7 +17,6 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,10 +29,11 @@ from batches import Batches
 from calibration import activation_grids, attach_activation_grids, calibrate
 from cli import UserError, log
 from database import LevelWriter, level_names, model_tag, stray_levels
-from distributed import ALONE, World, deal
+from distributed import ALONE, World
 from hessian import SingularHessian
-from memory import Needs, default_memory, in_passes, layer_needs
-from modelutils import find_layers
+from levels import sparsity_grid
+from modelutils import find_layers, share_layers
+from planning import Plan, Task, make_plan, show_plan
 from records import write_run
 from session import Session, load_compressed
 from trueobs import TrueOBS
@@ -167,17 +167,10 @@ def record_file(args: argparse.Namespace) -> Path | None:
     return Path(args.save).with_suffix(".json") if args.save else None
 
 
-def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
-    """Sparsities whose density shrinks by the factor 1 − delta, from `low`; then `high` itself.
-
-    >>> [round(s, 3) for s in sparsity_grid(0.0, 0.3, 0.1)]
-    [0.0, 0.1, 0.19, 0.271, 0.3]
-    """
-    levels, density = [], 1 - low
-    while density > 1 - high + 1e-9:
-        levels.append(1 - density)
-        density *= 1 - delta
-    return [*levels, high]
+def task_of(args: argparse.Namespace) -> Task:
+    """What there is to do, for the plan."""
+    grid = (args.min_sparsity, args.max_sparsity, args.delta_sparse)
+    return Task.of(args, len(sparsity_grid(*grid)) if args.mode in SPARSITY_GRIDS else 0)
 
 
 # -- compression -----------------------------------------------------------------------------------
@@ -287,21 +280,6 @@ def compress_layer(
     return report
 
 
-def needs_of(layers: Mapping[str, nn.Module], args: argparse.Namespace) -> dict[str, Needs]:
-    """Memory for each layer in this mode."""
-    levels, innermost = 0, args.mode in ("nmprune", "blocked")
-    if args.mode in SPARSITY_GRIDS:
-        levels = len(sparsity_grid(args.min_sparsity, args.max_sparsity, args.delta_sparse))
-    return {name: layer_needs(layer, levels=levels, innermost=innermost)
-            for name, layer in layers.items()}  # fmt: skip
-
-
-def row_cost(layer: nn.Module) -> float:
-    """What a layer costs, in any unit: a factorisation of d×d for every row."""
-    rows, d = layer.weight.flatten(1).shape
-    return rows * d * d * (d + 500)
-
-
 def compress(
     dense: nn.Module,
     compressed: nn.Module,
@@ -314,30 +292,18 @@ def compress(
 
     Of several processes, each does its share; all of them have the result.
     """
-    device = next(dense.parameters()).device
-    memory = int(args.memory * 1e9) if args.memory else default_memory(device)
-    memory = min(world.gather(memory))
     layers, reports = find_layers(compressed), {}
-    needs = needs_of(layers, args)
-    passes = in_passes(needs, memory)
-    for number, names in enumerate(passes, 1):
-        if len(passes) > 1:
-            log.info("pass %d of %d over the images: %d layers", number, len(passes), len(names))
-        owners = deal({x: row_cost(layers[x]) for x in names}, world.size, args.mode != "struct")
-        solvers = {}
-        for name in names:
-            sharing = world if owners[name] is None else ALONE
-            solvers[name] = TrueOBS(layers[name], args.rel_damp, memory, sharing)
+    plan = make_plan(layers, task_of(args), args.memory, world)
+    for number, names in enumerate(plan.passes, 1):
+        if (count := len(plan.passes)) > 1:
+            log.info("pass %d of %d over the images: %d layers", number, count, len(names))
+        solvers = {
+            name: TrueOBS(layers[name], args.rel_damp, plan.memory, plan.sharing(name, world))
+            for name in names
+        }
+        device = next(dense.parameters()).device
         calibrate(dense, solvers, batches, device, world, args.shards or 1)
-        waiting = sum(needs[name].sums for name in names)
-        done = {}
-        for name in sorted(names, key=lambda name: owners[name] is not None):  # shared ones first
-            waiting -= needs[name].sums
-            solver = solvers.pop(name)
-            solver.memory = memory - waiting
-            if owners[name] in (None, world.rank):
-                done[name] = compress_one(name, solver, args, writer)
-        reports |= exchange(layers, done, world)
+        reports |= compress_pass(plan, solvers, args, writer, world)
     reports = [reports[name] for name in layers]
     if all(report.dense for report in reports):
         raise UserError(f"{args.model}: no layer can be compressed; {reports[0].line()}")
@@ -346,30 +312,26 @@ def compress(
     return reports
 
 
-def compress_one(
-    name: str, solver: TrueOBS, args: argparse.Namespace, writer: LevelWriter | None
-) -> LayerReport:
-    """`compress_layer`, with the layer's name on what goes wrong."""
-    try:
-        return compress_layer(name, solver, args, writer)
-    except (SingularHessian, ArithmeticError) as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def exchange(
-    layers: Mapping[str, nn.Module], done: Mapping[str, LayerReport], world: World
-) -> dict[str, LayerReport]:
-    """Put in what other processes have done; all reports."""
-    if world.size == 1:
-        return dict(done)
-    reports: dict[str, LayerReport] = {}
-    states = {name: {k: v.cpu() for k, v in layers[name].state_dict().items()} for name in done}
-    for rank, theirs in enumerate(world.gather((done, states))):
-        for name, report in theirs[0].items():
-            if name not in done:
-                quant.put_layer(layers[name], theirs[1][name])
-                log.info(report.line())
-            reports.setdefault(name, report)
+def compress_pass(
+    plan: Plan, solvers: dict[str, TrueOBS], args: argparse.Namespace, writer: LevelWriter | None,
+    world: World,
+) -> dict[str, LayerReport]:  # fmt: skip
+    """Compress the layers of `solvers`, which it empties: this process those that are its own."""
+    done, layers = {}, {name: solver.layer for name, solver in solvers.items()}
+    for name in sorted(layers, key=lambda name: plan.owners[name] is not None):
+        solver = solvers.pop(name)
+        solver.memory = plan.memory - sum(plan.needs[other].sums for other in solvers)
+        if plan.owners[name] in (None, world.rank):
+            try:
+                done[name] = compress_layer(name, solver, args, writer)
+            except (SingularHessian, ArithmeticError) as error:
+                raise UserError(f"{name}: {error}") from error
+    share_layers(layers, [name for name in done if plan.owners[name] is not None], world)
+    reports = dict(done)
+    for report in (one for theirs in world.gather(done) for one in theirs.values()):
+        if report.name not in reports:
+            log.info(report.line())
+        reports.setdefault(report.name, report)
     return reports
 
 
@@ -394,6 +356,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--shards {args.shards}: {session.world.size} processes make as many")
     dense, compressed = session.model, load_start(args, session.model)
     batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
+    if show_plan(session, compressed, task_of(args)) and args.plan:
+        return session.world.leave()
     if args.mode == "quant" and args.abits < NO_QUANTISATION:
         images = next(iter(batches))[0].to(session.device)
         grids = activation_grids(dense, images, args.abits, args.asym, not args.aminmax)

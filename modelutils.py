@@ -39,6 +39,7 @@ from tqdm import tqdm
 from cifar_resnets import CifarResNet
 from cli import UserError, log
 from distributed import ALONE, World
+from quant import put_layer
 from tracing import folded
 from vision import torchvision
 
@@ -278,6 +279,16 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All convolutions and linear layers by name, in order of registration."""
     return {name: module for name, module in model.named_modules()
             if isinstance(module, (nn.Conv2d, nn.Linear))}
+
+
+def share_layers(layers: Mapping[str, nn.Module], own: Iterable[str], world: World) -> None:
+    """Put in the layers that other processes have changed; `own` are those that this one has."""
+    if world.size > 1:
+        states = {name: layers[name].state_dict() for name in own}
+        on_cpu = {name: {k: v.cpu() for k, v in state.items()} for name, state in states.items()}
+        for rank, theirs in enumerate(world.gather(on_cpu)):
+            for name, state in theirs.items() if rank != world.rank else ():
+                put_layer(layers[name], state)
 
 
 @contextmanager

@@ -243,6 +243,7 @@ def run(args: argparse.Namespace) -> None:
             corrections=[vars(report) for report in reports],
         )
     cli.print_result(f"top-1 {accuracy:.2f}")
+    session.world.leave()
 
 
 def main(argv: list[str] | None = None) -> int:

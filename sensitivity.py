@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from distributed import ALONE, World
 from modelutils import evaluating
 from quant import put_layer
 from tracing import Resumable, Whole, runner
@@ -70,25 +71,38 @@ def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | No
     return put
 
 
-def losses(model: nn.Module, db: Database, batches: Batches, device: torch.device) -> Scores:
+def losses(
+    model: nn.Module,
+    db: Database,
+    batches: Batches,  # of several processes, each its own: every N-th
+    device: torch.device,
+    world: World = ALONE,
+) -> Scores:
     """Change of the mean loss with exactly one layer compressed, per layer and level.
 
-    The model is dense, and dense again afterwards.
+    The model is dense, and dense again afterwards. Batches are added in their order, whichever
+    process they are with.
     """
+    found = []
     with evaluating(model):
         run = runner(model)
         sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
-        sums = {layer: dict.fromkeys((lv for lv in sets[layer] if lv), 0.0) for layer in db.layers}
-        images_seen = 0
-        total = sum(len(levels) for levels in sums.values()) * _count(batches)
+        wanted = {layer: [level for level in sets[layer] if level] for layer in db.layers}
+        total = sum(map(len, wanted.values())) * _count(batches)
         with tqdm(total=total, desc="loss", leave=False, disable=None) as bar:
             for images, labels in batches:
-                changes = batch_changes(run, model, db, sums, _layout(images, device), labels)
-                for layer, level, change in changes:
-                    sums[layer][level] += change
+                changes = {}
+                each = batch_changes(run, model, db, wanted, _layout(images, device), labels)
+                for layer, level, change in each:
+                    changes[layer, level] = change
                     bar.update()
-                images_seen += len(images)
-    means = {x: {lv: total / images_seen for lv, total in of.items()} for x, of in sums.items()}
+                found.append((changes, len(images)))
+    found = world.interleave(found)
+    images_seen = sum(count for _, count in found)
+    means = {
+        layer: {lv: sum(of.get((layer, lv), 0.0) for of, _ in found) / images_seen for lv in levels}
+        for layer, levels in wanted.items()
+    }
     return {layer: all_levels(means[layer], sets[layer], db) for layer in db.layers}
 
 
@@ -132,43 +146,59 @@ def _loss(outputs: object, labels: Tensor) -> float:
 
 
 def squared_errors(
-    model: nn.Module, db: Database, batches: Batches, device: torch.device
+    model: nn.Module,
+    db: Database,
+    batches: Batches,  # of several processes, each its own: every N-th
+    device: torch.device,
+    world: World = ALONE,
 ) -> Scores:
     """‖y − ŷ‖² / ‖y‖² of every layer's output at every level, its inputs the dense model's."""
     sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
-    errors = {layer: dict.fromkeys((lv for lv in sets[layer] if lv), 0.0) for layer in db.layers}
-    energy = dict.fromkeys(db.layers, 0.0)
+    sums: dict[tuple[str, str], float] = {}  # layer and level ("": ‖y‖²), of one batch
 
     def hook(layer: str) -> Callable:
         put = swap_layer(model, db, layer)
 
         def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             handles[layer].remove()  # the calls below are ours
-            energy[layer] += float(output.double().square().sum())
-            for level in errors[layer]:
+            add(layer, "", output)
+            for level in filter(None, sets[layer]):
                 put(level)
-                difference = module(*inputs) - output
-                errors[layer][level] += float(difference.double().square().sum())
+                add(layer, level, module(*inputs) - output)
             put(None)
             handles[layer] = module.register_forward_hook(compare)
 
         return compare
 
-    handles = {}
+    def add(layer: str, level: str, x: Tensor) -> None:
+        sums[layer, level] = sums.get((layer, level), 0.0) + float(x.double().square().sum())
+
+    handles, found = {}, []
     try:
         for layer in db.layers:
             handles[layer] = model.get_submodule(layer).register_forward_hook(hook(layer))
         with evaluating(model):
             for images, _ in tqdm(batches, desc="squared", leave=False, disable=None):
                 model(_layout(images, device))
+                found.append(dict(sums))
+                sums.clear()
     finally:
         for handle in handles.values():
             handle.remove()
-    relative = {
-        layer: {level: value / (energy[layer] or 1.0) for level, value in of.items()}
-        for layer, of in errors.items()
-    }
-    return {layer: all_levels(relative[layer], sets[layer], db) for layer in db.layers}
+    return _relative(world.interleave(found), sets, db)
+
+
+def _relative(
+    found: list[dict[tuple[str, str], float]], sets: dict[str, dict[str, list[str]]], db: Database
+) -> Scores:
+    """Errors over all batches, relative to the layers' outputs."""
+    scores = {}
+    for layer in db.layers:
+        total = {lv: sum(of.get((layer, lv), 0.0) for of in found) for lv in {"", *sets[layer]}}
+        energy = total.pop("") or 1.0
+        relative = {level: value / energy for level, value in total.items()}
+        scores[layer] = all_levels(relative, sets[layer], db)
+    return scores
 
 
 def quadratic_prior(db: Database) -> Scores:

@@ -38,6 +38,7 @@ from cli import UserError, log
 from corrections import BatchNorm, correct_statistics, norm_moments, placed
 from costs import CONSTRAINTS, layer_costs
 from database import KINDS, Database, model_tag
+from distributed import ALONE, World
 from modelutils import evaluating, mean_loss
 from records import write_run
 from search import Problem, State, load_state, make_problem, picks_key, save_state, search
@@ -52,51 +53,79 @@ Batches = list[tuple[Tensor, Tensor]]  # images, labels
 # -- evaluation ------------------------------------------------------------------------------------
 
 
-def batchnorm_averages(model: nn.Module, batches: Batches, device: torch.device) -> None:
+def batchnorm_averages(
+    model: nn.Module, batches: Batches, device: torch.device, world: World = ALONE
+) -> None:
     """Replace the statistics of all batch norms by their averages over `batches`, in place.
 
-    A batch of a single image is left out: it has no variance where a map is one pixel.
+    In training mode what a norm puts out does not depend on the averages so far. So each of several
+    processes looks at its own batches, and the averages are of all, in their order. A batch of a
+    single image is left out: it has no variance where a map is one pixel.
     """
     norms = [norm for norm in model.modules()
              if isinstance(norm, BatchNorm) and norm.running_mean is not None]
     if not norms:
         return
-    if all(len(images) < 2 for images, _ in batches):
-        raise UserError("batch norms need batches of two images or more: "
-                        "pass a larger --batchsize or --nsamples, or --nobatchnorm")
-    momenta = [norm.momentum for norm in norms]
+    momenta, found = [norm.momentum for norm in norms], []
     with evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum, norm.training = None, True  # None: the average of all batches
+            norm.momentum, norm.training = 1.0, True  # the statistics of the last batch alone
         for images, _ in batches:
-            if len(images) > 1:
+            several = len(images) > 1
+            if several:
                 model(images.to(device))
+            found.append(_statistics(norms).cpu() if several else None)
+    found = [statistics for statistics in world.interleave(found) if statistics is not None]
+    if not found:
+        raise UserError("batch norms need batches of two images or more: "
+                        "pass a larger --batchsize or --nsamples, or --nobatchnorm")
+    average = sum(found) / len(found)
+    parts = iter(average.split([len(norm.running_mean) for norm in norms for _ in range(2)]))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        norm.running_mean.copy_(next(parts))
+        norm.running_var.copy_(next(parts))
+
+
+def _statistics(norms: list[nn.Module]) -> Tensor:
+    """Means and variances of all norms, one after the other, float64."""
+    return torch.cat([x.double() for norm in norms for x in (norm.running_mean, norm.running_var)])
 
 
 class Evaluator:
-    """Calibration loss of a profile; the decoded images and the dense model stay in memory."""
+    """Calibration loss of a profile; the decoded images and the dense model stay in memory.
+
+    Of several processes, each has its share of the images.
+    """
 
     def __init__(self, session: Session, db: Database, args: argparse.Namespace) -> None:
         self.session, self.db, device = session, db, session.device
-        images = tqdm(session.calibration(), desc="reading images", leave=False, disable=None)
+        self.world = world = session.world
+        own = session.calibration().shard(world.rank, world.size)
+        images = tqdm(own, desc="reading images", leave=False, disable=None)
         self.batches = [(placed(x, device) if device.type == "cpu" else x, y) for x, y in images]
         if args.statcorr:
-            first = self.batches[0][0]
+            first = world.share(self.batches[0][0].cpu() if world.first else None)
+            first = placed(first, device) if device.type == "cpu" else first
             self.correct = partial(correct_statistics, images=first, device=device,
                                    wanted=norm_moments(session.model, first, device))
         elif args.nobatchnorm:
             self.correct = lambda model: None
         else:
-            self.correct = partial(batchnorm_averages, batches=self.batches, device=device)
+            self.correct = partial(
+                batchnorm_averages, batches=self.batches, device=device, world=world)
 
     def __call__(self, profile: Mapping[str, str]) -> float:
         model = copy.deepcopy(self.session.model)
         self.db.stitch(model, profile)
         self.correct(model)
-        return mean_loss(model, self.batches, self.session.device)
+        return mean_loss(model, self.batches, self.session.device, self.world)
+
+    def first_images(self) -> Iterable[Tensor]:
+        """Of each batch the first image and the labels, in order, whoever has them."""
+        own = [(images[0].cpu(), labels) for images, labels in self.batches]
+        return (x for pair in self.world.interleave(own) for x in pair)
 
 
 def digest(arrays: Iterable[Any]) -> str:  # NumPy arrays or tensors on the CPU
@@ -114,7 +143,6 @@ def fingerprint(args: argparse.Namespace, problem: Problem, evaluator: Evaluator
     options = ("errors", "constr", "dpbuckets", "seed", "nsamples", "batchsize", "nobatchnorm",
                "statcorr")
     rows = (db.layer(layer, level)["weight"][0] for level in db.levels for layer in db.layers)
-    images = (x for images, labels in evaluator.batches for x in (images[0], labels))
     return {
         **{word.upper(): getattr(args, word) for word in words},
         **{f"--{option}": getattr(args, option) for option in options},
@@ -123,7 +151,7 @@ def fingerprint(args: argparse.Namespace, problem: Problem, evaluator: Evaluator
         "database": digest(rows),
         "scores": digest(problem.errors),
         "costs": digest(problem.costs),
-        "calibration images": digest(images),
+        "calibration images": digest(evaluator.first_images()),
     }
 
 
@@ -198,7 +226,7 @@ def read_problem(args: argparse.Namespace, db: Database, session: Session) -> Pr
 def run_search(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> State:
     """Start the search, or continue it."""
     path, marks = state_file(args), fingerprint(args, problem, evaluator)
-    state = None if args.restart else load_state(path, marks)
+    state = evaluator.world.share(None if args.restart else load_state(path, marks))
     if state is None:
         state = State.start(len(problem.levels), args.seed)
     else:
@@ -245,7 +273,7 @@ def choose(args: argparse.Namespace, problem: Problem, evaluator: Evaluator | No
         cli.print_result(f"calibration loss {found['loss']:.6f} (--dp: {of_plain:.6f})")
     write_record(args, problem, choice.levels, figures | {"seconds": time.perf_counter() - started})
     profiles.write_profile(path, problem.profile(choice.levels))
-    if found:
+    if found and cli.rank() == 0:
         state_file(args).unlink(missing_ok=True)
     cli.print_result(f"profile {path}")
 
@@ -273,6 +301,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         problem.solve()  # says that a target cannot be reached before any image is read
         choose(args, problem, None if args.dp else Evaluator(session, db, args))
+    session.world.leave()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -156,12 +156,12 @@ class TrueOBS:
         return W[:, self._innermost().to(W.device)] if channels_innermost else W
 
     def _as_layer(self, W: Tensor, channels_innermost: bool = False) -> Tensor:
-        """(…, rows, d) -> (…, *layer.weight.shape), in the layer's dtype. Never NaN."""
+        """(…, R, d) -> (…, R, *layer.weight.shape[1:]), in the layer's dtype. Never NaN."""
         if not torch.isfinite(W).all():
             raise ArithmeticError("the elimination produced NaN or infinity; try --rel-damp 1e-2")
         if channels_innermost:
             W = W[..., self._innermost().argsort().to(W.device)]
-        return W.reshape(*W.shape[:-2], *self.layer.weight.shape).to(self.layer.weight.dtype)
+        return W.reshape(*W.shape[:-1], *self.layer.weight.shape[1:]).to(self.layer.weight.dtype)
 
     def squared_error(self, weight: Tensor, reference: Tensor) -> float:
         """Σ_rows (w − ŵ) H (w − ŵ)ᵀ / 2: mean over images of the squared change of the outputs."""
