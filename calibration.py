@@ -1,14 +1,14 @@
 """Calibration: what the layers of the dense model see when it is shown images.
 
-OBC (arXiv 2208.11580), sections 3 and 6: every layer's Hessian over all calibration images, in one
-pass if the Hessians of all layers fit in memory, else in several passes for a group of layers each;
-and, for activation quantisation, a grid for each layer's input, found on the first batch.
+OBC (arXiv 2208.11580), sections 3 and 6: Hessians of some or all layers in one pass over all
+calibration images, or over this process's share of them; and, for activation quantisation, a grid
+for each layer's input, found on the first batch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import quant
+from batches import Batches
+from distributed import ALONE, World
 from modelutils import evaluating, find_layers
 from trueobs import TrueOBS
 
@@ -38,30 +40,27 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
 def calibrate(
     dense: nn.Module,
     solvers: Mapping[str, TrueOBS],  # by the names of layers
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches | list[tuple[Tensor, Tensor]],  # a list, if there is one shard only
     device: torch.device,
+    world: World = ALONE,
+    shards: int = 1,  # that this process goes through, if it is alone
 ) -> None:
-    """Show the calibration images to the dense model; each solver sees its layer's inputs."""
+    """Show the calibration images to the dense model; each solver sees its layer's inputs.
+
+    Each of several processes shows a shard of them; sums are then added up over all.
+    """
     layers = {name: dense.get_submodule(name) for name in solvers}
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    count = max(world.size, shards)
     with evaluating(dense), watching(layers, lambda name, x: solvers[name].add_batch(x)):
-        for images, _ in tqdm(batches, desc="calibrating", leave=False, disable=None):
-            dense(images.to(device, memory_format=layout))
-
-
-def in_passes(layers: Mapping[str, nn.Module], memory: int) -> list[list[str]]:
-    """Layers in groups whose Hessians fit in half of `memory` (bytes) together, in their order."""
-    passes: list[list[str]] = []
-    room = 0
-    for name, layer in layers.items():
-        d = layer.weight[0].numel()
-        size = 8 * d * d * getattr(layer, "groups", 1)
-        if not passes or size > room:
-            passes.append([])
-            room = memory // 2
-        passes[-1].append(name)
-        room -= size
-    return passes
+        for number in range(shards) if world.size == 1 else [world.rank]:
+            shard = batches.shard(number, count) if count > 1 else batches
+            for images, _ in tqdm(shard, desc="calibrating", leave=False, disable=None):
+                dense(images.to(device, memory_format=layout))
+            for solver in solvers.values() if count > 1 else ():
+                solver.end_shard()
+    for solver in solvers.values() if count > 1 else ():
+        solver.combine(world)
 
 
 def activation_grids(

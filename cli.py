@@ -11,22 +11,24 @@ with ``run(args)`` raising `UserError` wherever it has something to tell, and ev
 behind going through `atomic_write`: written under a temporary name, forced to disk, renamed.
 An interrupt (SIGINT) or a request to end (SIGTERM) is a line and status 130 or 143; what is done
 by then is kept where the command resumes (`resuming.py`).
+
+Started by torchrun, a command is many processes of the same arguments (`distributed.py`). The first
+one speaks and writes files for all. The others keep quiet; of an error they speak, too, but wait a
+little before: the first, if it has the same error, ends in the meantime, and torchrun ends them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import io
 import logging
 import math
 import os
 import re
-import signal
 import stat
 import sys
-import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,15 +39,20 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from tqdm import tqdm
 
+from process import Terminated, reuse_freed_memory, terminable
+
 log = logging.getLogger("trueobs")
+GRACE_S = 3.0  # for how long a process that is not the first keeps an error to itself
 
 
 class UserError(Exception):
     """Something the user got wrong. The message is one line that says what to do."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM; it passes through whatever lets an interrupt through."""
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 if it is the only one."""
+    launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return int(os.environ["RANK"]) if launched else 0
 
 
 # ---------------------------------------------------------------------------------- options
@@ -69,6 +76,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        if rank():
+            time.sleep(GRACE_S)
         message = re.sub(r"^argument ([^:]+): must", r"\1 must", message)
         self.exit(2, _error_line(message.removeprefix("argument ")))
 
@@ -170,22 +179,6 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", metavar="RECORD",
                         help="in place of all other arguments: repeat the run of a JSON record")
 
-def resolve_device(text: str) -> torch.device:
-    """The device that --device names; "auto" is the first GPU if there is one, else the CPU."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", text):
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:N; got {text}")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if text == "auto":
-        return torch.device("cuda:0" if gpus else "cpu")
-    if text == "cpu":
-        return torch.device("cpu")
-    if not gpus:
-        raise UserError(f"--device {text}: this PyTorch sees no GPU; use --device cpu")
-    index = int(text.partition(":")[2] or 0)
-    if index >= gpus:
-        raise UserError(f"--device {text}: there are {gpus} GPUs; use cuda:0 to cuda:{gpus - 1}")
-    return torch.device("cuda", index)
-
 
 # -------------------------------------------------------------------- errors, logging, results
 
@@ -211,40 +204,14 @@ def command(
 ) -> int:
     """A whole command: options, logging, the work; its exit status."""
     args = build_parser().parse_args(argv)
-    setup_logging()
+    if rank():
+        setup_logging(logging.ERROR)
+        sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
+    else:
+        setup_logging()
     reuse_freed_memory()
-    with _terminable():
+    with terminable():
         return guarded(run, args)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Inside, SIGTERM is raised as `Terminated` (in the main thread; elsewhere nothing changes)."""
-
-    def raise_terminated(number: int, frame: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, raise_terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def reuse_freed_memory() -> None:
-    """Let glibc keep up to 512 MB of freed memory instead of handing it back at every chance.
-
-    A network's activations come and go with every layer; each time the kernel has to clear their
-    pages anew, which took a fifth of the time of rn20 on 2 cores. Elsewhere this does nothing.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
-        mallopt(trim_threshold, 512 << 20)
 
 
 def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
@@ -274,14 +241,24 @@ def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace
         message, status = "terminated", 143
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    if rank():
+        time.sleep(GRACE_S)
     tqdm.write(_error_line(message), file=sys.stderr, end="")
     return status
 
 
 def print_result(line: str) -> None:
-    """A result, such as `top-1 87.93`, on standard output."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    """A result, such as `top-1 87.93`, on standard output; of many processes, the first's."""
+    if rank() == 0:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+class _NoTerminal(io.TextIOWrapper):
+    """Standard error of a process that shall show no progress bars, wherever it leads."""
+
+    def isatty(self) -> bool:
+        return False
 
 
 class _TqdmHandler(logging.Handler):
@@ -335,8 +312,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` only once it is complete and on disk.
 
     On any exception inside, the temporary file is removed and what was at `path` stays. The parent
-    directory is made if it is missing.
+    directory is made if it is missing. Of many processes, only the first one's file appears.
     """
+    if rank():
+        with open(os.devnull, "wb") as nowhere:
+            yield nowhere
+        return
     target = _destination(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.tmp")

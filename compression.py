@@ -8,27 +8,32 @@ mode: a layer's Σxxᵀ depends on the dense model, its images and its activatio
 which other layers are calibrated with it.
 
     images ─▶ Σxxᵀ ─[cache]─▶ TrueOBS ─▶ weights or levels ─[state]─▶ model, database
+
+Levels go into files of their own beside the state (`levelfile.py`), as soon as they are made. Who
+does what, in how much memory, and in how many passes, is planned before (`planning.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import quant
-from calibration import calibrate, in_passes
+from batches import Batches
+from calibration import calibrate
 from cli import UserError, log
+from distributed import ALONE, World
 from hessian import SingularHessian
+from levelfile import LevelFile
 from modelutils import find_layers
-from resuming import Entry, Unkept
-from trueobs import TrueOBS, default_memory
-
-LEVELS = "levels"  # (levels, *weight.shape), of a layer in a state
+from planning import Plan, Task, make_plan
+from resuming import Entry, Unkept, file_of
+from trueobs import TrueOBS
 
 
 @dataclass
@@ -89,15 +94,20 @@ def nmprune_layer(solver: TrueOBS, args: argparse.Namespace) -> str:
     return f"sparsity {sparsity(solver.layer.weight):.4f} ({args.prunen}:{args.prunem})"
 
 
-def sparse_levels(solver: TrueOBS, args: argparse.Namespace, levels: list[float]) -> list[Tensor]:
-    """The layer's weights at all levels."""
+def write_levels(
+    solver: TrueOBS, args: argparse.Namespace, sparsities: list[float], file: LevelFile
+) -> Tensor:
+    """Write the layer's weights at all levels, a few rows at a time; those at the last level."""
     if args.mode == "unstr":
         solver.prepare_unstr()
-        return solver.prune_unstr(levels)
-    if args.mode == "blocked":
+    elif args.mode == "blocked":
         solver.prepare_blocked(args.blocked_size)
-        return solver.prune_blocked(levels)
-    return solver.prune_struct(levels, size=solver.layer.weight[0, 0].numel())
+    else:
+        solver.prepare_struct(size=solver.layer.weight[0, 0].numel())
+    for rows, weights in solver.level_parts(sparsities):
+        file.write(rows, weights)
+    solver.world.meet()
+    return file.read(len(sparsities) - 1).to(solver.layer.weight.device)
 
 
 def sparsity(weight: Tensor) -> float:
@@ -108,22 +118,24 @@ def compress_layer(
     name: str,
     solver: TrueOBS,
     args: argparse.Namespace,
-    sparsities: list[float] | None,  # of a database's levels; None: one result, put in the layer
+    database: Database | None,  # None: one result, put in the layer
 ) -> Entry:
-    """Compress one layer: its tensors, or all its levels, and its report."""
+    """Compress one layer: its tensors, or a file of all its levels, and its report."""
     report = LayerReport(name, tuple(solver.layer.weight.shape), why_dense(solver, args))
-    report.dense, tensors = bool(report.result), {}
+    report.dense, tensors, levels = bool(report.result), {}, ""
     if not report.dense:
         before = solver.layer.weight.detach().clone()
         started = time.perf_counter()
-        if sparsities is None:
+        if database is None:
             method = quantise_layer if args.mode == "quant" else nmprune_layer
             report.result = method(solver, args)
             after, tensors = solver.layer.weight.detach(), solver.layer.state_dict()
         else:
-            levels = sparse_levels(solver, args, sparsities)
-            after, tensors = levels[-1], {LEVELS: torch.stack(levels)}
-            report.result = f"{len(levels)} levels to sparsity {sparsity(after):.4f}"
+            file = database.file(name, before)
+            after = write_levels(solver, args, database.sparsities, file)
+            levels = file.hash() if solver.world.first else ""
+            count = len(database.sparsities)
+            report.result = f"{count} levels to sparsity {sparsity(after):.4f}"
         report.seconds = time.perf_counter() - started
         report.squared_error = solver.squared_error(after, before)
         energy = solver.squared_error(torch.zeros_like(before), before)
@@ -131,10 +143,23 @@ def compress_layer(
         report.damping, report.rank_deficit = solver.damping, solver.rank_deficit
     solver.free()
     log.info(report.line())
-    return Entry(tensors, asdict(report))
+    on_cpu = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    return Entry(on_cpu, {"report": asdict(report), "levels": levels})
 
 
 # -- all layers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Database:
+    """Where the levels of all layers go."""
+
+    sparsities: list[float]
+    folder: Path  # one that all processes share
+
+    def file(self, name: str, weight: Tensor) -> LevelFile:
+        """Of a layer, whose weight tells shape and precision."""
+        return LevelFile(file_of(self.folder, name, ".levels"), weight.shape, weight.dtype)
 
 
 class Compression:
@@ -147,33 +172,28 @@ class Compression:
         args: argparse.Namespace,
         state: Unkept,  # of finished layers
         cache: Unkept,  # of Σxxᵀ
-        sparsities: list[float] | None = None,
+        database: Database | None = None,
+        world: World = ALONE,
     ) -> None:
         self.dense, self.compressed, self.args = dense, compressed, args
-        self.state, self.cache, self.sparsities = state, cache, sparsities
+        self.state, self.cache, self.database, self.world = state, cache, database, world
         self.layers = find_layers(compressed)
-        self.device = next(dense.parameters()).device
-        self.memory = int(args.memory * 1e9) if args.memory else default_memory(self.device)
         self.reports: dict[str, LayerReport] = {}
         self.results: dict[str, Tensor] = {}  # the weights that squared errors are of, on the CPU
 
-    def run(self, batches: Iterable[tuple[Tensor, Tensor]]) -> list[LayerReport]:
-        """Calibrate and compress, in as many passes over the images as memory asks for."""
+    def run(self, batches: Batches) -> list[LayerReport]:
+        """Calibrate and compress, in as many passes over the images as memory asks for.
+
+        Of several processes, each does its share; all of them have the result.
+        """
         self._resume()
-        to_do = {name: x for name, x in self.layers.items() if name not in self.reports}
-        passes = in_passes(to_do, self.memory)
-        for number, names in enumerate(passes, 1):
-            if len(passes) > 1:
-                log.info("pass %d of %d over the images: %d layers",
-                         number, len(passes), len(names))  # fmt: skip
-            solvers = self._calibrated(names, batches)
-            for name in names:
-                try:
-                    entry = compress_layer(name, solvers.pop(name), self.args, self.sparsities)
-                except (SingularHessian, ArithmeticError) as error:
-                    raise UserError(f"{name}: {error}") from error
-                self.state.save(name, entry.tensors, entry.figures)
-                self._enter(entry)
+        if to_do := {name: x for name, x in self.layers.items() if name not in self.reports}:
+            task = Task.of(self.args, len(self.database.sparsities) if self.database else 0)
+            plan = make_plan(to_do, task, self.args.memory, self.world)
+            for number, names in enumerate(plan.passes, 1):
+                if (count := len(plan.passes)) > 1:
+                    log.info("pass %d of %d over the images: %d layers", number, count, len(names))
+                self._compress(plan, self._calibrated(plan, names, batches))
         reports = [self.reports[name] for name in self.layers]
         if all(report.dense for report in reports):
             self.state.finish()
@@ -183,38 +203,83 @@ class Compression:
     def _resume(self) -> None:
         """Take over what an interrupted run has finished."""
         for name, layer in self.layers.items():
-            if entry := self.state.load(name):
-                if "weight" in entry.tensors:
+            entry = self.state.load(name)
+            if entry and self._whole(name, entry):
+                if entry.tensors:
                     quant.put_layer(layer, entry.tensors)
                 self._enter(entry)
         if self.reports:
             log.info("resuming: %d of %d layers are done", len(self.reports), len(self.layers))
 
+    def _whole(self, name: str, entry: Entry) -> bool:
+        """Whether the file of a layer's levels is as it was."""
+        if not entry.figures["levels"]:
+            return True
+        file = self.database.file(name, self.layers[name].weight)
+        same = self.world.share(self.world.first and file.hash() == entry.figures["levels"])
+        if not same:
+            log.warning("%s: damaged; it is done again", file.path)
+        return same
+
     def _enter(self, entry: Entry) -> None:
-        report = LayerReport(**entry.figures)
+        report = LayerReport(**entry.figures["report"])
         self.reports[report.name] = report
         if not report.dense and self.args.check:
-            last = entry.tensors[LEVELS][-1] if self.sparsities else entry.tensors["weight"]
-            self.results[report.name] = last.to("cpu", copy=True)
+            weight = entry.tensors.get("weight")
+            if self.database:
+                file = self.database.file(report.name, self.layers[report.name].weight)
+                weight = file.read(len(self.database.sparsities) - 1)
+            self.results[report.name] = weight.to("cpu", copy=True)
 
-    def _calibrated(
-        self, names: list[str], batches: Iterable[tuple[Tensor, Tensor]]
-    ) -> dict[str, TrueOBS]:
+    def _calibrated(self, plan: Plan, names: list[str], batches: Batches) -> dict[str, TrueOBS]:
         """Solvers with the Hessians of some layers, from the cache or else from the images."""
-        half = self.memory // 2
-        solvers = {name: TrueOBS(self.layers[name], self.args.rel_damp, half) for name in names}
-        missing = {}
-        for name, solver in solvers.items():
-            if entry := self.cache.load(name):
-                solver.gram.total.copy_(entry.tensors["total"])
-                solver.nsamples = entry.figures["nsamples"]
-            else:
-                missing[name] = solver
-        if len(missing) < len(names):
-            log.info("calibrated before (--cache): %d of %d layers",
-                     len(names) - len(missing), len(names))  # fmt: skip
-        if missing:
-            calibrate(self.dense, missing, batches, self.device)
-        for name, solver in missing.items():
-            self.cache.save(name, {"total": solver.gram.total}, {"nsamples": solver.nsamples})
+        damp = self.args.rel_damp
+        solvers = {
+            name: TrueOBS(self.layers[name], damp, plan.memory, plan.sharing(name, self.world))
+            for name in names
+        }
+        known = {name: entry for name in names if (entry := self.cache.load(name))}
+        for theirs in self.world.gather(set(known)):  # several processes may read one folder
+            known = {name: entry for name, entry in known.items() if name in theirs}
+        for name, entry in known.items():
+            solvers[name].gram.sums().copy_(entry.tensors["total"])
+            solvers[name].nsamples = entry.figures["nsamples"]
+        if known:
+            log.info("calibrated before (--cache): %d of %d layers", len(known), len(names))
+        if missing := {name: solver for name, solver in solvers.items() if name not in known}:
+            device = next(self.dense.parameters()).device
+            calibrate(self.dense, missing, batches, device, self.world, self.args.shards)
+        for name, solver in missing.items() if self.world.first else ():
+            self.cache.save(name, {"total": solver.gram.sums()}, {"nsamples": solver.nsamples})
         return solvers
+
+    def _compress(self, plan: Plan, solvers: dict[str, TrueOBS]) -> None:
+        """Compress the layers of `solvers`, which it empties: this process those that are its own.
+
+        Layers that all processes share come first: while one waits, the others have work.
+        """
+        own = {}
+        for name in sorted(solvers, key=lambda name: plan.owners[name] is not None):
+            solver, owner = solvers.pop(name), plan.owners[name]
+            solver.memory = plan.memory - sum(plan.needs[other].sums for other in solvers)
+            if owner not in (None, self.world.rank):
+                continue
+            try:
+                entry = compress_layer(name, solver, self.args, self.database)
+            except (SingularHessian, ArithmeticError) as error:
+                raise UserError(f"{name}: {error}") from error
+            self.state.save(name, entry.tensors, entry.figures)
+            self._enter(entry)
+            if owner is not None:
+                own[name] = entry
+        for rank, theirs in enumerate(self.world.gather(own)):
+            for name, entry in theirs.items() if rank != self.world.rank else ():
+                self._take_over(name, entry)
+
+    def _take_over(self, name: str, entry: Entry) -> None:
+        """Enter a layer that another process has finished."""
+        if entry.tensors:
+            quant.put_layer(self.layers[name], entry.tensors)
+        self.state.save(name, entry.tensors, entry.figures)
+        self._enter(entry)
+        log.info(self.reports[name].line())

@@ -37,9 +37,10 @@ import sensitivity
 from checkpoints import check_finite, load_checkpoint
 from cli import UserError, log, save_checkpoint, sync_folder
 from costs import unit_cost
+from levelfile import LevelFile
 from profiles import read_profile, score_file, write_scores
 from quant import put_layer
-from resuming import Notes, State, Unkept, bytes_hash, content_hash, state_folder
+from resuming import Notes, Unkept, bytes_hash, content_hash, open_state, state_folder
 from session import Session, images_hash
 
 SPARSITY = r"\d{4}"
@@ -98,17 +99,15 @@ def write_levels(
     folder: Path,
     model: str,
     sparsities: Sequence[float],
-    compressed: nn.Module,  # whatever is in no layer comes from it
-    layers: Sequence[str],
-    state: State,  # holds the "levels" of these layers
+    tensors: Mapping[str, Tensor],  # whatever is in no layer comes from them
+    layers: Mapping[str, LevelFile],
 ) -> list[Path]:
     """Write the level files, a level at a time; they appear, whole, when all are made."""
     names = [f"{model}_{level}.pth" for level in level_names(sparsities)]
-    made = state.folder / "levels"
-    tensors = dict(compressed.state_dict())
+    made = next(iter(layers.values())).path.parent / "levels"
     for index, name in enumerate(names):
-        weights = {f"{layer}.weight": state.part(layer, "levels", index) for layer in layers}
-        save_checkpoint(tensors | weights, made / name)
+        weights = {f"{layer}.weight": file.read(index) for layer, file in layers.items()}
+        save_checkpoint({**tensors, **weights}, made / name)
     for name in names:  # all at once, as far as a file system can
         os.replace(made / name, folder / name)
     sync_folder(folder)
@@ -266,12 +265,14 @@ def write_errors(args: argparse.Namespace, db: Database, session: Session) -> No
     cli.check_writable(path)
     marks = session.fingerprint(build_parser(), {"database": db.hash})
     records.check_repeat(args.repeat, marks)
-    with State(state_folder(path), marks, args.restart) as state:
+    world = session.world
+    with open_state(state_folder(path), marks, args.restart, world) as state:
         if args.action == "spdy":
             scores = sensitivity.quadratic_prior(db)
         else:
             measure = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}
-            batches, notes = session.calibration(), Notes(state)
+            batches = session.calibration().shard(world.rank, world.size)
+            notes = Notes(state)
             with notes.kept():
                 scores = measure[args.action](session.model, db, batches, session.device, notes)
         seconds = time.perf_counter() - started
@@ -306,7 +307,7 @@ def open_evaluation(db: Database, session: Session) -> Unkept:
     marks = session.fingerprint(build_parser(), contents)
     folder = Path(args.prefix) / f".{db.model}_{db.kind}_eval.partial"
     try:
-        return State(folder, marks, args.restart)
+        return open_state(folder, marks, args.restart, session.world)
     except OSError as error:
         log.warning("%s: cannot be written (%s): an interrupt would lose what is evaluated",
                     folder, error.strerror)  # fmt: skip
@@ -327,6 +328,7 @@ def run(args: argparse.Namespace) -> None:
         cli.print_result(f"top-1 {session.accuracy(session.model):.2f}")
     else:
         write_errors(args, db, session)
+    session.world.leave()
 
 
 def main(argv: list[str] | None = None) -> int:

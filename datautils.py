@@ -25,9 +25,8 @@ are, nor in which order they run.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +34,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from batches import Batches, Passes, normalise, tell_skipped
 from cli import UserError, log
-from imagefiles import BadImage, FileImages, damaged, leave_interrupts, list_images, subfolders
+from imagefiles import BadImage, FileImages, damaged, list_images, subfolders
 from vision import torchvision
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 DATASETS = ("imagenet", "cifar10", "digits", "folder")
 DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  # pixels
 DEFAULT_PATHS = {"imagenet": "../imagenet", "cifar10": "../cifar10"}
@@ -107,16 +105,6 @@ class View:
         if self.flips and torch.rand(()) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
-
-
-def normalise(
-    pixels: np.ndarray,  # (n, s, s, 3) uint8
-) -> Tensor:  # (n, 3, s, s) float32
-    """Scale to [0, 1], then shift and scale by MEAN and STD."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    images = images.to(torch.float32, memory_format=torch.contiguous_format)
-    return images.div_(255).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
@@ -227,13 +215,6 @@ def _readable(
     return [index for index in chosen if source.files[index] not in bad]
 
 
-def tell_skipped(bad: Mapping[str, str], of_what: str) -> None:
-    """One line for all images that --skip-bad-images leaves out."""
-    first, flaw = next(iter(bad.items()))
-    log.warning("%d %s cannot be read and are skipped; the first: %s (%s)",
-                len(bad), of_what, first, flaw)
-
-
 def _digits() -> tuple[ArrayImages, ArrayImages, list[str]]:
     with np.load(DIGITS_FILE, allow_pickle=False) as stored:
         images, labels, test = stored["images"], stored["labels"], stored["test"]
@@ -296,72 +277,6 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
 # ---------------------------------------------------------------------------------- batches
 
 
-class _Passes(Dataset):
-    """`nrounds` passes over an image set, one after the other, as one long dataset.
-
-    A BadImage comes back as an item: a DataLoader would re-raise it with a worker's whole
-    traceback for a message. `Batches` raises it as it was, or skips it.
-    """
-
-    def __init__(self, images: ImageSet, nrounds: int, seed: int | None) -> None:
-        self.images, self.nrounds, self.seed = images, nrounds, seed
-
-    def __len__(self) -> int:
-        return self.nrounds * len(self.images)
-
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int] | BadImage:
-        round_index, index = divmod(position, len(self.images))
-        seed = None if self.seed is None else (self.seed, round_index, index)
-        try:
-            return self.images.pixels(index, seed)
-        except BadImage as error:
-            return error
-
-
-def _collate(
-    items: list[tuple[np.ndarray, int] | BadImage],
-) -> tuple[Tensor | None, Tensor, list[BadImage]]:
-    bad = [item for item in items if isinstance(item, BadImage)]
-    good = [item for item in items if not isinstance(item, BadImage)]
-    images = normalise(np.stack([pixels for pixels, _ in good])) if good else None
-    return images, torch.tensor([label for _, label in good]), bad
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Sized, and iterable any number of times: pairs (images, labels), always in the same order."""
-
-    passes: _Passes
-    batchsize: int
-    workers: int
-    skip_bad_images: bool = False
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.passes) / self.batchsize)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(
-            self.passes, batch_size=self.batchsize, num_workers=self.workers,
-            collate_fn=_collate, worker_init_fn=leave_interrupts,
-            generator=torch.Generator(),  # else every loop would advance the global one
-        )
-        skipped: dict[str, str] = {}
-        try:
-            for images, labels, bad in loader:
-                if bad and not self.skip_bad_images:
-                    raise bad[0]
-                skipped |= {error.path: error.flaw for error in bad}
-                if images is not None:
-                    yield images, labels
-            if skipped:
-                tell_skipped(skipped, "more images")
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise UserError("a process that decodes images died, perhaps for lack of (shared) "
-                            "memory; pass --workers 0 or a smaller --batchsize") from error
-
-
 def calibration_batches(
     data: ImageData,
     *,
@@ -375,9 +290,9 @@ def calibration_batches(
 
     Batches run on across the seam between two passes: only the very last may be smaller.
     """
-    passes = _Passes(data.calibration, nrounds, seed if augment else None)
+    passes = Passes(data.calibration, nrounds, seed if augment else None)
     workers = data.workers if workers is None else workers
-    return Batches(passes, batchsize, workers, data.skip_bad_images)
+    return Batches(passes, batchsize, workers, skip_bad_images=data.skip_bad_images)
 
 
 def test_batches(
@@ -387,9 +302,9 @@ def test_batches(
     workers: int | None = None,  # None: what suits the dataset
 ) -> Batches:
     """One pass over the test images."""
-    passes = _Passes(data.test, 1, None)
+    passes = Passes(data.test, 1, None)
     workers = data.workers if workers is None else workers
-    return Batches(passes, batchsize, workers, data.skip_bad_images)
+    return Batches(passes, batchsize, workers, skip_bad_images=data.skip_bad_images)
 
 
 test_batches.__test__ = False  # not a test, whatever pytest makes of the name

@@ -193,6 +193,12 @@ def bytes_per_system(d: int, item: int, device: torch.device) -> int:
     return vectors + d * d * item + 4 * d * panel_width(d, 1) * item
 
 
+def bytes_per_task(d: int, item: int, device: torch.device) -> tuple[int, int]:
+    """Memory for a row that the compiled engine works on, and how many it works on at a time."""
+    compiled = compiled_engine() if device.type == "cpu" else None
+    return (0, 0) if compiled is None else compiled.bytes_per_task(d, item)
+
+
 def eliminate_in_torch(
     W: Tensor, inverse: Inverse, system: Tensor, rule: PivotRule, steps: int, panel: int
 ) -> Trace:

@@ -75,6 +75,12 @@ def eliminate_rows(
     return order, losses, weights
 
 
+def bytes_per_task(d: int, item: int) -> tuple[int, int]:
+    """Memory for a row in work, and how many are at a time, if there are as many."""
+    rows = max(1, CACHE_BYTES // (d * d * item))
+    return d * (d + 192) * item, torch.get_num_threads() * rows
+
+
 class _Task:
     """The state of a few rows on their way through all panels."""
 

@@ -28,7 +28,7 @@ accumulated in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from torch.nn import functional
 CHUNK_BYTES = 64 << 20  # an unfolded piece of a batch is no larger than this
 NARROW = 128  # features; up to here a product a row is faster than one long product
 DEAD = 1e-20  # × mean(diag H): inputs with less than this are always zero, or as good as
+TOGETHER = 1 << 22  # numbers in the matrices that are inverted together
 LADDER = tuple(10.0**exponent for exponent in range(-8, 1))  # damping tried, × mean(diag H)
 
 
@@ -46,9 +47,29 @@ class Gram:
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         self.layer = layer
         self.groups = getattr(layer, "groups", 1)
-        d = layer.weight[0].numel()
-        device = layer.weight.device
-        self.total = torch.zeros(self.groups, d, d, dtype=torch.float64, device=device)
+        self.total: Tensor | None = None  # (G, d, d), of convolutions the upper blocks only
+        self.shards: Tensor | None = None  # the same, of shards of the images that have ended
+
+    def sums(self) -> Tensor:  # (G, d, d) float64
+        """The sums so far, to add to."""
+        if self.total is None:
+            d, device = self.layer.weight[0].numel(), self.layer.weight.device
+            with torch.inference_mode(False):  # or nobody outside could add to them
+                self.total = torch.zeros(self.groups, d, d, dtype=torch.float64, device=device)
+        return self.total
+
+    def end_shard(self) -> None:
+        """Put the sums of a shard of the images to those of the shards before it."""
+        if self.shards is None:
+            self.shards, self.total = self.sums(), None
+        else:
+            self.shards += self.sums()
+            self.total.zero_()
+
+    def all_shards(self) -> None:
+        """Go on with the sums over all shards that have ended."""
+        if self.shards is not None:
+            self.total, self.shards = self.shards, None
 
     def add(self, inputs: Tensor) -> None:
         """Add one batch: (n, C, height, width) for a convolution, (…, d) for a linear layer."""
@@ -67,11 +88,11 @@ class Gram:
     def _add_columns(self, x: Tensor) -> None:  # (L, d)
         size = max(1, CHUNK_BYTES // (x.shape[1] * x.element_size()))
         for part in x.split(size):
-            self.total[0] += part.T @ part
+            self.sums()[0] += part.T @ part
 
     def _add_rows(self, F: Tensor, height: int) -> None:  # (G, T, n·Wo, f)
         kh, f = self.layer.kernel_size[0], F.shape[3]
-        total = self.total.view(self.groups, kh, f, kh, f)
+        total = self.sums().view(self.groups, kh, f, kh, f)
         for lag in range(kh):
             for pairs in self._same_phase(kh - lag):
                 starts = [i * self.layer.dilation[0] for i in pairs]
@@ -89,18 +110,25 @@ class Gram:
         return list(phases.values())
 
     def matrix(self) -> Tensor:  # (G, d, d) float64
-        """Σ x xᵀ with columns in the order of the layer's weights: (channel, kh, kw)."""
+        """Σ x xᵀ so far; columns in the order of the layer's weights, (channel, kh, kw)."""
+        return self._ordered(self.sums().clone())
+
+    def take(self) -> Tensor:  # (G, d, d) float64
+        """The same, and start anew: for want of memory."""
+        total, self.total = self.sums(), None
+        return self._ordered(total)
+
+    def _ordered(self, total: Tensor) -> Tensor:  # changes its argument
         if isinstance(self.layer, nn.Linear):
-            return self.total.clone()
+            return total
         kh, kw = self.layer.kernel_size
-        G, d, _ = self.total.shape
-        blocks = self.total.view(G, kh, d // kh, kh, d // kh)
-        full = blocks.clone()
+        G, d, _ = total.shape
+        blocks = total.view(G, kh, d // kh, kh, d // kh)
         for i in range(kh):
             for j in range(i):  # the lower blocks mirror the upper ones
-                full[:, i, :, j, :] = blocks[:, j, :, i, :].transpose(1, 2)
+                blocks[:, i, :, j, :] = blocks[:, j, :, i, :].transpose(1, 2)
         C = d // (kh * kw)
-        full = full.view(G, kh, kw, C, kh, kw, C).permute(0, 3, 1, 2, 6, 4, 5)
+        full = total.view(G, kh, kw, C, kh, kw, C).permute(0, 3, 1, 2, 6, 4, 5)
         return full.reshape(G, d, d)
 
 
@@ -201,44 +229,64 @@ def damped_inverse(
     Inputs that are always zero (H_pp = 0) are decoupled from the others. H counts as positive
     definite if it has a Cholesky factor and no H_pp (H⁻¹)_pp, the factor by which a pivot shrinks
     during an elimination, exceeds what `dtype` resolves. Otherwise the smallest step of `LADDER`
-    that makes it so is added to the diagonal, per group.
+    that makes it so is added to the diagonal, per group. A few groups go at a time, so that beside
+    H two or three matrices are in memory, however many groups there are.
 
     Raises:
         SingularHessian: if no step does (H holds NaN or infinity).
     """
-    H, mean = decoupled(H)
-    damping = torch.full_like(mean, rel_damp)
-    matrix = torch.zeros_like(H)
+    together = max(1, TOGETHER // H[0].numel())
+    parts = [_damped_inverse(some, rel_damp, dtype) for some in H.split(together)]
+    if len(parts) == 1:
+        return parts[0]
+    return Inverse(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Inverse)))
+
+
+def _damped_inverse(H: Tensor, rel_damp: float, dtype: torch.dtype) -> Inverse:
+    """`damped_inverse` of all groups at once."""
+    matrix = torch.empty_like(H, dtype=dtype) if len(H) > 1 else None
+    damping = H.new_full((len(H),), rel_damp)
     wanted = torch.arange(len(H), device=H.device)
     for step in (0.0, *LADDER):
         damping[wanted] = rel_damp + step
-        trial = H[wanted]
-        trial.diagonal(dim1=1, dim2=2).add_((damping * mean)[wanted, None])
-        inverse, good = checked_inverse(trial, dtype)
-        matrix[wanted[good]] = inverse[good]
+        inverse, good = checked_inverse(decoupled(H[wanted], damping[wanted]), dtype)
+        if matrix is None:
+            matrix = inverse.to(dtype)
+        else:
+            matrix[wanted[good]] = inverse[good].to(dtype)
+        del inverse
         wanted = wanted[~good]
         if not len(wanted):
             break
+        matrix = matrix if len(H) > 1 else None
     else:
         raise SingularHessian("the Hessian holds NaN or infinity: check the calibration images")
-    diagonal = H.diagonal(dim1=1, dim2=2) + (damping * mean)[:, None]
+    floor = 1 / decoupled_diagonal(H, damping)
     deficit = torch.zeros(len(H), dtype=torch.int64, device=H.device)
     for g in torch.nonzero(damping > rel_damp).flatten():
-        deficit[g] = H.shape[1] - torch.linalg.matrix_rank(H[g], hermitian=True, rtol=1e-7)
-    return Inverse(matrix.to(dtype), (1 / diagonal).to(dtype), damping, deficit)
+        exact = decoupled(H[g : g + 1].clone(), damping.new_zeros(1))[0]
+        deficit[g] = H.shape[1] - torch.linalg.matrix_rank(exact, hermitian=True, rtol=1e-7)
+    return Inverse(matrix, floor.to(dtype), damping, deficit)
 
 
-def decoupled(H: Tensor) -> tuple[Tensor, Tensor]:  # (G, d, d), (G,)
-    """H without its dead inputs: zero but for the mean on the diagonal; and that mean (or 1)."""
-    alive = alive_inputs(H)
-    mean = H.diagonal(dim1=1, dim2=2).mean(1)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    if bool(alive.all()):
-        return H, mean
-    H = torch.where(alive[:, :, None] & alive[:, None, :], H, 0.0)
+def decoupled(
+    H: Tensor,  # (G, d, d), changed in place
+    damping: Tensor,  # (G,) × mean(diag H)
+) -> Tensor:  # H
+    """Without its dead inputs, zero but for the mean on the diagonal, and damped."""
+    diagonal, alive = decoupled_diagonal(H, damping), alive_inputs(H)
+    if not bool(alive.all()):
+        H.masked_fill_(~alive[:, :, None], 0).masked_fill_(~alive[:, None, :], 0)
+    H.diagonal(dim1=1, dim2=2).copy_(diagonal)
+    return H
+
+
+def decoupled_diagonal(H: Tensor, damping: Tensor) -> Tensor:  # (G, d)
+    """The diagonal of H, dead inputs' the mean (or 1), with damping × mean added."""
     diagonal = H.diagonal(dim1=1, dim2=2)
-    diagonal.copy_(torch.where(alive, diagonal, mean[:, None]))
-    return H, mean
+    mean = diagonal.mean(1, keepdim=True)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    return torch.where(alive_inputs(H), diagonal, mean) + damping[:, None] * mean
 
 
 def alive_inputs(H: Tensor) -> Tensor:  # (G, d, d) -> (G, d) bool
@@ -247,14 +295,21 @@ def alive_inputs(H: Tensor) -> Tensor:  # (G, d, d) -> (G, d) bool
     return ~(diagonal <= DEAD * diagonal.mean(1, keepdim=True))
 
 
-def checked_inverse(H: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def checked_inverse(
+    H: Tensor,  # (G, d, d) float64, symmetric; overwritten with the inverses
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """(G, d, d) inverses by Cholesky, and (G,) whether each is good enough for `dtype`."""
-    factor, info = torch.linalg.cholesky_ex(H)
+    diagonal = H.diagonal(dim1=1, dim2=2).clone()
+    factor = H.mT  # LAPACK's own layout, in which it works in place
+    info = torch.empty(len(H), dtype=torch.int32, device=H.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     good = info == 0
-    eye = torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
-    inverse = torch.cholesky_inverse(torch.where(good[:, None, None], factor, eye))
-    shrink = (H.diagonal(dim1=1, dim2=2) * inverse.diagonal(dim1=1, dim2=2)).amax(1)
-    return inverse, good & (shrink < 1e-2 / torch.finfo(dtype).eps)
+    factor.masked_fill_(~good[:, None, None], 0)
+    factor.diagonal(dim1=1, dim2=2).masked_fill_(~good[:, None], 1)
+    torch.cholesky_inverse(factor, out=factor)
+    shrink = (diagonal * H.diagonal(dim1=1, dim2=2)).amax(1)
+    return H, good & (shrink < 1e-2 / torch.finfo(dtype).eps)
 
 
 def without(

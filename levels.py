@@ -38,6 +38,19 @@ class Undamped:
     damped: Tensor  # (R,) bool
 
 
+def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
+    """Sparsities whose density shrinks by the factor 1 − delta, from `low`; then `high` itself.
+
+    >>> [round(s, 3) for s in sparsity_grid(0.0, 0.3, 0.1)]
+    [0.0, 0.1, 0.19, 0.271, 0.3]
+    """
+    levels, density = [], 1 - low
+    while density > 1 - high + 1e-9:
+        levels.append(1 - density)
+        density *= 1 - delta
+    return [*levels, high]
+
+
 def first_counts(
     losses: Tensor,  # (systems, steps) in each system's own order
     sparsities: Sequence[float],
@@ -130,3 +143,10 @@ def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor
     if not bool((info == 0).all()):
         raise ArithmeticError("the inverse Hessian is not positive definite; try --rel-damp 1e-2")
     return L
+
+
+def completed(order: Tensor, columns: int) -> Tensor:  # (rows, steps) -> (rows, columns)
+    """An order of removal, and after it the columns that stay."""
+    stays = torch.ones(len(order), columns, dtype=torch.bool, device=order.device)
+    stays.scatter_(1, order.long(), False)
+    return torch.cat([order.long(), torch.nonzero(stays)[:, 1].view(len(order), -1)], 1)

@@ -17,7 +17,6 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,20 @@ from torch import Tensor, nn
 import cli
 import quant
 import records
+from batches import Batches
 from calibration import activation_grids, attach_activation_grids
 from checking import compare, fresh_images, measured_errors
 from cli import UserError, log
-from compression import Compression
+from compression import Compression, Database
 from database import level_names, model_tag, stray_levels, write_levels
-from datautils import Batches
+from levels import sparsity_grid
 from modelutils import find_layers
-from resuming import Cache, State, Unkept, content_hash, state_folder
+from planning import Task, show_plan
+from resuming import Cache, Unkept, content_hash, open_state, state_folder
 from session import Session, load_compressed
 
 NO_QUANTISATION = 32  # bits
-CALIBRATION_OPTIONS = ("seed", "nrounds", "noaug", "batchsize")
+CALIBRATION_OPTIONS = ("seed", "nrounds", "noaug", "batchsize", "shards")
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
 SPARSITY_GRIDS = {  # min, max, delta (DESIGN.md section 3)
     "unstr": (0.0, 0.99, 0.1),
@@ -69,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
     add("--save", metavar="FILE", help="where quant and nmprune save the compressed model")
+    add("--shards", metavar="N", type=cli.positive_int,
+        help="sum Hessians as N processes of torchrun would (default: as many as there are)")
+    add("--plan", action="store_true", help="print what the run needs and how long it takes; stop")
     add("--rel-damp", metavar="F", type=cli.nonnegative_float, default=0.0,
         help="fraction of mean(diag H) added to the diagonal of H")  # fmt: skip
     add("--cache", metavar="DIR", help="keep calibrated Hessians here, for later runs to share")
@@ -168,17 +172,10 @@ def record_file(args: argparse.Namespace) -> Path | None:
     return Path(args.save).with_suffix(".json") if args.save else None
 
 
-def sparsity_grid(low: float, high: float, delta: float) -> list[float]:
-    """Sparsities whose density shrinks by the factor 1 − delta, from `low`; then `high` itself.
-
-    >>> [round(s, 3) for s in sparsity_grid(0.0, 0.3, 0.1)]
-    [0.0, 0.1, 0.19, 0.271, 0.3]
-    """
-    levels, density = [], 1 - low
-    while density > 1 - high + 1e-9:
-        levels.append(1 - density)
-        density *= 1 - delta
-    return [*levels, high]
+def task_of(args: argparse.Namespace) -> Task:
+    """What there is to do, for the plan."""
+    grid = (args.min_sparsity, args.max_sparsity, args.delta_sparse)
+    return Task.of(args, len(sparsity_grid(*grid)) if args.mode in SPARSITY_GRIDS else 0)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -198,17 +195,24 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     started = time.perf_counter()
     session = Session.of(args)
+    world = session.world
+    if args.shards and world.size not in (1, args.shards):
+        raise UserError(f"--shards {args.shards}: {world.size} processes make as many")
+    args.shards = args.shards or world.size  # sums depend on it, by rounding
     dense, compressed = session.model, load_start(args, session.model)
     start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
     marks = session.fingerprint(build_parser(), start)
     records.check_repeat(args.repeat, marks)
     batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
+    if show_plan(session, compressed, task_of(args)) and args.plan:
+        return world.leave()
     if args.mode == "quant" and args.abits < NO_QUANTISATION:
         images = next(iter(batches))[0].to(session.device)
         grids = activation_grids(dense, images, args.abits, args.asym, not args.aminmax)
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
-    with open_state(args, marks) as state:
+    folder = partial_folder(args)
+    with open_state(folder, marks, args.restart, world) if folder else Unkept() as state:
         figures = compress(session, compressed, batches, state)
         if args.save:
             cli.save_checkpoint(compressed.state_dict(), args.save)
@@ -220,17 +224,14 @@ def run(args: argparse.Namespace) -> None:
         state.finish()
     if accuracy is not None:
         cli.print_result(f"top-1 {accuracy:.2f}")
+    world.leave()
 
 
-def open_state(args: argparse.Namespace, marks: Mapping[str, str]) -> Unkept:
+def partial_folder(args: argparse.Namespace) -> Path | None:
     """Where finished layers are kept: beside the output, if there is to be one."""
     if args.sparse_dir:
-        folder = Path(args.sparse_dir) / f".{model_tag(args.model)}.partial"
-    elif args.save:
-        folder = state_folder(args.save)
-    else:
-        return Unkept()
-    return State(folder, marks, args.restart)
+        return Path(args.sparse_dir) / f".{model_tag(args.model)}.partial"
+    return state_folder(args.save) if args.save else None
 
 
 def open_cache(session: Session) -> Unkept:
@@ -249,24 +250,28 @@ def compress(
     state: Unkept,
 ) -> dict[str, Any]:
     """All layers, in place or as levels into --sparse-dir; figures for the record."""
-    args, grid = session.args, None
+    args, world, database = session.args, session.world, None
     if args.mode == "quant" and args.wbits == NO_QUANTISATION:
         log.info("weights left as they are (--wbits 32); activations: %d bits", args.abits)
         return {"layers": []}
     if args.mode in SPARSITY_GRIDS:
         grid = sparsity_grid(args.min_sparsity, args.max_sparsity, args.delta_sparse)
+        database = Database(grid, partial_folder(args))
+        if not database.folder.is_dir():
+            raise UserError(f"{args.sparse_dir}: has to be a folder that all processes share")
     before = {name: layer.weight.detach().clone()
               for name, layer in find_layers(compressed).items() if args.check}  # fmt: skip
     with open_cache(session) as cache:
-        task = Compression(session.model, compressed, args, state, cache, grid)
+        task = Compression(session.model, compressed, args, state, cache, database, world)
         layers = [asdict(report) for report in task.run(batches)]
     if args.check:
         check(session, batches, layers, {name: before[name] - weight.to(session.device)
                                          for name, weight in task.results.items()})  # fmt: skip
-    if grid is not None:
-        names = [report["name"] for report in layers if not report["dense"]]
-        folder = Path(args.sparse_dir)
-        files = write_levels(folder, model_tag(args.model), grid, compressed, names, state)
+    if database and world.first:
+        made = {name: database.file(name, layer.weight)
+                for name, layer in find_layers(compressed).items() if not task.reports[name].dense}
+        tag, folder = model_tag(args.model), Path(args.sparse_dir)
+        files = write_levels(folder, tag, database.sparsities, compressed.state_dict(), made)
         cli.print_result(f"{len(files)} levels in {args.sparse_dir}")
     return {"layers": layers}
 

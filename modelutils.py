@@ -7,13 +7,10 @@
 MODEL is one of
 
 * rn18 rn34 rn50 rn101 rn152, torchvision's ResNets, or any other torchvision classification model;
-* rn8 rn20 rn32 rn44 rn56 rn110, the CIFAR ResNets of He et al. 2015, "Deep residual learning for
-  image recognition", §4.2: 6n + 2 layers in three stages of widths 16, 32, 64, with shortcuts that
-  have no parameters ("option A": every second pixel, new channels zero);
+* rn8 rn20 rn32 rn44 rn56 rn110, the CIFAR ResNets (`cifar_resnets.py`);
 * path/to/file.py:function, a model of the user's own: called without arguments.
 
-Weights are tensors in a file and nothing else (`checkpoints.py`). Deviation from §4.2: the zeros of
-option A go on both sides of the old channels, as in the checkpoints that circulate.
+Weights are tensors in a file and nothing else (`checkpoints.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoints import load_checkpoint, load_state
+from cifar_resnets import CifarResNet
 from cli import UserError
+from distributed import ALONE, World
 from tracing import folded
 from vision import torchvision
 
@@ -41,67 +40,6 @@ CIFAR_BLOCKS = {f"rn{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # name: n, bl
 SHIPPED_WEIGHTS = {("rn8", "digits"): Path(__file__).resolve().parent / "assets/rn8_digits.pth"}
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, s, s) float32, labels (n,) int64
-
-
-# ---------------------------------------------------------------------------- CIFAR ResNets
-
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a parameter-free shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride = stride
-        self.new_channels = outputs - inputs
-
-    def forward(
-        self,
-        x: Tensor,  # (n, inputs, s, s)
-    ) -> Tensor:  # (n, outputs, s / stride, s / stride)
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
-
-    def shortcut(self, x: Tensor) -> Tensor:
-        """Option A: subsample, and pad the channels with zeros on both sides."""
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        if self.new_channels:
-            before = self.new_channels // 2
-            x = F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
-        return x
-
-
-class CifarResNet(nn.Module):
-    """The ResNet with 6n + 2 layers for small images (He et al. 2015, §4.2)."""
-
-    def __init__(self, n: int, classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(n, 16, 16, stride=1)
-        self.layer2 = self._stage(n, 16, 32, stride=2)
-        self.layer3 = self._stage(n, 32, 64, stride=2)
-        self.linear = nn.Linear(64, classes)
-        for layer in find_layers(self).values():
-            nn.init.kaiming_normal_(layer.weight)
-
-    @staticmethod
-    def _stage(n: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(inputs, outputs, stride)
-        return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(n - 1)))
-
-    def forward(
-        self,
-        x: Tensor,  # (n, 3, s, s)
-    ) -> Tensor:  # (n, classes)
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(out.mean(dim=(2, 3)))
 
 
 # ---------------------------------------------------------------------------- models by name
@@ -278,23 +216,39 @@ def _outputs(
             yield logits, labels.to(device)
 
 
-def evaluate(model: nn.Module, batches: Batches, device: torch.device) -> float:
+def evaluate(
+    model: nn.Module,
+    batches: Batches,  # of several processes, each its own
+    device: torch.device,
+    world: World = ALONE,
+) -> float:
     """Top-1 accuracy in percent. Moves the model to `device`; changes nothing else about it."""
     correct, total = torch.zeros((), dtype=torch.int64, device=device), 0
     for logits, labels in _outputs(model, batches, device, "evaluating"):
         correct += (logits.argmax(dim=1) == labels).sum()
         total += len(labels)
+    correct, total = map(sum, zip(*world.gather((int(correct), total)), strict=True))
     if not total:
         raise UserError("no images to evaluate on")
-    return 100 * int(correct) / total
+    return 100 * correct / total
 
 
-def mean_loss(model: nn.Module, batches: Batches, device: torch.device) -> float:
-    """Mean cross-entropy in nats. Moves the model to `device`; changes nothing else about it."""
-    loss, total = torch.zeros((), dtype=torch.float64, device=device), 0
-    for logits, labels in _outputs(model, batches, device, "loss"):
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum").double()
-        total += len(labels)
-    if not total:
+def mean_loss(
+    model: nn.Module,
+    batches: Batches,  # of several processes, each its own: every N-th
+    device: torch.device,
+    world: World = ALONE,
+) -> float:
+    """Mean cross-entropy in nats. Moves the model to `device`; changes nothing else about it.
+
+    Batches are added in their order, whichever process they are with.
+    """
+    sums = [
+        (F.cross_entropy(logits.float(), labels, reduction="sum").double(), len(labels))
+        for logits, labels in _outputs(model, batches, device, "loss")
+    ]
+    sums = world.interleave([(float(loss), count) for loss, count in sums])
+    if not sums:
         raise UserError("no images to evaluate on")
-    return float(loss) / total
+    loss, total = map(sum, zip(*sums, strict=True))
+    return loss / total

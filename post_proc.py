@@ -44,7 +44,7 @@ from datautils import calibration_batches
 from modelutils import find_layers
 from profiles import read_profile
 from quant import put_layer
-from resuming import State, Unkept, content_hash, state_folder
+from resuming import Unkept, content_hash, open_state, state_folder
 from retraining import finetune, global_adaprune, train_vectors
 from session import Session, load_compressed
 
@@ -243,8 +243,8 @@ def run(args: argparse.Namespace) -> None:
     contents = {"compressed model": content_hash(model.state_dict())}
     marks = session.fingerprint(build_parser(), contents)
     records.check_repeat(args.repeat, marks)
-    kept = State(state_folder(args.save), marks, args.restart) if args.save else Unkept()
-    with kept as state:
+    folder = state_folder(args.save) if args.save else None
+    with open_state(folder, marks, args.restart, session.world) if folder else Unkept() as state:
         reports = correct(session, model, state)
         if args.save:
             cli.save_checkpoint(model.state_dict(), args.save)
@@ -261,6 +261,7 @@ def run(args: argparse.Namespace) -> None:
             )
         state.finish()
     cli.print_result(f"top-1 {accuracy:.2f}")
+    session.world.leave()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,8 @@ again. Killed at any moment, a run loses what it had in hand, no more. Since eve
 the same function of the same contents, a resumed result equals an uninterrupted one to the bit.
 
 `Notes` are for many small results, such as losses: gathered, and written at most once a second.
+
+Of several processes (`distributed.py`) the first keeps the state for all (`Together`).
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from cli import UserError, atomic_write, log, sync_folder
+from distributed import ALONE, World
 
 try:
     import fcntl
@@ -51,7 +54,7 @@ SURROUNDINGS = ("code", *VERSIONS, "threads", "device")  # they change results b
 NO_PART_OF_A_RESULT = {  # options: where and how to work, or files whose contents count
     "help", "skip_bad_images", "device", "workers", "memory", "restart", "repeat", "check", "cache",
     "weights", "datapath", "load", "save", "sparse_dir", "prefix", "score_path", "profile", "file",
-    "timings", "image_size",
+    "timings", "image_size", "plan",
 }  # fmt: skip
 
 
@@ -140,6 +143,12 @@ class Entry:
 class Unkept:
     """Stands in for a `State` where nothing is to be kept."""
 
+    world = ALONE
+
+    def holds(self, key: str) -> bool:
+        """Whether something is saved under `key`, damaged or not."""
+        return False
+
     def load(self, key: str) -> Entry | None:
         """What was saved under `key` and is undamaged."""
         return None
@@ -216,7 +225,10 @@ class State(Unkept):
 
     def path(self, key: str) -> Path:
         """The file of an entry."""
-        return self.folder / f"{quote(key, safe=' ')}.safetensors"
+        return file_of(self.folder, key)
+
+    def holds(self, key: str) -> bool:
+        return self.path(key).exists()
 
     def save(self, key: str, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
         if not (self.folder / FINGERPRINT).exists():
@@ -228,7 +240,7 @@ class State(Unkept):
             file.write(safetensors_bytes(plain, marks))
 
     def load(self, key: str) -> Entry | None:
-        if not self.path(key).exists():
+        if not self.holds(key):
             return None
         try:
             with safe_open(self.path(key), "pt") as file:
@@ -241,11 +253,6 @@ class State(Unkept):
             pass  # RecursionError is a RuntimeError
         log.warning("%s: damaged; it is done again", self.path(key))
         return None
-
-    def part(self, key: str, name: str, index: int) -> Tensor:
-        """tensors[name][index] of an entry; the rest of it is not read."""
-        with safe_open(self.path(key), "pt") as file:
-            return file.get_slice(name)[index].clone()
 
     def finish(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -263,6 +270,45 @@ class Cache(State):
 
     def finish(self) -> None:
         """Nothing: other runs may want it."""
+
+
+class Together(Unkept):
+    """A state of several processes, which all call it alike: the first one's, that all read."""
+
+    def __init__(self, state: Unkept, world: World) -> None:
+        self.state, self.world = state, world
+
+    def holds(self, key: str) -> bool:
+        return self.world.share(self.state.holds(key))
+
+    def load(self, key: str) -> Entry | None:
+        return self.world.share(self.state.load(key))
+
+    def save(self, key: str, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
+        self.state.save(key, tensors, figures)
+
+    def finish(self) -> None:
+        self.world.meet()  # others may still read what is there
+        self.state.finish()
+
+    def __exit__(self, *error: object) -> None:
+        self.state.__exit__(*error)
+
+
+def open_state(
+    folder: Path, fingerprint: Mapping[str, str], restart: bool, world: World = ALONE
+) -> State | Together:
+    """The state in a folder, of however many processes."""
+    if world.size == 1:
+        return State(folder, fingerprint, restart)
+    state = Together(State(folder, fingerprint, restart) if world.first else Unkept(), world)
+    world.meet()
+    return state
+
+
+def file_of(folder: Path, key: str, suffix: str = ".safetensors") -> Path:
+    """Where something is kept."""
+    return folder / f"{quote(key, safe=' ')}{suffix}"
 
 
 def state_folder(output: str | os.PathLike[str]) -> Path:
@@ -286,12 +332,15 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, str]) -> None:
 
 
 class Notes:
-    """Small results by name: figures as JSON has them, kept in a state."""
+    """Small results by name: figures as JSON has them, kept in a state.
+
+    Several processes start with the same notes; `collect` brings what others add to the first.
+    """
 
     def __init__(self, state: Unkept) -> None:
         self.state, self.known, self.fresh = state, {}, {}
         self.pages, self.written = 0, time.monotonic()
-        while isinstance(state, State) and state.path(self._page()).exists():
+        while state.holds(self._page()):
             if entry := state.load(self._page()):
                 self.known |= entry.figures
             self.pages += 1
@@ -311,10 +360,26 @@ class Notes:
 
     def write(self) -> None:
         """Write what is not yet on disk."""
-        if self.fresh:
+        if self.fresh and self.state.world.first:
             self.state.save(self._page(), {}, self.fresh)
             self.pages, self.fresh = self.pages + 1, {}
         self.written = time.monotonic()
+
+    def collect(self, more: bool) -> bool:
+        """Note what others have noted; whether any of them still has `more` to do."""
+        world = self.state.world
+        if world.size == 1:
+            return more
+        shares = world.gather((None if world.first else self.fresh, more))
+        for theirs, _ in shares[1:]:
+            if world.first:
+                self.known |= theirs
+                self.fresh |= theirs
+        if not world.first:
+            self.fresh = {}
+        elif time.monotonic() - self.written >= SECONDS_BETWEEN_NOTES:
+            self.write()
+        return any(more for _, more in shares)
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Batches = Iterable[tuple[Tensor, Tensor]]  # images, labels
 Scores = dict[str, dict[str, float]]  # layer → level → value
 
+
 def distinct_levels(db: Database, layer: str, dense: nn.Module) -> dict[str, list[str]]:
     """One level of each set of equal ones → all levels of the set; those equal to dense: ""."""
     sets: dict[str, list[str]] = {content_hash(dense.state_dict()): [""]}
@@ -65,42 +66,50 @@ def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | No
 def losses(
     model: nn.Module,
     db: Database,
-    batches: Batches,
+    batches: Batches,  # of several processes, each its own: every N-th
     device: torch.device,
     notes: Notes | None = None,  # of what an interrupted run has measured
 ) -> Scores:
     """Change of the mean loss with exactly one layer compressed, per layer and level.
 
-    The model is dense, and dense again afterwards.
+    The model is dense, and dense again afterwards. Batches are added in their order, whichever
+    process they are with.
     """
     notes = notes or Notes(Unkept())
+    world, found = notes.state.world, []
     with evaluating(model):
         run = runner(model)
         sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
         levels = {layer: [level for level in of if level] for layer, of in sets.items()}
-        sums = {layer: dict.fromkeys(of, 0.0) for layer, of in levels.items()}
-        images_seen = 0
         _say_what_is_known(notes, len(db.layers) * _count(batches), "layers × batches")
         with tqdm(total=len(levels) * _count(batches), desc="loss", leave=False,
                   disable=None) as bar:  # fmt: skip
             for number, (images, labels) in enumerate(batches):
-                known = {x: notes.get(f"{number} {x}") for x in levels}
+                key = world.size * number + world.rank
+                known = {x: notes.get(f"{key} {x}") for x in levels}
                 wanted = {x: of for x, of in levels.items() if known[x] is None}
                 bar.update(len(levels) - len(wanted))
                 changes = batch_changes(run, model, db, wanted, _layout(images, device), labels)
                 for layer, of_levels in changes if wanted else ():
                     known[layer] = of_levels
-                    notes.add(f"{number} {layer}", of_levels)
+                    notes.add(f"{key} {layer}", of_levels)
                     bar.update()
-                for layer in levels:
-                    for level, change in (known[layer] or {}).items():
-                        sums[layer][level] += change
-                images_seen += len(images)
-    means = {x: {lv: total / images_seen for lv, total in of.items()} for x, of in sums.items()}
+                found.append((known, len(images)))
+                notes.collect(True)
+        while notes.collect(False):
+            pass  # others have more batches
+    found = world.interleave(found)
+    images_seen = sum(count for _, count in found)
+    means = {
+        layer: {lv: sum((of[layer] or {}).get(lv, 0.0) for of, _ in found) / images_seen
+                for lv in of_layer}
+        for layer, of_layer in levels.items()
+    }  # fmt: skip
     return {layer: all_levels(means[layer], sets[layer], db) for layer in db.layers}
 
 
 def _say_what_is_known(notes: Notes, total: int, what: str) -> None:
+    total = sum(notes.state.world.gather(total))
     if notes.known:
         log.info("resuming: %d of %d %s are done", len(notes.known), total, what)
 
@@ -147,7 +156,7 @@ def _loss(outputs: object, labels: Tensor) -> float:
 def squared_errors(
     model: nn.Module,
     db: Database,
-    batches: Batches,
+    batches: Batches,  # of several processes, each its own: every N-th
     device: torch.device,
     notes: Notes | None = None,  # of what an interrupted run has measured
 ) -> Scores:
@@ -156,21 +165,24 @@ def squared_errors(
     sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
     levels = {layer: [level for level in of if level] for layer, of in sets.items()}
     _say_what_is_known(notes, _count(batches), "batches")
-    sums = {layer: dict.fromkeys(["", *of], 0.0) for layer, of in levels.items()}  # "": ‖y‖²
+    world, found = notes.state.world, []
     for number, (images, _) in enumerate(
         tqdm(batches, desc="squared", leave=False, disable=None)
     ):
-        if (of_batch := notes.get(str(number))) is None:
+        key = str(world.size * number + world.rank)
+        if (of_batch := notes.get(key)) is None:
             of_batch = batch_squares(model, db, levels, _layout(images, device))
-            notes.add(str(number), of_batch)
-        for layer, values in of_batch.items():
-            for level, value in values.items():
-                sums[layer][level] += value
-    relative = {
-        layer: {level: value / (of[""] or 1.0) for level, value in of.items() if level}
-        for layer, of in sums.items()
-    }
-    return {layer: all_levels(relative[layer], sets[layer], db) for layer in db.layers}
+            notes.add(key, of_batch)
+        found.append(of_batch)
+        notes.collect(True)
+    while notes.collect(False):
+        pass  # others have more batches
+    found, scores = world.interleave(found), {}
+    for layer, of_layer in levels.items():
+        sums = {lv: sum(of[layer][lv] for of in found) for lv in ["", *of_layer]}
+        relative = {level: sums[level] / (sums[""] or 1.0) for level in of_layer}
+        scores[layer] = all_levels(relative, sets[layer], db)
+    return scores
 
 
 def batch_squares(

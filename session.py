@@ -3,7 +3,8 @@
     Session.of(args) ─┬─ .model           the dense model, on the device
                       ├─ .calibration()   calibration images, augmented or not
                       ├─ .fingerprint(…)  what the run depends on
-                      └─ .accuracy(m)     top-1 on the test images
+                      ├─ .accuracy(m)     top-1 on the test images
+                      └─ .world           the processes that share the work (torchrun)
 
 `load_compressed` reads what the commands save: a state dict with the grids of a quantised model.
 """
@@ -20,16 +21,18 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from cli import UserError, resolve_device
+from batches import Batches
+from cli import UserError
 from datautils import (
     ArrayImages,
-    Batches,
     ImageData,
     ImageSet,
     calibration_batches,
     load_data,
     test_batches,
 )
+from devices import resolve_device
+from distributed import ALONE, World, join
 from modelutils import evaluate, evaluating, find_layers, get_model, load_checkpoint, load_state
 from resuming import bytes_hash, chosen_options, content_hash, surroundings
 
@@ -44,11 +47,13 @@ class Session:
     device: torch.device
     data: ImageData
     model: nn.Module
+    world: World = ALONE
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Session:
         """From the common options; raises UserError for what is wrong with them."""
         device = resolve_device(args.device)
+        world = join(device)
         torch.backends.cudnn.allow_tf32 = False  # layers see inputs in full float32
         data = load_data(
             args.dataset,
@@ -61,7 +66,7 @@ class Session:
         torch.manual_seed(args.seed)  # for a model of the user's own that starts at random
         model = get_model(args.model, args.dataset, args.weights, len(data.classes)).to(device)
         check_model(model, args.model, data)
-        return cls(args, device, data, model)
+        return cls(args, device, data, model, world)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -96,11 +101,12 @@ class Session:
         return marks | contents | surroundings(self.device, *modules)
 
     def accuracy(self, model: nn.Module) -> float:
-        """Top-1 in percent on the test images."""
+        """Top-1 in percent on the test images; each of several processes looks at its share."""
         batches = test_batches(
             self.data, batchsize=self.args.batchsize, workers=self.args.workers
         )
-        return evaluate(model, batches, self.device)
+        shard = batches.shard(self.world.rank, self.world.size)
+        return evaluate(model, shard, self.device, self.world)
 
 
 def images_hash(images: ImageSet) -> str:

@@ -34,14 +34,14 @@ from tqdm import tqdm
 import cli
 import dp
 import profiles
-import resuming
 from cli import UserError, log
 from corrections import BatchNorm, correct_statistics, norm_moments, placed
 from costs import CONSTRAINTS, layer_costs
 from database import KINDS, Database, model_tag
+from distributed import ALONE, World
 from modelutils import evaluating, mean_loss
 from records import check_repeat, repeated, write_run
-from resuming import Unkept, content_hash, state_folder
+from resuming import Unkept, content_hash, open_state, state_folder
 from search import Problem, State, make_problem, picks_key, search
 from session import Session
 
@@ -55,51 +55,74 @@ Batches = list[tuple[Tensor, Tensor]]  # images, labels
 # -- evaluation ------------------------------------------------------------------------------------
 
 
-def batchnorm_averages(model: nn.Module, batches: Batches, device: torch.device) -> None:
+def batchnorm_averages(
+    model: nn.Module, batches: Batches, device: torch.device, world: World = ALONE
+) -> None:
     """Replace the statistics of all batch norms by their averages over `batches`, in place.
 
-    A batch of a single image is left out: it has no variance where a map is one pixel.
+    In training mode what a norm puts out does not depend on the averages so far. So each of several
+    processes looks at its own batches, and the averages are of all, in their order. A batch of a
+    single image is left out: it has no variance where a map is one pixel.
     """
     norms = [norm for norm in model.modules()
              if isinstance(norm, BatchNorm) and norm.running_mean is not None]
     if not norms:
         return
-    if all(len(images) < 2 for images, _ in batches):
-        raise UserError("batch norms need batches of two images or more: "
-                        "pass a larger --batchsize or --nsamples, or --nobatchnorm")
-    momenta = [norm.momentum for norm in norms]
+    momenta, found = [norm.momentum for norm in norms], []
     with evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum, norm.training = None, True  # None: the average of all batches
+            norm.momentum, norm.training = 1.0, True  # the statistics of the last batch alone
         for images, _ in batches:
-            if len(images) > 1:
+            several = len(images) > 1
+            if several:
                 model(images.to(device))
+            found.append(_statistics(norms).cpu() if several else None)
+    found = [statistics for statistics in world.interleave(found) if statistics is not None]
+    if not found:
+        raise UserError("batch norms need batches of two images or more: "
+                        "pass a larger --batchsize or --nsamples, or --nobatchnorm")
+    average = sum(found) / len(found)
+    parts = iter(average.split([len(norm.running_mean) for norm in norms for _ in range(2)]))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+        norm.running_mean.copy_(next(parts))
+        norm.running_var.copy_(next(parts))
+
+
+def _statistics(norms: list[nn.Module]) -> Tensor:
+    """Means and variances of all norms, one after the other, float64."""
+    return torch.cat([x.double() for norm in norms for x in (norm.running_mean, norm.running_var)])
 
 
 class Evaluator:
-    """Calibration loss of a profile; the decoded images and the dense model stay in memory."""
+    """Calibration loss of a profile; the decoded images and the dense model stay in memory.
+
+    Of several processes, each has its share of the images.
+    """
 
     def __init__(self, session: Session, db: Database, args: argparse.Namespace) -> None:
         self.session, self.db, device = session, db, session.device
-        images = tqdm(session.calibration(), desc="reading images", leave=False, disable=None)
+        self.world = world = session.world
+        own = session.calibration().shard(world.rank, world.size)
+        images = tqdm(own, desc="reading images", leave=False, disable=None)
         self.batches = [(placed(x, device) if device.type == "cpu" else x, y) for x, y in images]
         if args.statcorr:
-            first = self.batches[0][0]
+            first = world.share(self.batches[0][0].cpu() if world.first else None)
+            first = placed(first, device) if device.type == "cpu" else first
             self.correct = partial(correct_statistics, images=first, device=device,
                                    wanted=norm_moments(session.model, first, device))
         elif args.nobatchnorm:
             self.correct = lambda model: None
         else:
-            self.correct = partial(batchnorm_averages, batches=self.batches, device=device)
+            self.correct = partial(
+                batchnorm_averages, batches=self.batches, device=device, world=world)
 
     def __call__(self, profile: Mapping[str, str]) -> float:
         model = copy.deepcopy(self.session.model)
         self.db.stitch(model, profile)
         self.correct(model)
-        return mean_loss(model, self.batches, self.session.device)
+        return mean_loss(model, self.batches, self.session.device, self.world)
 
 
 def fingerprint(
@@ -188,6 +211,15 @@ def run_search(
                   lambda state: kept.save(SEARCH, {}, asdict(state)))
 
 
+def open_search(
+    path: Path, marks: dict[str, str], restart: bool, evaluator: Evaluator | None
+) -> Unkept:
+    """Where a search is kept while it is at work; nowhere, if there is none."""
+    if evaluator is None:
+        return Unkept()
+    return open_state(state_folder(path), marks, restart, evaluator.world)
+
+
 def report(problem: Problem, picks: list[int]) -> dict[str, float]:
     """Print what a choice reaches; the same for the record."""
     cost, error = problem.cost(picks), problem.error(picks)
@@ -213,7 +245,7 @@ def choose(
     """Make a profile, by a search if there is an evaluator; write and report it."""
     started, path = time.perf_counter(), profile_file(args)
     choice, found = problem.solve(), {}
-    with Unkept() if args.dp else resuming.State(state_folder(path), marks, args.restart) as kept:
+    with open_search(path, marks, args.restart, evaluator) as kept:
         if evaluator is not None:
             plain = picks_key(choice.levels)
             state = run_search(args, problem, evaluator, kept)
@@ -259,6 +291,7 @@ def run(args: argparse.Namespace) -> None:
         marks = fingerprint(args, problem, session, db)
         check_repeat(args.repeat, marks)
         choose(args, problem, marks, None if args.dp else Evaluator(session, db, args))
+    session.world.leave()
 
 
 def main(argv: list[str] | None = None) -> int:

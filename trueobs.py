@@ -3,7 +3,8 @@
 Frantar, Singh, Alistarh, arXiv 2208.11580. The mathematics is in `hessian.py` (H and its inverse)
 and `elimination.py` (the greedy elimination and its pivot rules); here they meet a layer: rows are
 split into batches that fit in memory, groups of a convolution get their own H, and results go back
-into the layer's shape.
+into the layer's shape. Where several processes share a layer (`distributed.py`), each eliminates
+its own rows; order, losses and weights are then put together, so that all know them all.
 
     symbol  variable    shape       meaning
     W       W           (rows, d)   the layer's weights, one row an output channel
@@ -19,23 +20,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from elimination import (
-    NM,
-    Blocks,
-    PivotRule,
-    Quantise,
-    Trace,
-    Unstructured,
-    bytes_per_system,
-    eliminate,
-)
+from distributed import ALONE, World
+from elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
 from hessian import Gram, Inverse, alive_inputs, damped_inverse, without
-from levels import Undamped, first_counts, weights_at
+from levels import Undamped, completed, first_counts, weights_at
+from memory import Needs, batches_of, default_memory, layer_needs
 from quant import Grid
 from refinement import never_worse
 
@@ -63,6 +56,7 @@ class Prepared:
     trace: Trace
     size: int  # columns in a unit
     apart: Tensor  # (rows,) bool, rows that have an inverse of their own
+    shared: bool = False  # whether the rows of a group are one system
 
 
 class TrueOBS:
@@ -85,8 +79,9 @@ class TrueOBS:
         layer: nn.Conv2d | nn.Linear,
         rel_damp: float = 0.0,  # × mean(diag H), added to the diagonal
         memory: int | None = None,  # bytes the solver may use; default: half of what is free
+        world: World = ALONE,  # the processes that share the rows, if there are several
     ) -> None:
-        self.layer, self.rel_damp = layer, rel_damp
+        self.layer, self.rel_damp, self.world = layer, rel_damp, world
         self.rows, self.columns = len(layer.weight), layer.weight[0].numel()
         self.groups = getattr(layer, "groups", 1)
         self.memory = memory or default_memory(layer.weight.device)
@@ -98,6 +93,7 @@ class TrueOBS:
         self.damping = 0.0  # what the last inverse needed, × mean(diag H); the worst group's
         self.rank_deficit = 0
         self._scaled: Tensor | None = None  # H, made from the Gram matrix once it is asked for
+        self._scaled_by = 0  # images in it
         self._prepared: Prepared | None = None
 
     # -- the Hessian -------------------------------------------------------------------------------
@@ -106,7 +102,16 @@ class TrueOBS:
         """Add a batch of the layer's inputs. `out` is not needed; OBC's hooks pass it."""
         self.gram.add(inp.detach())
         self.nsamples += len(inp)
-        self._scaled = None
+
+    def end_shard(self) -> None:
+        """Sum what comes now apart: images of another shard, or process (`distributed.py`)."""
+        self.gram.end_shard()
+
+    def combine(self, world: World) -> None:
+        """Sum over the shards that have ended, in all processes, which have to call this."""
+        self.gram.all_shards()
+        world.sum_in_order(self.gram.sums())
+        self.nsamples = sum(world.gather(self.nsamples))
 
     @property
     def H(self) -> Tensor:  # (d, d), or (groups, d, d) if grouped; float64
@@ -117,13 +122,15 @@ class TrueOBS:
     def _hessian(self, channels_innermost: bool = False) -> Tensor:  # (groups, d, d)
         if self.nsamples == 0:
             raise ValueError("no calibration batch has been added to this layer")
-        if self._scaled is None:
-            self._scaled = self.gram.matrix().mul_(2 / self.nsamples)
-        H = self._scaled
+        if self.gram.total is not None:
+            fresh = self.gram.take().mul_(2 / self.nsamples)
+            if self._scaled is not None:  # batches were added after H had been asked for
+                fresh += self._scaled * (self._scaled_by / self.nsamples)
+            self._scaled, self._scaled_by = fresh, self.nsamples
         if channels_innermost:
-            order = self._innermost().to(H.device)
-            H = H[:, order][:, :, order]
-        return H
+            order = self._innermost().to(self._scaled.device)
+            return self._scaled[:, order[:, None], order]
+        return self._scaled
 
     def _innermost(self) -> Tensor:  # (d,) columns (channel, kh, kw) in the order (kh, kw, channel)
         spatial = self.layer.weight[0, 0].numel()
@@ -145,12 +152,12 @@ class TrueOBS:
         return W[:, self._innermost().to(W.device)] if channels_innermost else W
 
     def _as_layer(self, W: Tensor, channels_innermost: bool = False) -> Tensor:
-        """(…, rows, d) -> (…, *layer.weight.shape), in the layer's dtype. Never NaN."""
+        """(…, R, d) -> (…, R, *layer.weight.shape[1:]), in the layer's dtype. Never NaN."""
         if not torch.isfinite(W).all():
             raise ArithmeticError("the elimination produced NaN or infinity; try --rel-damp 1e-2")
         if channels_innermost:
             W = W[..., self._innermost().argsort().to(W.device)]
-        return W.reshape(*W.shape[:-2], *self.layer.weight.shape).to(self.layer.weight.dtype)
+        return W.reshape(*W.shape[:-1], *self.layer.weight.shape[1:]).to(self.layer.weight.dtype)
 
     def squared_error(self, weight: Tensor, reference: Tensor) -> float:
         """Σ_rows (w − ŵ) H (w − ŵ)ᵀ / 2: mean over images of the squared change of the outputs."""
@@ -177,28 +184,34 @@ class TrueOBS:
             trace.order[rows] = part.order.to(torch.int32)
             trace.losses[rows] = part.losses
             trace.weights[rows] = part.weights
+        for part in (trace.order, trace.losses, trace.weights):
+            self.world.fill_rows(part)
+        self.damping = max(self.world.gather(self.damping))
         self.trace, self.Losses = trace, trace.losses
         return trace
 
     def _systems(
-        self, problem: Problem, apart: Tensor | None, matrices: bool = False
+        self, problem: Problem, apart: Tensor | None, levels: int = 0
     ) -> Iterator[tuple[Tensor, Inverse, Tensor]]:
-        """Batches of rows, the inverses they start from, and which of them is each row's.
+        """Batches of this process's rows, the inverses they start from, and which is each row's.
 
-        Rows `apart` get an inverse of their own, without the columns of their zeros. `matrices`:
-        whether the caller needs memory for a d×d matrix or two a row.
+        Rows `apart` get an inverse of their own, without the columns of their zeros. `levels`: how
+        many weights of each row the caller makes.
         """
-        group = torch.arange(self.rows, device=problem.W.device) // (self.rows // self.groups)
+        group = self._group(torch.arange(self.rows, device=problem.W.device))
+        own = torch.zeros_like(group, dtype=torch.bool)
+        own[self.world.rows(self.rows)] = True
         if apart is None:
-            apart = torch.zeros_like(group, dtype=torch.bool)
-        for rows in self._batches(torch.nonzero(~apart)[:, 0], matrices):
+            apart = torch.zeros_like(own)
+        together, alone = (torch.nonzero(own & kind)[:, 0] for kind in (~apart, apart))
+        for rows in batches_of(together, self._needs(problem, levels).rows(self.memory)):
             yield rows, problem.inverse, group[rows]
-        for rows in self._batches(torch.nonzero(apart)[:, 0], matrices=True):
+        for rows in batches_of(alone, self._needs(problem, levels, True).rows(self.memory)):
             H = without(problem.H[group[rows]], problem.pruned[rows])
-            own = damped_inverse(H, self.rel_damp, self._solve_dtype())
-            self.damping = max(self.damping, float(own.damping.max()))
+            inverses = damped_inverse(H, self.rel_damp, self._solve_dtype())
+            self.damping = max(self.damping, float(inverses.damping.max()))
             del H  # not needed while the caller works
-            yield rows, own, torch.arange(len(rows), device=group.device)
+            yield rows, inverses, torch.arange(len(rows), device=group.device)
 
     def _group(self, rows: Tensor) -> Tensor:
         """Which group each of these rows is in."""
@@ -223,15 +236,9 @@ class TrueOBS:
         alive = alive_inputs(H).repeat_interleave(self.rows // self.groups, 0)
         return Problem(W, (W == 0) & alive, H, inverse, channels_innermost)
 
-    def _batches(self, rows: Tensor, matrices: bool = False) -> Iterator[Tensor]:
-        """Split rows so that a batch fits in the memory budget."""
-        d = self.columns
-        item = torch.finfo(self._solve_dtype()).bits // 8
-        row_bytes = bytes_per_system(d, item, rows.device)
-        if matrices:  # up to float64, with what it takes to make them
-            row_bytes += 4 * d * d * 8
-        if len(rows):
-            yield from rows.split(max(1, self.memory // row_bytes))
+    def _needs(self, problem: Problem, levels: int = 0, apart: bool = False) -> Needs:
+        innermost = problem.channels_innermost
+        return layer_needs(self.layer, self._solve_dtype(), levels, innermost, apart)
 
     # -- modes with one result --------------------------------------------------------------------
 
@@ -268,13 +275,13 @@ class TrueOBS:
             return NM(n, m, len(rows), self.columns, rows.device)
 
         trace = self._eliminate(problem, rule_of, self.columns // m * n, too_many)
-        weights = trace.weights[:, 0]
+        weights = trace.weights[:, 0].clone()
         if self._damped_by_need(self.damping > 0):  # refine what stays
-            levels = torch.empty_like(weights)[None]
             counts = torch.full((1, self.rows), trace.order.shape[1], device=weights.device)
-            self._fill_levels(levels, problem, completed(trace.order, self.columns), counts,
-                              too_many)  # fmt: skip
-            weights = levels[0]
+            order = completed(trace.order, self.columns)
+            for rows, at in self._rows_at(problem, order, counts, too_many):
+                weights[rows] = at[0]
+            self.world.fill_rows(weights)
         self.layer.weight.data.copy_(self._as_layer(weights, True))
 
     def _require_divisible(self, size: int) -> None:
@@ -308,31 +315,79 @@ class TrueOBS:
         return self._levels(sparsities)
 
     def _levels(self, sparsities: Sequence[float]) -> list[Tensor]:
+        """All that `level_parts` yields, together; of the rows of this process."""
+        levels = self.layer.weight.new_zeros(len(sparsities), *self.layer.weight.shape)
+        for rows, weights in self.level_parts(sparsities):
+            levels[:, rows] = weights
+        return list(levels)
+
+    def level_parts(self, sparsities: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The prepared weights at each sparsity, a few rows of the layer at a time.
+
+        Yields their numbers (R,) and (levels, R, *weight.shape[1:]). For those who cannot hold all
+        levels of a layer in memory.
+        """
         if self._prepared is None:
             raise ValueError("call prepare_unstr() or prepare_blocked() before asking for levels")
-        problem, trace = self._prepared.problem, self._prepared.trace
-        counts = first_counts(trace.losses, sparsities, self._prepared.size)  # (levels, rows)
-        levels = problem.W.new_empty(len(sparsities), self.rows, self.columns)
-        self._fill_levels(levels, problem, trace.order, counts, self._prepared.apart)
-        return list(self._as_layer(levels, problem.channels_innermost))
+        problem, trace, size = self._prepared.problem, self._prepared.trace, self._prepared.size
+        counts = first_counts(trace.losses, sparsities, size)  # (levels, systems)
+        apart, wanted, order = self._prepared.apart, None, trace.order
+        if self._prepared.shared:
+            yield from self._shared_parts(problem, order, counts, ~apart)
+            of_row = self._group(torch.arange(self.rows, device=counts.device))
+            order, counts, wanted = order[of_row], counts[:, of_row], apart
+        for rows, weights in self._rows_at(problem, order, counts, apart, wanted):
+            yield rows, self._as_layer(weights, problem.channels_innermost)
 
-    def _fill_levels(
+    def _rows_at(
         self,
-        levels: Tensor,  # (levels, rows, d), filled for the rows wanted
         problem: Problem,
         order: Tensor,  # (rows, d)
         counts: Tensor,  # (levels, rows)
         apart: Tensor,  # (rows,) bool
         wanted: Tensor | None = None,  # (rows,) bool; all if None
-    ) -> None:
-        for rows, inverse, system in self._systems(problem, apart, matrices=True):
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows of this process (R,), and their weights (levels, R, d)."""
+        for rows, inverse, system in self._systems(problem, apart, len(counts)):
             if wanted is not None:
                 system, rows = system[wanted[rows]], rows[wanted[rows]]
             if len(rows):
                 W, steps = problem.W[rows, None], order[rows].long()
                 undamped = self._undamped(problem, self._group(rows), inverse, system)
                 at = weights_at(W, inverse, system, steps, counts[:, rows], undamped)
-                levels[:, rows] = at[:, :, 0]
+                yield rows, at[:, :, 0]
+
+    def _shared_parts(
+        self,
+        problem: Problem,
+        order: Tensor,  # (groups, d)
+        counts: Tensor,  # (levels, groups)
+        wanted: Tensor,  # (rows,) bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`level_parts` where all rows of a group share one system."""
+        q, device = self.rows // self.groups, order.device
+        batch = self._needs(problem, len(counts)).rows(self.memory)
+        for groups in torch.arange(self.groups, device=device).split(max(1, batch // q)):
+            for part in torch.arange(q, device=device).split(batch):
+                rows = (groups[:, None] * q + part).flatten()
+                W = problem.W[rows].view(len(groups), len(part), -1)
+                undamped = self._undamped(problem, groups, problem.inverse, groups)
+                steps, gone = order[groups], counts[:, groups]
+                at = weights_at(W, problem.inverse, groups, steps, gone, undamped)
+                kept = wanted[rows]
+                yield rows[kept], self._as_layer(at.flatten(1, 2)[:, kept])
+
+    def prepare_struct(self, size: int = 1) -> None:
+        """Find the order in which blocks of `size` columns go, in all rows of a group at once."""
+        if self.world.size > 1:
+            raise ValueError("rows that share their columns cannot be divided among processes")
+        self._require_divisible(size)
+        problem = self._problem()
+        W = problem.W.view(self.groups, -1, self.columns)  # rows of a group share one system
+        system = torch.arange(self.groups, device=W.device)
+        trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
+        self.trace, self.Losses = trace, trace.losses
+        self._prepared = Prepared(problem, trace, size, problem.pruned.any(1), shared=True)
 
     def prune_struct(self, sparsities: Sequence[float], size: int = 1) -> list[Tensor]:
         """Structured pruning: the same columns, in blocks of `size`, go in all rows of a group.
@@ -340,37 +395,5 @@ class TrueOBS:
         OBS of section 4 summed over rows; with size = kh·kw whole input channels go. The columns
         stay in the layer, as zeros. Zeros of single rows do not steer the choice, but stay.
         """
-        self._require_divisible(size)
-        problem = self._problem()
-        W = problem.W.view(self.groups, -1, self.columns)  # rows of a group share one system
-        system = torch.arange(self.groups, device=W.device)
-        trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
-        self.trace, self.Losses = trace, trace.losses
-        counts = first_counts(trace.losses, sparsities, size)
-        undamped = self._undamped(problem, system, problem.inverse, system)
-        levels = weights_at(W, problem.inverse, system, trace.order, counts, undamped)
-        levels = levels.flatten(1, 2)
-        own_zeros = problem.pruned.any(1)
-        if own_zeros.any():
-            of_row = torch.arange(self.rows, device=W.device) // (self.rows // self.groups)
-            order = trace.order[of_row]
-            self._fill_levels(levels, problem, order, counts[:, of_row], own_zeros, own_zeros)
-        return list(self._as_layer(levels))
-
-
-def completed(order: Tensor, columns: int) -> Tensor:  # (rows, steps) -> (rows, columns)
-    """An order of removal, and after it the columns that stay."""
-    stays = torch.ones(len(order), columns, dtype=torch.bool, device=order.device)
-    stays.scatter_(1, order.long(), False)
-    return torch.cat([order.long(), torch.nonzero(stays)[:, 1].view(len(order), -1)], 1)
-
-
-def default_memory(device: torch.device) -> int:
-    """Half of the memory that is free now, in bytes; of a CPU, what Linux says is available."""
-    if device.type != "cpu":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    try:
-        words = Path("/proc/meminfo").read_text().split()
-        return int(words[words.index("MemAvailable:") + 1]) * 1024 // 2
-    except (OSError, ValueError):  # another system: a size that any machine has
-        return 2 << 30
+        self.prepare_struct(size)
+        return self._levels(sparsities)

@@ -7,8 +7,8 @@ The layers have the shapes of MODEL, with 1000 classes, normal weights and a Hes
 purpose, H = second moment of rectified normal channels ⊗ 0.8^distance between the pixels of a
 kernel + identity. Layer after layer goes through what main_trueobs.py calls:
 
-    unstr   TrueOBS.prepare_unstr, prune_unstr at the 45 levels of the default grid,
-            LevelWriter.add; after the last layer LevelWriter.finish: a database on the disk
+    unstr   TrueOBS.prepare_unstr, level_parts at the 45 levels of the default grid, each written
+            to a LevelFile; after the last layer write_levels: a database on the disk
     quant   a 4-bit grid for each row, TrueOBS.quantize
 
 What is timed: the solver with the inverse of H, per layer, and writing, apart; the median of
@@ -50,12 +50,16 @@ import cli
 from benchmarks import bench_trueobs, timing
 from benchmarks.networks import random_model
 from benchmarks.timing import PeakMemory, against, seconds
-from database import LevelWriter
+from compression import Database
+from database import write_levels
 from hessian import damped_inverse
-from main_trueobs import SPARSITY_GRIDS, sparsity_grid
+from levelfile import LevelFile
+from levels import sparsity_grid
+from main_trueobs import SPARSITY_GRIDS
+from memory import default_memory
 from modelutils import find_layers
 from quant import fit_weight_grid
-from trueobs import TrueOBS, default_memory
+from trueobs import TrueOBS
 
 BITS = 4
 CPU_GOALS = {("rn18", "unstr"): (20.0, 6.0), ("rn50", "unstr"): (30.0, None)}  # minutes, GB
@@ -125,10 +129,11 @@ def real_layer(like: nn.Module, share: float, device: torch.device, seed: int) -
 class MadeUp:
     """Stands where a solver keeps its Gram matrix."""
 
-    H: Tensor  # (groups, d, d) float64
+    total: Tensor | None  # (groups, d, d) float64
 
-    def matrix(self) -> Tensor:
-        return self.H.clone()
+    def take(self) -> Tensor:
+        total, self.total = self.total, None
+        return total.clone()
 
 
 def hessian_for(layer: nn.Module, device: torch.device, seed: int) -> Tensor:
@@ -153,14 +158,16 @@ def solver_for(layer: nn.Module, H: Tensor, memory: int) -> TrueOBS:
 # -- one layer -------------------------------------------------------------------------------------
 
 
-def solve(solver: TrueOBS, mode: str, levels: list[float]) -> list[Tensor]:
-    """As main_trueobs.py does; the weights at all levels, or the quantised ones."""
+def solve(solver: TrueOBS, mode: str, levels: list[float], file: LevelFile | None) -> float:
+    """As main_trueobs.py does, all levels into a file; seconds of writing."""
     if mode == "unstr":
         solver.prepare_unstr()
-        return solver.prune_unstr(levels)
+        device = solver.layer.weight.device
+        return sum(seconds(lambda part=part: file.write(*part), device)
+                   for part in solver.level_parts(levels))  # fmt: skip
     solver.quantizer = fit_weight_grid(solver.layer.weight.detach().flatten(1), BITS)
     solver.quantize()
-    return [solver.layer.weight.detach().clone()]
+    return 0.0
 
 
 def check_levels(
@@ -197,33 +204,42 @@ def check_grid(answer: Tensor, solver: TrueOBS, dense: Tensor) -> tuple[float, l
 class Bench:
     """One network on its way through the solver."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, writer: LevelWriter | None):
-        self.args, self.device, self.writer = args, device, writer
-        memory = int(args.memory * 1e9) if args.memory else default_memory(device)
-        self.memory = memory // 2  # as main_trueobs.py: the other half is for Hessians
-        self.levels = writer.sparsities if writer else []
+    def __init__(self, args: argparse.Namespace, device: torch.device, folder: Path):
+        self.args, self.device = args, device
+        self.memory = int(args.memory * 1e9) if args.memory else default_memory(device)
+        grid = sparsity_grid(*SPARSITY_GRIDS["unstr"]) if args.mode == "unstr" else []
+        self.database = Database(grid, folder / "partial")
+        self.database.folder.mkdir()
+        self.files: dict[str, LevelFile] = {}
         self.peak = PeakMemory(device)
+
+    def warm_up(self) -> None:
+        small = nn.Linear(64, 64).to(self.device)
+        solver = solver_for(small, hessian_for(small, self.device, 0), 1 << 28)
+        file = self.database.file("warm-up", small.weight)
+        solve(solver, self.args.mode, self.database.sparsities, file)
 
     def layer(self, name: str, like: nn.Module) -> Layer:
         layer = real_layer(like, self.args.rows_fraction, self.device, self.args.seed)
         dense, H = layer.weight.detach().clone(), hessian_for(layer, self.device, self.args.seed)
-        answers: list[Tensor] = []
+        levels, file = self.database.sparsities, self.database.file(name, dense)
+        self.files[name] = file
         self.peak.reset()
-        times = []
+        times, writing = [], []
         for _ in range(self.args.repeats):
             layer.weight.data.copy_(dense)
-            answers.clear()
             solver = solver_for(layer, H, self.memory)
-            work = lambda s=solver: answers.extend(solve(s, self.args.mode, self.levels))  # noqa: E731
-            times.append(seconds(work, self.device))
-        write_s = seconds(lambda: self.writer and self.writer.add(name, answers), self.device)
+            work = lambda s=solver: writing.append(solve(s, self.args.mode, levels, file))  # noqa: E731
+            times.append(seconds(work, self.device) - writing[-1])
+        write_s = median(writing)
         peak_bytes, inverse_s = self.peak.bytes(), 0.0
         if len(layer.weight) < len(like.weight):
             inverse_s = seconds(lambda: damped_inverse(H), self.device)
         if self.args.mode == "unstr":
-            check, faults = check_levels(answers, self.levels, dense, H)
+            answers = [file.read(level).to(self.device) for level in range(len(levels))]
+            check, faults = check_levels(answers, levels, dense, H)
         else:
-            check, faults = check_grid(answers[0], solver, dense)
+            check, faults = check_grid(layer.weight.detach(), solver, dense)
         solver.free()
         return Layer(
             name, len(like.weight), solver.columns, len(layer.weight), times, inverse_s, write_s,
@@ -270,18 +286,16 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
     shapes = find_layers(random_model(args.model, 0, torch.device("meta")))
     if args.rows_fraction < 1 and any(getattr(x, "groups", 1) > 1 for x in shapes.values()):
         raise cli.UserError(f"{args.model} has grouped convolutions: --rows-fraction 1 only")
-    writer = None
-    if args.mode == "unstr":
-        writer = LevelWriter(folder, "network", sparsity_grid(*SPARSITY_GRIDS["unstr"]))
-    bench = Bench(args, device, writer)
-    solve(solver_for(small := nn.Linear(64, 64).to(device), hessian_for(small, device, 0), 1 << 28),
-          args.mode, bench.levels)  # warm-up  # fmt: skip
+    bench = Bench(args, device, folder)
+    bench.warm_up()
     cli.print_result(LAYERS_HEADER)
     layers = []
     for name, like in shapes.items():
         layers.append(bench.layer(name, like))
         cli.print_result(layer_row(layers[-1]))
-    finish_s = seconds(lambda: writer and writer.finish({}), device)
+    finish_s, grid = 0.0, bench.database.sparsities
+    if grid:
+        finish_s = seconds(lambda: write_levels(folder, "network", grid, {}, bench.files), device)
     return [*layers, summary(args, device, layers, finish_s)]
 
 

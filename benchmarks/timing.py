@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import cli
+import devices
 import records
 from hessian import Inverse, damped_inverse
 
@@ -46,7 +47,7 @@ def start(args: argparse.Namespace) -> torch.device:
     """Check --out and --device before any work."""
     if args.out:
         cli.check_writable(args.out)
-    return cli.resolve_device(args.device)
+    return devices.resolve_device(args.device)
 
 
 def finish(

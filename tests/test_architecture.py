@@ -20,10 +20,12 @@ MAX_FUNCTION, MAX_FILE = 50, 400  # lines
 # Modules in layers; each may import from layers above its own, and within it without a cycle.
 # What a later part of the toolkit adds as support stands on the layer of what it supports.
 LAYERS = (
-    {"cli", "vision", "quant", "hessian", "dp", "refinement", "checkpoints", "imagefiles"},
-    {"datautils", "elimination", "elimination_cpu", "levels", "tracing", "profiles", "resuming"},
+    {"cli", "process", "vision", "quant", "hessian", "dp", "refinement", "cifar_resnets"},
+    {"devices", "distributed", "levelfile", "checkpoints", "imagefiles", "batches", "datautils",
+     "elimination", "elimination_cpu", "levels", "memory", "tracing", "profiles", "resuming"},
     {"modelutils", "trueobs", "records"},
-    {"calibration", "costs", "sensitivity", "session", "corrections", "retraining", "search"},
+    {"calibration", "costs", "sensitivity", "session", "corrections", "retraining", "search",
+     "planning"},
     {"database", "checking", "compression"},
     {"spdy", "post_proc", "main_trueobs"},
     {"postproc"},

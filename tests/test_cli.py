@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import cli
+import devices
 import records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,10 +96,10 @@ def test_resolve_device(gpus, text, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     if expected.startswith("--"):
         with pytest.raises(cli.UserError) as caught:
-            cli.resolve_device(text)
+            devices.resolve_device(text)
         assert str(caught.value).startswith(expected)
     else:
-        assert cli.resolve_device(text) == torch.device(expected)
+        assert devices.resolve_device(text) == torch.device(expected)
 
 
 # -------------------------------------------------------------------------------- errors

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 import datautils
+from batches import MEAN, STD
 from cli import UserError
-from datautils import MEAN, STD, calibration_batches, load_data
+from datautils import calibration_batches, load_data
 from datautils import test_batches as batches_of_tests
 
 

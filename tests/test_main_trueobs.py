@@ -20,6 +20,7 @@ from torch import Tensor
 
 import main_trueobs
 from datautils import calibration_batches, load_data
+from levels import sparsity_grid
 from modelutils import SHIPPED_WEIGHTS, CifarResNet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,7 +344,7 @@ def test_structured_levels_drop_whole_input_channels(command, tmp_path, dense):
 
 
 def test_default_grids():
-    grids = {mode: main_trueobs.sparsity_grid(*grid)
+    grids = {mode: sparsity_grid(*grid)
              for mode, grid in main_trueobs.SPARSITY_GRIDS.items()}
     assert {mode: (grid[0], grid[-1], len(grid)) for mode, grid in grids.items()} == {
         "unstr": (0.0, 0.99, 45), "blocked": (0.0, 0.95, 30), "struct": (0.0, 0.9, 46)}

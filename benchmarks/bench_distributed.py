@@ -1,0 +1,149 @@
+"""Two processes on one machine: is the work of ResNet-18's layers split evenly?
+
+    torchrun --nproc-per-node 2 -m benchmarks.bench_distributed --out bench_distributed.json
+
+What is timed, per process: CPU seconds (its own threads') from the moment that all layers' Hessians
+are there until its share of an unstructured elimination is done, waiting for others left out. The
+layers are those of ResNet-18 on ImageNet, every `--part`-th row of each and, with --shrink, columns
+divided, since the whole takes minutes; Hessians are of random rectified inputs. Work is dealt as
+main_trueobs.py deals it (`planning.py`). Median of `--repeats` after a warm-up; checked in the same
+run: order and losses of every layer that is divided equal those of one process.
+
+The figure: (longest − shortest) / mean of the processes' seconds, at most 0.10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+if not __package__:  # run by its path, not with -m
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cli
+import records
+from distributed import ALONE, World, join
+from planning import Plan, Task, make_plan
+from trueobs import TrueOBS
+
+RESNET18 = {  # rows, columns: how many such layers
+    (64, 147): 1, (64, 576): 4, (128, 576): 1, (128, 1152): 3, (128, 64): 1, (256, 1152): 1,
+    (256, 2304): 3, (256, 128): 1, (512, 2304): 1, (512, 4608): 3, (512, 256): 1, (1000, 512): 1,
+}  # fmt: skip
+
+
+def make_layers(part: int, shrink: int) -> dict[str, nn.Linear]:
+    """ResNet-18's layers, of fewer rows and columns."""
+    layers = {}
+    for (rows, d), count in RESNET18.items():
+        for number in range(count):
+            layers[f"{rows}x{d}.{number}"] = nn.Linear(d // shrink, -(-rows // part))
+    return layers
+
+
+def solver_of(layer: nn.Linear, world: World) -> TrueOBS:
+    """With its Hessian, the same in all processes."""
+    d = layer.in_features
+    x = torch.randn(2 * d, d, generator=torch.Generator().manual_seed(d)).relu()
+    obs = TrueOBS(layer, world=world)
+    obs.add_batch(x)
+    obs.H  # noqa: B018  made here, not while the clock runs
+    return obs
+
+
+def busy_seconds(plan: Plan, layers: dict[str, nn.Linear], world: World) -> float:
+    """This process's CPU seconds for its share of all layers."""
+    busy_s = 0.0
+    waits: list[float] = []
+    for name in sorted(layers, key=lambda name: plan.owners[name] is not None):
+        if plan.owners[name] in (None, world.rank):
+            sharing = idle(world, waits) if plan.owners[name] is None else ALONE
+            obs = solver_of(layers[name], sharing)
+            started = time.process_time()
+            obs.prepare_unstr()
+            busy_s += time.process_time() - started
+    return busy_s - sum(waits)
+
+
+def idle(world: World, waits: list[float]) -> World:
+    """The same world; the time that its operations take goes to `waits`."""
+
+    class Timed(World):
+        def fill_rows(self, x: torch.Tensor) -> None:
+            timed(lambda: World.fill_rows(self, x))
+
+    def timed(work: Callable[[], None]) -> None:
+        started = time.process_time()
+        work()
+        waits.append(time.process_time() - started)
+
+    return Timed(world.rank, world.size)
+
+
+def check(plan: Plan, layers: dict[str, nn.Linear], world: World) -> int:
+    """How many divided layers were compared; raises UserError if one differs."""
+    divided = [name for name in layers if plan.owners[name] is None]
+    for name in divided:
+        together, alone = solver_of(layers[name], world), solver_of(layers[name], ALONE)
+        together.prepare_unstr()
+        if world.first:
+            alone.prepare_unstr()
+            same = torch.equal(together.trace.order, alone.trace.order)
+            if not (same and torch.equal(together.Losses, alone.Losses)):
+                raise cli.UserError(f"{name}: not what one process finds")
+    return len(divided)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="bench_distributed.py", description=__doc__.splitlines()[0])
+    add, positive = parser.add_argument, cli.positive_int
+    add("--part", metavar="N", type=positive, default=16, help="every N-th row of each layer")
+    add("--shrink", metavar="N", type=positive, default=4, help="columns divided by N")
+    add("--repeats", metavar="N", type=positive, default=5, help="after a warm-up")
+    add("--out", metavar="FILE", help="record of all times, machine and versions, as JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    world, layers = join(torch.device("cpu")), make_layers(args.part, args.shrink)
+    plan = make_plan(layers, Task(), None, world)
+    times = []
+    for repeat in range(-1, args.repeats):
+        each = world.gather(busy_seconds(plan, layers, world))
+        if repeat >= 0:
+            times.append(each)
+    spreads = [(max(each) - min(each)) * world.size / sum(each) for each in times]
+    divided = check(plan, layers, world)
+    cli.print_result("| processes | layers | divided | seconds each | spread |")
+    cli.print_result("|---|---|---|---|---|")
+    seconds = ", ".join(f"{median(of):.2f}" for of in zip(*times, strict=True))
+    cli.print_result(
+        f"| {world.size} | {len(layers)} | {divided} | {seconds} | {100 * median(spreads):.1f} % |"
+    )
+    if args.out:
+        record = {
+            "command": "benchmarks/bench_distributed.py",
+            "arguments": vars(args),
+            "environment": records.environment(),
+            "seconds": times,
+            "spread": spreads,
+            "owners": plan.owners,
+        }
+        records.write_record(args.out, record)
+    world.leave()
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.command(build_parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

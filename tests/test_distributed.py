@@ -1,0 +1,145 @@
+"""Many processes write what one writes, and one that fails ends them all; gloo, on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import database
+import main_trueobs
+from distributed import ALONE, World, deal
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--nsamples", "64", "--batchsize", "16", "--noaug", "--device", "cpu"]
+GRID = ["--max-sparsity", "0.8", "--delta-sparse", "0.4"]
+
+gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this PyTorch has no gloo",
+)
+
+
+def torchrun(folder: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a command."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*line, str(ROOT / script), *words],
+        cwd=folder, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What products yield depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- who does what ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_row_has_one_owner(size):
+    for count in (0, 1, 5, 64):
+        shares = [range(count)[World(rank, size).rows(count)] for rank in range(size)]
+        assert [row for share in shares for row in share] == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_dear_pieces_are_divided_and_the_rest_is_even():
+    costs = {"huge": 1000.0, **{f"{i}": float(i) for i in range(1, 30)}}
+    owners = deal(costs, 4)
+    assert owners["huge"] is None
+    loads = [sum(costs[name] for name in costs if owners[name] == rank) for rank in range(4)]
+    assert sum(loads) == sum(range(1, 30)) and max(loads) - min(loads) <= 2
+    assert None not in deal(costs, 4, divisible=False).values()
+    assert set(deal(costs, 1).values()) == {0}
+
+
+def test_alone_nothing_is_done():
+    x = torch.arange(4.0)
+    ALONE.sum_in_order(x)
+    ALONE.fill_rows(x)
+    assert x.tolist() == [0, 1, 2, 3]
+    assert ALONE.gather("x") == ["x"] and ALONE.interleave([1, 2]) == [1, 2]
+
+
+# -- the same files --------------------------------------------------------------------------------
+
+
+@gloo
+@pytest.mark.parametrize("mode", ["unstr", "quant", "struct"])
+def test_two_processes_write_what_one_writes(mode, tmp_path):
+    many = mode != "quant"
+    words = ["rn8", "digits", mode, *QUICK, *(GRID if many else ("--wbits", "4", "--abits", "4"))]
+
+    def output(name: str) -> list[str]:
+        return ["--sparse-dir" if many else "--save", str(tmp_path / name) + ".pth" * (not many)]
+
+    done = torchrun(tmp_path, "main_trueobs.py", *words, *output("two"))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert main_trueobs.main([*words, *output("one"), "--shards", "2"]) == 0
+    found = sorted(tmp_path.glob("one/*.pth" if many else "one.pth"))
+    assert len(found) == (5 if many else 1)
+    for path in found:
+        other = Path(str(path).replace("/one", "/two"))
+        one, two = (torch.load(name, weights_only=True) for name in (path, other))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@gloo
+@pytest.mark.parametrize("action", ["loss", "squared"])
+def test_two_processes_find_the_same_scores(action, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make = ["unstr", "--sparse-dir", "models_unstr", *GRID, *QUICK]
+    assert main_trueobs.main(["rn8", "digits", *make]) == 0
+    words = ["rn8", "digits", "unstr", action, *QUICK]
+    assert database.main([*words, "--score_path", "one"]) == 0
+    done = torchrun(tmp_path, "database.py", *words, "--score_path", "two")
+    assert done.returncode == 0, done.stderr
+    name = f"rn8_unstr_{action}.txt"
+    assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
+
+
+@gloo
+def test_a_mistake_is_told_once_and_ends_all(tmp_path):
+    done = torchrun(tmp_path, "main_trueobs.py", "rn8", "digits", "quant", *QUICK)
+    assert done.returncode != 0
+    assert done.stderr.count("error: quant needs --wbits") == 1
+
+
+FAILING = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import cli, compression, main_trueobs, trueobs
+
+class Failing(trueobs.TrueOBS):
+    def quantize(self):
+        if cli.rank() == 1:
+            raise cli.UserError("this one fails")
+        super().quantize()
+
+compression.TrueOBS = Failing
+sys.exit(main_trueobs.main())
+"""
+
+
+@gloo
+def test_one_that_fails_ends_the_other(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    words = ["rn8", "digits", "quant", "--wbits", "4", *QUICK]
+    done = torchrun(tmp_path, str(tmp_path / "failing.py"), *words)
+    assert done.returncode != 0
+    assert "error: this one fails" in done.stderr
