@@ -15,9 +15,9 @@ import database
 import main_trueobs
 from cli import UserError, save_checkpoint
 from database import Database, write_levels
+from levelfile import LevelFile
 from profiles import read_profile, read_scores, write_profile, write_scores
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
-from resuming import State
 
 
 def net(scale: float = 1.0, width: int = 3) -> nn.Sequential:
@@ -107,20 +107,26 @@ def test_misfits_are_named(tmp_path: Path) -> None:
         db.stitch(net(), {"other": "5000"})
 
 
-def test_levels_are_written_from_a_state(tmp_path: Path) -> None:
-    model, folder = net(), tmp_path / "db"
-    dense = model.state_dict()
-    levels = [dense["0.weight"], dense["0.weight"] * 0.5]
-    with State(folder / ".net.partial", {}) as state:
-        state.save("0", {"levels": torch.stack(levels)}, {})
-        assert not list(folder.glob("net_*"))
-        files = write_levels(folder, "net", [0.0, 0.25], model, ["0"], state)
-        state.finish()
+def test_levels_are_written_from_their_files(tmp_path: Path) -> None:
+    dense, folder = net().state_dict(), tmp_path / "db"
+    levels = torch.stack([dense["0.weight"], dense["0.weight"] * 0.5])
+    (folder / ".net.partial").mkdir(parents=True)
+    file = LevelFile(folder / ".net.partial" / "0.levels", levels.shape[1:], levels.dtype)
+    assert file.hash() == ""
+    order = torch.arange(levels.shape[1])
+    for rows in (order[1:], order[:1]):
+        file.write(rows, levels[:, rows])
+    whole = file.hash()
+    files = write_levels(folder, "net", [0.0, 0.25], dense, {"0": file})
     assert [path.name for path in files] == ["net_0000.pth", "net_2500.pth"]
-    assert sorted(folder.iterdir()) == files
+    assert sorted(folder.glob("*.pth")) == sorted(folder.glob("net*")) == files
     for path, wanted in zip(files, levels, strict=True):
         state = torch.load(path, weights_only=True)
         assert torch.equal(state["0.weight"], wanted) and state.keys() == dense.keys()
+    content = bytearray(file.path.read_bytes())
+    content[-1] ^= 1
+    file.path.write_bytes(content)
+    assert whole != file.hash() != ""
 
 
 NAMES = st.text("abcdefgh.0123456789_", min_size=1, max_size=12)

@@ -272,6 +272,24 @@ def test_a_damaged_layer_is_done_again(work, command):
     assert contents(work) == expected
 
 
+def test_a_damaged_file_of_levels_is_done_again(work, command):
+    assert command(UNSTR)[0] == 0
+    expected = contents(work)
+    with interrupted(compression, "compress_layer", 3):
+        assert command(UNSTR)[0] == 130
+    path = work / "models_unstr" / ".rn8.partial" / "layer1.0.conv1.levels"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    (path.parent / "conv1.levels").unlink()
+    status, _, err = command(UNSTR)
+    assert status == 0 and "resuming: 1 of 8 layers are done" in err
+    for name in ("layer1.0.conv1", "conv1"):
+        file = f"models_unstr/.rn8.partial/{name}.levels"
+        assert f"warning: {file}: damaged; it is done again" in err
+    assert contents(work) == expected
+
+
 def test_a_full_disk_is_a_line_and_the_run_goes_on_from_there(work, command, monkeypatch):
     assert command(NM)[0] == 0
     expected = contents(work)
