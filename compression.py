@@ -142,7 +142,6 @@ def compress_layer(
         report.relative_error = report.squared_error / energy if energy else 0.0
         report.damping, report.rank_deficit = solver.damping, solver.rank_deficit
     solver.free()
-    log.info(report.line())
     on_cpu = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
     return Entry(on_cpu, {"report": asdict(report), "levels": levels})
 
@@ -268,18 +267,17 @@ class Compression:
                 entry = compress_layer(name, solver, self.args, self.database)
             except (SingularHessian, ArithmeticError) as error:
                 raise UserError(f"{name}: {error}") from error
-            self.state.save(name, entry.tensors, entry.figures)
-            self._enter(entry)
+            self._finish(name, entry)
             if owner is not None:
                 own[name] = entry
         for rank, theirs in enumerate(self.world.gather(own)):
             for name, entry in theirs.items() if rank != self.world.rank else ():
-                self._take_over(name, entry)
+                if entry.tensors:
+                    quant.put_layer(self.layers[name], entry.tensors)
+                self._finish(name, entry)
 
-    def _take_over(self, name: str, entry: Entry) -> None:
-        """Enter a layer that another process has finished."""
-        if entry.tensors:
-            quant.put_layer(self.layers[name], entry.tensors)
+    def _finish(self, name: str, entry: Entry) -> None:
+        """Keep a layer that is done, and say so."""
         self.state.save(name, entry.tensors, entry.figures)
         self._enter(entry)
         log.info(self.reports[name].line())
