@@ -134,6 +134,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def bits(text: str) -> int:
+    """argparse type: 1 … 16, or 32 for none."""
+    value = int(text) if text.isdecimal() else 0
+    if not (1 <= value <= 16 or value == 32):
+        raise argparse.ArgumentTypeError(f"must be 1 to 16, or 32 for none; got {text}")
+    return value
+
+
 def _seed(text: str) -> int:
     value = nonnegative_int(text)
     if value >= 2**63:

@@ -51,14 +51,6 @@ SPARSITY_GRIDS = {  # min, max, delta (DESIGN.md section 3)
 # -- options ---------------------------------------------------------------------------------------
 
 
-def bits(text: str) -> int:
-    """argparse type: 1 … 16, or 32 for none."""
-    value = int(text) if text.isdecimal() else 0
-    if not (1 <= value <= 16 or value == NO_QUANTISATION):
-        raise argparse.ArgumentTypeError(f"must be 1 to 16, or 32 for none; got {text}")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="main_trueobs.py", description=__doc__.splitlines()[0])
     cli.add_common_options(parser)
@@ -79,8 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--check", action="store_true",
         help="measure every layer's squared error again, on calibration and on fresh images")
     group = parser.add_argument_group("quant")
-    group.add_argument("--wbits", type=bits, default=32, help="bits of weights, 1-16; 32: none")
-    group.add_argument("--abits", type=bits, default=32, help="bits of activations; 32: none")
+    group.add_argument("--wbits", type=cli.bits, default=32, help="bits of weights, 1-16; 32: none")
+    group.add_argument("--abits", type=cli.bits, default=32, help="bits of activations; 32: none")
     for flag, text in (
         ("--wperweight", "one weight scale per layer instead of per output channel"),
         ("--wasym", "asymmetric weight grid"),

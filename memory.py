@@ -4,7 +4,7 @@ For a layer of `rows` rows, d columns and G groups, beside the network itself, i
 
     always      G·d²·(8 + item)   H in float64 and its inverse; 8·G·d² more where columns are
                                   put in another order (N:M, blocks)
-                rows·d·…          order, losses and weights of all rows
+                rows·d·…          order, losses and weights of all rows, and a few MB
     inverting   8·d²              one matrix more, a few groups at a time
     eliminating n·row + at most `tasks`·matrix     n rows at a time
     levels      n·row             with row a few d² and `levels` times d
@@ -29,6 +29,7 @@ from hessian import TOGETHER
 
 MATRICES_OF_A_ROW = 4  # d×d, while its weights at many levels are made
 VECTORS_OF_A_LEVEL = 5  # of d, likewise
+OVERHEAD = 8 << 20  # buffers of libraries, and other small things
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def layer_needs(
     (rows, d), device, item = weight.shape, weight.device, torch.finfo(dtype).bits // 8
     sums = 8 * getattr(layer, "groups", 1) * d * d
     always = sums + sums // 8 * item + sums * innermost + rows * d * (5 * item + 8)
+    always += OVERHEAD
     inverting = min(sums, 8 * max(d * d, TOGETHER))
     row = bytes_per_system(d, item, device)
     matrix, tasks = bytes_per_task(d, item, device)

@@ -1,0 +1,109 @@
+"""Does the solver keep to its budget? Peak memory over what the process had before, and --memory.
+
+    python -m benchmarks.bench_memory --out bench_memory.json
+
+Per layer and budget, in a process of its own: a layer with its Hessian sums already there is pruned
+without structure, its weights at 45 levels go to disk. Peak is the most resident memory since the
+layer was made (VmHWM, reset after a small layer has loaded and compiled everything), less what was
+resident then. Linux only. The figure: peak / budget, at most 1.15.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+if not __package__:  # run by its path, not with -m
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cli
+import records
+from levelfile import LevelFile
+from memory import layer_needs
+from trueobs import TrueOBS
+
+LEVELS = [1 - 0.9**k for k in range(44)] + [0.99]
+CASES = [(128, 576, 2.0), (64, 1152, 1.0), (64, 1152, 1.5), (24, 2304, 1.0), (24, 2304, 2.0)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One layer and budget, in MB."""
+
+    rows: int
+    columns: int
+    budget: float
+    peak: float
+
+
+def resident_mb(key: str) -> float:
+    """VmRSS or VmHWM of this process."""
+    words = Path("/proc/self/status").read_text().split()
+    return int(words[words.index(f"{key}:") + 1]) * 1024 / 1e6
+
+
+def solve(rows: int, d: int, memory: float | None) -> None:
+    """All of it."""
+    obs = TrueOBS(nn.Linear(d, rows), memory=memory and int(memory))
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        obs.add_batch(torch.randn(d // 2, d, generator=generator).relu())
+    obs.prepare_unstr()
+    with tempfile.TemporaryDirectory() as folder:
+        file = LevelFile(Path(folder) / "levels", obs.layer.weight.shape, torch.float32)
+        for part, weights in obs.level_parts(LEVELS):
+            file.write(part, weights)
+
+
+def peak_mb(rows: int, d: int, memory: int) -> float:
+    """Peak of `solve`, over what was there before."""
+    cli.reuse_freed_memory()
+    solve(8, 192, None)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = resident_mb("VmRSS")
+    solve(rows, d, memory)
+    return resident_mb("VmHWM") - before
+
+
+def measure(rows: int, d: int, times: float) -> Result:
+    """In a process of its own, at `times` the least that does."""
+    memory = int(times * layer_needs(nn.Linear(d, rows), levels=len(LEVELS)).least)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return Result(rows, d, memory / 1e6, pool.apply(peak_mb, (rows, d, memory)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="bench_memory.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", metavar="FILE", help="record, machine and versions, as JSON")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    results = [measure(*case) for case in CASES]
+    cli.print_result("| rows | d | budget, MB | peak, MB | peak / budget |\n|---|---|---|---|---|")
+    for it in results:
+        cli.print_result(f"| {it.rows} | {it.columns} | {it.budget:.0f} | {it.peak:.0f} "
+                         f"| {it.peak / it.budget:.2f} |")  # fmt: skip
+    if args.out:
+        record = {
+            "command": "benchmarks/bench_memory.py",
+            "arguments": vars(args),
+            "environment": records.environment(),
+            "results": [asdict(result) for result in results],
+        }
+        records.write_record(args.out, record)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.command(build_parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

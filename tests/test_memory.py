@@ -1,0 +1,69 @@
+"""memory.py: a budget is divided, kept to, or refused; levelfile.py: what is written comes back."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import main_trueobs
+from benchmarks.bench_memory import measure
+from cli import UserError
+from levelfile import LevelFile
+from memory import Needs, in_passes, most_at_a_time
+
+
+def needs(sums: int, work: int = 1) -> Needs:
+    return Needs(sums=sums, layer=2 * sums, inverting=sums, row=work)
+
+
+def test_passes_hold_the_sums_of_layers_to_come():
+    layers = {"a": needs(10), "b": needs(10), "c": needs(10)}
+    assert most_at_a_time(layers.values()) == 20 + 30  # b and c wait while a is inverted
+    assert in_passes(layers, 50) == [["a", "b", "c"]]
+    assert in_passes(layers, 49) == [["a", "b"], ["c"]]
+    assert in_passes(layers, 39) == [["a"], ["b"], ["c"]]
+    with pytest.raises(UserError, match="too little for a; the least that does is --memory 0.0001"):
+        in_passes(layers, 29)
+
+
+def test_rows_share_what_is_left():
+    engine = Needs(sums=10, layer=20, inverting=10, row=1, matrix=5, tasks=4)
+    assert engine.rows(100) == 60  # four matrices, whatever the rows
+    assert engine.rows(43) == 3  # not room for four tasks: a matrix each
+    assert engine.rows(0) == 1
+    assert Needs(sums=10, layer=20, inverting=10, row=7).rows(41) == 3
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1, 2], [0, 3], [2]])
+def test_levels_come_back(rows, tmp_path):
+    file = LevelFile(tmp_path / "levels", (4, 2, 3), torch.float32)
+    weights = torch.randn(3, 4, 2, 3)
+    file.write(torch.arange(4), torch.zeros(3, 4, 2, 3))
+    file.write(torch.tensor(rows), weights[:, rows])
+    wanted = torch.zeros_like(weights)
+    wanted[:, rows] = weights[:, rows]
+    assert all(torch.equal(file.read(level), wanted[level]) for level in range(3))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_solver_keeps_to_its_budget():
+    result = measure(16, 1152, 1.0)
+    assert result.peak <= 1.15 * result.budget
+
+
+def test_too_little_memory_is_one_line(capsys):
+    words = ["rn8", "digits", "nmprune", "--memory", "0.001", "--noaug", "--device", "cpu"]
+    assert main_trueobs.main(words) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: 0.001 GB are too little for layer3.0.conv2; the least")
+    assert line.count("\n") == 1
+
+
+def test_a_plan_is_told_and_nothing_done(tmp_path, capsys):
+    words = ["rn8", "digits", "nmprune", "--save", str(tmp_path / "x.pth"), "--noaug", "--plan"]
+    assert main_trueobs.main(words) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3 and all(line.startswith("plan: ") for line in out)
+    assert not list(tmp_path.iterdir())
