@@ -130,7 +130,6 @@ def compress_layer(
         report.relative_error = report.squared_error / energy if energy else 0.0
         report.damping, report.rank_deficit = solver.damping, solver.rank_deficit
     solver.free()
-    log.info(report.line())
     return Entry(tensors, asdict(report))
 
 
@@ -174,6 +173,7 @@ class Compression:
                     raise UserError(f"{name}: {error}") from error
                 self.state.save(name, entry.tensors, entry.figures)
                 self._enter(entry)
+                log.info(self.reports[name].line())  # what is said to be done is kept
         reports = [self.reports[name] for name in self.layers]
         if all(report.dense for report in reports):
             self.state.finish()
