@@ -43,7 +43,7 @@ WEIGHT = "layer1.0.conv1.weight"
     (WEIGHT, torch.zeros(16, 16, 3, 3, dtype=torch.complex64), "is complex64, should be floating"),
     (WEIGHT, torch.zeros(16, 16, 3, 3, dtype=torch.bool), "is bool, should be floating"),
     (WEIGHT, torch.zeros(16, 16, 3, 3, dtype=torch.int8), "is int8, should be floating"),
-    (WEIGHT, torch.quantize_per_tensor(torch.zeros(16, 16, 3, 3), 1.0, 0, torch.qint8),
+    (WEIGHT, torch._make_per_tensor_quantized_tensor(torch.zeros(16, 16, 3, 3).char(), 1.0, 0),
      "is quantised (qint8)"),
     (WEIGHT, torch.zeros(16, 16, 3, 3).to_sparse(), "is sparse_coo"),
     (WEIGHT, torch.zeros(16, 16, 3, 3, device="meta"), "is without values"),
@@ -69,10 +69,11 @@ def test_counts_may_come_in_halves(tmp_path):
     load_state(CifarResNet(1), load_checkpoint(path), path)
 
 
-def test_tensors_of_a_class_of_its_own(tmp_path):
-    class Mine(torch.Tensor):
-        pass
+class Mine(torch.Tensor):
+    pass
 
+
+def test_tensors_of_a_class_of_its_own(tmp_path):
     torch.save({"w": torch.zeros(2).as_subclass(Mine)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"x.pth: contains Python objects .*Mine"):
         load_checkpoint(tmp_path / "x.pth")
