@@ -164,16 +164,16 @@ class State(Unkept):
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, str], restart: bool = False) -> None:
-        self.folder, self._lock = folder, None
+        self.folder, self._lock, self._held = folder, None, False
         marks = folder / FINGERPRINT
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
         self._take()
         try:
-            if marks.exists() and not restart:
+            if marks.exists() and self.holds_something() and not restart:
                 check_fingerprint(marks, fingerprint)
                 return
-            for path in folder.iterdir():  # of a run that is given up, or had only just begun
+            for path in folder.iterdir():  # of a run that is given up, or had finished nothing
                 if path.is_dir():
                     shutil.rmtree(path)
                 elif path.name != LOCK:
@@ -187,7 +187,8 @@ class State(Unkept):
 
     def _take(self) -> None:
         """Lock the folder; the system takes the lock back however the process ends."""
-        if fcntl is None:
+        self._held = fcntl is None
+        if self._held:
             return
         self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:  # not flock: processes that decode images would inherit it, and outlive a kill
@@ -197,14 +198,21 @@ class State(Unkept):
             raise UserError(f"{self.folder}: another run is at work on this; wait for it") from None
         except OSError:
             pass  # a file system without locks
+        self._held = True
 
     def __enter__(self) -> State:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._held and not self.holds_something():
+            self.finish()
         if self._lock is not None:
             os.close(self._lock)
-            self._lock = None
+        self._lock, self._held = None, False
+
+    def holds_something(self) -> bool:
+        """Whether anything is finished."""
+        return any(self.folder.glob("*.safetensors"))
 
     def path(self, key: str) -> Path:
         """The file of an entry."""
@@ -247,7 +255,8 @@ class Cache(State):
     """Finished things that any run of this fingerprint may take and add, several at once."""
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> None:
-        self.folder, self._lock = Path(folder) / text_hash(fingerprint), None
+        self.folder = Path(folder) / text_hash(fingerprint)
+        self._lock, self._held = None, False
         if not (self.folder / FINGERPRINT).exists():
             with atomic_write(self.folder / FINGERPRINT) as file:  # to be read by people only
                 file.write(json.dumps(dict(fingerprint), indent=1).encode())

@@ -169,8 +169,10 @@ class _Course:
         if entry is None:
             return []
         for name, latent in self.latents.items():
-            kept = {key: entry.tensors[f"{name} {key}"] for key in (LATENT, *AVERAGES)}
-            latent.data.copy_(kept.pop(LATENT))
+            latent.data.copy_(entry.tensors[f"{name} {LATENT}"])
+            kept = {key: entry.tensors.get(f"{name} {key}") for key in AVERAGES}
+            if any(tensor is None for tensor in kept.values()):
+                continue  # it had no gradient
             self.adam.state[latent] = {  # Adam counts its steps on the CPU
                 key: tensor.to(latent.device) if tensor.ndim else tensor
                 for key, tensor in kept.items()
@@ -188,7 +190,7 @@ class _Course:
         tensors = {}
         for name, latent in self.latents.items():
             parts = {LATENT: latent, **self.adam.state[latent]}
-            tensors |= {f"{name} {key}": parts[key] for key in (LATENT, *AVERAGES)}
+            tensors |= {f"{name} {key}": parts[key] for key in (LATENT, *AVERAGES) if key in parts}
         self.state.save(self.key, tensors, {"losses": losses})
         self.saved = time.monotonic()
 

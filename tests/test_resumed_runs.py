@@ -20,6 +20,7 @@ import compression
 import database
 import main_trueobs
 import post_proc
+import records
 import retraining
 import spdy
 from modelutils import SHIPPED_WEIGHTS, load_checkpoint
@@ -388,7 +389,10 @@ def test_a_record_repeats_its_run(line, record, work, capfd):
     assert SCRIPTS[script].main(["--repeat", "kept.json"]) == 0, capfd.readouterr().err
     assert contents(work) == expected
     again = json.loads(Path(record).read_text())
-    assert again["fingerprint"] == before["fingerprint"]
+    assert records.flaw(again) is None and again["fingerprint"] == before["fingerprint"]
+    for item in (again, *again.get("layers", ()), *again.get("corrections", ())):
+        if script != "spdy" or item is not again:  # whose own figures its docstring leaves open
+            assert all(re.search(rf"\b{key}\b", records.__doc__) for key in item)
     assert again["arguments"] | {"repeat": None} == before["arguments"]
 
 

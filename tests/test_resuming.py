@@ -82,7 +82,8 @@ def test_the_code_of_main_trueobs_is_in_its_fingerprint():
 ])  # fmt: skip
 def test_the_first_difference_is_said_in_words(change, said, tmp_path):
     assert difference(MARKS, MARKS | change) == said
-    State(tmp_path / "state", MARKS).__exit__()
+    with State(tmp_path / "state", MARKS) as state:
+        state.save("conv1", {}, {})
     if said is None:
         State(tmp_path / "state", MARKS | change).__exit__()
         return
@@ -109,6 +110,15 @@ def test_what_is_saved_comes_back(key, tmp_path):
         assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {state.folder}
         state.finish()
     assert not state.folder.exists()
+
+
+def test_of_a_run_that_finished_nothing_nothing_is_left(tmp_path):
+    with State(tmp_path / "state", MARKS):
+        pass
+    assert not list(tmp_path.iterdir())
+    State(tmp_path / "state", MARKS)  # as a kill leaves it: with a fingerprint, held by nobody
+    with State(tmp_path / "state", {"MODEL": "other"}) as state:
+        assert state.load("conv1") is None
 
 
 def test_restart_and_a_state_without_a_fingerprint_begin_anew(tmp_path):
@@ -146,7 +156,8 @@ def test_no_damaged_byte_passes(tmp_path, caplog):
 
 
 def test_no_damaged_byte_of_a_fingerprint_passes(tmp_path):
-    State(tmp_path, MARKS).__exit__()
+    with State(tmp_path, MARKS) as state:
+        state.save("conv1", {}, {})
     path = tmp_path / "fingerprint.json"
     whole, refused = path.read_bytes(), 0
     for position in range(len(whole)):
