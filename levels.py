@@ -90,17 +90,18 @@ def inverse_of_kept(
     L: Tensor,  # (R, d, d)
     index: Tensor,  # (levels, R, q, d) columns in order of removal
     gone: Tensor,  # (levels, R, d) bool, in that order
-) -> Callable[[Tensor], Tensor]:
-    """v (levels, R, q, d) ↦ v (H_MM)⁻¹ = v L_MM L_MMᵀ, with M the columns kept at each level."""
-    levels, R, q, d = index.shape
-    hidden = gone.transpose(0, 1).repeat_interleave(q, 1)  # (R, levels·q, d)
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """v ↦ v (H_MM)⁻¹ = v L_MM L_MMᵀ for v (some, R, q, d) of some levels, M the columns kept."""
+    _, R, q, d = index.shape
 
-    def solve(v: Tensor) -> Tensor:
-        x = v.gather(3, index).to(L.dtype).transpose(0, 1).reshape(R, levels * q, d)
+    def solve(v: Tensor, level: Tensor) -> Tensor:
+        some, columns = len(level), index[level]
+        hidden = gone[level].transpose(0, 1).repeat_interleave(q, 1)  # (R, some·q, d)
+        x = v.gather(3, columns).to(L.dtype).transpose(0, 1).reshape(R, some * q, d)
         x = x.masked_fill_(hidden, 0) @ L
         x = x.masked_fill_(hidden, 0) @ L.transpose(1, 2)
-        x = x.view(R, levels, q, d).transpose(0, 1).to(v.dtype)
-        return torch.zeros_like(v).scatter_(3, index, x)
+        x = x.view(R, some, q, d).transpose(0, 1).to(v.dtype)
+        return torch.zeros_like(v).scatter_(3, columns, x)
 
     return solve
 
