@@ -8,7 +8,7 @@ purpose, H = second moment of rectified normal channels ⊗ 0.8^distance between
 kernel + identity. Layer after layer goes through what main_trueobs.py calls:
 
     unstr   TrueOBS.prepare_unstr, prune_unstr at the 45 levels of the default grid,
-            LevelWriter.add; after the last layer LevelWriter.finish: a database on the disk
+            State.save; after the last layer database.write_levels: a database on the disk
     quant   a 4-bit grid for each row, TrueOBS.quantize
 
 What is timed: the solver with the inverse of H, per layer, and writing, apart; the median of
@@ -50,11 +50,12 @@ import cli
 from benchmarks import bench_trueobs, timing
 from benchmarks.networks import random_model
 from benchmarks.timing import PeakMemory, against, seconds
-from database import LevelWriter
+from database import write_levels
 from hessian import damped_inverse
 from main_trueobs import SPARSITY_GRIDS, sparsity_grid
 from modelutils import find_layers
 from quant import fit_weight_grid
+from resuming import State
 from trueobs import TrueOBS, default_memory
 
 BITS = 4
@@ -197,12 +198,22 @@ def check_grid(answer: Tensor, solver: TrueOBS, dense: Tensor) -> tuple[float, l
 class Bench:
     """One network on its way through the solver."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, writer: LevelWriter | None):
-        self.args, self.device, self.writer = args, device, writer
+    def __init__(self, args: argparse.Namespace, device: torch.device, state: State | None):
+        self.args, self.device, self.state = args, device, state
         memory = int(args.memory * 1e9) if args.memory else default_memory(device)
         self.memory = memory // 2  # as main_trueobs.py: the other half is for Hessians
-        self.levels = writer.sparsities if writer else []
+        self.levels = sparsity_grid(*SPARSITY_GRIDS["unstr"]) if state else []
         self.peak = PeakMemory(device)
+
+    def keep(self, name: str, answers: list[Tensor]) -> None:
+        """Write a layer's levels, as a run does."""
+        if self.state:
+            self.state.save(name, {"levels": torch.stack(answers)}, {})
+
+    def finish(self, folder: Path, layers: list[str]) -> None:
+        """Write the database."""
+        if self.state:
+            write_levels(folder, "network", self.levels, nn.Module(), layers, self.state)
 
     def layer(self, name: str, like: nn.Module) -> Layer:
         layer = real_layer(like, self.args.rows_fraction, self.device, self.args.seed)
@@ -216,7 +227,7 @@ class Bench:
             solver = solver_for(layer, H, self.memory)
             work = lambda s=solver: answers.extend(solve(s, self.args.mode, self.levels))  # noqa: E731
             times.append(seconds(work, self.device))
-        write_s = seconds(lambda: self.writer and self.writer.add(name, answers), self.device)
+        write_s = seconds(lambda: self.keep(name, answers), self.device)
         peak_bytes, inverse_s = self.peak.bytes(), 0.0
         if len(layer.weight) < len(like.weight):
             inverse_s = seconds(lambda: damped_inverse(H), self.device)
@@ -270,10 +281,8 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
     shapes = find_layers(random_model(args.model, 0, torch.device("meta")))
     if args.rows_fraction < 1 and any(getattr(x, "groups", 1) > 1 for x in shapes.values()):
         raise cli.UserError(f"{args.model} has grouped convolutions: --rows-fraction 1 only")
-    writer = None
-    if args.mode == "unstr":
-        writer = LevelWriter(folder, "network", sparsity_grid(*SPARSITY_GRIDS["unstr"]))
-    bench = Bench(args, device, writer)
+    state = State(folder / "state", {}) if args.mode == "unstr" else None
+    bench = Bench(args, device, state)
     solve(solver_for(small := nn.Linear(64, 64).to(device), hessian_for(small, device, 0), 1 << 28),
           args.mode, bench.levels)  # warm-up  # fmt: skip
     cli.print_result(LAYERS_HEADER)
@@ -281,7 +290,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
     for name, like in shapes.items():
         layers.append(bench.layer(name, like))
         cli.print_result(layer_row(layers[-1]))
-    finish_s = seconds(lambda: writer and writer.finish({}), device)
+    finish_s = seconds(lambda: bench.finish(folder, list(shapes)), device)
     return [*layers, summary(args, device, layers, finish_s)]
 
 
