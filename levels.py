@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hessian import Inverse
@@ -98,8 +99,8 @@ def inverse_of_kept(
         some, columns = len(level), index[level]
         hidden = gone[level].transpose(0, 1).repeat_interleave(q, 1)  # (R, some·q, d)
         x = v.gather(3, columns).to(L.dtype).transpose(0, 1).reshape(R, some * q, d)
-        x = x.masked_fill_(hidden, 0) @ L
-        x = x.masked_fill_(hidden, 0) @ L.transpose(1, 2)
+        x = product(L.transpose(1, 2), x.masked_fill_(hidden, 0).transpose(1, 2)).transpose(1, 2)
+        x = product(L, x.masked_fill(hidden, 0).transpose(1, 2)).transpose(1, 2)
         x = x.view(R, some, q, d).transpose(0, 1).to(v.dtype)
         return torch.zeros_like(v).scatter_(3, columns, x)
 
@@ -114,7 +115,17 @@ def moved(
     """L[:, gone] z[gone] of every level, in one product."""
     levels, (R, d, q) = len(gone), z.shape
     masked = z[:, :, None] * gone.permute(1, 2, 0)[:, :, :, None]  # (R, d, levels, q)
-    return (L @ masked.reshape(R, d, levels * q)).view(R, d, levels, q).permute(2, 0, 3, 1)
+    return product(L, masked.reshape(R, d, levels * q)).view(R, d, levels, q).permute(2, 0, 3, 1)
+
+
+def product(
+    L: Tensor,  # (R, d, d)
+    x: Tensor,  # (R, d, k)
+) -> Tensor:  # (R, d, k)
+    """L x, to the same bits for any number of rows: PyTorch has two ways for single vectors."""
+    if x.shape[2] > 1:
+        return L @ x
+    return (L @ F.pad(x, (0, 1)))[:, :, :1]
 
 
 def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor:  # (R, d, d)

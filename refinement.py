@@ -25,9 +25,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 12  # of conjugate gradients
+TOGETHER = 64  # rows in a product
 CONVERGED = 1e-4  # × E: what a further step can be expected to gain is no longer worth it
 NOTHING = 1e-10  # × w H wᵀ: an E this small needs no step
 RESOLVED = 4 * torch.finfo(torch.float32).eps  # × Σ p_i² H_ii: less curvature than this is noise
@@ -82,13 +84,18 @@ def times(
     H: Tensor,  # (G, d, d)
     system: Tensor,  # (R,)
 ) -> Tensor:  # (levels, R, q, d)
-    """x H of every row's own H, a product for each H."""
-    if len(H) == 1:
-        return x @ H[0]
+    """x H of every row's own H.
+
+    In products of one size, so that a row's bits do not depend on which rows are with it.
+    """
     product = torch.empty_like(x)
-    for g in torch.unique(system).tolist():
-        rows = system == g
-        product[:, rows] = x[:, rows] @ H[g]
+    for g in range(len(H)):
+        rows = torch.nonzero(system == g)[:, 0]
+        flat = x[:, rows].flatten(0, -2)
+        padded = F.pad(flat, (0, 0, 0, -len(flat) % TOGETHER))
+        parts = [part @ H[g] for part in padded.split(TOGETHER)]
+        if parts:
+            product[:, rows] = torch.cat(parts)[: len(flat)].view_as(x[:, rows])
     return product
 
 

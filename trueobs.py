@@ -250,10 +250,11 @@ class TrueOBS:
 
         trace = self._eliminate(problem, rule_of, self.columns)
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
-        nearest = grid(problem.W.to(grid.scale.dtype))
-        quantised, kept = never_worse(quantised, nearest, problem.W, problem.H)
-        if kept:
-            log.info("rounding to nearest does better in %d of %d rows: kept", kept, self.rows)
+        if self._damped_by_need(self.damping > 0) or badly_scaled(problem.H):
+            nearest = grid(problem.W.to(grid.scale.dtype))
+            quantised, kept = never_worse(quantised, nearest, problem.W, problem.H)
+            if kept:
+                log.info("rounding to nearest does better in %d of %d rows: kept", kept, self.rows)
         self.layer.weight.data.copy_(self._as_layer(quantised))
 
     def nmprune(self, n: int, m: int) -> None:
@@ -356,6 +357,13 @@ class TrueOBS:
             order = trace.order[of_row]
             self._fill_levels(levels, problem, order, counts[:, of_row], own_zeros, own_zeros)
         return list(self._as_layer(levels))
+
+
+def badly_scaled(H: Tensor) -> bool:  # (G, d, d)
+    """Whether inputs differ so much in size that float32 does not resolve what they share."""
+    diagonal = H.diagonal(dim1=1, dim2=2)
+    least = torch.where(diagonal > 0, diagonal, torch.inf).amin(1)
+    return bool((diagonal.amax(1) * torch.finfo(torch.float32).eps > least).any())
 
 
 def completed(order: Tensor, columns: int) -> Tensor:  # (rows, steps) -> (rows, columns)

@@ -64,10 +64,10 @@ def in_slices(
 ) -> tuple[bool, int, float]:  # finished, nodes, seconds
     """Run a compiled search until it is finished or a limit is reached."""
     advance(0)  # the first call of all may have to compile it
-    started, nodes, finished = time.perf_counter(), 0, False
+    started, nodes, finished = time.thread_time(), 0, False
     while not finished and nodes < limits.nodes:
-        if time.perf_counter() - started > limits.seconds:
+        if time.thread_time() - started > limits.seconds:
             break
         finished, visited = advance(int(min(SLICE, limits.nodes - nodes)))
         nodes += visited
-    return finished, nodes, time.perf_counter() - started
+    return finished, nodes, time.thread_time() - started

@@ -64,7 +64,8 @@ def signed(value: float | None, unit: str = "", digits: int = 2) -> str:
     """`+4.13 dB`; a dash for nothing."""
     if value is None:
         return "–"
-    return f"{round(value, digits) + 0.0:+.{digits}f} {unit}".strip().replace("-", "−")
+    text = f"{round(value, digits) + 0.0:+.{digits}f} {unit}".strip()
+    return text.replace("-", "−").replace("inf", "∞")
 
 
 # ------------------------------------------------------------------------------------ the answer
