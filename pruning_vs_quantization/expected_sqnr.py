@@ -125,7 +125,7 @@ def table(figures: dict[str, Any], bits: list[int]) -> str:
 def draw_sqnr(figures: dict[str, Any], bits: list[int]) -> Any:
     """SQNR against bits, a panel per density."""
     found = figures["densities"]
-    figure, axes = plots.new_figure(1, len(found), width=2.6 * len(found), height=3.2,
+    figure, axes = plots.new_figure(1, len(found), width=2.1 * len(found), height=3.0,
                                     sharey=True, squeeze=False)  # fmt: skip
     for each, (name, of) in zip(axes[0], found.items(), strict=True):
         for label, key, colour, marker in (
@@ -134,9 +134,9 @@ def draw_sqnr(figures: dict[str, Any], bits: list[int]) -> Any:
         ):
             values = [of["bits"][str(width)][key] for width in bits]
             each.plot(bits, values, color=colour, marker=marker, markersize=4, label=label)
-        each.set_title(f"{name}\nexcess kurtosis {rounded(of['kurtosis'], 1):.1f}", fontsize=10)
+        each.set_title(f"{name}\nkurtosis {rounded(of['kurtosis'], 1):.1f}", fontsize=10)
         each.set_xticks(sorted(bits))
-        each.set_xlabel("bits a weight (pruning: 16 × density)", fontsize=8)
+        each.set_xlabel("bits a weight")
     axes[0][0].set_ylabel("expected SQNR (dB)")
     plots.draw_legend(axes[0][0])
     return figure

@@ -24,7 +24,6 @@ import argparse
 import difflib
 import hashlib
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError, log
+from database import model_tag
 from modelutils import find_layers
 from pruning_vs_quantization.expected_error import sqnr_db
 from pruning_vs_quantization.layer_methods import Record, pruned, quantised
@@ -211,7 +211,7 @@ def run(study: Study, args: argparse.Namespace) -> None:
             path = result_path(args, study, name, bits)
             write_result(path, common | {"layer": name, "bits": bits}, done)
         cli.print_result(table_row(done))
-    draw(args.out, file_stem(args.model), args.model, list(find_layers(session.model)))
+    draw(args.out, model_tag(args.model), args.model, list(find_layers(session.model)))
 
 
 def _earlier(
@@ -223,12 +223,7 @@ def _earlier(
 
 
 def result_path(args: argparse.Namespace, study: Study, name: str, bits: int) -> Path:
-    return args.out / f"{file_stem(args.model)}_{name}_{bits}_bits_{study.kind}.json"
-
-
-def file_stem(model: str) -> str:
-    """A model's name as a part of a file's."""
-    return re.sub(r"[^\w.-]+", "_", model)
+    return args.out / f"{model_tag(args.model)}_{name}_{bits}_bits_{study.kind}.json"
 
 
 def settings(study: Study, args: argparse.Namespace, session: Session) -> dict[str, Any]:

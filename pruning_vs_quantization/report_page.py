@@ -80,6 +80,9 @@ def better(gap: float, unit: str) -> str:
 
 def answer(sections: list[Section]) -> str:
     """The study's question answered: in a sentence or two, by what counts most of what was run."""
+    sections = [section for section in sections if section.gaps]
+    if not sections:
+        return "No size has been both quantised and pruned yet, so there is nothing to compare."
     last = sections[-1]
     by_winner: dict[str, list[str]] = {}
     for bits in sorted(last.gaps, reverse=True):
@@ -113,6 +116,7 @@ def listed(words: list[str]) -> str:
 
 def summary_table(sections: list[Section]) -> Table:
     """Quantisation − pruning, a row per size and a column per part."""
+    sections = [section for section in sections if section.gaps]
     sizes = sorted({bits for section in sections for bits in section.gaps}, reverse=True)
     head = ["bits", "sparsity", *(section.title for section in sections)]
     return Table(head, [
@@ -144,7 +148,7 @@ th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(
 th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 figure { margin: 1.5rem 0; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
+img { display: block; max-width: 100%; max-height: 32rem; background: #fff; border-radius: 6px; }
 figcaption, footer { color: var(--soft); font: .85rem/1.5 system-ui, sans-serif;
   margin-top: .5rem; }
 code { font-size: .85em; overflow-wrap: anywhere; }
@@ -152,7 +156,7 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 
 
 def html_table(table: Table) -> str:
-    words = [all(not row[i][:1].strip("+−–∞≥").isdecimal() for row in table.rows)
+    words = [not any(row[i].lstrip("+-−≥ ")[:1] in "0123456789∞" for row in table.rows if row[i])
              for i in range(len(table.head))]  # fmt: skip
 
     def cells(row: list[str], tag: str) -> str:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from pruning_vs_quantization import expected_sqnr, study_files
+from pruning_vs_quantization import expected_sqnr, report, study_files
 from pruning_vs_quantization.distributions import TAIL, Gaussian, Laplace, StudentT, Uniform
 from pruning_vs_quantization.expected_error import (
     advantage_db,
@@ -211,18 +211,23 @@ def test_ten_million_numbers_agree(name):
 
 
 def test_the_command_prints_draws_and_resumes(tmp_path, capsys, caplog, monkeypatch):
-    words = ["--bits", "2", "--out", str(tmp_path), "--samples", "100000"]
+    out = tmp_path / "expected_sqnr"
+    words = ["--bits", "2", "--out", str(out), "--samples", "100000"]
     assert expected_sqnr.main(words) == 0
     printed = capsys.readouterr().out
     assert "| Gaussian | 0.00 | quantising | 8.26 |" in printed
     assert "| Gaussian | 0.00 | pruning | 3.03 |" in printed
     assert "2 bits: pruning wins from an excess kurtosis of 6.1" in printed
-    figures = json.loads((tmp_path / "expected_sqnr.json").read_text())["figures"]
+    figures = json.loads((out / "expected_sqnr.json").read_text())["figures"]
     assert figures["kurtosis"]["2"]["crossing"] == pytest.approx(6.1, abs=0.05)
     assert 0 < figures["largest_disagreement_db"] < 0.3
     for name in ("expected_sqnr", "kurtosis_crossing"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+    (section,) = report.gather(tmp_path, None)  # what the study's page makes of it
+    assert section.gaps[2] == pytest.approx(8.26 - 3.03, abs=0.01)
+    assert "excess kurtosis of 6.1 at 2 bits" in section.text and len(section.pictures) == 2
 
     monkeypatch.setattr(expected_sqnr, "density_figures", None)  # would fail if it worked again
     assert expected_sqnr.main(words) == 0

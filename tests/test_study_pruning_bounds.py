@@ -101,8 +101,8 @@ def test_with_a_ridge_singular_inputs_are_a_problem_like_others(kind):
 @pytest.mark.parametrize("nodes", [1, 5, 30])
 def test_a_search_that_stops_early_says_what_it_has_proved(nodes):
     stopped = 0
-    for seed in range(8):
-        problem = problem_of("correlated", 12, 6, seed)
+    for seed in range(4):
+        problem = problem_of("correlated", 10, 5, seed)
         start = magnitude(problem)
         found = best_subset(problem, start, Limits(nodes=nodes))
         least = least_error(problem)
@@ -116,7 +116,7 @@ def test_a_search_that_stops_early_says_what_it_has_proved(nodes):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS + SINGULAR), st.integers(2, 8))
 def test_bounds_and_solutions_stand_in_order_at_any_size(seed, kind, bits):
-    n = 2 + seed % 9
+    n = (2, 5, 9)[seed % 3]
     raw = problem_of(kind, n, 0, seed)
     record = pruned(raw.G, raw.w, bits, "both", Limits(nodes=500))
     slack = 1e-9 * record.error + 1e-11 * record.signal
@@ -140,7 +140,7 @@ def value_by_scs(problem: PruningProblem) -> float:
         constraints.append(block >> 0)
     objective = cp.sum(cp.multiply(G, Z[:n, :n])) - 2 * (G @ w) @ Z[:n, n] + w @ G @ w
     return cp.Problem(cp.Minimize(objective), constraints).solve(
-        solver=cp.SCS, eps_abs=1e-9, eps_rel=1e-9, max_iters=200_000
+        solver=cp.SCS, eps_abs=1e-7, eps_rel=1e-7, max_iters=50_000
     )
 
 

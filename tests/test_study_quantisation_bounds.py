@@ -58,9 +58,9 @@ def problem_of(kind: str, bits: int, n: int, seed: int, spread: float = 0.6) -> 
 
 def all_errors(problem: QuantisationProblem) -> Reals:
     """f of every code in the box."""
-    values = np.arange(problem.low, problem.high + 1, dtype=np.float64)
-    z = np.array(list(itertools.product(values, repeat=len(problem.t)))) - problem.t
-    return np.einsum("ci,ij,cj->c", z, problem.G, z, optimize=True)
+    n, values = len(problem.t), problem.high - problem.low + 1
+    z = np.indices((values,) * n).reshape(n, -1).T + problem.low - problem.t
+    return (z @ problem.G * z).sum(1)
 
 
 def in_box(problem: QuantisationProblem, z: Reals) -> bool:
@@ -73,7 +73,7 @@ def in_box(problem: QuantisationProblem, z: Reals) -> bool:
 @pytest.mark.parametrize(("bits", "n"), SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_search_finds_what_enumeration_finds(kind, bits, n):
-    for seed in range(6):
+    for seed in range(3):
         problem = problem_of(kind, bits, n, seed)
         least, size = all_errors(problem).min(), np.trace(problem.G)
         found = closest(problem, problem.nearest(), Limits())
@@ -87,7 +87,7 @@ def test_the_search_finds_what_enumeration_finds(kind, bits, n):
 
 @pytest.mark.parametrize("spread", [0.05, 3.0])  # all near zero; most far outside of the box
 def test_the_search_is_right_wherever_the_box_is(spread):
-    for seed in range(10):
+    for seed in range(4):
         problem = problem_of("correlated", 2, 8, seed, spread)
         start = np.full(8, float(problem.low))
         found = closest(problem, start, Limits())
@@ -99,7 +99,7 @@ def test_the_search_is_right_wherever_the_box_is(spread):
 @pytest.mark.parametrize("kind", ["correlated", "singular"])
 def test_a_search_that_stops_early_says_what_it_has_proved(kind, nodes):
     stopped = 0
-    for seed in range(10):
+    for seed in range(4):
         problem = problem_of(kind, 2, 8, seed)
         found = closest(problem, problem.nearest(), Limits(nodes=nodes))
         least = all_errors(problem).min()
@@ -127,7 +127,7 @@ def test_a_layer_without_live_inputs_needs_no_search():
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS), st.sampled_from([2, 3, 4, 8]))
 def test_bounds_and_solutions_stand_in_order_at_any_size(seed, kind, bits):
     rng = np.random.default_rng(seed)
-    n = int(rng.integers(1, 13))
+    n = (1, 4, 11)[seed % 3]
     G, w = second_moment(kind, n, rng), rng.standard_normal(n) + 1e-3
     step = float(np.abs(w).max()) / 2 ** (bits - 1) * rng.uniform(0.3, 1.5)
     record = quantised(G, w, step, bits, bool(seed % 2), "both", Limits(nodes=2000), rng)
@@ -155,11 +155,11 @@ def value_by_scs(problem: QuantisationProblem) -> float:
     constraints += [squares <= (problem.low + problem.high) * z - problem.low * problem.high]
     objective = cp.sum(cp.multiply(G, Z[:n, :n])) - 2 * (G @ t) @ z + t @ G @ t
     return cp.Problem(cp.Minimize(objective), constraints).solve(
-        solver=cp.SCS, eps_abs=1e-9, eps_rel=1e-9, max_iters=200_000
+        solver=cp.SCS, eps_abs=1e-7, eps_rel=1e-7, max_iters=50_000
     )
 
 
-@pytest.mark.parametrize(("bits", "n"), [(2, 8), (3, 6), (4, 5)])
+@pytest.mark.parametrize(("bits", "n"), [(2, 8), (3, 6)])
 def test_the_relaxation_is_that_of_another_solver(bits, n):
     problem = problem_of("correlated", bits, n, seed=1)
     relaxation = bounds.relax(problem)
@@ -178,7 +178,7 @@ def test_the_certified_bound_is_below_everything(kind, bits, n):
         assert relaxation.lower > 0.05 * least  # or it would say nothing
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS))
 def test_no_multipliers_make_the_bound_wrong(seed, kind):
     rng = np.random.default_rng(seed)

@@ -136,17 +136,6 @@ def test_fine_tuning_compares_means_over_seeds(results):
     assert section.tables[0].rows[1][:5] == ["2", "87.5 %", "90.00", "95.00", "80.00"]
 
 
-def test_densities_come_from_their_own_command(tmp_path):
-    from pruning_vs_quantization import expected_sqnr
-
-    words = ["--bits", "2", "--out", str(tmp_path / "expected_sqnr")]
-    assert expected_sqnr.main(words) == 0
-    section = section_of(tmp_path, "densities")
-    assert section.gaps[2] == pytest.approx(8.26 - 3.03, abs=0.01)
-    assert "excess kurtosis of 6.1 at 2 bits" in section.text
-    assert len(section.pictures) == 2
-
-
 # -- words -----------------------------------------------------------------------------------------
 
 
@@ -181,6 +170,14 @@ def test_the_summary_has_a_row_per_size_and_a_column_per_part():
         ["3", "81.25 %", "–", "−0.50 points"],
         ["2", "87.5 %", "+5.00 dB", "–"],
     ]
+
+
+def test_a_part_without_a_pair_has_no_say():
+    one_sided = part("fine-tuning", "points")
+    sections = [part("weights", b4=13.0), one_sided]
+    assert answer(sections) == answer(sections[:1])
+    assert summary_table(sections) == summary_table(sections[:1])
+    assert "nothing to compare" in answer([one_sided])
 
 
 def test_small_words():
