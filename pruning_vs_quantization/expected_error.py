@@ -49,6 +49,7 @@ from pruning_vs_quantization.plots import study_package
 DENSE_BITS = 16  # of a weight that was not pruned
 TOLERANCE = 1e-7  # of the least error, relative
 RESOLUTION = 1e-14  # of E[x²]: what sums in float64 can tell apart
+NARROWEST = 1e-12  # interval, relative: ends that float64 hardly tells apart
 FIRST_INTERVALS = 64
 
 
@@ -92,9 +93,9 @@ class Quantised:
 
 
 def _edges(
-    steps: Reals,  # (…, 1)
+    steps: Reals,  # (n, 1)
     codes: Reals,  # (levels,)
-) -> Reals:  # (…, levels + 1): the ends of the cells
+) -> Reals:  # (n, levels + 1): the ends of the cells
     return steps * np.concatenate([[-np.inf], codes[1:] - 0.5, [np.inf]])
 
 
@@ -163,6 +164,7 @@ def best_step(distribution: Distribution, codes: Reals) -> float:
     while True:
         wanted = found.error * (1 - TOLERANCE) - RESOLUTION * power
         undecided = power - _chord_bounds(points, values) < wanted
+        undecided &= points[:, 1] > points[:, 0] * (1 + NARROWEST)
         if not undecided.any():
             return _settled(distribution, codes, found.step)
         points, values = points[undecided], values[undecided]

@@ -145,6 +145,7 @@ p { max-width: 42rem; }
 table { border-collapse: collapse; margin: 1rem 0; font: .85rem/1.45 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 figure { margin: 1.5rem 0; }

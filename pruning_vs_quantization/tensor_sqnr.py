@@ -44,6 +44,7 @@ from pruning_vs_quantization.expected_error import (
 )
 
 PIECE = 1 << 24  # weights that are counted at a time
+NO_ERROR = 1e-28  # of the weights' power: what float64 makes of an error of nothing
 
 
 class Histogram(Distribution):
@@ -129,17 +130,17 @@ def _reason(value: float) -> str:
 def tensor_figures(histogram: Histogram, bits: int, balanced: bool = False) -> TensorFigures:
     """Both methods at the size of `bits` bits a weight."""
     values, counts, size = histogram.values, histogram.counts, histogram.size
-    codes = integer_codes(bits, balanced)
+    codes, power = integer_codes(bits, balanced), histogram.moment(2)
     quantised = np.zeros_like(values)
-    if histogram.moment(2) > 0:
+    if power > 0:
         step = best_step(histogram, codes)
         quantised = step * np.clip(np.rint(values / step), codes[0], codes[-1])
     zeros = int(counts[quantised == 0].sum())
-    power = histogram.moment(2)
     errors = (
         float(counts @ (values - quantised) ** 2) / size,
         histogram.pruned_error(size * bits // DENSE_BITS),
         histogram.pruned_error((size - zeros) * bits // DENSE_BITS),
     )
+    errors = [error if error > NO_ERROR * power else 0.0 for error in errors]
     quant, pruning, corrected = ((sqnr_db(power, error), error) for error in errors)
     return TensorFigures(histogram.kurtosis, *quant, zeros / size, *pruning, *corrected)

@@ -31,6 +31,8 @@ from trueobs import TrueOBS
 SIZES = [(2, 8), (3, 5), (4, 4), (8, 2)]  # bits, unknowns: up to 65,536 codes
 KINDS = ("plain", "correlated", "ill-conditioned", "singular", "copies", "dead input")
 
+pytestmark = pytest.mark.minutes
+
 
 def second_moment(kind: str, n: int, rng: np.random.Generator) -> Reals:  # (n, n)
     """Inputs as layers have them, and as they should not be."""

@@ -174,7 +174,8 @@ def test_figures_are_what_the_definitions_say(kind, bits):
     }
     for name, left in results.items():
         mse = np.mean((w - left) ** 2)
-        sqnr_db = 10 * np.log10(np.mean(w**2) / mse) if mse > 0 else math.inf
+        power = np.mean(w**2)
+        sqnr_db = 10 * np.log10(power / mse) if mse > 1e-28 * power else math.inf
         method, _, suffix = name.partition("_")
         assert getattr(found, f"{method}_mse{suffix}") == pytest.approx(mse, rel=1e-9, abs=1e-20)
         assert getattr(found, f"{method}_sqnr{suffix}") == pytest.approx(sqnr_db, rel=1e-9)
@@ -190,6 +191,10 @@ def test_what_json_cannot_hold_is_null_with_a_reason():
     grid = tensor_figures(Histogram.of(torch.tensor([-1.0, 0.0, 0.5, 1.0] * 4)), 4).as_json()
     assert grid["quant_sqnr"] is None and grid["quant_mse"] == 0
     assert grid["reason"] == "quant_sqnr: infinite, no error"
+    thirds = tensor_figures(Histogram.of(torch.tensor([0.1, -0.3, 0.2] * 9)), 4)
+    assert thirds.quant_mse > 0  # FP16 has no thirds
+    exact = tensor_figures(Histogram.of(torch.tensor([0.5] * 99 + [1.5] * 3)), 6)
+    assert exact.quant_sqnr == math.inf  # not the 319 dB that rounding in float64 leaves
     assert list(tensor_figures(Histogram.of(torch.randn(50)), 4).as_json()) == FIELDS
 
 
