@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hessian import Inverse
@@ -103,17 +104,18 @@ def inverse_of_kept(
     L: Tensor,  # (R, d, d)
     index: Tensor,  # (levels, R, q, d) columns in order of removal
     gone: Tensor,  # (levels, R, d) bool, in that order
-) -> Callable[[Tensor], Tensor]:
-    """v (levels, R, q, d) ↦ v (H_MM)⁻¹ = v L_MM L_MMᵀ, with M the columns kept at each level."""
-    levels, R, q, d = index.shape
-    hidden = gone.transpose(0, 1).repeat_interleave(q, 1)  # (R, levels·q, d)
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """v ↦ v (H_MM)⁻¹ = v L_MM L_MMᵀ for v (some, R, q, d) of some levels, M the columns kept."""
+    _, R, q, d = index.shape
 
-    def solve(v: Tensor) -> Tensor:
-        x = v.gather(3, index).to(L.dtype).transpose(0, 1).reshape(R, levels * q, d)
-        x = x.masked_fill_(hidden, 0) @ L
-        x = x.masked_fill_(hidden, 0) @ L.transpose(1, 2)
-        x = x.view(R, levels, q, d).transpose(0, 1).to(v.dtype)
-        return torch.zeros_like(v).scatter_(3, index, x)
+    def solve(v: Tensor, level: Tensor) -> Tensor:
+        some, columns = len(level), index[level]
+        hidden = gone[level].transpose(0, 1).repeat_interleave(q, 1)  # (R, some·q, d)
+        x = v.gather(3, columns).to(L.dtype).transpose(0, 1).reshape(R, some * q, d)
+        x = product(L.transpose(1, 2), x.masked_fill_(hidden, 0).transpose(1, 2)).transpose(1, 2)
+        x = product(L, x.masked_fill(hidden, 0).transpose(1, 2)).transpose(1, 2)
+        x = x.view(R, some, q, d).transpose(0, 1).to(v.dtype)
+        return torch.zeros_like(v).scatter_(3, columns, x)
 
     return solve
 
@@ -126,7 +128,17 @@ def moved(
     """L[:, gone] z[gone] of every level, in one product."""
     levels, (R, d, q) = len(gone), z.shape
     masked = z[:, :, None] * gone.permute(1, 2, 0)[:, :, :, None]  # (R, d, levels, q)
-    return (L @ masked.reshape(R, d, levels * q)).view(R, d, levels, q).permute(2, 0, 3, 1)
+    return product(L, masked.reshape(R, d, levels * q)).view(R, d, levels, q).permute(2, 0, 3, 1)
+
+
+def product(
+    L: Tensor,  # (R, d, d)
+    x: Tensor,  # (R, d, k)
+) -> Tensor:  # (R, d, k)
+    """L x, to the same bits for any number of rows: PyTorch has two ways for single vectors."""
+    if x.shape[2] > 1:
+        return L @ x
+    return (L @ F.pad(x, (0, 1)))[:, :, :1]
 
 
 def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor:  # (R, d, d)

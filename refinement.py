@@ -25,41 +25,54 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 12  # of conjugate gradients
-CONVERGED = 1e-12  # × the first residual's energy
+TOGETHER = 64  # rows in a product
+CONVERGED = 1e-4  # × E: what a further step can be expected to gain is no longer worth it
+NOTHING = 1e-10  # × w H wᵀ: an E this small needs no step
 RESOLVED = 4 * torch.finfo(torch.float32).eps  # × Σ p_i² H_ii: less curvature than this is noise
 
 
 def refined(
-    now: Tensor,  # (levels, R, q, d) weights
+    start: Tensor,  # (levels, R, q, d) weights
     W: Tensor,  # (R, q, d) weights to be as good as
     H: Tensor,  # (G, d, d) float64
     system: Tensor,  # (R,) which H is each row's
     free: Tensor,  # (levels, R, q, d) bool, weights that may change
-    precondition: Callable[[Tensor], Tensor],  # (levels, R, q, d) -> the same, ≈ H⁻¹ on `free`
+    precondition: Callable[[Tensor, Tensor], Tensor],  # v, its levels -> ≈ v H⁻¹ on `free`
 ) -> Tensor:  # (levels, R, q, d) float64
     """Weights of lower E, none of them higher; see the module docstring."""
-    now, W = now.double(), W.double()
+    result, W = start.to(torch.float64, copy=True), W.double()
     diagonal = H.diagonal(dim1=1, dim2=2)[system][:, None]  # (R, 1, d)
-    residual = times(W - now, H, system) * free
-    z = precondition(residual) * free
-    direction, energy = z, dot(residual, z)
-    enough = CONVERGED * energy
+    nothing = NOTHING * dot(W, times(W[None], H, system)[0])
+    level = torch.arange(len(start), device=start.device)  # those not yet done
+    residual = times(W - result, H, system)
+    error = dot(W - result, residual)  # 2 E
+    residual *= free
+    now, direction = result.clone(), precondition(residual, level) * free
+    energy = dot(residual, direction)
     for _ in range(STEPS):
+        wanted = (energy > CONVERGED * error) & (error > nothing)
+        left = wanted.flatten(1).any(1)
+        result[level] = now
+        if not bool(left.any()):
+            break
+        level, free, wanted, error = level[left], free[left], wanted[left], error[left]
+        now, residual, direction, energy = (x[left] for x in (now, residual, direction, energy))
         moved = times(direction, H, system) * free
         curvature = dot(direction, moved)
         sound = curvature > RESOLVED * dot(direction * diagonal, direction)
-        step = torch.where(sound & (energy > enough), energy / curvature, 0.0)
-        if not bool(step.any()):
-            break
-        now = torch.addcmul(now, step, direction)
-        residual = torch.addcmul(residual, step, moved, value=-1)
-        z = precondition(residual) * free
+        step = torch.where(sound & wanted, energy / curvature, 0.0)
+        now, residual = now + step * direction, residual - step * moved
+        error = error - step * energy
+        z = precondition(residual, level) * free
         energy, before = dot(residual, z), energy
         direction = z + direction * torch.where(before > 0, energy / before, 0.0)
-    return now
+        energy = torch.where(step > 0, energy, 0.0)  # what takes no step now never will
+    result[level] = now
+    return result
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:  # (…, d), (…, d) -> (…, 1)
@@ -71,13 +84,18 @@ def times(
     H: Tensor,  # (G, d, d)
     system: Tensor,  # (R,)
 ) -> Tensor:  # (levels, R, q, d)
-    """x H of every row's own H, a product for each H."""
-    if len(H) == 1:
-        return x @ H[0]
+    """x H of every row's own H.
+
+    In products of one size, so that a row's bits do not depend on which rows are with it.
+    """
     product = torch.empty_like(x)
-    for g in torch.unique(system).tolist():
-        rows = system == g
-        product[:, rows] = x[:, rows] @ H[g]
+    for g in range(len(H)):
+        rows = torch.nonzero(system == g)[:, 0]
+        flat = x[:, rows].flatten(0, -2)
+        padded = F.pad(flat, (0, 0, 0, -len(flat) % TOGETHER))
+        parts = [part @ H[g] for part in padded.split(TOGETHER)]
+        if parts:
+            product[:, rows] = torch.cat(parts)[: len(flat)].view_as(x[:, rows])
     return product
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from distributed import ALONE, World
 from elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
-from hessian import Gram, Inverse, alive_inputs, damped_inverse, without
+from hessian import Gram, Inverse, alive_inputs, badly_scaled, damped_inverse, without
 from levels import Undamped, completed, first_counts, weights_at
 from memory import Needs, batches_of, default_memory, layer_needs
 from quant import Grid
@@ -257,10 +257,11 @@ class TrueOBS:
 
         trace = self._eliminate(problem, rule_of, self.columns)
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
-        nearest = grid(problem.W.to(grid.scale.dtype))
-        quantised, kept = never_worse(quantised, nearest, problem.W, problem.H)
-        if kept:
-            log.info("rounding to nearest does better in %d of %d rows: kept", kept, self.rows)
+        if self._damped_by_need(self.damping > 0) or badly_scaled(problem.H):
+            nearest = grid(problem.W.to(grid.scale.dtype))
+            quantised, kept = never_worse(quantised, nearest, problem.W, problem.H)
+            if kept:
+                log.info("rounding to nearest does better in %d of %d rows: kept", kept, self.rows)
         self.layer.weight.data.copy_(self._as_layer(quantised))
 
     def nmprune(self, n: int, m: int) -> None:

@@ -47,8 +47,12 @@ Command = Callable[..., Done]
 
 def start(*words: object, **options) -> subprocess.Popen[str]:
     line = [sys.executable, str(ROOT / "main_trueobs.py"), *map(str, words)]
-    return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **options)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # inherited: `… &` ignores it
+    try:
+        return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, **options)
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def in_a_process(*words: object) -> Done:

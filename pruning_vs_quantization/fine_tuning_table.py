@@ -1,0 +1,173 @@
+"""The table and the picture of fine-tuning: quantised against pruned at equal size.
+
+A row for each size of b bits a weight, pruned weights counted as FP16 with sparsity 1 − b/16. The
+runs of train-compressed are found by their settings, not by the names of their files; only runs
+that quantise weights and nothing else, or prune and nothing else, are of the study. Several seeds
+are averaged, with the range of what they gave. Results without training come from a text file with
+a line `<method> <bits> <reached> <top-1>` each, tab-separated, as recipes/fine_tuning.sh writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cli
+from cli import UserError
+from profiles import read_lines
+from pruning_vs_quantization.compressed_model import FULL_BITS
+from pruning_vs_quantization.plots import (
+    PRUNING_COLOUR,
+    QUANTISATION_COLOUR,
+    draw_legend,
+    new_figure,
+    save_figure,
+)
+from pruning_vs_quantization.study_files import read_result
+
+QUANTISED, PRUNED, OBQ, EXACT = "quantised", "pruned", "OBQ", "ExactOBS"
+COLUMNS = {  # method: heading
+    QUANTISED: "quantised, trained", PRUNED: "pruned, trained",
+    OBQ: "OBQ, BN tuning", EXACT: "ExactOBS, BN tuning",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """One network of the study."""
+
+    method: str  # of COLUMNS
+    bits: float  # size, in bits a weight
+    top1: float
+    seed: int | None = None  # of training
+    seconds: float | None = None  # that training took
+    reached: float | None = None  # bits a weight, with the first and the last layer's own
+    training: str | None = None  # how long, and on what
+
+    @property
+    def sparsity(self) -> float:
+        """Of FP16 weights of this size."""
+        return 1 - self.bits / FULL_BITS
+
+
+def trained_results(folder: Path, architecture: str, dataset: str) -> list[Result]:
+    """Of the runs in a folder, those of the study; the others are named. Raises UserError."""
+    found = []
+    for path in sorted(folder.glob("*_seed*.json")):
+        settings, figures = read_result(path)
+        if (settings.get("architecture"), settings.get("dataset")) != (architecture, dataset):
+            continue
+        size = _size(settings)
+        if size is None:
+            cli.log.info("%s: not a comparison at equal size, left out", path)
+            continue
+        found.append(Result(*size, figures["top1"], settings["seed"], figures["seconds"],
+                            figures["bits_per_weight"], _training(settings, figures)))  # fmt: skip
+    if not found:
+        raise UserError(f"{folder}: no trained {architecture} on {dataset} in it; run "
+                        "train-compressed first, or name another --out")  # fmt: skip
+    return found
+
+
+def _size(settings: dict[str, Any]) -> tuple[str, float] | None:
+    """Method and bits a weight; None for what is not of the study."""
+    pruned = settings["prune_method"] != "none"
+    if settings["act_quant"] or pruned == settings["weight_quant"]:
+        return None
+    if pruned:
+        return PRUNED, FULL_BITS * (1 - settings["s_f"])
+    return QUANTISED, float(settings["n_bits"])
+
+
+def _training(settings: dict[str, Any], figures: dict[str, Any]) -> str:
+    epochs = settings["max_epochs"]
+    return (f"{epochs} epoch{'s' * (epochs > 1)} of {figures['training_images']} images in batches "
+            f"of {settings['batch_size']}, learning rate {settings['learning_rate']:g}")
+
+
+def conditions(results: Iterable[Result]) -> str:
+    """How the networks were trained, and a warning where that is not the same for all."""
+    methods: dict[str, list[str]] = {}
+    for one in results:
+        if one.training and one.method not in methods.setdefault(one.training, []):
+            methods[one.training].append(one.method)
+    if len(methods) == 1:
+        return f"trained for {next(iter(methods))}"
+    return "not all trained alike: " + "; ".join(
+        f"{' and '.join(names)} for {training}" for training, names in methods.items())
+
+
+def untrained_results(path: Path) -> list[Result]:
+    """From lines `<method> <bits> <reached> <top-1>`. Raises UserError that names the line."""
+    found = []
+    for number, words in read_lines(path):
+        try:
+            found.append(Result(words[0], float(words[1]), float(words[-1])))
+        except (ValueError, IndexError):
+            raise UserError(f"{path}, line {number}: expected method, bits, reached, top-1; "
+                            "did a command before it fail?") from None  # fmt: skip
+        if words[0] not in (OBQ, EXACT):
+            raise UserError(f"{path}, line {number}: {words[0]} is neither {OBQ} nor {EXACT}")
+    return found
+
+
+def markdown(results: Iterable[Result]) -> str:
+    """The table, largest size first."""
+    results = list(results)
+    lines = ["| bits | sparsity | " + " | ".join(COLUMNS.values()) + " | seeds | minutes a run |",
+             "|---" * (len(COLUMNS) + 4) + "|"]  # fmt: skip
+    for bits in sorted({result.bits for result in results}, reverse=True):
+        row = [result for result in results if result.bits == bits]
+        cells = [_accuracy([one.top1 for one in row if one.method == method]) for method in COLUMNS]
+        seeds = sorted({one.seed for one in row if one.seed is not None})
+        minutes = [one.seconds / 60 for one in row if one.seconds is not None]
+        cells += [" ".join(map(str, seeds)) or "–", _range(minutes)]
+        lines.append(f"| {bits:g} | {100 * row[0].sparsity:g} % | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _accuracy(values: list[float]) -> str:
+    if not values:
+        return "–"
+    text = f"{sum(values) / len(values):.2f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.2f} … {max(values):.2f})"
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return "–"
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} … {high}"
+
+
+def draw(results: Iterable[Result], title: str, stem: Path) -> None:
+    """Top-1 against size, a line for each method; <stem>.png and .pdf."""
+    results = list(results)
+    figure, axes = new_figure()
+    styles = {
+        QUANTISED: (QUANTISATION_COLOUR, "-", "o"), PRUNED: (PRUNING_COLOUR, "-", "s"),
+        OBQ: (QUANTISATION_COLOUR, ":", "o"), EXACT: (PRUNING_COLOUR, ":", "s"),
+    }  # fmt: skip
+    sizes = sorted({result.bits for result in results})
+    for method, (colour, line, marker) in styles.items():
+        points: dict[float, list[float]] = {}
+        for one in sorted(results, key=lambda result: result.bits):
+            if one.method == method:
+                points.setdefault(one.bits, []).append(one.top1)
+        means = [sum(values) / len(values) for values in points.values()]
+        if points:
+            axes.plot(list(points), means, color=colour, linestyle=line, marker=marker,
+                      label=COLUMNS[method])  # fmt: skip
+    labels = [f"{bits:g}\n{100 * (1 - bits / FULL_BITS):g} %" for bits in sizes]
+    axes.set_xticks(sizes, labels)
+    axes.set(xlabel="bits a weight, and the sparsity of FP16 weights of that size",
+             ylabel="top-1 (%)", title=title)  # fmt: skip
+    draw_legend(axes)
+    save_figure(figure, stem)
+
+
+def as_records(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """For a JSON file."""
+    return [asdict(result) for result in results]

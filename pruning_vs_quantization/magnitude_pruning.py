@@ -1,0 +1,126 @@
+"""Gradual magnitude pruning.
+
+Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), equation 1. From sparsity s_i at step
+t_0 to s_f at step t_0 + n along a cubic, steep first, when much can go,
+
+    s(t) = s_f + (s_i − s_f) (1 − (t − t_0)/n)³          t_0 ≤ t ≤ t_0 + n
+
+0 before and s_f after. Every Δt steps, and at t_0 + n, the weights of least magnitude in each layer
+are masked so that round(s(t) · weights) of them are zero. In patterns, tiles of T weights along the
+input channels (for each row and kernel position), round(s(t) T) of each tile are, with s_f = Z/T: Z
+of T zeros at the end.
+
+The first and the last layer are pruned no further than `limit` (for ½ they are as large in FP16 as
+the 8 bits that a quantised network has there).
+
+Deviations. A weight that is masked is set to zero after every step of the optimiser, so it never
+comes back, whatever momentum and weight decay would do to it; in Zhu and Gupta it keeps its value,
+which nothing but their weight decay changes. Layers whose input channels are not a multiple of T
+are left dense and named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cli import log
+from modelutils import find_layers
+from pruning_vs_quantization.first_and_last import first_and_last
+
+MASK = "pruning_mask"  # a buffer of each pruned layer, bool, the weight's shape; False: zero
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """Sparsity as a function of the steps done, as in the module docstring."""
+
+    initial: float  # s_i
+    final: float  # s_f
+    first_step: int  # t_0
+    last_step: int  # t_0 + n
+
+    def sparsity(self, step: int) -> float:
+        """
+        >>> schedule = CubicSchedule(0.0, 0.8, 10, 20)
+        >>> [round(schedule.sparsity(step), 4) for step in (0, 10, 15, 20, 99)]
+        [0.0, 0.0, 0.7, 0.8, 0.8]
+        """
+        if step < self.first_step:
+            return 0.0
+        left = 1 - min(1.0, (step - self.first_step) / (self.last_step - self.first_step))
+        return self.final + (self.initial - self.final) * left**3
+
+
+def magnitude_mask(
+    weight: Tensor,  # (rows, channels, …)
+    sparsity: float,
+) -> Tensor:  # bool, like weight
+    """Exactly round(sparsity · weights) are False: the smallest, of equals the first."""
+    order = weight.abs().flatten().argsort(stable=True)
+    mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    mask[order[: round(sparsity * weight.numel())]] = False
+    return mask.view(weight.shape)
+
+
+def tile_mask(
+    weight: Tensor,  # (rows, channels, …), channels a multiple of `tile`
+    tile: int,
+    zeros: int,
+) -> Tensor:  # bool, like weight
+    """In each tile of weights along the input channels, exactly `zeros` are False, the smallest."""
+    inner = weight.abs().movedim(1, -1)  # (rows, …, channels)
+    order = inner.reshape(-1, tile).argsort(dim=1, stable=True)
+    mask = torch.ones_like(order, dtype=torch.bool).scatter_(1, order[:, :zeros], False)
+    return mask.view(inner.shape).movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class GradualPruning:
+    """The plan for a whole model."""
+
+    schedule: CubicSchedule
+    every: int  # Δt, steps
+    limit: float  # on the sparsity of the first and the last layer
+    tile: int | None = None  # T; None: no pattern
+
+    def start(self, model: nn.Module) -> None:
+        """Give each layer that is to be pruned a mask, and say which are not."""
+        for name, layer in find_layers(model).items():
+            if self.tile and layer.weight.shape[1] % self.tile:
+                log.info("%s left dense: %d input channels are not a multiple of --tile-size %d",
+                         name, layer.weight.shape[1], self.tile)
+            else:
+                layer.register_buffer(MASK, torch.ones_like(layer.weight, dtype=torch.bool))
+        self.update(model, 0)
+
+    def is_due(self, step: int) -> bool:
+        """Whether masks change when `step` steps have been done."""
+        since = step - self.schedule.first_step
+        return step == self.schedule.last_step or (
+            step < self.schedule.last_step and since >= 0 and since % self.every == 0)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """After `step` steps: masked weights are zero again, and new masks if they are due."""
+        ends, due = first_and_last(model), self.is_due(step)
+        for name, layer in masked_layers(model).items():
+            mask = getattr(layer, MASK)
+            layer.weight.masked_fill_(~mask, 0)  # momentum moved them: before seeking the smallest
+            if due:
+                sparsity = self.schedule.sparsity(step)
+                sparsity = min(sparsity, self.limit) if name in ends else sparsity
+                mask.copy_(self._mask(layer.weight, sparsity))
+                layer.weight.masked_fill_(~mask, 0)
+
+    def _mask(self, weight: Tensor, sparsity: float) -> Tensor:
+        if self.tile:
+            return tile_mask(weight, self.tile, round(sparsity * self.tile))
+        return magnitude_mask(weight, sparsity)
+
+
+def masked_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have a mask, by name."""
+    return {name: layer for name, layer in find_layers(model).items() if hasattr(layer, MASK)}

@@ -1,0 +1,89 @@
+"""Pictures of the study: one restrained style, saved as PNG and PDF, whole or not at all.
+
+    figure, axes = new_figure()
+    axes.plot(…, color=bit_colour(4))
+    axes.set(xlabel="pruning SQNR (dB)", ylabel="quantisation SQNR (dB)")
+    save_figure(figure, args.out / "weights_sqnr")          .png and .pdf
+
+Bit widths are an ordered quantity, so their colours are steps of an ordered map (viridis), which
+colour-blind readers and grey printers keep apart; markers say it once more. Figures are made
+without pyplot: no window, no global state.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cli
+from cli import UserError
+from pruning_vs_quantization.study_files import HIGHEST_BITS, LOWEST_BITS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+QUANTISATION_COLOUR, PRUNING_COLOUR = "#0072b2", "#d55e00"  # blue, vermilion: Okabe and Ito (2008)
+NEUTRAL_COLOUR = "#5a5a5a"  # diagonals, baselines
+MARKERS = "ov^sDPX*"
+DPI = 150
+
+
+def study_package(name: str) -> Any:
+    """A package that only the study needs, or a module of it; a UserError where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        package = name.partition(".")[0]
+        raise UserError(f"this needs {package}: pip install -r requirements-study.txt") from None
+
+
+def new_figure(
+    rows: int = 1,
+    columns: int = 1,
+    width: float = 6.0,  # inches
+    height: float = 4.2,  # inches
+    **options: Any,  # of Figure.subplots
+) -> tuple[Figure, Any]:  # the figure; its Axes, or an array of them
+    """A figure in the study's style."""
+    figure = study_package("matplotlib.figure").Figure((width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, **options)
+    for each in figure.axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(alpha=0.25, linewidth=0.6)
+        each.set_axisbelow(True)
+        each.tick_params(labelsize=9)
+    return figure, axes
+
+
+def bit_colour(bits: int) -> tuple[float, float, float, float]:
+    """The colour of a bit width, red green blue alpha: dark for few, light for many."""
+    share = (bits - LOWEST_BITS) / (HIGHEST_BITS - LOWEST_BITS)
+    return study_package("matplotlib").colormaps["viridis"](0.9 * min(max(share, 0.0), 1.0))
+
+
+def bit_marker(bits: int) -> str:
+    """The marker of a bit width."""
+    return MARKERS[(bits - LOWEST_BITS) % len(MARKERS)]
+
+
+def draw_legend(axes: Axes, title: str | None = None, **options: Any) -> None:
+    """A legend without a frame, in the study's sizes."""
+    axes.legend(title=title, fontsize=9, title_fontsize=9, frameon=False, **options)
+
+
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Write <stem>.png and <stem>.pdf."""
+    for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
+        with cli.atomic_write(stem.with_name(f"{stem.name}.{kind}")) as file:
+            figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
+    cli.log.info("picture: %s.png and .pdf", stem)
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The picture as a PNG, for a page that holds it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()

@@ -1,0 +1,30 @@
+"""A few runs of tests/chaos.py, one of each kind of trouble."""
+
+from __future__ import annotations
+
+import pytest
+from chaos import KINDS, Broken, chaos, check_files, check_said
+
+
+@pytest.mark.slow
+def test_trouble_changes_nothing():
+    good, broken = chaos(len(KINDS), seed=1)
+    assert not broken
+    assert good["troubles"] >= 3 and good.total() - good["troubles"] == len(KINDS)
+
+
+@pytest.mark.parametrize(("text", "status"), [
+    ("Traceback (most recent call last):\n", 1), ("", 2), ("error: a\nerror: b\n", 2)])  # fmt: skip
+def test_what_would_be_broken_is_noticed(text, status):
+    with pytest.raises(Broken):
+        check_said(text, status)
+    check_said("error: interrupted\n", 130)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.json", "scores/x.txt", "x_dp.txt"])
+def test_half_a_file_is_noticed(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"half")
+    with pytest.raises(Broken, match="x"):
+        check_files(tmp_path)

@@ -1,0 +1,75 @@
+"""profiles.py: what is written comes back; what does not fit is named with its line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cli import UserError
+from profiles import read_profile, read_scores, write_profile, write_scores
+
+SCORES = {"conv1": {"0000": 0.0, "1900": -1.5e-7}, "fc": {"0000": math.inf, "8w8a": 1 / 3}}
+PROFILE = {"conv1": "0000", "layer1.0.conv1": "24_4w4a"}
+
+
+def test_there_and_back(tmp_path):
+    write_scores(tmp_path / "s.txt", SCORES)
+    write_profile(tmp_path / "p.txt", PROFILE)
+    assert read_scores(tmp_path / "s.txt") == SCORES
+    assert read_profile(tmp_path / "p.txt") == PROFILE
+    (tmp_path / "s.txt").write_bytes((tmp_path / "s.txt").read_bytes().replace(b"\n", b"\r\n\r\n"))
+    assert read_scores(tmp_path / "s.txt") == SCORES
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("conv1\n\n0.5 0000\nabc 1900\n", "line 4: expected a layer, or `<value> <level>`"),
+    ("conv1\n1_0 0000\n", "line 2: expected"),
+    ("conv1\n١ 0000\n", "line 2: expected"),
+    ("conv1\n1e999 0000\n", "line 2: expected"),
+    ("conv1\n0x1p3 0000\n", "line 2: expected"),
+    ("conv1\n0.5 0000 more\n", "line 2: expected"),
+    ("0.5 0000\n", "line 1: expected"),
+    ("conv1\n0.5 0000\n0.6 0000\n", "line 3: level 0000 stands there twice"),
+    ("conv1\n0.5 0000\nconv1\n", "line 3: conv1 stands there twice"),
+    ("conv1\n0.5 00\x1b[2J00\n", "line 2: holds a character that is no text"),
+    ("conv1\n0.5 0000\n\x00\n", "line 3: holds a character that is no text"),
+    ("\n\n", "no scores in it"),
+])  # fmt: skip
+def test_scores_are_read_strictly(text, words, tmp_path):
+    path = tmp_path / "s.txt"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_scores(path)
+    assert f"{path}" in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "-inf"])
+def test_seconds_are_positive(value, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text(f"conv1\n0.5 dense\n{value} 0000\n")
+    with pytest.raises(UserError, match=f"t.txt, line 3: must be 0 or more, .* got {value}"):
+        read_scores(path, positive=True)
+    assert len(read_scores(path)["conv1"]) == 2
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("0000 conv1\n0000\n", "line 2: expected `<level> <layer>`"),
+    ("0000 conv1\n\n1900 conv1\n", "line 3: conv1 stands there twice"),
+    ("", "no layers in it"),
+])  # fmt: skip
+def test_profiles_are_read_strictly(text, words, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_profile(path)
+    assert words in str(caught.value)
+
+
+def test_what_is_no_text(tmp_path):
+    (tmp_path / "x").write_bytes(b"\xff\xfe\x00")
+    for read in (read_scores, read_profile):
+        with pytest.raises(UserError, match=r"x: cannot be read \(not a text file\)"):
+            read(tmp_path / "x")
+        with pytest.raises(UserError, match=r"none: cannot be read \(No such file"):
+            read(tmp_path / "none")

@@ -1,0 +1,283 @@
+"""The study's page: its numbers against hand-made results, its words, and its HTML."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pruning_vs_quantization import layer_study, report
+from pruning_vs_quantization.fine_tuning_table import Result, as_records
+from pruning_vs_quantization.report_page import (
+    Section,
+    Table,
+    answer,
+    html_page,
+    listed,
+    markdown_page,
+    signed,
+    summary_table,
+)
+from pruning_vs_quantization.study_files import write_result
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")  # fmt: skip  # noqa: E501
+
+
+# -- hand-made results -----------------------------------------------------------------------------
+
+
+def write_weights(folder: Path, model: str, bits: int, pairs: list[tuple]) -> None:
+    layers = {f"layer{i}": {"quant_sqnr": quant, "pruning_sqnr": pruning,
+                            "pruning_sqnr_corrected": pruning, "sample_kurtosis": float(i)}
+              for i, (quant, pruning) in enumerate(pairs)}  # fmt: skip
+    (folder / "weights_sqnr").mkdir(parents=True, exist_ok=True)
+    path = folder / "weights_sqnr" / f"{model}_{bits}_bits_mse.json"
+    path.write_text(json.dumps(layers))
+
+
+def write_outputs(folder: Path, layer: str, bits: int, quantised: tuple, pruned: tuple) -> None:
+    """Each of (signal, own error, best error, bound), as layer_study.py itself sums them up."""
+    for kind, own, (signal, error, best, bound) in (
+        ("quantisation", "obq", quantised), ("pruning", "exact_obs", pruned)
+    ):  # fmt: skip
+        record = {"signal": signal, "errors": {own: error}, "error": best, "lower": bound,
+                  "proven": best == bound, "seconds": 0.0}  # fmt: skip
+        figures = {"kind": kind, "layer": layer, "bits": bits,
+                   "summary": layer_study.summary([record], own)}  # fmt: skip
+        path = folder / "layer_outputs" / f"rn8_{layer}_{bits}_bits_{kind}.json"
+        write_result(path, {"model": "rn8", "dataset": "digits"}, figures)
+
+
+def write_training(folder: Path, architecture: str, tops: dict[tuple[str, int], list[float]]):
+    results = [Result(method, bits, top1, seed=seed, seconds=60.0)
+               for (method, bits), values in tops.items() for seed, top1 in enumerate(values)]
+    record = {"architecture": architecture, "dataset": "digits", "conditions": "trained briefly",
+              "results": as_records(results)}  # fmt: skip
+    (folder / "fine_tuning").mkdir(parents=True, exist_ok=True)
+    stem = folder / "fine_tuning" / f"table_{architecture.partition('_')[0]}_digits"
+    stem.with_suffix(".json").write_text(json.dumps(record))
+    stem.with_suffix(".png").write_bytes(PNG)
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    write_weights(tmp_path, "rn8", 4, [(20.0, 5.0), (18.0, 6.0), (10.0, 9.0), (None, 4.0)])
+    write_weights(tmp_path, "rn8", 2, [(5.0, 6.0), (8.0, 3.0), (7.0, 7.5)])
+    write_weights(tmp_path, "resnet18", 4, [(11.0, 1.0)])
+    write_outputs(tmp_path, "conv1", 4, (100.0, 2.0, 1.0, 1.0), (100.0, 20.0, 10.0, 5.0))
+    write_outputs(tmp_path, "conv2", 4, (100.0, 1.0, 1.0, 0.5), (100.0, 1.0, 1.0, 0.1))
+    write_training(tmp_path, "rn8_quantized", {
+        ("quantised", 4): [99.0, 98.0], ("pruned", 4): [97.0],
+        ("quantised", 2): [90.0], ("pruned", 2): [95.0], ("OBQ", 2): [80.0],
+    })  # fmt: skip
+    return tmp_path
+
+
+def section_of(folder: Path, part: str, model: str | None = None) -> Section:
+    (found,) = [each for each in report.gather(folder, model) if each.part == part]
+    return found
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def test_weights_are_medians_over_finite_tensors(results):
+    section = section_of(results, "weights", "rn8")
+    assert section.gaps == {4: 12.0, 2: -0.5}  # of 15, 12, 1; of −1, 5, −0.5
+    assert section.tables[0].rows == [["4", "75 %", "3", "18.00", "6.00", "0"],
+                                      ["2", "87.5 %", "3", "7.00", "6.00", "2"]]  # fmt: skip
+    assert section.tables[1].rows[0] == ["rn8", "layer0", "2", "0.0", "−1.00 dB"]
+    assert section.pictures[0][1].startswith(b"\x89PNG")
+
+
+def test_all_models_or_one_by_either_name(results):
+    assert section_of(results, "weights").subject == "2 models"
+    assert section_of(results, "weights").gaps[4] == 11.0  # of 15, 12, 1, 10
+    assert section_of(results, "weights", "rn18").gaps == {4: 10.0}
+    assert section_of(results, "weights", "resnet18").gaps == {4: 10.0}
+
+
+def test_layer_outputs_say_what_is_proven(results):
+    section = section_of(results, "layer outputs")
+    assert section.subject == "rn8 on digits"
+    assert section.gaps == {4: pytest.approx(5.0)}  # 10 dB in conv1, 0 in conv2
+    row = section.tables[0].rows[0]
+    assert row[:4] == ["4", "75 %", "2", "+5.00 dB"]
+    assert row[4:6] == ["1", "0"]  # conv1's best 20 dB passes the limit of 13 dB
+    assert row[6:] == ["1.51 dB", "1.51 dB"]  # 3.01 dB in conv1, 0 in conv2; the same
+
+
+def test_layers_without_error_are_infinitely_good(tmp_path):
+    write_outputs(tmp_path, "conv1", 8, (1.0, 0.0, 0.0, 0.0), (1.0, 0.1, 0.1, 0.1))
+    section = section_of(tmp_path, "layer outputs")
+    assert section.gaps == {8: math.inf}
+    assert section.tables[0].rows[0][3:6] == ["+∞ dB", "1", "0"]
+    write_outputs(tmp_path, "conv1", 8, (1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0))
+    assert section_of(tmp_path, "layer outputs").gaps == {8: 0.0}
+
+
+def test_a_layer_that_only_one_side_has_seen_does_not_count(tmp_path):
+    write_outputs(tmp_path, "conv1", 4, (1.0, 0.1, 0.1, 0.1), (1.0, 0.2, 0.2, 0.2))
+    (tmp_path / "layer_outputs" / "rn8_conv1_4_bits_pruning.json").unlink()
+    assert report.gather(tmp_path, None) == []
+
+
+def test_fine_tuning_compares_means_over_seeds(results):
+    section = section_of(results, "fine-tuning")
+    assert section.gaps == {4: 1.5, 2: -5.0}
+    assert section.unit == "points" and section.pictures[0][1] == PNG
+    assert section.tables[0].rows[1][:5] == ["2", "87.5 %", "90.00", "95.00", "80.00"]
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def part(name: str, unit: str = "dB", **gaps: float) -> Section:
+    return Section(name, "rn8", unit, {float(bits[1:]): gap for bits, gap in gaps.items()}, "")
+
+
+@pytest.mark.parametrize(("sections", "words"), [
+    ([part("weights", b4=13.0, b2=5.0)],
+     "Quantise. By weights, rn8: quantisation is better at 4 bits (+13.00 dB) and "
+     "2 bits (+5.00 dB)."),
+    ([part("weights", b4=-13.0)],
+     "Prune. By weights, rn8: pruning is better at 4 bits (−13.00 dB)."),
+    ([part("weights", b4=0.05)],
+     "Either will do. By weights, rn8: neither is clearly better at 4 bits (+0.05 dB)."),
+    ([part("weights", b4=13.0, b2=5.0), part("fine-tuning", "points", b4=1.5, b2=-5.0)],
+     "It depends on the size. By fine-tuning, rn8: quantisation is better at 4 bits "
+     "(+1.50 points); pruning is better at 2 bits (−5.00 points). "
+     "Otherwise by weights, rn8, at 2 bits (+5.00 dB)."),
+    ([part("densities", b4=13.0), part("weights", b4=5.0, b2=3.0)],
+     "Quantise. By weights, rn8: quantisation is better at 4 bits (+5.00 dB) and "
+     "2 bits (+3.00 dB). What else has been run agrees."),
+])  # fmt: skip
+def test_the_answer_depends_on_the_numbers(sections, words):
+    assert answer(sections) == words
+
+
+def test_the_summary_has_a_row_per_size_and_a_column_per_part():
+    sections = [part("weights", b4=13.0, b2=5.0), part("fine-tuning", "points", b3=-0.5, b4=2.0)]
+    assert summary_table(sections).rows == [
+        ["4", "75 %", "+13.00 dB", "+2.00 points"],
+        ["3", "81.25 %", "–", "−0.50 points"],
+        ["2", "87.5 %", "+5.00 dB", "–"],
+    ]
+
+
+def test_a_part_without_a_pair_has_no_say():
+    one_sided = part("fine-tuning", "points")
+    sections = [part("weights", b4=13.0), one_sided]
+    assert answer(sections) == answer(sections[:1])
+    assert summary_table(sections) == summary_table(sections[:1])
+    assert "nothing to compare" in answer([one_sided])
+
+
+def test_small_words():
+    assert [signed(x) for x in (0.0, -0.001, 1.5, -2.0, -math.inf, None)] == [
+        "+0.00", "+0.00", "+1.50", "−2.00", "−∞", "–"]  # fmt: skip
+    assert [listed(list(words)) for words in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
+    assert Table.parse("| a | b |\n|---|---|\n| 1 | x y |\n") == Table(["a", "b"], [["1", "x y"]])
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; keeps pictures, links and text."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures: list[dict] = []
+        self.addresses: list[str] = []
+        self.words = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset")]
+        if tag == "img":
+            self.pictures.append(dict(attrs))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def test_the_page_holds_everything_it_shows():
+    section = Section("weights", "<b>&rn8", "dB", {4: 1.0}, "5 < 6 & 7",
+                      [Table(["layer", "gap"], [["<i>x", "+1.00 dB"]])], [('a "dot"', PNG)])
+    text = html_page("A <title>", [section])
+    page = Page(text)
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "http" not in text and "url(" not in text and "<script" not in text
+    (picture,) = page.pictures
+    assert base64.b64decode(picture["src"].partition(",")[2]) == PNG
+    assert picture["alt"] == 'a "dot"'
+    for words in ("A <title>", "<b>&rn8", "5 < 6 & 7", "<i>x", "Not run: fine-tuning"):
+        assert words in page.words
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_markdown_says_the_same():
+    sections = [part("weights", b4=13.0)]
+    text = markdown_page("Title", sections)
+    assert text.startswith("# Title\n") and answer(sections) in text
+    assert "| 4 | 75 % | +13.00 dB |" in text
+    assert "Not run: densities. `python -m pruning_vs_quantization.expected_sqnr`" in text
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_the_command_writes_both_pages(results, capsys, tmp_path):
+    assert report.main([str(results), "--model", "rn8", "--out", str(tmp_path / "page")]) == 0
+    printed = capsys.readouterr().out
+    assert "| 4 | 75 % | +12.00 dB | +5.00 dB | +1.50 points |" in printed
+    assert "It depends on the size. By fine-tuning, rn8 on digits" in printed
+    page = Page((tmp_path / "page" / "report.html").read_text())
+    assert len(page.pictures) == 2 and "Pruning or quantisation? rn8 on digits" in page.words
+    markdown = (tmp_path / "page" / "report.md").read_text()
+    assert printed.splitlines()[2] in markdown
+    assert not (results / "report.html").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--model", "rn56"]])
+def test_nothing_to_report(words, tmp_path, capsys):
+    if words:
+        write_weights(tmp_path, "rn8", 4, [(20.0, 5.0)])
+    assert report.main([str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err
+    assert "nothing of the study in it" in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("report.*"))
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("weights_sqnr/rn8_4_bits_mse.json", "{", "not a whole JSON file"),
+    ("weights_sqnr/rn8_4_bits_mse.json", '{"conv1": {}}', "part weights is not as its command"),
+    ("layer_outputs/rn8_conv1_4_bits_pruning.json", '{"settings": {}, "figures": {}}',
+     "part layer outputs is not as its command"),
+    ("fine_tuning/table_rn8_digits.json", "{}", "part fine-tuning is not as its command"),
+    ("expected_sqnr/expected_sqnr.json", "{}", "not a result of this study"),
+])  # fmt: skip
+def test_broken_results_are_one_line(name, content, message, tmp_path, capsys):
+    path = tmp_path / name
+    path.parent.mkdir()
+    path.write_text(content)
+    assert report.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
