@@ -25,15 +25,14 @@ z its moves), so that
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from threads import CACHE_BYTES, in_pieces, rows_of_a_piece
+
 INFINITY = np.inf
-CACHE_BYTES = 8 << 20  # matrices of one task, so that they stay in the last cache
 EXACT = {"contract", "nsz"}  # sums in their own order
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=EXACT)
 compiled_sum = njit(nogil=True, cache=True, error_model="numpy", fastmath=EXACT | {"reassoc"})
@@ -55,23 +54,12 @@ def eliminate_rows(
     order = torch.empty(R, steps, dtype=torch.int64)
     losses, weights = W.new_empty(R, steps), torch.empty_like(W)
     Hinv, grid = Hinv.contiguous(), grid.contiguous()
-    threads = torch.get_num_threads()
-    size = max(1, min(CACHE_BYTES // (d * d * W.element_size()), -(-R // threads)))
 
-    def task(first: int) -> None:
-        rows = slice(first, first + size)
-        batch = _Task(W[rows], Hinv, floor, system[rows], unit, nm, grid[rows], panel)
-        batch.all_panels(order[rows], losses[rows], weights[rows])
+    def work(rows: slice) -> None:
+        task = _Task(W[rows], Hinv, floor, system[rows], unit, nm, grid[rows], panel)
+        task.all_panels(order[rows], losses[rows], weights[rows])
 
-    if threads == 1 or size >= R:
-        for first in range(0, R, size):
-            task(first)
-        return order, losses, weights
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(task, range(0, R, size)))  # list: so that an exception is raised here
-    finally:
-        torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
+    in_pieces(work, R, rows_of_a_piece(R, d * d * W.element_size()))
     return order, losses, weights
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hessian import Inverse
 from refinement import refined
+from threads import in_pieces, rows_of_a_piece
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,30 @@ def weights_at(
     undamped: Undamped | None = None,  # H, to refine the weights by
 ) -> Tensor:  # (levels, R, q, d)
     """Weights of every row at every level, in closed form; see the module docstring."""
+    levels = W.new_empty(len(counts), *W.shape)
+
+    def work(rows: slice) -> None:
+        own = undamped and Undamped(undamped.H, undamped.system[rows], undamped.damped[rows])
+        levels[:, rows] = weights_of(
+            W[rows], inverse, system[rows], order[rows], counts[:, rows], own
+        )
+
+    if W.device.type == "cpu":
+        in_pieces(work, len(W), rows_of_a_piece(len(W), W.shape[2] ** 2 * W.element_size()))
+    else:
+        work(slice(None))
+    return levels
+
+
+def weights_of(
+    W: Tensor,
+    inverse: Inverse,
+    system: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    undamped: Undamped | None,
+) -> Tensor:
+    """`weights_at`, of all rows at once."""
     L = cholesky_in_order(inverse, system, order)
     columns = order[:, None].expand_as(W)
     w = W.gather(2, columns).to(L.dtype)  # (R, q, d) in order of removal

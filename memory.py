@@ -7,7 +7,7 @@ For a layer of `rows` rows, d columns and G groups, beside the network itself, i
                 rows·d·…          order, losses and weights of all rows, and a few MB
     inverting   8·d²              one matrix more, a few groups at a time
     eliminating n·row + at most `tasks`·matrix     n rows at a time
-    levels      n·row             with row a few d² and `levels` times d
+    levels      n·row + at most `tasks`·matrix     with row a few times `levels`·d, matrix a few d²
 
 While images are shown, the sums of all layers of a pass are in memory, 8·G·d² each; as one layer of
 a pass is compressed, those of the layers to come are.
@@ -27,7 +27,7 @@ from cli import UserError
 from elimination import bytes_per_system, bytes_per_task
 from hessian import TOGETHER
 
-MATRICES_OF_A_ROW = 4  # d×d, while its weights at many levels are made
+MATRICES_OF_A_ROW = 4  # d×d, while a row's weights at many levels are made
 VECTORS_OF_A_LEVEL = 5  # of d, likewise
 OVERHEAD = 8 << 20  # buffers of libraries, and other small things
 
@@ -40,7 +40,7 @@ class Needs:
     layer: int  # whatever the step
     inverting: int  # beside it, while H is inverted
     row: int  # for every row in work at a time
-    matrix: int = 0  # for every task of the compiled engine at work
+    matrix: int = 0  # for every row that a thread works on, on a CPU
     tasks: int = 0  # how many may be
 
     @property
@@ -72,7 +72,9 @@ def layer_needs(
     row = bytes_per_system(d, item, device)
     matrix, tasks = bytes_per_task(d, item, device)
     if levels:
-        row += item * (MATRICES_OF_A_ROW * d * d + VECTORS_OF_A_LEVEL * d * levels)
+        row += item * VECTORS_OF_A_LEVEL * d * levels
+        matrices = item * MATRICES_OF_A_ROW * d * d
+        row, matrix = (row, max(matrix, matrices)) if tasks else (row + matrices, 0)
     if apart:
         row += 32 * d * d
     return Needs(sums, always, inverting, row, matrix, tasks)

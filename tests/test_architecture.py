@@ -20,7 +20,8 @@ MAX_FUNCTION, MAX_FILE = 50, 400  # lines
 # Modules in layers; each may import from layers above its own, and within it without a cycle.
 # What a later part of the toolkit adds as support stands on the layer of what it supports.
 LAYERS = (
-    {"cli", "process", "vision", "quant", "hessian", "dp", "refinement", "cifar_resnets"},
+    {"cli", "process", "vision", "quant", "hessian", "dp", "refinement", "threads",
+     "cifar_resnets"},
     {"devices", "distributed", "levelfile", "checkpoints", "imagefiles", "batches", "datautils",
      "elimination", "elimination_cpu", "levels", "memory", "tracing", "profiles", "resuming"},
     {"modelutils", "trueobs", "records"},
