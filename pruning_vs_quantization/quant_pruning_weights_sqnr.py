@@ -42,6 +42,7 @@ import cli
 import records
 from cli import UserError, log
 from database import model_tag
+from devices import resolve_device
 from modelutils import (
     CIFAR_BLOCKS,
     SHIPPED_WEIGHTS,
@@ -263,7 +264,7 @@ def wanted_models(args: argparse.Namespace) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    device, models = cli.resolve_device(args.device), wanted_models(args)
+    device, models = resolve_device(args.device), wanted_models(args)
     bits = sorted(set(args.bits), reverse=True)
     folder, downloads, skipped = Folder(args.out), Downloads(), []
     settings = {name: {"model": name, "weights": weights_identity(name, args.weights),

@@ -11,6 +11,7 @@ import cli
 from cli import UserError
 from database import model_tag
 from datautils import DATASETS
+from devices import resolve_device
 from pruning_vs_quantization.architectures import network_name
 from pruning_vs_quantization.schedules import FORMS, learning_rate_schedule
 from pruning_vs_quantization.starting_ranges import METHODS
@@ -209,7 +210,7 @@ def training_device(args: argparse.Namespace) -> torch.device:
     """Where to compute. Raises UserError where that is not there."""
     if args.cuda and not torch.cuda.is_available():
         raise UserError("--cuda: this PyTorch sees no GPU; pass --no-cuda to train on the CPU")
-    return cli.resolve_device({None: args.device, True: "cuda", False: "cpu"}[args.cuda])
+    return resolve_device({None: args.device, True: "cuda", False: "cpu"}[args.cuda])
 
 
 def training_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -486,7 +486,6 @@ def test_augmented_rounds(command, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_what_a_cpu_gives(pruned, command, tmp_path):
     for words in (["quant", "--wbits", 4, "--abits", 4], ["nmprune"]):
         path = tmp_path / f"{words[0]}.pth"

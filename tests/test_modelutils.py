@@ -262,7 +262,7 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_a_whole_model_or_a_program_is_refused(tmp_path):
     torch.save(CifarResNet(1), tmp_path / "model.pth")
-    with pytest.raises(UserError, match=r"objects other than tensors \(modelutils.CifarResNet\)"):
+    with pytest.raises(UserError, match=r"than tensors \(cifar_resnets.CifarResNet\)"):
         load_checkpoint(tmp_path / "model.pth")
 
 
