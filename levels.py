@@ -30,6 +30,8 @@ from hessian import Inverse
 from refinement import refined
 from threads import in_pieces, rows_of_a_piece
 
+BLOCK = 256  # rows of a factor that are made at a time
+
 
 @dataclass(frozen=True)
 class Undamped:
@@ -171,15 +173,44 @@ def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor
 
     In float64 where the inverse's own precision does not carry.
     """
-    pairs = zip(system.tolist(), order, strict=True)
-    A = torch.stack([inverse.matrix[g].index_select(0, o).index_select(1, o) for g, o in pairs])
-    L, info = torch.linalg.cholesky_ex(A)
-    if bool((info == 0).all()):
-        return L
-    L, info = torch.linalg.cholesky_ex(A.double())
-    if not bool((info == 0).all()):
-        raise ArithmeticError("the inverse Hessian is not positive definite; try --rel-damp 1e-2")
-    return L
+    matrices = [inverse.matrix[g] for g in system.tolist()]
+    for dtype in (matrices[0].dtype, torch.float64):
+        blocked = order.device.type == "cpu" and order.shape[1] > 2 * BLOCK
+        L, whole = (blockwise if blocked else at_once)(matrices, order, dtype)
+        if whole:
+            return L
+    raise ArithmeticError("the inverse Hessian is not positive definite; try --rel-damp 1e-2")
+
+
+def at_once(matrices: list[Tensor], order: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """Factors (R, d, d), and whether there are such."""
+    pairs = zip(matrices, order, strict=True)
+    A = torch.stack([M.index_select(0, o).index_select(1, o) for M, o in pairs])
+    L, info = torch.linalg.cholesky_ex(A.to(dtype))
+    return L, bool((info == 0).all())
+
+
+def blockwise(matrices: list[Tensor], order: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """`at_once`, twice as fast: half of the matrix is never read, and almost all is products.
+
+    Of the factor U = Lᵀ, BLOCK rows at a time follow from those above (a left-looking Cholesky):
+
+        UᵀU = A:   U_IIᵀ [U_II  U_I>]  =  [A_II  A_I>] − U_<Iᵀ [U_<I  U_<>]
+    """
+    R, d = order.shape
+    U = torch.zeros(R, d, d, dtype=dtype)
+    for M, o, u in zip(matrices, order, U, strict=True):
+        for first in range(0, d, BLOCK):
+            last = min(first + BLOCK, d)
+            rows = M.index_select(0, o[first:last]).index_select(1, o[first:]).to(dtype)
+            rows.addmm_(u[:first, first:last].T, u[:first, first:], alpha=-1)
+            corner, info = torch.linalg.cholesky_ex(rows[:, : last - first], upper=True)
+            if info:
+                return U, False
+            u[first:last, first:last] = corner
+            right = rows[:, last - first :]
+            u[first:last, last:] = torch.linalg.solve_triangular(corner.T, right, upper=False)
+    return U.transpose(1, 2), True
 
 
 def completed(order: Tensor, columns: int) -> Tensor:  # (rows, steps) -> (rows, columns)
