@@ -1,0 +1,87 @@
+"""Factors in a known order, block by block and at once; the same bits on any number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from elimination import Unstructured, eliminate
+from hessian import Inverse, damped_inverse
+from levels import BLOCK, at_once, blockwise, cholesky_in_order, first_counts, weights_at
+from threads import in_pieces, rows_of_a_piece
+
+
+def hessian(d: int, seed: int = 0) -> Tensor:  # (1, d, d)
+    X = torch.randn(2 * d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (X.T @ X / d)[None]
+
+
+def orders(rows: int, d: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([torch.randperm(d, generator=generator) for _ in range(rows)])
+
+
+@pytest.mark.parametrize("d", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 1, 3 * BLOCK])
+def test_block_by_block_is_the_factor(d):
+    order, matrices = orders(2, d), [hessian(d)[0], hessian(d, 1)[0]]
+    L, whole = blockwise(matrices, order, torch.float64)
+    assert whole and not L.triu(1).any()
+    for M, o, factor in zip(matrices, order, L, strict=True):
+        torch.testing.assert_close(factor @ factor.T, M[o][:, o], rtol=0, atol=1e-12)
+    torch.testing.assert_close(L, at_once(matrices, order, torch.float64)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [BLOCK, 2 * BLOCK + 50])  # at once, and block by block
+def test_float64_where_float32_does_not_carry(d):
+    V = torch.linalg.qr(hessian(d)[0])[0]
+    values = torch.logspace(0, -9, d, dtype=torch.float64)
+    A = ((V * values) @ V.T)[None]
+    A = (A + A.mT) / 2
+    system, order = torch.zeros(1, dtype=torch.int64), orders(1, d)
+    nothing = torch.zeros(1)
+    assert not (blockwise if d > 2 * BLOCK else at_once)([A[0].float()], order, torch.float32)[1]
+    inverse = Inverse(A, A.diagonal(dim1=1, dim2=2), nothing, nothing)
+    L = cholesky_in_order(inverse, system, order)
+    assert L.dtype == torch.float64
+    torch.testing.assert_close(L[0] @ L[0].T, A[0][order[0]][:, order[0]], rtol=0, atol=1e-12)
+    with pytest.raises(ArithmeticError, match="not positive definite; try --rel-damp"):
+        bad = Inverse(-A, A.diagonal(dim1=1, dim2=2), nothing, nothing)
+        cholesky_in_order(bad, system, order)
+
+
+@pytest.mark.parametrize("d", [200, 2 * BLOCK + 50])
+def test_threads_do_not_change_a_bit(d):
+    rows, inverse = 5, damped_inverse(hessian(d))
+    W = torch.randn(rows, 1, d, generator=torch.Generator().manual_seed(2))
+    system = torch.zeros(rows, dtype=torch.int64)
+    trace = eliminate(W, inverse, system, Unstructured(), d)
+    counts = first_counts(trace.losses, [0.1, 0.5, 0.9])
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(weights_at(W, inverse, system, trace.order.long(), counts))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7])
+def test_pieces_are_all_rows_once(rows):
+    seen = torch.zeros(rows)
+
+    def work(piece: slice) -> None:
+        seen[piece] += 1
+
+    in_pieces(work, rows, rows_of_a_piece(rows, 1 << 22))
+    assert (seen == 1).all()
+
+
+def test_an_error_in_a_piece_is_raised():
+    def work(piece: slice) -> None:
+        if piece.start == 3:
+            raise ArithmeticError("row 3")
+
+    with pytest.raises(ArithmeticError, match="row 3"):
+        in_pieces(work, 5, 1)
