@@ -253,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
         "action", metavar="ACTION", choices=["loss", "squared", "spdy", "stitch", "eval"],
         help="loss, squared, spdy: write scores; stitch, eval: measure accuracy",
     )  # fmt: skip
-    parser.add_argument("--prefix", metavar="DIR", default="", help="where models_unstr/ etc. are")
+    parser.add_argument("--prefix", metavar="DIR", default=".", help="where models_unstr/ etc. are")
     parser.add_argument("--profile", metavar="FILE", help="profile to stitch (stitch)")
     parser.add_argument("--score_path", metavar="DIR", default="scores", help="folder of scores")
     return parser

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("file", metavar="FILE", help="compressed checkpoint; with --database, profile to stitch")
     add("--database", choices=list(KINDS), help="kind of the database that FILE is a profile of")
-    add("--prefix", metavar="DIR", default="", help="where models_unstr/ etc. are (default: here)")
+    add("--prefix", metavar="DIR", help="where models_unstr/ etc. are (default: here)")
     add("--skip-firstlast", action="store_true", help="leave first and last layer dense")
     add("--save", metavar="FILE", help="where to save the corrected model")
     group = parser.add_argument_group("corrections of statistics")
@@ -115,7 +115,7 @@ def load_model(args: argparse.Namespace, dense: nn.Module) -> nn.Module:
     model = copy.deepcopy(dense)
     if args.database:
         profile = read_profile(args.file)
-        Database.open(args.database, model_tag(args.model), args.prefix).stitch(model, profile)
+        Database.open(args.database, model_tag(args.model), args.prefix or ".").stitch(model, profile)
         for name in find_layers(model).keys() - profile.keys():
             log.info("%s left dense: not in the profile", name)
     else:

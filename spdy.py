@@ -160,8 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="evaluate without re-estimating the batch norms' statistics")
     add("--statcorr", action="store_true", help="evaluate after statistics correction instead")
     add("--score", metavar="FILE", help="score this profile instead of making one")
-    add("--prefix", metavar="DIR", default="",
-        help="where models_unstr/ etc. are and where the profile goes (default: here)")
+    add("--prefix", metavar="DIR", default=".",
+        help="where models_unstr/ etc. are and where the profile goes")
     add("--score_path", metavar="DIR", default="scores", help="folder of scores")
     return parser
 

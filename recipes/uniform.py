@@ -27,8 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="TARGET", type=cli.positive_float, help="dense / allowed")
     parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=" ".join(KINDS))
     parser.add_argument("--constr", choices=CONSTRAINTS, default="flops", help="what to count")
-    parser.add_argument("--prefix", metavar="DIR", default="", help="where models_unstr/ etc. are "
-                        "and where the profile goes (default: here)")  # fmt: skip
+    parser.add_argument("--prefix", metavar="DIR", default=".", help="where models_unstr/ etc. are "
+                        "and where the profile goes")  # fmt: skip
     parser.add_argument("--timings", metavar="FILE", help="measured seconds, for timingsq")
     parser.add_argument("--output", metavar="FILE", help="where the profile goes instead")
     return parser
