@@ -115,7 +115,8 @@ def load_model(args: argparse.Namespace, dense: nn.Module) -> nn.Module:
     model = copy.deepcopy(dense)
     if args.database:
         profile = read_profile(args.file)
-        Database.open(args.database, model_tag(args.model), args.prefix or ".").stitch(model, profile)
+        db = Database.open(args.database, model_tag(args.model), args.prefix or ".")
+        db.stitch(model, profile)
         for name in find_layers(model).keys() - profile.keys():
             log.info("%s left dense: not in the profile", name)
     else:
