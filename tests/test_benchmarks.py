@@ -234,7 +234,10 @@ def test_goals_read_both_ways() -> None:
     assert timing.against(2.6, 2.5, most=False) == "2.60 (≥ 2.5: met)"
 
 
-@pytest.mark.parametrize("script", [bench_calibration, bench_loss, bench_modes, bench_networks])
-def test_the_readme_names_every_script(script: ModuleType) -> None:
-    readme = Path(script.__file__).with_name("README.md").read_text()
-    assert Path(script.__file__).name in readme
+SCRIPTS = sorted(Path(timing.__file__).parent.glob("bench_*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_readme_names_every_script(script: Path) -> None:
+    readme = script.with_name("README.md").read_text()
+    assert f"`{script.name}`" in readme and f"benchmarks.{script.stem}" in readme
