@@ -131,9 +131,10 @@ def batch_changes(
         run.advance(values, at, number)
         at = number
         put, put_back, changes = swap_layer(model, db, layer), run.kept(values), {}
+        first = run.calling(values, number)
         for level in wanted[layer]:
             put(level)
-            changes[level] = _loss(run.finish(dict(values), number), labels) - dense_loss
+            changes[level] = _loss(run.finish(dict(values), number, first), labels) - dense_loss
             put_back()
         put(None)
         yield layer, changes

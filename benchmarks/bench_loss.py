@@ -141,13 +141,25 @@ def plain_losses(
 # -- measuring -------------------------------------------------------------------------------------
 
 
+def as_a_command(args: argparse.Namespace) -> argparse.Namespace:
+    """The common options of a command on the same model and images."""
+    parser = cli.Parser()
+    cli.add_common_options(parser)
+    words = [args.model, args.dataset, "--nsamples", str(args.images), "--workers", "0",
+             "--batchsize", str(args.batchsize), "--device", args.device, "--seed", str(args.seed),
+             "--noaug"]  # fmt: skip
+    for option in ("weights", "datapath", "image_size"):
+        if (value := getattr(args, option)) is not None:
+            words += ["--" + option.replace("_", "-"), str(value)]
+    return parser.parse_args(words)
+
+
 def subject(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[nn.Module, Batches, Database]:
     """The model, its images and the database, as the options have them."""
     if args.dataset:
-        common = {"nsamples": args.images, "workers": 0}
-        session = Session.of(argparse.Namespace(**vars(args), **common))
+        session = Session.of(as_a_command(args))
         model, batches = session.model, list(session.calibration())
     else:
         model = random_model(args.model, args.seed, device)
