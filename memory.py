@@ -30,6 +30,7 @@ from hessian import TOGETHER
 MATRICES_OF_A_ROW = 4  # d×d, while a row's weights at many levels are made
 VECTORS_OF_A_LEVEL = 5  # of d, likewise
 OVERHEAD = 8 << 20  # buffers of libraries, and other small things
+THREAD_OVERHEAD = 24 << 20  # the same for every further thread, and a d×d matrix (measured, MKL)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def layer_needs(
     sums = 8 * getattr(layer, "groups", 1) * d * d
     always = sums + sums // 8 * item + sums * innermost + rows * d * (5 * item + 8)
     always += OVERHEAD
+    if device.type == "cpu":
+        always += (torch.get_num_threads() - 1) * (THREAD_OVERHEAD + 8 * d * d)
     inverting = min(sums, 8 * max(d * d, TOGETHER))
     row = bytes_per_system(d, item, device)
     matrix, tasks = bytes_per_task(d, item, device)
