@@ -12,7 +12,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3.10 pyth
 VENV_PYTHON = .venv/bin/python
 INSTALLED = .venv/.installed
 
-.PHONY: demo test test-minutes test-gpu lint bench
+.PHONY: demo test test-gpu lint bench
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -20,10 +20,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@# two processes of one thread each: they would only wait for each other with more
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m "not gpu and not minutes" -n 2 $(PYTEST_OPTIONS)
-
-test-minutes: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m minutes $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -m "not gpu" -n 2 $(PYTEST_OPTIONS)
 
 test-gpu: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest -m gpu $(PYTEST_OPTIONS)

@@ -9,6 +9,7 @@ a line `<method> <bits> <reached> <top-1>` each, tab-separated, as recipes/fine_
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from pruning_vs_quantization.plots import (
 from pruning_vs_quantization.study_files import read_result
 
 QUANTISED, PRUNED, OBQ, EXACT = "quantised", "pruned", "OBQ", "ExactOBS"
+TITLE_WIDTH = 70  # characters that fit above the picture
 COLUMNS = {  # method: heading
     QUANTISED: "quantised, trained", PRUNED: "pruned, trained",
     OBQ: "OBQ, BN tuning", EXACT: "ExactOBS, BN tuning",
@@ -163,7 +165,8 @@ def draw(results: Iterable[Result], title: str, stem: Path) -> None:
     labels = [f"{bits:g}\n{100 * (1 - bits / FULL_BITS):g} %" for bits in sizes]
     axes.set_xticks(sizes, labels)
     axes.set(xlabel="bits a weight, and the sparsity of FP16 weights of that size",
-             ylabel="top-1 (%)", title=title)  # fmt: skip
+             ylabel="top-1 (%)")  # fmt: skip
+    axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
     draw_legend(axes)
     save_figure(figure, stem)
 

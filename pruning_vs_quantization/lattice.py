@@ -10,6 +10,11 @@ are large. For correlated inputs they are tiny in the original coordinates, what
 lattice reduction (Lenstra, Lenstra and Lovász 1982, with the deep insertions of Schnorr and Euchner
 1994) finds a U in which R's diagonal is nearly level.
 
+Within a box only so much is to be gained. What is left to search, {f(z) ≤ f(z*) + excess} in a box
+of width b, is narrow in the metric G + ρI with ρ = excess/b²: directions that G sees less than that
+end at the box. So U reduces G + ρI. Reducing a G that is nearly singular would rather mix codes by
+large integers, to no use within the box, and the box would bound its decisions badly.
+
 Coordinates held at a side of the box are another matter: there f grows linearly, and no other
 coordinate can make up for it. They are not mixed with others, and decided first. So
 
@@ -36,11 +41,12 @@ PASSES = 200  # × the dimension; more only where rounding keeps a reduction fro
 def coordinates(
     G: Reals,  # (n, n) positive definite
     held: Flags,  # (n,) coordinates at a side of the box
+    ridge: float = 0.0,  # ρ
 ) -> tuple[Reals, Reals]:  # U, R (n, n)
     """The change of coordinates for a search, and its triangular matrix."""
     free = np.flatnonzero(~held)
     U = np.zeros_like(G)
-    L = np.linalg.cholesky(G[np.ix_(free, free)])
+    L = np.linalg.cholesky(G[np.ix_(free, free)] + ridge * np.eye(len(free)))
     U[np.ix_(free, np.arange(len(free)))] = reduced(L).T
     last = np.diagonal(np.linalg.inv(G))
     order = np.argsort(-last[held], kind="stable")

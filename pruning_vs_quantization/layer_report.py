@@ -17,7 +17,6 @@ from cli import UserError, log
 from pruning_vs_quantization.plots import (
     PRUNING_COLOUR,
     QUANTISATION_COLOUR,
-    draw_legend,
     new_figure,
     save_figure,
 )
@@ -101,7 +100,8 @@ def draw(
         axes.set_ylabel("SQNR (dB)", fontsize=9)
         axes.set_title(f"{bits} bits, {100 * (1 - bits / 16):g} % sparsity", fontsize=10)
     panels[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
-    draw_legend(panels[0, 0], ncols=2)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     save_figure(figure, folder / f"{stem}_layer_outputs")
 
 

@@ -72,6 +72,8 @@ class Relaxation:
 
 def relax(problem: QuantisationProblem) -> Relaxation:
     """Solve the relaxation and certify its bound. Raises UserError where cvxpy is missing."""
+    if not problem.live().any():
+        return Relaxation(0.0, 0.0, problem.nearest(), np.zeros_like(problem.G))
     origin = np.clip(np.floor(box_minimum(problem)), problem.low, problem.high - 1)
     scale = float(np.trace(problem.G)) / len(origin)
     G, s = problem.G / scale, problem.t - origin
@@ -183,9 +185,9 @@ class _Program:
         if not solved:
             v = np.clip(np.rint(s), low, high)
             return v, np.outer(v, v), np.zeros((n, len(CUTS))), np.zeros(n)
-        cuts = np.stack([constraint.dual_value for constraint in self.cuts], 1)
+        cuts = np.stack([np.reshape(cut.dual_value, n) for cut in self.cuts], 1)
         Z = (self.Z.value + self.Z.value.T) / 2
-        return Z[:n, n], Z[:n, :n], cuts, self.box.dual_value * width
+        return Z[:n, n], Z[:n, :n], cuts, np.reshape(self.box.dual_value, n) * width
 
     def value(self, G: Reals, s: Reals) -> float:
         """The objective at the optimum."""

@@ -13,9 +13,16 @@ In the coordinates of lattice.py, z = z₀ + U y, with R upper triangular,
 
 so that deciding y_n, y_{n−1}, … only ever adds to f: what has been added is a node's bound. At each
 level values are tried in order of rising cost, from the vertex of the parabola outwards, so that
-the first one too dear ends the level; and a row of U whose decisions are complete with y_k says
-which values of y_k keep its code in the box. The search starts from the best codes that are known
-and prunes by their error from the first node on.
+the first one too dear ends the level. The search starts from the best codes that are known and
+prunes by their error from the first node on.
+
+Which values there are to try. The box bounds every y: y = U⁻¹(z − z₀), entry by entry between the
+least and the largest that z can give. And each row i of U bounds y_k given the decisions above k,
+
+    low_i − z₀_i  ≤  Σ_{j>k} U_ij y_j + U_ik y_k + Σ_{j<k} U_ij y_j  ≤  high_i − z₀_i
+
+with the last sum anywhere between its own bounds. Where G is singular, costs alone would let whole
+directions go on for ever.
 
 What the bound allows for. With D² the largest squared distance that z may have from t or z*,
 
@@ -46,6 +53,8 @@ from pruning_vs_quantization.proof import TIE, Flags, Found, Limits, Reals, in_s
 from pruning_vs_quantization.quantisation_problem import QuantisationProblem
 
 SINGULAR = 1e-12
+INTEGERS = 2.0**53  # below, floating point is exact on them
+FAR = 2.0**60  # a bound that bounds nothing
 EPS = float(np.finfo(np.float64).eps)
 Integers = npt.NDArray[np.int64]
 
@@ -57,9 +66,11 @@ class Tree(NamedTuple):
     centre: Reals  # (n,)
     slope: Reals  # (n,)
     U: Reals  # (n, n)
-    low: Reals  # (n,) lowest codes, counted from the origin
-    high: Reals  # (n,)
-    rows: Integers  # (n, n) rows of U whose first nonzero is in column k: rows[k, :count[k]]
+    first: Reals  # (n,) least decisions that the box has
+    last: Reals  # (n,)
+    low: Reals  # (n, n) what row i of U must reach with the columns from k on, at least
+    high: Reals  # (n, n) and at most
+    rows: Integers  # (n, n) rows of U with a nonzero in column k: rows[k, :count[k]]
     count: Integers  # (n,)
     base: float  # f(z*), less what the bound allows for
 
@@ -126,22 +137,15 @@ def make_tree(
     if not singular:
         distance = min(distance, 4 * problem.error(start) / float(eigenvalues[0]))
     allowed = loose + (ridge + 4 * n * EPS * float(np.trace(problem.G))) * distance
-    U, R = coordinates(ridged.G, held)
+    excess = max(0.0, problem.error(start) - ridged.error(optimum))
+    U, R = coordinates(ridged.G, held, excess / (problem.high - problem.low) ** 2)
     origin = np.rint(optimum)
-    columns = [int(np.flatnonzero(held_row)[0]) for held_row in U]
-    rows, count = np.zeros((n, n), dtype=np.int64), np.zeros(n, dtype=np.int64)
-    for row, k in enumerate(columns):
-        rows[k, count[k]] = row
-        count[k] += 1
     tree = Tree(
         R=R,
         centre=np.linalg.solve(U, optimum - origin),
         slope=U.T @ np.where(held, gradient, 0),
         U=U,
-        low=problem.low - origin,
-        high=problem.high - origin,
-        rows=rows,
-        count=count,
+        **_ranges(U, problem.low - origin, problem.high - origin),
         base=ridged.error(optimum) - allowed,
     )
     return tree, origin
@@ -151,6 +155,41 @@ def _held(problem: QuantisationProblem, optimum: Reals, gradient: Reals) -> Flag
     """Coordinates at a side of the box that would be outside without it."""
     at_low = (optimum <= problem.low) & (gradient > 0)
     return at_low | ((optimum >= problem.high) & (gradient < 0))
+
+
+def _ranges(
+    U: Reals,  # (n, n)
+    low: Reals,  # (n,) codes, counted from the origin
+    high: Reals,  # (n,)
+) -> dict[str, Reals | Integers]:
+    """What the box says of decisions: the tree's first, last, low, high, rows and count."""
+    first, last = np.full(len(U), -FAR), np.full(len(U), FAR)
+    inverse = np.rint(np.linalg.inv(U))  # unimodular: integers
+    exact = (np.abs(U) @ np.abs(inverse)).max() < INTEGERS
+    if exact and (U @ inverse == np.eye(len(U))).all():
+        first, last = (sums[:, -1] for sums in _sums(inverse, low, high))
+    least, largest = _sums(U, first, last)
+    used = U != 0
+    return {
+        "first": first,
+        "last": last,
+        "low": low[:, None] - largest[:, :-1],
+        "high": high[:, None] - least[:, :-1],
+        "rows": np.argsort(~used.T, axis=1, kind="stable"),
+        "count": used.sum(0),
+    }
+
+
+def _sums(
+    M: Reals,  # (m, n)
+    low: Reals,  # (n,)
+    high: Reals,  # (n,)
+) -> tuple[Reals, Reals]:  # (m, n + 1) each
+    """The least and the largest that the first k columns of M add up to, on a box."""
+    ends = np.stack([M * low, M * high])
+    zero = np.zeros((len(M), 1))
+    least, largest = (np.cumsum(part, 1) for part in (ends.min(0), ends.max(0)))
+    return np.hstack([zero, least]), np.hstack([zero, largest])
 
 
 def start_of(tree: Tree, allowance: float) -> Path:
@@ -178,12 +217,13 @@ def enter(tree: Tree, path: Path, k: int) -> None:
         shift += tree.R[k, j] * (path.y[j] - tree.centre[j])
     path.middle[k] = tree.centre[k] - shift / tree.R[k, k]
     path.vertex[k] = path.middle[k] - tree.slope[k] / (2 * tree.R[k, k] ** 2)
-    lowest, highest = -np.inf, np.inf
+    lowest, highest = tree.first[k], tree.last[k]
     for row in tree.rows[k, : tree.count[k]]:
         code = 0.0
         for j in range(k + 1, n):
             code += tree.U[row, j] * path.y[j]
-        a, b = (tree.low[row] - code) / tree.U[row, k], (tree.high[row] - code) / tree.U[row, k]
+        a = (tree.low[row, k] - code) / tree.U[row, k]
+        b = (tree.high[row, k] - code) / tree.U[row, k]
         lowest = max(lowest, np.ceil(min(a, b)))
         highest = min(highest, np.floor(max(a, b)))
     path.lowest[k], path.highest[k] = lowest, highest

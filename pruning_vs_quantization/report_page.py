@@ -157,8 +157,10 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 
 
 def html_table(table: Table) -> str:
-    words = [not any(row[i].lstrip("+-−≥ ")[:1] in "0123456789∞" for row in table.rows if row[i])
-             for i in range(len(table.head))]  # fmt: skip
+    columns = [[row[i] for row in table.rows if row[i] not in ("", "–")]
+               for i in range(len(table.head))]  # fmt: skip
+    words = [bool(column) and not any(cell.lstrip("+-−≥ ")[:1] in "0123456789∞" for cell in column)
+             for column in columns]  # fmt: skip
 
     def cells(row: list[str], tag: str) -> str:
         return "".join(f'<{tag}{" class=text" * text}>{escape(cell)}</{tag}>'

@@ -78,6 +78,19 @@ def test_the_search_finds_what_enumeration_finds(kind, n, keep):
         assert found.lower <= least * (1 + 1e-9) + 1e-12 * signal
 
 
+@pytest.mark.parametrize("keep", [2, 4, 8])  # of 2, 4 and 8 bits' worth
+@pytest.mark.parametrize("kind", ["plain", "correlated"])
+def test_sixteen_unknowns_against_all_their_subsets(kind, keep):
+    problem = problem_of(kind, 16, keep, seed=5)
+    gone = np.array(list(itertools.combinations(range(16), 16 - keep)))
+    A, w = np.linalg.inv(problem.G), problem.w[gone]
+    blocks = A[gone[:, :, None], gone[:, None, :]]  # loss of P: w_P (A_PP)⁻¹ w_Pᵀ
+    losses = (w * np.linalg.solve(blocks, w[:, :, None])[:, :, 0]).sum(1)
+    found = best_subset(problem, magnitude(problem), Limits())
+    assert found.proven and found.error == pytest.approx(losses.min(), rel=1e-9)
+    assert np.flatnonzero(found.solution == 0).tolist() == gone[losses.argmin()].tolist()
+
+
 @pytest.mark.parametrize("kind", SINGULAR)
 def test_without_a_ridge_singular_inputs_prove_nothing_wrong(kind):
     problem = problem_of(kind, 10, 4, seed=0)

@@ -31,8 +31,6 @@ from trueobs import TrueOBS
 SIZES = [(2, 8), (3, 5), (4, 4), (8, 2)]  # bits, unknowns: up to 65,536 codes
 KINDS = ("plain", "correlated", "ill-conditioned", "singular", "copies", "dead input")
 
-pytestmark = pytest.mark.minutes
-
 
 def second_moment(kind: str, n: int, rng: np.random.Generator) -> Reals:  # (n, n)
     """Inputs as layers have them, and as they should not be."""
@@ -119,10 +117,30 @@ def test_time_runs_out_as_well():
     assert 0 <= found.lower <= found.error
 
 
-def test_a_layer_without_live_inputs_needs_no_search():
-    problem = QuantisationProblem.of(np.zeros((3, 3)), np.ones(3), 0.3, -2, 1)
+def test_directions_that_cost_nothing_end_at_the_box():
+    for seed in range(3):  # 8 of 16 directions; costs alone end after 10^8 nodes or never
+        problem = problem_of("singular", 2, 16, seed)
+        found = closest(problem, problem.nearest(), Limits(nodes=3_000_000))
+        assert found.finished and in_box(problem, found.solution)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_layer_without_live_inputs_needs_no_search(n):
+    problem = QuantisationProblem.of(np.zeros((n, n)), np.ones(n), 0.3, -2, 1)
     found = closest(problem, problem.nearest(), Limits())
     assert found.proven and found.error == 0
+    relaxation = bounds.relax(problem)
+    assert relaxation.lower == 0
+    drawn = bounds.randomised_rounding(problem, relaxation, 2, np.random.default_rng(0))
+    assert in_box(problem, drawn)
+
+
+@pytest.mark.parametrize("t", [0.3, -0.75, 5.5, -9.0])
+def test_one_unknown_is_rounded_and_its_relaxation_is_tight(t):
+    problem = QuantisationProblem(np.array([[2.0]]), np.array([t]), -2, 1)
+    least = 2 * min((z - t) ** 2 for z in (-2, -1, 0, 1))
+    assert closest(problem, np.array([-2.0]), Limits()).error == pytest.approx(least, rel=1e-9)
+    assert bounds.relax(problem).lower == pytest.approx(least, rel=1e-4, abs=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -156,14 +174,17 @@ def value_by_scs(problem: QuantisationProblem) -> float:
                     for c in (origin - 1, origin, origin + 1)]  # fmt: skip
     constraints += [squares <= (problem.low + problem.high) * z - problem.low * problem.high]
     objective = cp.sum(cp.multiply(G, Z[:n, :n])) - 2 * (G @ t) @ z + t @ G @ t
-    return cp.Problem(cp.Minimize(objective), constraints).solve(
-        solver=cp.SCS, eps_abs=1e-7, eps_rel=1e-7, max_iters=50_000
-    )
+    program = cp.Problem(cp.Minimize(objective), constraints)
+    value = program.solve(solver=cp.SCS, eps_abs=1e-7, eps_rel=1e-7, max_iters=50_000)
+    assert program.status == cp.OPTIMAL
+    return value
 
 
 @pytest.mark.parametrize(("bits", "n"), [(2, 8), (3, 6)])
-def test_the_relaxation_is_that_of_another_solver(bits, n):
-    problem = problem_of("correlated", bits, n, seed=1)
+@pytest.mark.parametrize("kind", ["plain", "correlated"])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_relaxation_is_that_of_another_solver(kind, bits, n, seed):
+    problem = problem_of(kind, bits, n, seed)
     relaxation = bounds.relax(problem)
     assert relaxation.value == pytest.approx(value_by_scs(problem), rel=1e-4)
     assert relaxation.value * (1 - 1e-4) <= relaxation.lower <= relaxation.value * (1 + 1e-6)
