@@ -6,8 +6,8 @@
 A case is a whole file: a good one, mutated. Half of the mutations know nothing of the format (bits,
 bytes, pieces lost, doubled, spliced); half know it (numbers become nan, 1e999 or digits of another
 script, keys vanish, JSON nests without end; archives and headers are put together again, so that
-check sums do not hide what is behind them). A case ends well in a value or in a `UserError`, within
-`SECONDS`. Anything else is kept under tests/corpus/<target>/, for tests/test_fuzz.py to replay.
+check sums do not hide what is behind them). A case ends well in a value, or in a `UserError` of one
+line that begins with the file's name, within `SECONDS`. Anything else is kept under tests/corpus/<target>/, for tests/test_fuzz.py to replay.
 """
 
 from __future__ import annotations
@@ -326,6 +326,13 @@ def make_case(target: Target, rng: Random) -> bytes:
     return target.knowing[rng.integers(len(target.knowing))](good, rng)
 
 
+def one_line(error: UserError, path: Path) -> bool:
+    """Whether a refusal is one line that begins with the file, or its folder, and says more."""
+    name, _, reason = str(error).partition(": ")
+    named = name.split(", line ")[0] in (str(path), str(path.parent))
+    return named and len(str(error).splitlines()) == 1 and bool(reason.strip())
+
+
 def outcome(target: Target, data: bytes, folder: Path) -> str:
     """"read" or "refused" if all is well, else what went wrong."""
     path = folder / target.name
@@ -336,7 +343,7 @@ def outcome(target: Target, data: bytes, folder: Path) -> str:
         target.read(path)
         return "read"
     except UserError as error:
-        return "refused" if str(error) else "refused without a word"
+        return "refused" if one_line(error, path) else f"refused in other words: {error}"
     except TooSlow:
         return f"slower than {SECONDS} s"
     except BaseException as error:  # a PanicException of Rust's is one
