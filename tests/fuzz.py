@@ -7,7 +7,8 @@ A case is a whole file: a good one, mutated. Half of the mutations know nothing 
 bytes, pieces lost, doubled, spliced); half know it (numbers become nan, 1e999 or digits of another
 script, keys vanish, JSON nests without end; archives and headers are put together again, so that
 check sums do not hide what is behind them). A case ends well in a value, or in a `UserError` of one
-line that begins with the file's name, within `SECONDS`. Anything else is kept under tests/corpus/<target>/, for tests/test_fuzz.py to replay.
+line that begins with the file's name, within `SECONDS`. Anything else is kept under
+tests/corpus/<target>/, for tests/test_fuzz.py to replay.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from records import read_record  # noqa: E402
 from resuming import FINGERPRINT, State, content_hash, text_hash  # noqa: E402
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # not on a disk
-SECONDS = 10  # for a case
+SECONDS = 10  # of CPU time, for a case
 GIGABYTES = 6  # address space that the cases may add
 Random = np.random.Generator
 
@@ -312,7 +313,7 @@ TARGETS = {
 
 
 class TooSlow(BaseException):
-    """A case took longer than SECONDS."""
+    """A case took more than SECONDS."""
 
 
 def _too_slow(_number: int, _frame: object) -> None:
@@ -337,19 +338,20 @@ def outcome(target: Target, data: bytes, folder: Path) -> str:
     """"read" or "refused" if all is well, else what went wrong."""
     path = folder / target.name
     path.write_bytes(data)
-    signal.signal(signal.SIGALRM, _too_slow)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, _too_slow)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    ending: BaseException | None = None
     try:
         target.read(path)
-        return "read"
-    except UserError as error:
-        return "refused" if one_line(error, path) else f"refused in other words: {error}"
-    except TooSlow:
-        return f"slower than {SECONDS} s"
     except BaseException as error:  # a PanicException of Rust's is one
-        return f"{type(error).__name__}: {error}"
+        ending = error
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    if isinstance(ending, TooSlow):
+        return f"slower than {SECONDS} s"
+    if isinstance(ending, UserError):
+        return "refused" if one_line(ending, path) else f"refused in other words: {ending}"
+    return f"{type(ending).__name__}: {ending}" if ending else "read"
 
 
 def keep(name: str, data: bytes) -> Path:
