@@ -48,6 +48,9 @@ GRACE_S = 3.0  # for how long a process that is not the first keeps an error to 
 class UserError(Exception):
     """Something the user got wrong. The message is one line that says what to do."""
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
 
 def rank() -> int:
     """Which of torchrun's processes this is; 0 if it is the only one."""
@@ -196,8 +199,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:2000])
 
 
+def one_line(text: str) -> str:
+    """Text without line breaks, and printable."""
+    return printable(" ".join(text.split()))
+
+
 def _error_line(message: object) -> str:
-    return f"error: {printable(' '.join(str(message).split()))}\n"
+    return f"error: {one_line(str(message))}\n"
 
 
 def _os_error_text(error: OSError) -> str:

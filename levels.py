@@ -8,7 +8,8 @@ follow from a plain Cholesky factorisation A = LLᵀ of H⁻¹ in the known orde
     w after k steps  =  w − L[:, :k] z[:k]        L z = w
 
 which gives all levels of a row at the cost of one factorisation and one triangular solve. Where H
-was damped, `refinement.py` improves on them.
+was damped, `refinement.py` improves on them. On a CPU a row's weights are the same bits whichever
+rows are done with it.
 
     symbol  variable  shape         meaning
     L       L         (R, d, d)     Cholesky factor of H⁻¹, columns in order of removal
@@ -30,6 +31,7 @@ from hessian import Inverse
 from refinement import refined
 from threads import in_pieces, rows_of_a_piece
 
+TOGETHER = 64  # levels in one product, which reads L once
 BLOCK = 256  # rows of a factor that are made at a time
 
 
@@ -104,19 +106,38 @@ def weights_of(
     counts: Tensor,
     undamped: Undamped | None,
 ) -> Tensor:
-    """`weights_at`, of all rows at once."""
-    L = cholesky_in_order(inverse, system, order)
-    columns = order[:, None].expand_as(W)
-    w = W.gather(2, columns).to(L.dtype)  # (R, q, d) in order of removal
-    z = torch.linalg.solve_triangular(L, w.transpose(1, 2), upper=False)  # (R, d, q)
+    """`weights_at`, of all systems at once, but row by row of each: a row's bits are its own."""
+    L, precise = cholesky_in_order(inverse, system, order)
+    if bool(precise.any()) and not bool(precise.all()):
+        levels = W.new_empty(len(counts), *W.shape)
+        for rows in (precise, ~precise):
+            own = undamped and Undamped(undamped.H, undamped.system[rows], undamped.damped[rows])
+            levels[:, rows] = weights_of(
+                W[rows], inverse, system[rows], order[rows], counts[:, rows], own
+            )
+        return levels
+    rows = [levels_of(row, L, order, counts, undamped) for row in W.split(1, dim=1)]
+    return torch.cat(rows, dim=2)
+
+
+def levels_of(
+    W: Tensor,  # (R, 1, d)
+    L: Tensor,  # (R, d, d)
+    order: Tensor,
+    counts: Tensor,
+    undamped: Undamped | None,
+) -> Tensor:  # (levels, R, 1, d)
+    """The weights of one row of each system."""
+    columns = order[:, None]
+    w = W.gather(2, columns).to(L.dtype)  # (R, 1, d) in order of removal
+    z = torch.linalg.solve_triangular(L, w.transpose(1, 2), upper=False)  # (R, d, 1)
     place = torch.arange(W.shape[2], device=W.device)
     levels = W.new_zeros(len(counts), *W.shape)
-    together = max(1, 64 // W.shape[1])  # levels in one product, which reads L once
-    for first in range(0, len(counts), together):
-        gone = place < counts[first : first + together, :, None]  # (levels, R, d)
+    for first in range(0, len(counts), TOGETHER):
+        gone = place < counts[first : first + TOGETHER, :, None]  # (levels, R, d)
         now = w - moved(L, z, gone)
         now.masked_fill_(gone[:, :, None], 0)
-        part, index = levels[first : first + together], columns.expand(len(gone), *columns.shape)
+        part, index = levels[first : first + TOGETHER], columns.expand(len(gone), *columns.shape)
         part.scatter_(3, index, now.to(W.dtype))
         if undamped is not None:
             left = torch.zeros_like(part, dtype=torch.bool)
@@ -168,29 +189,36 @@ def product(
     return (L @ F.pad(x, (0, 1)))[:, :, :1]
 
 
-def cholesky_in_order(inverse: Inverse, system: Tensor, order: Tensor) -> Tensor:  # (R, d, d)
+def cholesky_in_order(
+    inverse: Inverse,
+    system: Tensor,  # (R,)
+    order: Tensor,  # (R, d)
+) -> tuple[Tensor, Tensor]:  # (R, d, d), (R,) bool
     """Cholesky factor of each system's H⁻¹ with its columns in a given order.
 
-    In float64 where the inverse's own precision does not carry.
+    In float64 if the inverse's own precision does not carry somewhere; and where it does not.
     """
     matrices = [inverse.matrix[g] for g in system.tolist()]
-    for dtype in (matrices[0].dtype, torch.float64):
-        blocked = order.device.type == "cpu" and order.shape[1] > 2 * BLOCK
-        L, whole = (blockwise if blocked else at_once)(matrices, order, dtype)
-        if whole:
-            return L
-    raise ArithmeticError("the inverse Hessian is not positive definite; try --rel-damp 1e-2")
+    blocked = order.device.type == "cpu" and order.shape[1] > 2 * BLOCK
+    factors = blockwise if blocked else at_once
+    L, precise = factors(matrices, order, inverse.matrix.dtype)
+    if not bool(precise.any()):
+        return L, precise
+    L, failed = factors(matrices, order, torch.float64)
+    if bool(failed.any()):
+        raise ArithmeticError("the inverse Hessian is not positive definite; try --rel-damp 1e-2")
+    return L, precise
 
 
-def at_once(matrices: list[Tensor], order: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """Factors (R, d, d), and whether there are such."""
+def at_once(matrices: list[Tensor], order: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors (R, d, d), and (R,) bool, where there is none."""
     pairs = zip(matrices, order, strict=True)
     A = torch.stack([M.index_select(0, o).index_select(1, o) for M, o in pairs])
     L, info = torch.linalg.cholesky_ex(A.to(dtype))
-    return L, bool((info == 0).all())
+    return L, info != 0
 
 
-def blockwise(matrices: list[Tensor], order: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def blockwise(matrices: list[Tensor], order: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`at_once`, twice as fast: half of the matrix is never read, and almost all is products.
 
     Of the factor U = Lᵀ, BLOCK rows at a time follow from those above (a left-looking Cholesky):
@@ -198,19 +226,20 @@ def blockwise(matrices: list[Tensor], order: Tensor, dtype: torch.dtype) -> tupl
         UᵀU = A:   U_IIᵀ [U_II  U_I>]  =  [A_II  A_I>] − U_<Iᵀ [U_<I  U_<>]
     """
     R, d = order.shape
-    U = torch.zeros(R, d, d, dtype=dtype)
-    for M, o, u in zip(matrices, order, U, strict=True):
+    U, failed = torch.zeros(R, d, d, dtype=dtype), torch.zeros(R, dtype=torch.bool)
+    for r, (M, o, u) in enumerate(zip(matrices, order, U, strict=True)):
         for first in range(0, d, BLOCK):
             last = min(first + BLOCK, d)
             rows = M.index_select(0, o[first:last]).index_select(1, o[first:]).to(dtype)
             rows.addmm_(u[:first, first:last].T, u[:first, first:], alpha=-1)
             corner, info = torch.linalg.cholesky_ex(rows[:, : last - first], upper=True)
             if info:
-                return U, False
+                failed[r] = True
+                break
             u[first:last, first:last] = corner
             right = rows[:, last - first :]
             u[first:last, last:] = torch.linalg.solve_triangular(corner.T, right, upper=False)
-    return U.transpose(1, 2), True
+    return U.transpose(1, 2), failed
 
 
 def completed(order: Tensor, columns: int) -> Tensor:  # (rows, steps) -> (rows, columns)

@@ -14,10 +14,10 @@ from __future__ import annotations
 import io
 import json
 import random
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -69,16 +69,18 @@ def load_training(
     Raises UserError for a file that is not whole, and for one with other settings.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with the file is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
         check_same_settings(path, json.loads(content["settings"]), settings)
         model.load_state_dict(content["model"])
         for optimiser, state in zip(optimisers, content["optimisers"], strict=True):
             optimiser.load_state_dict(state)
         set_random_states(content["random"])
         return Progress(content["epochs"], content["seconds"], content["history"])
-    except PermissionError:
+    except (UserError, PermissionError):
         raise  # for cli.guarded
-    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError):
+    except Exception:  # from arbitrary bytes an unpickler can raise anything
         raise UserError(f"{path}: not a whole state of training; delete it, or pass --restart"
                         ) from None  # fmt: skip
 

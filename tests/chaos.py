@@ -45,7 +45,7 @@ from records import read_record  # noqa: E402
 QUICK = ["--nsamples", "32", "--batchsize", "32", "--noaug", "--device", "cpu"]
 PIPELINE = {  # command: script, words behind MODEL DATASET
     "database": ("main_trueobs.py", "unstr", "--sparse-dir", "models_unstr", "--min-sparsity",
-                 "0.3", "--delta-sparse", "0.5"),
+                 "0.3", "--max-sparsity", "0.9", "--delta-sparse", "0.6"),
     "losses": ("database.py", "unstr", "loss"),
     "dp": ("spdy.py", "2", "unstr", "--dp"),
     "search": ("spdy.py", "3", "unstr", "--nobatchnorm", "--dpbuckets", "100"),
@@ -73,7 +73,7 @@ class Course:
     stderr: Path
     rng: random.Random
     kind: str
-    seconds: dict[str, float]  # of each command, undisturbed
+    seconds: dict[str, float]  # of a CPU, for each command, undisturbed
     left: int = 0  # troubles still to come
     hits: int = 0
 
@@ -109,7 +109,7 @@ class Course:
         word = self.kind if self.kind in SIGNALS else "SIGKILL"
         command = self.start(name, *more)
         command.wait_for_work()
-        time.sleep(self.rng.uniform(0, self.seconds[name]))
+        command.wait_for_use(self.rng.uniform(0, self.seconds[name]))
         command.signal(SIGNALS[word])
         status = command.wait()
         if status not in (0, 2, *STATUSES[word]):
@@ -204,14 +204,15 @@ def figures(value: object) -> object:
 
 
 def undisturbed(warm: Warm, folder: Path) -> tuple[dict[str, bytes | object], dict[str, float]]:
-    """The results of a run without trouble, and how long each command takes."""
+    """The results of a run without trouble, and what each command takes of a CPU."""
     seconds: dict[str, float] = {}
     folder.mkdir()
     course = Course(warm, folder, folder.parent / "stderr", random.Random(0), "", seconds)
     for name in PIPELINE:
-        started = time.monotonic()
-        course.command(name)
-        seconds[name] = time.monotonic() - started
+        command = course.start(name)
+        if command.wait():
+            raise Broken(course.stderr.read_text())
+        seconds[name] = command.used_s
     return results(folder), seconds
 
 

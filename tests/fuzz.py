@@ -6,8 +6,9 @@
 A case is a whole file: a good one, mutated. Half of the mutations know nothing of the format (bits,
 bytes, pieces lost, doubled, spliced); half know it (numbers become nan, 1e999 or digits of another
 script, keys vanish, JSON nests without end; archives and headers are put together again, so that
-check sums do not hide what is behind them). A case ends well in a value or in a `UserError`, within
-`SECONDS`. Anything else is kept under tests/corpus/<target>/, for tests/test_fuzz.py to replay.
+check sums do not hide what is behind them). A case ends well in a value, or in a `UserError` of one
+line that begins with the file's name, within `SECONDS`. Anything else is kept under
+tests/corpus/<target>/, for tests/test_fuzz.py to replay.
 """
 
 from __future__ import annotations
@@ -40,11 +41,16 @@ sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 from checkpoints import load_checkpoint, load_state  # noqa: E402
 from cli import UserError  # noqa: E402
 from profiles import read_profile, read_scores  # noqa: E402
+from pruning_vs_quantization.training_state import (  # noqa: E402
+    Progress,
+    load_training,
+    save_training,
+)
 from records import read_record  # noqa: E402
 from resuming import FINGERPRINT, State, content_hash, text_hash  # noqa: E402
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # not on a disk
-SECONDS = 10  # for a case
+SECONDS = 10  # of CPU time, for a case
 GIGABYTES = 6  # address space that the cases may add
 Random = np.random.Generator
 
@@ -99,6 +105,23 @@ FIGURES = json.dumps({"loss": 0.25, "line": "conv1", "levels": [1, 2]})
 def good_entry() -> bytes:
     marks = {"figures": FIGURES, "hash": content_hash(TENSORS, FIGURES)}
     return safetensors_bytes(TENSORS, marks)
+
+
+def training() -> tuple[dict[str, int], Small, list[torch.optim.Optimizer]]:
+    """What a run of training is loaded into: settings, a network, its optimiser."""
+    model = Small()
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    optimiser.step()
+    return {"epochs": 2}, model, [optimiser]
+
+
+def good_training() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path, (settings, *rest) = Path(folder, "x"), training()
+        save_training(path, settings, Progress(1, 0.5, [{"epoch": 0}]), *rest)
+        return path.read_bytes()
 
 
 # -- mutations that know nothing -------------------------------------------------------------------
@@ -264,6 +287,11 @@ def read_weights(path: Path) -> object:
     return state
 
 
+def read_training(path: Path) -> object:
+    settings, *rest = training()
+    return load_training(path, settings, *rest)
+
+
 def read_fingerprint(path: Path) -> object:
     (path.parent / "finished.safetensors").touch()  # else there is nothing to lose, and no refusal
     with State(path.parent, MARKS) as state:
@@ -289,6 +317,7 @@ class Target:
 TARGETS = {
     "pth": Target(read_weights, "x.pth", (good_pth(), good_pth(wrap=True)), (archive_parts,)),
     "legacy": Target(read_weights, "x.th", (good_pth(zipped=False),), (blind,)),
+    "training": Target(read_training, "x.pth", (good_training(),), (archive_parts,)),
     "safetensors": Target(
         read_weights, "x.safetensors", (safetensors_bytes(good_state()),), (header_values,)
     ),
@@ -312,7 +341,7 @@ TARGETS = {
 
 
 class TooSlow(BaseException):
-    """A case took longer than SECONDS."""
+    """A case took more than SECONDS."""
 
 
 def _too_slow(_number: int, _frame: object) -> None:
@@ -326,23 +355,31 @@ def make_case(target: Target, rng: Random) -> bytes:
     return target.knowing[rng.integers(len(target.knowing))](good, rng)
 
 
+def one_line(error: UserError, path: Path) -> bool:
+    """Whether a refusal is one line that begins with the file, or its folder, and says more."""
+    name, _, reason = str(error).partition(": ")
+    named = name.split(", line ")[0] in (str(path), str(path.parent))
+    return named and len(str(error).splitlines()) == 1 and bool(reason.strip())
+
+
 def outcome(target: Target, data: bytes, folder: Path) -> str:
     """"read" or "refused" if all is well, else what went wrong."""
     path = folder / target.name
     path.write_bytes(data)
-    signal.signal(signal.SIGALRM, _too_slow)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, _too_slow)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    ending: BaseException | None = None
     try:
         target.read(path)
-        return "read"
-    except UserError as error:
-        return "refused" if str(error) else "refused without a word"
-    except TooSlow:
-        return f"slower than {SECONDS} s"
     except BaseException as error:  # a PanicException of Rust's is one
-        return f"{type(error).__name__}: {error}"
+        ending = error
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    if isinstance(ending, TooSlow):
+        return f"slower than {SECONDS} s"
+    if isinstance(ending, UserError):
+        return "refused" if one_line(ending, path) else f"refused in other words: {ending}"
+    return f"{type(ending).__name__}: {ending}" if ending else "read"
 
 
 def keep(name: str, data: bytes) -> Path:

@@ -37,18 +37,23 @@ def test_fresh_cases(name: str) -> None:
 
 
 def test_the_fuzzer_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader with a bug, one that hangs, and one that does not say what is wrong."""
+    """A reader with a bug, one that hangs, and those that do not say in a line what is wrong."""
     import fuzz as module
 
     def hangs(_path: Path) -> None:
-        time.sleep(5)
+        while time.process_time() < 1e9:
+            pass
 
-    def speechless(_path: Path) -> None:
-        raise module.UserError("")
+    def speechless(path: Path) -> None:
+        raise module.UserError(f"{path}: ")
+
+    def vague(_path: Path) -> None:
+        raise module.UserError("broken")
 
     monkeypatch.setattr(module, "SECONDS", 1)
     for read, end in ((lambda path: path.no_such_name, "AttributeError"),
-                      (hangs, "slower"), (speechless, "refused without a word")):  # fmt: skip
+                      (hangs, "slower"), (speechless, "refused in other"),
+                      (vague, "refused in other")):  # fmt: skip
         assert outcome(Target(read, "x", (b"x",), (blind,)), b"x", tmp_path).startswith(end)
 
 

@@ -25,29 +25,41 @@ def orders(rows: int, d: int) -> Tensor:
 @pytest.mark.parametrize("d", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 1, 3 * BLOCK])
 def test_block_by_block_is_the_factor(d):
     order, matrices = orders(2, d), [hessian(d)[0], hessian(d, 1)[0]]
-    L, whole = blockwise(matrices, order, torch.float64)
-    assert whole and not L.triu(1).any()
+    L, failed = blockwise(matrices, order, torch.float64)
+    assert not failed.any() and not L.triu(1).any()
     for M, o, factor in zip(matrices, order, L, strict=True):
         torch.testing.assert_close(factor @ factor.T, M[o][:, o], rtol=0, atol=1e-12)
     torch.testing.assert_close(L, at_once(matrices, order, torch.float64)[0], rtol=0, atol=1e-12)
 
 
+def barely_positive(d: int, order: Tensor) -> Tensor:  # (d, d) float32
+    """A matrix that is positive definite, but that float32 cannot factor."""
+    V, factors = torch.linalg.qr(hessian(d)[0])[0], blockwise if d > 2 * BLOCK else at_once
+    for exponent in torch.linspace(-5, -9, 41).tolist():
+        A = (V * torch.logspace(0, exponent, d, dtype=torch.float64)) @ V.T
+        A = ((A + A.mT) / 2).float()
+        single, double = (factors([A], order, t)[1] for t in (torch.float32, torch.float64))
+        if single.all() and not double.any():
+            return A
+    raise AssertionError("no such matrix")
+
+
 @pytest.mark.parametrize("d", [BLOCK, 2 * BLOCK + 50])  # at once, and block by block
 def test_float64_where_float32_does_not_carry(d):
-    V = torch.linalg.qr(hessian(d)[0])[0]
-    values = torch.logspace(0, -9, d, dtype=torch.float64)
-    A = ((V * values) @ V.T)[None]
-    A = (A + A.mT) / 2
-    system, order = torch.zeros(1, dtype=torch.int64), orders(1, d)
-    nothing = torch.zeros(1)
-    assert not (blockwise if d > 2 * BLOCK else at_once)([A[0].float()], order, torch.float32)[1]
-    inverse = Inverse(A, A.diagonal(dim1=1, dim2=2), nothing, nothing)
-    L = cholesky_in_order(inverse, system, order)
-    assert L.dtype == torch.float64
-    torch.testing.assert_close(L[0] @ L[0].T, A[0][order[0]][:, order[0]], rtol=0, atol=1e-12)
+    order = orders(1, d)
+    bad, good = barely_positive(d, order), hessian(d)[0].float()
+    nothing, matrices = torch.zeros(2), torch.stack([good, bad])
+    inverse = Inverse(matrices, matrices.diagonal(dim1=1, dim2=2), nothing, nothing)
+    L, precise = cholesky_in_order(inverse, torch.tensor([0, 1, 0]), order.expand(3, -1))
+    assert precise.tolist() == [False, True, False] and L.dtype == torch.float64
+    for M, factor in zip((good, bad, good), L, strict=True):
+        wanted = M.double()[order[0]][:, order[0]]
+        torch.testing.assert_close(factor @ factor.T, wanted, rtol=0, atol=1e-12)
+    L, precise = cholesky_in_order(inverse, torch.tensor([0]), order)
+    assert not precise.any() and L.dtype == torch.float32
     with pytest.raises(ArithmeticError, match="not positive definite; try --rel-damp"):
-        bad = Inverse(-A, A.diagonal(dim1=1, dim2=2), nothing, nothing)
-        cholesky_in_order(bad, system, order)
+        negative = Inverse(-matrices, inverse.floor, nothing, nothing)
+        cholesky_in_order(negative, torch.tensor([0]), order)
 
 
 @pytest.mark.parametrize("d", [200, 2 * BLOCK + 50])
