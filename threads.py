@@ -23,7 +23,7 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
     """work(slice) for every `size` rows, on as many threads as torch uses."""
     threads = torch.get_num_threads()
     pieces = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
-    if threads == 1 or len(pieces) < 2:
+    if threads == 1:
         for piece in pieces:
             work(piece)
         return

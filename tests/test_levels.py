@@ -63,20 +63,23 @@ def test_float64_where_float32_does_not_carry(d):
 
 
 @pytest.mark.parametrize("d", [200, 2 * BLOCK + 50])
-def test_threads_do_not_change_a_bit(d):
+def test_neither_threads_nor_other_rows_change_a_bit(d):
     rows, inverse = 5, damped_inverse(hessian(d))
     W = torch.randn(rows, 1, d, generator=torch.Generator().manual_seed(2))
     system = torch.zeros(rows, dtype=torch.int64)
     trace = eliminate(W, inverse, system, Unstructured(), d)
     counts = first_counts(trace.losses, [0.1, 0.5, 0.9])
-    results, before = [], torch.get_num_threads()
+    results, before, order = [], torch.get_num_threads(), trace.order.long()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(weights_at(W, inverse, system, trace.order.long(), counts))
+            results.append(weights_at(W, inverse, system, order, counts))
+            alone = [weights_at(W[r : r + 1], inverse, system[:1], order[r : r + 1],
+                                counts[:, r : r + 1]) for r in range(rows)]  # fmt: skip
+            results.append(torch.cat(alone, 1))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7])
