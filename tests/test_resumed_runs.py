@@ -154,8 +154,7 @@ def test_only_the_layers_still_to_do_are_done(line, work, command, monkeypatch):
     monkeypatch.setattr(compression, "calibrate", lambda dense, solvers, *rest: (
         calibrated.extend(solvers), calibrate(dense, solvers, *rest)))
     monkeypatch.setattr("planning.in_passes", lambda needs, memory: [[name] for name in needs])
-    little = [] if line == STRUCT else ["--memory", "0.02"]  # whose rows share their products
-    status, _, err = command(line, *little)  # in many passes, and to the same bits
+    status, _, err = command(line, "--memory", "0.02")  # in many passes, and to the same bits
     assert status == 0 and "resuming: 3 of 8 layers are done" in err
     assert len(calibrated) == LAYERS - 3 and len([x for x in err if x.startswith("pass ")]) > 1
     assert contents(work) == expected
