@@ -82,6 +82,12 @@ class Record:
         self.raise_lower(found.lower)
         self.finished, self.nodes, self.seconds = found.finished, found.nodes, found.seconds
 
+    def relax(self, lower: float, heuristic: str, error: float, solution: Reals) -> None:
+        """Take a relaxation's bound, and the solution that a heuristic drew from it."""
+        self.errors[heuristic], self.relaxation = error, lower
+        self.improve(error, solution)
+        self.raise_lower(lower)
+
     @property
     def proven(self) -> bool:
         """Whether the best solution is proven to be optimal."""
@@ -120,10 +126,7 @@ def quantised(
     if method != "exact":
         relaxation = quantisation_bounds.relax(problem)
         drawn = quantisation_bounds.randomised_rounding(problem, relaxation, SAMPLES, generator)
-        record.errors["randomised_rounding"] = problem.error(drawn)
-        record.improve(problem.error(drawn), drawn)
-        record.relaxation = relaxation.lower
-        record.raise_lower(relaxation.lower)
+        record.relax(relaxation.lower, "randomised_rounding", problem.error(drawn), drawn)
     if method != "sdp":
         record.take(closest(problem, np.array(record.solution), limits))
     return record
@@ -137,10 +140,7 @@ def pruned(G: Reals, w: Reals, bits: int, method: str, limits: Limits) -> Record
     if method != "exact":
         relaxation = pruning_bounds.relax(problem)
         rounded = pruning_bounds.rounded(problem, relaxation)
-        record.errors["relaxation_rounded"] = problem.error(rounded)
-        record.improve(problem.error(rounded), rounded)
-        record.relaxation = relaxation.lower
-        record.raise_lower(relaxation.lower)
+        record.relax(relaxation.lower, "relaxation_rounded", problem.error(rounded), rounded)
     if method != "sdp":
         record.take(best_subset(problem, np.array(record.solution), limits))
     return record

@@ -29,14 +29,13 @@ nothing to shrink to, and the bound is 0. 8n²ε times the magnitudes of all ter
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from cli import log
+from pruning_vs_quantization import semidefinite
 from pruning_vs_quantization.plots import study_package
 from pruning_vs_quantization.proof import Reals
 from pruning_vs_quantization.pruning_problem import PruningProblem, unit_diagonal
@@ -114,7 +113,6 @@ def certified_bound(
 class _Program:
     """The relaxation for one number of unknowns, compiled by cvxpy once."""
 
-    cvxpy: Any
     problem: Any
     parameters: dict[str, Any]
     Z: Any  # (n + 1, n + 1) [V ŵ; ŵᵀ 1]
@@ -126,15 +124,7 @@ class _Program:
         n = len(w)
         self.parameters["G"].value, self.parameters["Gw"].value = G, G @ w
         self.parameters["keep"].value = keep
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an inaccurate optimum is good enough
-                self.problem.solve(solver=self.cvxpy.CLARABEL)
-            solved = self.Z.value is not None and np.isfinite(self.Z.value).all()
-        except self.cvxpy.SolverError as error:
-            log.warning("the semidefinite program was not solved: %s", error)
-            solved = False
-        if not solved:
+        if not semidefinite.solve(self.problem, self.Z):
             return 0.0, w, np.abs(w), np.zeros(n)
         Y = self.schur.dual_value
         value = float(self.problem.value + w @ G @ w)
@@ -155,4 +145,4 @@ def _program(n: int) -> _Program:
     limits = [share >= 0, share <= 1, cp.sum(share) <= parameters["keep"]]
     objective = cp.trace(parameters["G"] @ Z[:n, :n]) - 2 * parameters["Gw"] @ weights
     problem = cp.Problem(cp.Minimize(objective), [schur, Z[n, n] == 1, *shared, *limits])
-    return _Program(cp, problem, parameters, Z, share, schur)
+    return _Program(problem, parameters, Z, share, schur)

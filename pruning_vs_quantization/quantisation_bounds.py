@@ -42,14 +42,13 @@ steps (their section 4).
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from cli import log
+from pruning_vs_quantization import semidefinite
 from pruning_vs_quantization.box import box_minimum
 from pruning_vs_quantization.plots import study_package
 from pruning_vs_quantization.proof import Reals
@@ -158,7 +157,6 @@ def _raised(cuts: Reals, box: Reals, amount: float) -> tuple[Reals, Reals]:
 class _Program:
     """The relaxation for one number of unknowns, compiled by cvxpy once."""
 
-    cvxpy: Any
     problem: Any
     parameters: dict[str, Any]
     Z: Any  # (n + 1, n + 1) [X v; vᵀ 1]
@@ -174,15 +172,7 @@ class _Program:
         self.parameters["width"].value = width
         self.parameters["sum"].value = width * (low + high)
         self.parameters["product"].value = width * low * high
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an inaccurate optimum is good enough
-                self.problem.solve(solver=self.cvxpy.CLARABEL)
-            solved = self.Z.value is not None and np.isfinite(self.Z.value).all()
-        except self.cvxpy.SolverError as error:
-            log.warning("the semidefinite program was not solved: %s", error)
-            solved = False
-        if not solved:
+        if not semidefinite.solve(self.problem, self.Z):
             v = np.clip(np.rint(s), low, high)
             return v, np.outer(v, v), np.zeros((n, len(CUTS))), np.zeros(n)
         cuts = np.stack([np.reshape(cut.dual_value, n) for cut in self.cuts], 1)
@@ -208,4 +198,4 @@ def _program(n: int) -> _Program:
     )
     objective = cp.trace(parameters["G"] @ Z[:n, :n]) - 2 * parameters["Gs"] @ v
     problem = cp.Problem(cp.Minimize(objective), [Z[n, n] == 1, *cuts, box])
-    return _Program(cp, problem, parameters, Z, cuts, box)
+    return _Program(problem, parameters, Z, cuts, box)

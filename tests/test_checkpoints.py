@@ -70,8 +70,11 @@ def test_odd_tensors(key, tensor, words, tmp_path, capsys):
 def test_counts_may_come_in_halves(tmp_path):
     """`{k: v.half()}` turns num_batches_tracked into a float."""
     path = tmp_path / "x.pth"
-    torch.save({key: value.half() for key, value in CifarResNet(1).state_dict().items()}, path)
-    load_state(CifarResNet(1), load_checkpoint(path), path)
+    halves = {key: value.half() for key, value in CifarResNet(1).state_dict().items()}
+    torch.save(halves, path)
+    model = CifarResNet(1)
+    load_state(model, load_checkpoint(path), path)
+    assert all(torch.equal(value, halves[key]) for key, value in model.state_dict().items())
 
 
 class Mine(torch.Tensor):

@@ -57,7 +57,7 @@ def gram_of(layer: nn.Module, *batches: Tensor) -> Tensor:
     return gram.matrix()
 
 
-def close(ours: Tensor, oracle: Array, tolerance: float = TOLERANCE) -> None:
+def assert_close(ours: Tensor, oracle: Array, tolerance: float = TOLERANCE) -> None:
     """Within `tolerance` of the largest entry."""
     np.testing.assert_allclose(ours, oracle, rtol=0, atol=tolerance * np.abs(oracle).max())
 
@@ -72,8 +72,8 @@ def test_convolution_is_the_oracle(kernel, stride, padding, dilation, mode, grou
     layer = nn.Conv2d(4, 4, kernel, stride, padding, dilation, groups, padding_mode=mode)
     x = inputs(3, 4, 8, 9)
     wanted = oracle_gram(layer, x)
-    close(gram_of(layer, x), wanted)
-    close(gram_of(layer, x[:1], x[1:]), wanted)
+    assert_close(gram_of(layer, x), wanted)
+    assert_close(gram_of(layer, x[:1], x[1:]), wanted)
 
 
 def test_columns_stand_as_the_weights_do() -> None:
@@ -91,7 +91,7 @@ def test_columns_stand_as_the_weights_do() -> None:
 def test_depthwise_convolution() -> None:
     layer = nn.Conv2d(6, 12, 3, padding="same", groups=6)
     x = inputs(2, 6, 5, 5)
-    close(gram_of(layer, x), oracle_gram(layer, x))
+    assert_close(gram_of(layer, x), oracle_gram(layer, x))
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 5_000, 20_000])
@@ -100,8 +100,8 @@ def test_chunks_change_nothing(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
     x, z = inputs(7, 4, 6, 6), inputs(50, 3, 6)
     wanted = gram_of(conv, x), gram_of(linear, z)
     monkeypatch.setattr(hessian, "CHUNK_BYTES", chunk_bytes)
-    close(gram_of(conv, x), wanted[0].numpy(), 1e-13)
-    close(gram_of(linear, z), wanted[1].numpy(), 1e-13)
+    assert_close(gram_of(conv, x), wanted[0].numpy(), 1e-13)
+    assert_close(gram_of(linear, z), wanted[1].numpy(), 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -111,16 +111,16 @@ def test_precision_of_the_inputs(dtype: torch.dtype) -> None:
     x, z = (300 * inputs(8, 8, 9, 9)).to(dtype), (300 * inputs(400, 24)).to(dtype)
     gram = gram_of(conv, x)
     assert gram.dtype == torch.float64
-    close(gram, oracle_gram(conv, x), 1e-5)
-    close(gram_of(linear, z)[0], z.double().T.numpy() @ z.double().numpy(), 1e-5)
+    assert_close(gram, oracle_gram(conv, x), 1e-5)
+    assert_close(gram_of(linear, z)[0], z.double().T.numpy() @ z.double().numpy(), 1e-5)
 
 
 def test_layout_of_the_inputs_does_not_matter() -> None:
     layer = nn.Conv2d(4, 2, 3, padding=1, groups=2)
     x = inputs(3, 4, 6, 7)
     wanted = gram_of(layer, x)
-    close(gram_of(layer, x.to(memory_format=torch.channels_last)), wanted.numpy())
-    close(gram_of(layer, x.transpose(2, 3).contiguous().transpose(2, 3)), wanted.numpy())
+    assert_close(gram_of(layer, x.to(memory_format=torch.channels_last)), wanted.numpy())
+    assert_close(gram_of(layer, x.transpose(2, 3).contiguous().transpose(2, 3)), wanted.numpy())
 
 
 @pytest.mark.parametrize("padding", [(0, 0), (2, 1)])
@@ -147,7 +147,7 @@ def test_hook_in_inference_mode() -> None:
     with torch.inference_mode():
         layer(x[:1])
     layer(x[1:])
-    close(gram.matrix(), oracle_gram(layer, x))
+    assert_close(gram.matrix(), oracle_gram(layer, x))
 
 
 # ----------------------------------------------------------------------------------- linear layers
@@ -157,7 +157,7 @@ def test_hook_in_inference_mode() -> None:
 def test_linear_with_leading_dimensions(leading: tuple[int, ...]) -> None:
     x = inputs(20, 7).view(*leading, 7)
     columns = x.reshape(-1, 7).T.numpy()
-    close(gram_of(nn.Linear(7, 3), x)[0], hessian_oracle(columns, 2))
+    assert_close(gram_of(nn.Linear(7, 3), x)[0], hessian_oracle(columns, 2))
 
 
 # ---------------------------------------------------------------------------------- any convolution
@@ -186,7 +186,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, tuple[int, ...]]:
 def test_property_any_convolution_is_the_oracle(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
     layer, shape = drawn
     x = inputs(*shape)
-    close(gram_of(layer, x), oracle_gram(layer, x))
+    assert_close(gram_of(layer, x), oracle_gram(layer, x))
 
 
 # ----------------------------------------------------------------------------------- the inverse
@@ -205,7 +205,8 @@ def test_positive_definite_needs_no_damping(dtype: torch.dtype) -> None:
     assert torch.equal(H, before)
     assert inverse.matrix.dtype == inverse.floor.dtype == dtype
     assert not inverse.damping.any() and not inverse.deficit.any()
-    close(inverse.matrix, np.linalg.inv(H.numpy()), TOLERANCE if dtype == torch.float64 else 1e-6)
+    tolerance = TOLERANCE if dtype == torch.float64 else 1e-6
+    assert_close(inverse.matrix, np.linalg.inv(H.numpy()), tolerance)
     np.testing.assert_allclose(inverse.floor, 1 / H.diagonal(dim1=1, dim2=2), rtol=1e-6)
     assert (inverse.matrix.diagonal(dim1=1, dim2=2) >= inverse.floor * (1 - 1e-6)).all()
 
@@ -214,7 +215,7 @@ def test_rel_damp_is_added_in_any_case() -> None:
     H = rank(20, 80)
     inverse = damped_inverse(H, rel_damp=0.1, dtype=torch.float64)
     damped = H[0].numpy() + 0.1 * np.diag(H[0]).mean() * np.eye(20)
-    close(inverse.matrix[0], np.linalg.inv(damped))
+    assert_close(inverse.matrix[0], np.linalg.inv(damped))
     assert inverse.damping.tolist() == [0.1] and inverse.deficit.tolist() == [0]
 
 
@@ -237,14 +238,14 @@ def test_ladder_takes_the_smallest_step_that_works(dtype: torch.dtype, r: int) -
     assert works(step)
     assert not any(works(smaller) for smaller in LADDER if smaller < step)
     wanted = np.linalg.inv(H[0].numpy() + step * mean * np.eye(20))
-    close(inverse.matrix[0], wanted, 1e-6)
+    assert_close(inverse.matrix[0], wanted, 1e-6)
 
 
 def test_only_the_groups_that_need_it_are_damped() -> None:
     H = torch.cat([rank(12, 40), rank(12, 5), rank(12, 40, 1)])
     inverse = damped_inverse(H, dtype=torch.float64)
     assert inverse.damping.tolist() == [0, 1e-8, 0] and inverse.deficit.tolist() == [0, 7, 0]
-    close(inverse.matrix[[0, 2]], np.linalg.inv(H[[0, 2]].numpy()))
+    assert_close(inverse.matrix[[0, 2]], np.linalg.inv(H[[0, 2]].numpy()))
 
 
 @pytest.mark.parametrize("r", [60, 6])
@@ -260,7 +261,8 @@ def test_dead_inputs_are_decoupled(r: int) -> None:
         assert not inverse.matrix[0, p, alive].any() and inverse.matrix[0, p, p] > 0
     assert torch.isfinite(inverse.matrix).all()
     if r == 60:
-        close(inverse.matrix[0][alive][:, alive], np.linalg.inv(H[0].numpy()[np.ix_(alive, alive)]))
+        wanted = np.linalg.inv(H[0].numpy()[np.ix_(alive, alive)])
+        assert_close(inverse.matrix[0][alive][:, alive], wanted)
 
 
 def test_all_inputs_dead() -> None:
@@ -283,7 +285,7 @@ def test_scale_of_the_hessian_does_not_matter(scale: float) -> None:
         H = rank(12, r)
         plain, scaled = damped_inverse(H), damped_inverse(H * scale)
         assert torch.equal(plain.damping, scaled.damping)
-        close(scaled.matrix * scale, plain.matrix.numpy(), 1e-5)
+        assert_close(scaled.matrix * scale, plain.matrix.numpy(), 1e-5)
 
 
 def test_without_decouples_absent_weights_of_each_row() -> None:

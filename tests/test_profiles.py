@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,15 @@ def test_there_and_back(tmp_path):
     assert read_scores(tmp_path / "s.txt") == SCORES
 
 
+def refused(read: Callable, path: Path, text: str) -> str:
+    """What is said of a file of this text; it names the file."""
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("conv1\n\n0.5 0000\nabc 1900\n", "line 4: expected a layer, or `<value> <level>`"),
     ("conv1\n1_0 0000\n", "line 2: expected"),
@@ -37,11 +48,7 @@ def test_there_and_back(tmp_path):
     ("\n\n", "no scores in it"),
 ])  # fmt: skip
 def test_scores_are_read_strictly(text, words, tmp_path):
-    path = tmp_path / "s.txt"
-    path.write_text(text)
-    with pytest.raises(UserError) as caught:
-        read_scores(path)
-    assert f"{path}" in str(caught.value) and words in str(caught.value)
+    assert words in refused(read_scores, tmp_path / "s.txt", text)
 
 
 @pytest.mark.parametrize("value", ["-1", "nan", "inf", "-inf"])
@@ -59,11 +66,7 @@ def test_seconds_are_positive(value, tmp_path):
     ("", "no layers in it"),
 ])  # fmt: skip
 def test_profiles_are_read_strictly(text, words, tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_text(text)
-    with pytest.raises(UserError) as caught:
-        read_profile(path)
-    assert words in str(caught.value)
+    assert words in refused(read_profile, tmp_path / "p.txt", text)
 
 
 def test_what_is_no_text(tmp_path):

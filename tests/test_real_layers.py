@@ -149,7 +149,7 @@ def large(request: pytest.FixtureRequest, shared_data: Path, images: Path) -> Re
 # ------------------------------------------------------------------------------ float64, d ≤ 150
 
 
-def close(ours: Tensor | Array, oracle: Array, tolerance: float) -> None:
+def assert_close(ours: Tensor | Array, oracle: Array, tolerance: float) -> None:
     """Relative to the largest value: small losses are differences of large numbers."""
     np.testing.assert_allclose(ours, oracle, rtol=tolerance, atol=tolerance * np.abs(oracle).max())
 
@@ -158,12 +158,12 @@ def check_order(obs: TrueOBS, traces: list[OracleTrace], tolerance: float, unit:
     for r, trace in enumerate(traces):
         dead = obs.columns // unit - len(trace.order)
         assert (obs.trace.order[r, ::unit] // unit).tolist()[dead:] == trace.order
-        close(obs.Losses[r].view(-1, unit).sum(1)[dead:], trace.losses, tolerance)
+        assert_close(obs.Losses[r].view(-1, unit).sum(1)[dead:], trace.losses, tolerance)
 
 
 def test_hessian(small: RealLayer) -> None:
-    close(small.obs(torch.float64).H, small.H, 1e-12)
-    close(small.obs(torch.float32).H, small.H, 1e-5)
+    assert_close(small.obs(torch.float64).H, small.H, 1e-12)
+    assert_close(small.obs(torch.float32).H, small.H, 1e-5)
 
 
 def test_unstructured(small: RealLayer) -> None:
@@ -177,7 +177,7 @@ def test_unstructured(small: RealLayer) -> None:
     for sparsity, weight in zip(sparsities, obs.prune_unstr(sparsities), strict=True):
         counts = global_selection_oracle(losses, sparsity)
         wanted = [t.weights_after(max(0, k - dead)) for t, k in zip(traces, counts, strict=True)]
-        close(weight.flatten(1), np.stack(wanted), small.tolerance)
+        assert_close(weight.flatten(1), np.stack(wanted), small.tolerance)
 
 
 def test_blocked(small: RealLayer) -> None:
@@ -197,8 +197,8 @@ def test_nm(small: RealLayer) -> None:
     pruned = obs.layer.weight.detach().flatten(1).numpy()[:, small.innermost]
     for r, (w, H) in enumerate(small.problems(True)):
         trace = nm_oracle(w, H, 2, m, w != 0)
-        close(pruned[r], trace.weights, small.tolerance)
-        close(obs.Losses[r, obs.Losses.shape[1] - len(trace.losses) :], trace.losses,
+        assert_close(pruned[r], trace.weights, small.tolerance)
+        assert_close(obs.Losses[r, obs.Losses.shape[1] - len(trace.losses) :], trace.losses,
               small.tolerance)
         assert ((pruned[r] == 0).reshape(-1, m).sum(1) == 2).all()
 
@@ -209,8 +209,9 @@ def test_quantise(small: RealLayer, bits: int) -> None:
     quantise(obs, bits)
     quantised = obs.layer.weight.detach().flatten(1)
     for r, trace in enumerate(quantise_traces(small, obs)):
-        close(quantised[r], trace.weights, small.tolerance)
-        close(obs.Losses[r, obs.columns - len(trace.losses) :], trace.losses, small.tolerance)
+        assert_close(quantised[r], trace.weights, small.tolerance)
+        losses = obs.Losses[r, obs.columns - len(trace.losses) :]
+        assert_close(losses, trace.losses, small.tolerance)
 
 
 def test_structured(small: RealLayer) -> None:
@@ -218,10 +219,10 @@ def test_structured(small: RealLayer) -> None:
     size = obs.layer.weight[0, 0].numel()
     levels = obs.prune_struct([0.25, 0.5], size)
     trace = structured_oracle(np.stack(small.rows), small.problems()[0][1], size)
-    close(obs.Losses[0].view(-1, size).sum(1), trace.losses, small.tolerance)
+    assert_close(obs.Losses[0].view(-1, size).sum(1), trace.losses, small.tolerance)
     for sparsity, weight in zip([0.25, 0.5], levels, strict=True):
         gone = int(np.ceil(sparsity * obs.columns / size))
-        close(weight.flatten(1), trace.weights_after(gone), small.tolerance)
+        assert_close(weight.flatten(1), trace.weights_after(gone), small.tolerance)
 
 
 # ------------------------------------------------------------------------- float32, d = 576, 1152

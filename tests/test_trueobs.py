@@ -158,7 +158,7 @@ def case(name: str, sparse: float = 0.0, memory: int | None = None) -> Case:
     return case_of(make(), random_inputs(shape), sparse, memory, known_hessians(name))
 
 
-def close(ours: Tensor | Array, oracle: Array, tolerance: float = TOLERANCE) -> None:
+def assert_close(ours: Tensor | Array, oracle: Array, tolerance: float = TOLERANCE) -> None:
     np.testing.assert_allclose(np.asarray(ours), oracle, rtol=tolerance, atol=tolerance)
 
 
@@ -168,7 +168,7 @@ def check_trace(obs: TrueOBS, r: int, trace: OracleTrace, unit: int = 1) -> None
     losses = obs.Losses[r].view(-1, unit).sum(1)
     zeros = len(order) - len(trace.order)
     assert order[zeros:] == trace.order
-    close(losses[zeros:], trace.losses)
+    assert_close(losses[zeros:], trace.losses)
     assert not losses[:zeros].any()
 
 
@@ -181,7 +181,7 @@ def check_levels(
     for sparsity, W in zip(SPARSITIES, levels, strict=True):
         counts = global_selection_oracle(losses, sparsity)
         for w, count, trace in zip(W, counts, traces, strict=True):
-            close(w, trace.weights_after(max(0, count - steps + len(trace.order))))
+            assert_close(w, trace.weights_after(max(0, count - steps + len(trace.order))))
 
 
 def without_zeros(w: Array, H: Array) -> Array:
@@ -223,10 +223,10 @@ def test_nm_is_the_oracle(name: str, n: int, m: int, sparse: float) -> None:
     pruned = it.weights()[:, it.innermost]
     for r, (w, H) in enumerate(it.permuted()):
         trace = nm_oracle(w, H, n, m, w != 0)
-        close(pruned[r], trace.weights)
+        assert_close(pruned[r], trace.weights)
         losses = it.obs.Losses[r]
         zeros = len(losses) - len(trace.losses)
-        close(losses[zeros:], trace.losses)
+        assert_close(losses[zeros:], trace.losses)
         assert not losses[:zeros].any()
         had = (w == 0).reshape(-1, m).sum(1)
         np.testing.assert_array_equal((pruned[r] == 0).reshape(-1, m).sum(1), np.maximum(had, n))
@@ -264,7 +264,7 @@ def test_structured_is_the_oracle(name: str, size: int, zeroed: bool) -> None:
                     strict=True):
         traces.append(structured_oracle(W, without_zeros(W[0], H), size))
     for g, trace in enumerate(traces):
-        close(it.obs.Losses[g].view(-1, size).sum(1), trace.losses)
+        assert_close(it.obs.Losses[g].view(-1, size).sum(1), trace.losses)
     grouped = [it.weights(W).reshape(groups, -1, it.W.shape[1]) for W in levels]
     check_levels(grouped, traces, it.W.shape[1] // size)
 
@@ -283,7 +283,7 @@ def test_structured_keeps_the_zeros_of_single_rows_and_stays_optimal() -> None:
     pruned = it.weights(it.obs.prune_struct([0.5], 9)[0])
     assert (pruned[W == 0] == 0).all()
     for w, kept, H in zip(W, pruned, it.H, strict=True):
-        close(kept, masked_least_squares(w, H, kept != 0))
+        assert_close(kept, masked_least_squares(w, H, kept != 0))
 
 
 def rounding(grid: Grid, r: int) -> tuple[Callable[[Array], Array], float]:
@@ -296,9 +296,9 @@ def check_quantised(it: Case) -> None:
     quantised = it.weights()
     for r, (w, H) in enumerate(zip(it.W, it.H, strict=True)):
         trace = quantise_oracle(w, H, *rounding(it.obs.quantizer, r), mask=w != 0)
-        close(quantised[r], trace.weights)
+        assert_close(quantised[r], trace.weights)
         zeros = int((w == 0).sum())
-        close(it.obs.Losses[r, zeros:], trace.losses)
+        assert_close(it.obs.Losses[r, zeros:], trace.losses)
         assert not it.obs.Losses[r, :zeros].any()
     assert (quantised[it.W == 0] == 0).all()
 
@@ -411,8 +411,8 @@ def test_engine_is_the_oracle_for_every_panel_width(name: str, engine: str, pane
     for r in range(len(W)):
         oracle = mode.oracle(W[r], H[r])
         assert (trace.order[r, :: mode.unit] // mode.unit).tolist() == oracle.order
-        close(trace.losses[r].view(-1, mode.unit).sum(1), oracle.losses)
-        close(trace.weights[r, 0], oracle.weights)
+        assert_close(trace.losses[r].view(-1, mode.unit).sum(1), oracle.losses)
+        assert_close(trace.weights[r, 0], oracle.weights)
 
 
 @pytest.mark.parametrize("panel", [1, 7, D + 50])
@@ -424,8 +424,8 @@ def test_odd_panels_change_nothing(name: str, engine: str, panel: int) -> None:
 
 def same_trace(one: Trace, other: Trace) -> None:
     assert torch.equal(one.order, other.order)
-    close(one.losses, other.losses.numpy())
-    close(one.weights, other.weights.numpy())
+    assert_close(one.losses, other.losses.numpy())
+    assert_close(one.weights, other.weights.numpy())
 
 
 @pytest.mark.parametrize("name", ENGINE)
@@ -588,10 +588,10 @@ def test_identity_hessian_gives_magnitude_pruning() -> None:
         cheapest = np.argsort(magnitudes, axis=None)[: ceil(128 * sparsity)]
         wanted = it.W.copy()
         wanted.flat[cheapest] = 0
-        close(weight, wanted)
+        assert_close(weight, wanted)
     it.obs.nmprune(2, 4)
     ranks = magnitudes.reshape(4, 8, 4).argsort(2).argsort(2).reshape(4, 32)
-    close(it.layer.weight.detach(), np.where(ranks >= 2, it.W, 0))
+    assert_close(it.layer.weight.detach(), np.where(ranks >= 2, it.W, 0))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -599,7 +599,7 @@ def test_identity_hessian_gives_round_to_nearest(bits: int) -> None:
     it = identity_case()
     grid = fit_weight_grid(torch.from_numpy(it.W), bits)
     quantised(it, bits)
-    close(it.layer.weight.detach(), grid(torch.from_numpy(it.W)).numpy())
+    assert_close(it.layer.weight.detach(), grid(torch.from_numpy(it.W)).numpy())
 
 
 def test_levels_belong_to_the_weights_that_were_prepared() -> None:
@@ -608,7 +608,7 @@ def test_levels_belong_to_the_weights_that_were_prepared() -> None:
     it.obs.prepare_unstr()
     wanted = it.obs.prune_unstr([0.3, 0.6])
     it.layer.weight.data.copy_(wanted[1])
-    close(it.obs.prune_unstr([0.3])[0], wanted[0].numpy())
+    assert_close(it.obs.prune_unstr([0.3])[0], wanted[0].numpy())
 
 
 def test_names_that_users_of_obc_know() -> None:
