@@ -30,18 +30,18 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-import cli
 import quant
-import records
-import sensitivity
-from checkpoints import check_finite, load_checkpoint
-from cli import UserError, log, save_checkpoint, sync_folder
-from costs import unit_cost
-from levelfile import LevelFile
-from profiles import read_profile, score_file, write_scores
+from budget import sensitivity
+from budget.costs import unit_cost
+from budget.profiles import read_profile, score_file, write_scores
+from command import cli, records
+from command.cli import UserError, log, save_checkpoint, sync_folder
+from command.fingerprints import bytes_hash, content_hash
+from command.resuming import Notes, Unkept, open_state, state_folder
+from command.session import Session, images_hash
+from engine.levelfile import LevelFile
+from networks.checkpoints import check_finite, load_checkpoint
 from quant import put_layer
-from resuming import Notes, Unkept, bytes_hash, content_hash, open_state, state_folder
-from session import Session, images_hash
 
 SPARSITY = r"\d{4}"
 KINDS = {  # folders, and how levels are named

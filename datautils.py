@@ -36,10 +36,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from batches import Batches, Passes, normalise, tell_skipped
-from cli import UserError, log
-from imagefiles import BadImage, FileImages, damaged, list_images, subfolders
-from vision import torchvision
+from command.cli import UserError, log
+from images.batches import Batches, Passes, normalise, tell_skipped
+from images.imagefiles import BadImage, FileImages, damaged, list_images, subfolders
+from networks.vision import torchvision
 
 DATASETS = ("imagenet", "cifar10", "digits", "folder")
 DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  # pixels

@@ -23,20 +23,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import cli
 import quant
-import records
-from batches import Batches
-from calibration import activation_grids, attach_activation_grids
-from checking import compare, fresh_images, measured_errors
-from cli import UserError, log
-from compression import Compression, Database
+from command import cli, records
+from command.cli import UserError, log
+from command.fingerprints import content_hash
+from command.resuming import Cache, Unkept, open_state, state_folder
+from command.session import Session, load_compressed
 from database import level_names, model_tag, stray_levels, write_levels
-from levels import sparsity_grid
+from engine.calibration import activation_grids, attach_activation_grids
+from engine.checking import compare, fresh_images, measured_errors
+from engine.compression import Compression, Database
+from engine.levels import sparsity_grid
+from engine.planning import Task, show_plan
+from images.batches import Batches
 from modelutils import find_layers
-from planning import Task, show_plan
-from resuming import Cache, Unkept, content_hash, open_state, state_folder
-from session import Session, load_compressed
 
 NO_QUANTISATION = 32  # bits
 CALIBRATION_OPTIONS = ("seed", "nrounds", "noaug", "batchsize", "shards")

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint, load_state
-from cifar_resnets import CifarResNet
-from cli import UserError
-from distributed import ALONE, World
-from tracing import folded
-from vision import torchvision
+from command.cli import UserError
+from engine.distributed import ALONE, World
+from networks.checkpoints import load_checkpoint, load_state
+from networks.cifar_resnets import CifarResNet
+from networks.tracing import folded
+from networks.vision import torchvision
 
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 CIFAR_BLOCKS = {f"rn{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # name: n, blocks per stage

@@ -35,18 +35,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import cli
-import records
-from cli import UserError, log
-from corrections import batchnorm_tune, statistics_correction
+from budget.profiles import read_profile
+from command import cli, records
+from command.cli import UserError, log
+from command.fingerprints import content_hash
+from command.resuming import Unkept, open_state, state_folder
+from command.session import Session, load_compressed
 from database import KINDS, Database, model_tag
 from datautils import calibration_batches
 from modelutils import find_layers
-from profiles import read_profile
 from quant import put_layer
-from resuming import Unkept, content_hash, open_state, state_folder
-from retraining import finetune, global_adaprune, train_vectors
-from session import Session, load_compressed
+from tuning.corrections import batchnorm_tune, statistics_correction
+from tuning.retraining import finetune, global_adaprune, train_vectors
 
 DEPENDENT = {  # option: the correction that it belongs to
     "statcorr_samples": "statcorr",

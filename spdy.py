@@ -31,19 +31,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cli
-import dp
-import profiles
-from cli import UserError, log
-from corrections import BatchNorm, correct_statistics, norm_moments, placed
-from costs import CONSTRAINTS, layer_costs
+from budget import dp, profiles
+from budget.costs import CONSTRAINTS, layer_costs
+from budget.search import Problem, State, make_problem, picks_key, search
+from command import cli
+from command.cli import UserError, log
+from command.fingerprints import content_hash
+from command.records import check_repeat, repeated, write_run
+from command.resuming import Unkept, open_state, state_folder
+from command.session import Session
 from database import KINDS, Database, model_tag
-from distributed import ALONE, World
+from engine.distributed import ALONE, World
 from modelutils import evaluating, mean_loss
-from records import check_repeat, repeated, write_run
-from resuming import Unkept, content_hash, open_state, state_folder
-from search import Problem, State, make_problem, picks_key, search
-from session import Session
+from tuning.corrections import BatchNorm, correct_statistics, norm_moments, placed
 
 ERRORS = ("squared", "loss", "spdy")
 DEFAULT_CONSTRAINTS = {"mixed": "bops", "4block": "flops", "unstr": "flops", "4block_8w8a": "bops"}

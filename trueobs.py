@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distributed import ALONE, World
-from elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
-from hessian import Gram, Inverse, alive_inputs, badly_scaled, damped_inverse, without
-from levels import Undamped, completed, first_counts, weights_at
-from memory import Needs, batches_of, default_memory, layer_needs
+from engine.distributed import ALONE, World
+from engine.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
+from engine.hessian import Gram, Inverse, alive_inputs, badly_scaled, damped_inverse, without
+from engine.levels import Undamped, completed, first_counts, weights_at
+from engine.memory import Needs, batches_of, default_memory, layer_needs
+from engine.refinement import never_worse
 from quant import Grid
-from refinement import never_worse
 
 log = logging.getLogger("trueobs")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import atomic_write
+from command.cli import atomic_write
 
 TEST_IMAGES = 360
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import cli
+from command import cli
 from datautils import calibration_batches, load_data, test_batches
 from modelutils import CIFAR_BLOCKS, CifarResNet, evaluate
 

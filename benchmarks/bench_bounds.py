@@ -39,8 +39,7 @@ from tqdm import tqdm
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
-import records
+from command import cli, records
 from datautils import calibration_batches, load_data
 from modelutils import find_layers, get_model
 from pruning_vs_quantization.layer_methods import pruned, quantised

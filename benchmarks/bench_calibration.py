@@ -35,11 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cli
 from benchmarks import timing
 from benchmarks.networks import Batches, layout_of, random_images, random_model
 from benchmarks.timing import against, alternating
-from calibration import calibrate, watching
+from command import cli
+from engine.calibration import calibrate, watching
 from modelutils import evaluating, find_layers
 from trueobs import TrueOBS
 

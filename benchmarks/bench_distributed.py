@@ -27,10 +27,9 @@ from torch import nn
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
-import records
-from distributed import ALONE, World, join
-from planning import Plan, Task, make_plan
+from command import cli, records
+from engine.distributed import ALONE, World, join
+from engine.planning import Plan, Task, make_plan
 from trueobs import TrueOBS
 
 RESNET18 = {  # rows, columns: how many such layers

@@ -39,15 +39,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cli
-import sensitivity
 from benchmarks import timing
 from benchmarks.networks import Batches, layout_of, random_images, random_model
 from benchmarks.timing import against, alternating
+from budget import sensitivity
+from command import cli
+from command.session import Session
 from database import Database, level_names, model_tag
 from main_trueobs import SPARSITY_GRIDS, sparsity_grid
 from modelutils import evaluating, find_layers
-from session import Session
 
 GOAL, SAME = 2.5, 1e-4
 

@@ -23,10 +23,9 @@ from torch import nn
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
-import records
-from levelfile import LevelFile
-from memory import layer_needs
+from command import cli, records
+from engine.levelfile import LevelFile
+from engine.memory import layer_needs
 from trueobs import TrueOBS
 
 LEVELS = [1 - 0.9**k for k in range(44)] + [0.99]

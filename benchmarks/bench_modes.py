@@ -38,10 +38,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-import cli
 from benchmarks import timing
 from benchmarks.timing import Problem, against, alternating, make_problem
-from elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
+from command import cli
+from engine.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
 from quant import Grid, fit_weight_grid
 
 BITS, ZEROS, GROUP, BLOCK = 4, 2, 4, 4

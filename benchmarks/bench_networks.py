@@ -46,17 +46,17 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-import cli
 from benchmarks import bench_trueobs, timing
 from benchmarks.networks import random_model
 from benchmarks.timing import PeakMemory, against, seconds
-from compression import Database
+from command import cli
 from database import write_levels
-from hessian import damped_inverse
-from levelfile import LevelFile
-from levels import sparsity_grid
+from engine.compression import Database
+from engine.hessian import damped_inverse
+from engine.levelfile import LevelFile
+from engine.levels import sparsity_grid
+from engine.memory import default_memory
 from main_trueobs import SPARSITY_GRIDS
-from memory import default_memory
 from modelutils import find_layers
 from quant import fit_weight_grid
 from trueobs import TrueOBS

@@ -44,10 +44,10 @@ from torch import Tensor
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli
 from benchmarks import timing
 from benchmarks.timing import Problem, alternating, make_problem, seconds
-from elimination import Trace, Unstructured, eliminate
+from command import cli
+from engine.elimination import Trace, Unstructured, eliminate
 
 WHOLE_ROW = 576  # columns up to which float64 checks every step
 

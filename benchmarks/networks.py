@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import cli
+from command import cli
 from modelutils import CIFAR_BLOCKS, TORCHVISION_ALIASES, CifarResNet
-from vision import torchvision
+from networks.vision import torchvision
 
 CLASSES = 1000  # ImageNet's
 

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cli
-import devices
-import records
-from hessian import Inverse, damped_inverse
+from command import cli, records
+from engine import devices
+from engine.hessian import Inverse, damped_inverse
 
 Work = Callable[[], object]
 

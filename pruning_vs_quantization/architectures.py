@@ -11,10 +11,10 @@ import logging
 
 from torch import nn
 
-from cli import UserError
+from command.cli import UserError
 from modelutils import get_model, load_checkpoint, load_state
+from networks.vision import torchvision
 from pruning_vs_quantization.plots import study_package
-from vision import torchvision
 
 SUFFIX = "_quantized"
 TIMM_NAMES = {"efficientnet_lite": "efficientnet_lite0"}

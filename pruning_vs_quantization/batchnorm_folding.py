@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import quant
-from cli import log
+from command.cli import log
 
 LAYERS = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # and what is derived from them, such as timm's

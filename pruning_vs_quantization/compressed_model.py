@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import quant
-from cli import UserError, log
+from command.cli import UserError, log
 from modelutils import find_layers
 from pruning_vs_quantization.first_and_last import first_and_last
 from pruning_vs_quantization.learned_steps import LearnedStep

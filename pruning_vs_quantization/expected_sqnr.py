@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import cli
+from command import cli
 from pruning_vs_quantization import expected_error, plots, study_files
 from pruning_vs_quantization.distributions import (
     TAIL,

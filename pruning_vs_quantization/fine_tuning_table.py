@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cli
-from cli import UserError
-from profiles import read_lines
+from budget.profiles import read_lines
+from command import cli
+from command.cli import UserError
 from pruning_vs_quantization.compressed_model import FULL_BITS
 from pruning_vs_quantization.plots import (
     PRUNING_COLOUR,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
-from cli import save_checkpoint
+from command.cli import save_checkpoint
+from command.session import load_compressed
 from modelutils import find_layers
 from quant import put_layer
-from session import load_compressed
 
 
 def first_and_last(model: nn.Module) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-import cli
-from cli import UserError
+from command import cli
+from command.cli import UserError
 from pruning_vs_quantization.layer_methods import METHODS
 from pruning_vs_quantization.layer_problem import RANGES
 from pruning_vs_quantization.study_files import (

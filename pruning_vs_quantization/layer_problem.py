@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from tqdm import tqdm
 
-from calibration import watching
-from hessian import Gram
+from engine.calibration import watching
+from engine.hessian import Gram
 from modelutils import evaluating
 from pruning_vs_quantization.expected_error import best_step, integer_codes
 from pruning_vs_quantization.proof import Reals

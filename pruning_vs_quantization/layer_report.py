@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, log
+from command.cli import UserError, log
 from pruning_vs_quantization.plots import (
     PRUNING_COLOUR,
     QUANTISATION_COLOUR,

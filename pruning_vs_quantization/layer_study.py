@@ -33,8 +33,9 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-import cli
-from cli import UserError, log
+from command import cli
+from command.cli import UserError, log
+from command.session import Session
 from database import model_tag
 from modelutils import find_layers
 from pruning_vs_quantization.expected_error import sqnr_db
@@ -51,7 +52,6 @@ from pruning_vs_quantization.layer_problem import (
 from pruning_vs_quantization.layer_report import draw, header, table_row
 from pruning_vs_quantization.proof import Limits, Reals
 from pruning_vs_quantization.study_files import finished, write_result
-from session import Session
 
 Solver = Callable[[argparse.Namespace, nn.Module, int], Callable[[Subproblem], Record]]
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cli import log
+from command.cli import log
 from modelutils import find_layers
 from pruning_vs_quantization.first_and_last import first_and_last
 

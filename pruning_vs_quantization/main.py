@@ -27,7 +27,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import cli
+from command import cli
+from command.records import write_record
+from command.session import check_model
 from database import model_tag
 from datautils import DATASETS
 from pruning_vs_quantization.architectures import dense_network, network_name
@@ -51,8 +53,6 @@ from pruning_vs_quantization.training_options import (
     training_device,
     training_settings,
 )
-from records import write_record
-from session import check_model
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import cli
-from cli import UserError, log
+from command import cli
+from command.cli import UserError, log
 from pruning_vs_quantization import plots, study_files
 
 FILE_NAME = re.compile(r"(?P<model>.+)_(?P<bits>\d+)_bits_mse\.json")

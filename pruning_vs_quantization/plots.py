@@ -17,8 +17,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cli
-from cli import UserError
+from command import cli
+from command.cli import UserError
 from pruning_vs_quantization.study_files import HIGHEST_BITS, LOWEST_BITS
 
 if TYPE_CHECKING:

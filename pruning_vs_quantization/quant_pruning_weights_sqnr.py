@@ -38,11 +38,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import cli
-import records
-from cli import UserError, log
+from command import cli, records
+from command.cli import UserError, log
 from database import model_tag
-from devices import resolve_device
+from engine.devices import resolve_device
 from modelutils import (
     CIFAR_BLOCKS,
     SHIPPED_WEIGHTS,
@@ -52,9 +51,9 @@ from modelutils import (
     load_checkpoint,
     load_state,
 )
+from networks.vision import torchvision
 from pruning_vs_quantization import study_files
 from pruning_vs_quantization.tensor_sqnr import Histogram, tensor_figures
-from vision import torchvision
 
 TASKS = ("detection", "segmentation", "video")  # submodules of torchvision.models, beside itself
 ANSWER_SECONDS, STALL_SECONDS = 10, 60  # for a server to answer at all; for a download to go on

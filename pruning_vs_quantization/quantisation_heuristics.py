@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from elimination import Quantise, eliminate
-from elimination_cpu import compiled
-from hessian import alive_inputs, damped_inverse
+from engine.elimination import Quantise, eliminate
+from engine.elimination_cpu import compiled
+from engine.hessian import alive_inputs, damped_inverse
 from pruning_vs_quantization.proof import Reals
 from pruning_vs_quantization.quantisation_problem import QuantisationProblem
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cli
-from cli import UserError
+from command import cli
+from command.cli import UserError
 from database import model_tag
 from modelutils import TORCHVISION_ALIASES
 from pruning_vs_quantization import expected_sqnr, plot_weights_sqnr, plots, study_files

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from calibration import watching
-from corrections import placed
+from engine.calibration import watching
 from modelutils import evaluating
+from tuning.corrections import placed
 
 METHODS = ("MSE", "minmax")
 LADDER = tuple(0.97**i for i in range(175))  # from 1 to 1/200

@@ -22,9 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import cli
-import records
-from cli import UserError, log
+from command import cli, records
+from command.cli import UserError, log
 
 PLOTS_DATA = Path("plots_data")  # below it a folder for each part
 LOWEST_BITS, HIGHEST_BITS = 2, 8  # that are compared with pruning: half to an eighth of 16 bits

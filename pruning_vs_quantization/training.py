@@ -28,8 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import UserError, log
-from corrections import BatchNorm, placed
+from command.cli import UserError, log
 from modelutils import evaluate, find_layers
 from pruning_vs_quantization import compressed_model as compressed
 from pruning_vs_quantization import oscillations
@@ -41,6 +40,7 @@ from pruning_vs_quantization.starting_ranges import input_grids
 from pruning_vs_quantization.training_images import TrainingData
 from pruning_vs_quantization.training_state import Progress, load_training, save_training
 from spdy import batchnorm_averages
+from tuning.corrections import BatchNorm, placed
 
 Optimisers = list[torch.optim.Optimizer]
 STEPS_BETWEEN_MASKS, MASKS = 100, 20  # at most, at least

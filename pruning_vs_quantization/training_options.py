@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-import cli
-from cli import UserError
+from command import cli
+from command.cli import UserError
 from database import model_tag
 from datautils import DATASETS
-from devices import resolve_device
+from engine.devices import resolve_device
 from pruning_vs_quantization.architectures import network_name
 from pruning_vs_quantization.schedules import FORMS, learning_rate_schedule
 from pruning_vs_quantization.starting_ranges import METHODS

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import cli
-from cli import UserError
+from command import cli
+from command.cli import UserError
 from pruning_vs_quantization.study_files import check_same_settings
 
 

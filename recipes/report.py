@@ -21,9 +21,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli  # noqa: E402
-from cli import UserError  # noqa: E402
-from profiles import read_profile, read_scores  # noqa: E402
+from budget.profiles import read_profile, read_scores  # noqa: E402
+from command import cli  # noqa: E402
+from command.cli import UserError  # noqa: E402
 
 # Top-1 on ImageNet with torchvision's IMAGENET1K_V1 weights (OBC, arXiv 2208.11580); mixed and
 # unstructured figures of ResNet-18 and -34 are read off plots, ±0.05.

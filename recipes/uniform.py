@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cli  # noqa: E402
-from costs import CONSTRAINTS, layer_costs  # noqa: E402
+from budget.costs import CONSTRAINTS, layer_costs  # noqa: E402
+from budget.profiles import write_profile  # noqa: E402
+from command import cli  # noqa: E402
+from command.session import Session  # noqa: E402
 from database import KINDS, Database, model_tag  # noqa: E402
-from profiles import write_profile  # noqa: E402
-from session import Session  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -38,9 +38,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 from warm import Warm, warm_server  # noqa: E402
 
+from budget.profiles import read_profile, read_scores  # noqa: E402
+from command.records import read_record  # noqa: E402
 from modelutils import load_checkpoint  # noqa: E402
-from profiles import read_profile, read_scores  # noqa: E402
-from records import read_record  # noqa: E402
 
 QUICK = ["--nsamples", "32", "--batchsize", "32", "--noaug", "--device", "cpu"]
 PIPELINE = {  # command: script, words behind MODEL DATASET

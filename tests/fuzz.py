@@ -38,16 +38,17 @@ ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "tests" / "corpus"
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
-from checkpoints import load_checkpoint, load_state  # noqa: E402
-from cli import UserError  # noqa: E402
-from profiles import read_profile, read_scores  # noqa: E402
+from budget.profiles import read_profile, read_scores  # noqa: E402
+from command.cli import UserError  # noqa: E402
+from command.fingerprints import content_hash, text_hash  # noqa: E402
+from command.records import read_record  # noqa: E402
+from command.resuming import FINGERPRINT, State  # noqa: E402
+from networks.checkpoints import load_checkpoint, load_state  # noqa: E402
 from pruning_vs_quantization.training_state import (  # noqa: E402
     Progress,
     load_training,
     save_training,
 )
-from records import read_record  # noqa: E402
-from resuming import FINGERPRINT, State, content_hash, text_hash  # noqa: E402
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # not on a disk
 SECONDS = 10  # of CPU time, for a case

@@ -145,7 +145,7 @@ WRONG = {
                 "times the error of rounding to nearest"),
     "a batch less": ("calibration", "benchmarks.bench_calibration.calibrate",
                      without_the_last_batch, "conv1: H differs by"),
-    "other losses": ("loss", "sensitivity.losses", losses_off, "losses differ by 0.002"),
+    "other losses": ("loss", "budget.sensitivity.losses", losses_off, "losses differ by 0.002"),
 }  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 import database
 import main_trueobs
-from checkpoints import load_checkpoint, load_state
-from cli import UserError, save_checkpoint
+from command.cli import UserError, save_checkpoint
 from modelutils import CifarResNet
+from networks.checkpoints import load_checkpoint, load_state
 
 QUICK = ["--nsamples", "8", "--noaug", "--device", "cpu"]
 

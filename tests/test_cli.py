@@ -18,9 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cli
-import devices
-import records
+from command import cli, records
+from engine import devices
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,7 +140,7 @@ def test_guarded_lets_programming_errors_through():
 
 
 def test_a_reader_that_leaves_early_is_no_traceback():
-    code = ("import cli, sys, argparse\n"
+    code = ("import sys, argparse\nfrom command import cli\n"
             "def body(args):\n"
             "    for i in range(100000): cli.print_result(str(i))\n"
             "sys.exit(cli.guarded(body, argparse.Namespace()))")

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError
-from corrections import batchnorm_tune, norm_moments, placed, statistics_correction
+from command.cli import UserError
 from datautils import calibration_batches, load_data
 from modelutils import CifarResNet, find_layers, get_model
+from networks.vision import torchvision
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
-from retraining import finetune, global_adaprune, train_vectors
-from vision import torchvision
+from tuning.corrections import batchnorm_tune, norm_moments, placed, statistics_correction
+from tuning.retraining import finetune, global_adaprune, train_vectors
 
 CPU = torch.device("cpu")
 LayerNorm2d = torchvision.models.convnext.LayerNorm2d

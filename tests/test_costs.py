@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cli import UserError
-from costs import layer_costs, layer_flops, share_left
+from budget.costs import layer_costs, layer_flops, share_left
+from command.cli import UserError
 from database import Database
+from networks.vision import torchvision
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
-from vision import torchvision
 
 COUNTED = [
     name

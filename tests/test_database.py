@@ -13,10 +13,10 @@ from torch import nn
 
 import database
 import main_trueobs
-from cli import UserError, save_checkpoint
+from budget.profiles import read_profile, read_scores, write_profile, write_scores
+from command.cli import UserError, save_checkpoint
 from database import Database, write_levels
-from levelfile import LevelFile
-from profiles import read_profile, read_scores, write_profile, write_scores
+from engine.levelfile import LevelFile
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
 
 

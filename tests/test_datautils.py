@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 import datautils
-from batches import MEAN, STD
-from cli import UserError
+from command.cli import UserError
 from datautils import calibration_batches, load_data
 from datautils import test_batches as batches_of_tests
+from images.batches import MEAN, STD
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
@@ -162,7 +162,7 @@ def test_small_images_are_shifted_on_a_black_ground_and_mirrored_but_digits_are_
 
 
 def test_the_test_view_of_photographs_is_torchvisions(folder):
-    from vision import torchvision
+    from networks.vision import torchvision
 
     data = load_data("folder", datapath=folder, image_size=28)
     transforms = torchvision.transforms
@@ -174,7 +174,7 @@ def test_the_test_view_of_photographs_is_torchvisions(folder):
 
 
 def test_other_sizes_are_resized_with_antialiasing():
-    from vision import torchvision
+    from networks.vision import torchvision
 
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     source = datautils.ArrayImages(pixels[None], [0])
@@ -218,7 +218,7 @@ def test_classes_of_the_two_parts(folder, caplog):
 @pytest.fixture
 def cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """torchvision's files with 10 + 2 images; the checksums of the real ones are not asked for."""
-    from vision import torchvision
+    from networks.vision import torchvision
 
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity",
                         lambda path, _md5=None: Path(path).is_file())

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import cli
 import database
 import main_trueobs
-import resuming
 import spdy
+from budget.profiles import read_profile, read_scores
+from command import cli, resuming
+from command.records import read_record
 from modelutils import load_checkpoint
-from profiles import read_profile, read_scores
-from records import read_record
 
 QUICK = ["--nsamples", "32", "--batchsize", "32", "--noaug", "--device", "cpu"]
 UNSTR = ["unstr", "--sparse-dir", "models_unstr", "--min-sparsity", "0.5", "--delta-sparse", "0.6"]

@@ -12,7 +12,7 @@ import torch
 
 import database
 import main_trueobs
-from distributed import ALONE, World, deal
+from engine.distributed import ALONE, World, deal
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--nsamples", "64", "--batchsize", "16", "--noaug", "--device", "cpu"]
@@ -123,7 +123,9 @@ def test_a_mistake_is_told_once_and_ends_all(tmp_path):
 FAILING = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import cli, compression, main_trueobs, trueobs
+import main_trueobs, trueobs
+from command import cli
+from engine import compression
 
 class Failing(trueobs.TrueOBS):
     def quantize(self):

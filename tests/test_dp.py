@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag
 
-import dp
+from budget import dp
 
 TOLERANCE = 1e-9  # sums of errors in another order
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from oracles import Array, conv_columns_oracle, hessian_oracle
 from torch import Tensor, nn
 
-import hessian
-from hessian import LADDER, Gram, SingularHessian, damped_inverse, without
+from engine import hessian
+from engine.hessian import LADDER, Gram, SingularHessian, damped_inverse, without
 
 TOLERANCE = 1e-9
 

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 import main_trueobs
-from cli import UserError
+from command.cli import UserError
 from datautils import calibration_batches, load_data
 from datautils import test_batches as batches_of_tests
-from imagefiles import damaged, decoded, quick_flaw
+from images.imagefiles import damaged, decoded, quick_flaw
 
 KINDS = ("jpg", "png", "webp", "bmp", "tiff", "ppm")
 OWN_MODEL = """

@@ -13,8 +13,8 @@ import pytest
 
 import database
 import main_trueobs
+from budget.profiles import read_profile, read_scores
 from modelutils import load_checkpoint
-from profiles import read_profile, read_scores
 
 QUICK = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
 UNSTR = ["unstr", "--sparse-dir", "models_unstr", "--delta-sparse", "0.4"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from elimination import Unstructured, eliminate
-from hessian import Inverse, damped_inverse
-from levels import BLOCK, at_once, blockwise, cholesky_in_order, first_counts, weights_at
-from threads import in_pieces, rows_of_a_piece
+from engine.elimination import Unstructured, eliminate
+from engine.hessian import Inverse, damped_inverse
+from engine.levels import BLOCK, at_once, blockwise, cholesky_in_order, first_counts, weights_at
+from engine.threads import in_pieces, rows_of_a_piece
 
 
 def hessian(d: int, seed: int = 0) -> Tensor:  # (1, d, d)

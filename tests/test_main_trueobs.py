@@ -20,7 +20,7 @@ from torch import Tensor
 
 import main_trueobs
 from datautils import calibration_batches, load_data
-from levels import sparsity_grid
+from engine.levels import sparsity_grid
 from modelutils import SHIPPED_WEIGHTS, CifarResNet
 
 ROOT = Path(__file__).resolve().parents[1]

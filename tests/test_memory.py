@@ -9,9 +9,9 @@ import torch
 
 import main_trueobs
 from benchmarks.bench_memory import measure
-from cli import UserError
-from levelfile import LevelFile
-from memory import Needs, in_passes, most_at_a_time
+from command.cli import UserError
+from engine.levelfile import LevelFile
+from engine.memory import Needs, in_passes, most_at_a_time
 
 
 def needs(sums: int, work: int = 1) -> Needs:

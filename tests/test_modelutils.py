@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError, save_checkpoint
+from command.cli import UserError, save_checkpoint
 from datautils import load_data
 from datautils import test_batches as batches_of_tests
 from modelutils import (
@@ -108,7 +108,7 @@ def test_a_failing_download_is_one_line(error, monkeypatch):
 
 
 def test_pretrained_weights_are_version_1_or_the_default(monkeypatch):
-    from vision import torchvision
+    from networks.vision import torchvision
 
     asked = []
     monkeypatch.setattr(torchvision.models, "get_model",
@@ -126,7 +126,7 @@ def test_classes_of_pretrained_weights_and_dataset_have_to_agree():
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "googlenet"])
 def test_classes_follow_the_file(name, tmp_path):
-    from vision import torchvision
+    from networks.vision import torchvision
 
     options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     torch.manual_seed(0)
@@ -262,7 +262,7 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_a_whole_model_or_a_program_is_refused(tmp_path):
     torch.save(CifarResNet(1), tmp_path / "model.pth")
-    with pytest.raises(UserError, match=r"than tensors \(cifar_resnets.CifarResNet\)"):
+    with pytest.raises(UserError, match=r"than tensors \(networks.cifar_resnets.CifarResNet\)"):
         load_checkpoint(tmp_path / "model.pth")
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import main_trueobs
 import post_proc
-from cli import save_checkpoint
+from command.cli import save_checkpoint
+from command.session import Session
 from modelutils import find_layers, get_model, load_checkpoint
-from session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]

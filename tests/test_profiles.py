@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cli import UserError
-from profiles import read_profile, read_scores, write_profile, write_scores
+from budget.profiles import read_profile, read_scores, write_profile, write_scores
+from command.cli import UserError
 
 SCORES = {"conv1": {"0000": 0.0, "1900": -1.5e-7}, "fc": {"0000": math.inf, "8w8a": 1 / 3}}
 PROFILE = {"conv1": "0000", "layer1.0.conv1": "24_4w4a"}

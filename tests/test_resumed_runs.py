@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import compression
 import database
 import main_trueobs
 import post_proc
-import records
-import retraining
 import spdy
+from command import records
+from engine import compression
 from modelutils import SHIPPED_WEIGHTS, load_checkpoint
 from trueobs import TrueOBS
+from tuning import retraining
 
 QUICK = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
 SCRIPTS = {"main_trueobs": main_trueobs, "database": database, "post_proc": post_proc, "spdy": spdy}
@@ -153,7 +153,8 @@ def test_only_the_layers_still_to_do_are_done(line, work, command, monkeypatch):
     calibrate = compression.calibrate
     monkeypatch.setattr(compression, "calibrate", lambda dense, solvers, *rest: (
         calibrated.extend(solvers), calibrate(dense, solvers, *rest)))
-    monkeypatch.setattr("planning.in_passes", lambda needs, memory: [[name] for name in needs])
+    one_by_one = lambda needs, memory: [[name] for name in needs]  # noqa: E731
+    monkeypatch.setattr("engine.planning.in_passes", one_by_one)
     status, _, err = command(line, "--memory", "0.02")  # in many passes, and to the same bits
     assert status == 0 and "resuming: 3 of 8 layers are done" in err
     assert len(calibrated) == LAYERS - 3 and len([x for x in err if x.startswith("pass ")]) > 1
@@ -169,9 +170,8 @@ def test_only_the_layers_still_to_do_are_done(line, work, command, monkeypatch):
 ])  # fmt: skip
 def test_what_is_measured_is_not_measured_again(line, module, name, after, said, work, command,
                                                 monkeypatch):  # fmt: skip
-    import sensitivity
-
-    monkeypatch.setattr("resuming.SECONDS_BETWEEN_NOTES", 0.0)
+    from budget import sensitivity
+    monkeypatch.setattr("command.resuming.SECONDS_BETWEEN_NOTES", 0.0)
     assert command(line)[0] == 0
     expected = contents(work)
     module = {"sensitivity": sensitivity, "post_proc": post_proc}[module]
@@ -300,8 +300,7 @@ def test_a_full_disk_is_a_line_and_the_run_goes_on_from_there(work, command, mon
             raise OSError(28, "No space left on device", str(state.path(key)))
         return save(state, key, *rest)
 
-    import resuming
-
+    from command import resuming
     save = resuming.State.save
     with monkeypatch.context() as patch:
         patch.setattr(resuming.State, "save", full)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import resuming
-from cli import UserError
-from resuming import Cache, Notes, State, Unkept, content_hash, difference
+from command import fingerprints, resuming
+from command.cli import UserError
+from command.fingerprints import content_hash, difference
+from command.resuming import Cache, Notes, State, Unkept
 
 MARKS = {"MODEL": "rn8", "--wbits": "4", "--noaug": "True", "code": "0" * 32}
 
@@ -55,21 +56,22 @@ def test_a_hash_tells_contents_apart_and_nothing_else():
 
 
 def test_the_code_of_a_command_is_what_it_imports(tmp_path, monkeypatch):
-    texts = {"one": "import os\nfrom two import x\n", "two": "def f():\n    import three\n",
-             "three": "", "other": ""}  # fmt: skip
+    texts = {"one": "import os\nfrom two import x\n", "sub/three": "", "other": "",
+             "two": "def f():\n    from sub import three\n"}  # fmt: skip
+    (tmp_path / "sub").mkdir()
     for name, text in texts.items():
         (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setattr(resuming, "__file__", str(tmp_path / "resuming.py"))
-    before = resuming.code_hash("one")
+    monkeypatch.setattr(fingerprints, "ROOT", tmp_path)
+    before = fingerprints.code_hash("one")
     (tmp_path / "other.py").write_text("changed")
-    assert resuming.code_hash("one") == before
-    (tmp_path / "three.py").write_text("changed")
-    assert resuming.code_hash("one") != before
+    assert fingerprints.code_hash("one") == before
+    (tmp_path / "sub" / "three.py").write_text("changed")
+    assert fingerprints.code_hash("one") != before
 
 
 def test_the_code_of_main_trueobs_is_in_its_fingerprint():
-    marks = resuming.surroundings(torch.device("cpu"), "main_trueobs")
-    assert marks["code"] != resuming.code_hash("database")
+    marks = fingerprints.surroundings(torch.device("cpu"), "main_trueobs")
+    assert marks["code"] != fingerprints.code_hash("database")
     assert marks["torch"] == torch.__version__ and marks["threads"] == str(torch.get_num_threads())
 
 

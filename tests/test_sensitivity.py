@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import sensitivity
-import tracing
+from budget import sensitivity
 from database import Database
+from networks import tracing
+from networks.vision import torchvision
 from quant import fit_activation_grid, set_activation_grid
-from vision import torchvision
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smallmaps import PIXELS, SmallMaps, is_small, on_same_input
+from networks.smallmaps import PIXELS, SmallMaps, is_small, on_same_input
 
 CONVOLUTIONS = {
     "3×3": {"kernel_size": 3, "padding": 1},

@@ -21,15 +21,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-import cli
 import database
-import dp
 import main_trueobs
-import profiles
-import resuming
-import search
 import spdy
-from costs import Costs
+from budget import dp, profiles, search
+from budget.costs import Costs
+from command import cli, resuming
 
 ROOT = Path(__file__).resolve().parents[1]
 

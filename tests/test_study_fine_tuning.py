@@ -20,11 +20,11 @@ from test_recipes import ROOT, load_script
 import main_trueobs
 import post_proc
 import quant
+from command.session import load_compressed
 from modelutils import find_layers, get_model, load_checkpoint
 from pruning_vs_quantization import main
 from pruning_vs_quantization.study_files import write_result
 from pruning_vs_quantization.training_options import check_training_options
-from session import load_compressed
 
 QUANTISE = """train-compressed --architecture resnet18_quantized --batch-size 256 --n-bits 4
     --images-dir DIR --learning-rate 1e-2 --learning-rate-schedule cosine:1e-4 --no-act-quant

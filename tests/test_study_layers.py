@@ -12,7 +12,8 @@ from oracles import conv_columns_oracle
 from PIL import Image
 from torch import Tensor, nn
 
-from hessian import Gram
+from engine.hessian import Gram
+from networks.vision import torchvision
 from pruning_vs_quantization import (
     layer_study,
     post_training_pruning_acts_sqnr,
@@ -28,7 +29,6 @@ from pruning_vs_quantization.layer_problem import (
     spread,
     subproblems,
 )
-from vision import torchvision
 
 QUANT, PRUNE = post_training_quant_acts_sqnr.main, post_training_pruning_acts_sqnr.main
 SMALL = ("--model-name", "rn8", "--dataset", "digits", "--nsamples", "32", "--bits", "4", "2",

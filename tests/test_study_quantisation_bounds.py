@@ -175,7 +175,7 @@ def value_by_scs(problem: QuantisationProblem) -> float:
     constraints += [squares <= (problem.low + problem.high) * z - problem.low * problem.high]
     objective = cp.sum(cp.multiply(G, Z[:n, :n])) - 2 * (G @ t) @ z + t @ G @ t
     program = cp.Problem(cp.Minimize(objective), constraints)
-    value = program.solve(solver=cp.SCS, eps_abs=1e-7, eps_rel=1e-7, max_iters=50_000)
+    value = program.solve(solver=cp.SCS, eps_abs=1e-6, eps_rel=1e-6, max_iters=50_000)
     assert program.status == cp.OPTIMAL
     return value
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import cli
 import quant
+from command import cli
 from modelutils import evaluating, find_layers, get_model
+from networks.vision import torchvision
 from pruning_vs_quantization import compressed_model as compressed
 from pruning_vs_quantization import oscillations
 from pruning_vs_quantization.architectures import dense_network
@@ -38,7 +39,6 @@ from pruning_vs_quantization.training_state import (
     save_training,
     set_random_states,
 )
-from vision import torchvision
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modelutils
-from cli import UserError
+from command.cli import UserError
 from pruning_vs_quantization import plot_weights_sqnr
 from pruning_vs_quantization import quant_pruning_weights_sqnr as weights_command
 from pruning_vs_quantization.expected_error import best_step, integer_codes
@@ -316,7 +316,7 @@ def test_without_arguments_it_is_the_whole_zoo():
 
 @pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
 def test_detection_and_segmentation_weights_from_a_file(name, tmp_path, capsys):
-    from vision import torchvision
+    from networks.vision import torchvision
 
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
     torch.save(model.state_dict(), tmp_path / "weights.pth")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelutils import evaluating
-from tracing import Resumable
+from networks.tracing import Resumable
 
 
 class Tangled(nn.Module):

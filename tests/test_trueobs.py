@@ -36,8 +36,8 @@ from oracles import (
 )
 from torch import Tensor, nn
 
-import elimination
-from elimination import (
+from engine import elimination
+from engine.elimination import (
     NM,
     Blocks,
     PivotRule,
@@ -48,8 +48,8 @@ from elimination import (
     eliminate,
     eliminate_in_torch,
 )
-from hessian import damped_inverse
-from levels import first_counts
+from engine.hessian import damped_inverse
+from engine.levels import first_counts
 from quant import Grid, fit_weight_grid
 from trueobs import TrueOBS
 

@@ -16,14 +16,15 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_in_a_fresh_process_and_with_torchvision_imported_twice():
-    done = run_python("from vision import torchvision as a; a.models; import torchvision as b; "
-                      "a.models.resnet18; a.datasets.CIFAR10; assert a.transforms is b.transforms")
+    done = run_python("from networks.vision import torchvision as a; a.models; "
+                      "import torchvision as b; a.models.resnet18; a.datasets.CIFAR10; "
+                      "assert a.transforms is b.transforms")
     assert done.returncode == 0, done.stderr
 
 
 def test_looking_for_the_extension_does_not_import_torchvision():
     code = ("import sys, importlib.util, torch\n"
-            "import vision, datautils, modelutils\n"
+            "import datautils, modelutils\nfrom networks import vision\n"
             "assert isinstance(vision.extension_loads(), bool)\n"
             "assert 'torchvision' not in sys.modules")
     done = run_python(code)
@@ -31,7 +32,7 @@ def test_looking_for_the_extension_does_not_import_torchvision():
 
 
 def test_a_classification_model_runs():
-    from vision import torchvision
+    from networks.vision import torchvision
 
     model = torchvision.models.get_model("squeezenet1_1", weights=None, num_classes=3).eval()
     with torch.inference_mode():
@@ -40,7 +41,6 @@ def test_a_classification_model_runs():
 
 def test_a_matching_pair_is_left_alone():
     """Where the extension loads nothing is declared; where it does not, both operators are."""
-    import vision
-
+    from networks import vision
     assert (vision.imported()[1] is None) == vision.extension_loads()
     assert hasattr(torch.ops.torchvision, "nms") and hasattr(torch.ops.torchvision, "qnms")

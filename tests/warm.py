@@ -141,8 +141,7 @@ def run_script(words: list[str], folder: str, environment: dict[str, str]) -> in
 
 def announce_work(connection: socket.socket) -> None:
     """Let `cli.guarded` tell when it begins."""
-    import cli
-
+    from command import cli
     guarded = cli.guarded
 
     def announced(*args):

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from cli import UserError
+from command.cli import UserError
 
 
 def resolve_device(text: str) -> torch.device:

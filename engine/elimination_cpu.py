@@ -30,7 +30,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from threads import CACHE_BYTES, in_pieces, rows_of_a_piece
+from engine.threads import CACHE_BYTES, in_pieces, rows_of_a_piece
 
 INFINITY = np.inf
 EXACT = {"contract", "nsz"}  # sums in their own order

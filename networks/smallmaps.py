@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessian import output_size, padded
+from engine.hessian import output_size, padded
 
 PIXELS = 16  # of the input map per pixel of a stride, at most: about those of the output map
 COLUMNS = 512  # C·kh·kw, at least: narrower convolutions lose more by copying than they gain

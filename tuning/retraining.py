@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from cli import UserError, log
-from corrections import placed
+from command.cli import UserError, log
+from command.resuming import Unkept
 from modelutils import find_layers
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
-from resuming import Unkept
+from tuning.corrections import placed
 
 SECONDS_BETWEEN_EPOCHS = 5.0  # at least, that are kept
 LATENT, AVERAGES = "latent", ("step", "exp_avg", "exp_avg_sq")  # the latter as Adam names them

@@ -42,7 +42,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hessian import Inverse
+from engine.hessian import Inverse
 
 log = logging.getLogger("trueobs")
 
@@ -179,7 +179,7 @@ def eliminate(
 def compiled_engine() -> ModuleType | None:
     """`elimination_cpu`, or None where numba is not installed."""
     try:
-        return importlib.import_module("elimination_cpu")
+        return importlib.import_module("engine.elimination_cpu")
     except (ImportError, RuntimeError) as error:  # not installed; no folder to cache in
         log.warning("the compiled CPU engine is not available (%s): pip install numba", error)
         return None

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cli import UserError, log
-from imagefiles import BadImage, leave_interrupts
+from command.cli import UserError, log
+from images.imagefiles import BadImage, leave_interrupts
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

@@ -4,9 +4,8 @@
       fingerprint.json        what the run depends on, by name; written first
       <key>.safetensors       one thing that is finished: tensors and figures, e.g. a layer
 
-A *fingerprint* names everything that the result is a function of: hashes of contents (weights,
-images, a database, the code), options, versions. What is kept is used by a run of the same
-fingerprint only; another one is told the first difference. Every entry is one file, written whole
+What is kept is used by a run of the same fingerprint only (`fingerprints.py`); another one is told
+the first difference. Every entry is one file, written whole
 (`cli.atomic_write`), with a hash of its contents inside: one that was damaged afterwards is done
 again. Killed at any moment, a run loses what it had in hand, no more. Since every finished thing is
 the same function of the same contents, a resumed result equals an uninterrupted one to the bit.
@@ -18,28 +17,24 @@ Of several processes (`distributed.py`) the first keeps the state for all (`Toge
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import hashlib
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from cli import UserError, atomic_write, log, sync_folder
-from distributed import ALONE, World
+from command.cli import UserError, atomic_write, log, sync_folder
+from command.fingerprints import content_hash, difference, text_hash
+from engine.distributed import ALONE, World
 
 try:
     import fcntl
@@ -47,89 +42,7 @@ except ImportError:  # not a POSIX system: nobody watches over two runs at once
     fcntl = None
 
 SECONDS_BETWEEN_NOTES = 1.0
-HASH_BYTES = 16
 FINGERPRINT, LOCK = "fingerprint.json", "lock"
-VERSIONS = ("torch", "torchvision", "numpy", "numba", "pillow")
-SURROUNDINGS = ("code", *VERSIONS, "threads", "device")  # they change results by rounding only
-NO_PART_OF_A_RESULT = {  # options: where and how to work, or files whose contents count
-    "help", "skip_bad_images", "device", "workers", "memory", "restart", "repeat", "check", "cache",
-    "weights", "datapath", "load", "save", "sparse_dir", "prefix", "score_path", "profile", "file",
-    "timings", "image_size", "plan",
-}  # fmt: skip
-
-
-# -- fingerprints ----------------------------------------------------------------------------------
-
-
-def content_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """A hash of tensors, whatever their order: names, types, shapes and bytes; and of a text."""
-    content = hashlib.blake2b(text.encode(), digest_size=HASH_BYTES)
-    for name, tensor in sorted(tensors.items()):
-        content.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        content.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-    return content.hexdigest()
-
-
-def bytes_hash(parts: Iterable[bytes]) -> str:
-    """A hash of byte strings, in order."""
-    content = hashlib.blake2b(digest_size=HASH_BYTES)
-    for part in parts:
-        content.update(b"%d " % len(part))
-        content.update(part)
-    return content.hexdigest()
-
-
-def text_hash(marks: Mapping[str, str]) -> str:
-    """A hash of a fingerprint."""
-    return content_hash({}, json.dumps(sorted(marks.items())))
-
-
-def code_hash(*modules: str) -> str:
-    """A hash of our own modules of these names and of all that they import."""
-    here, found, wanted = Path(__file__).resolve().parent, {}, set(modules)
-    while wanted:
-        path = here / f"{wanted.pop()}.py"
-        if path not in found and path.is_file():
-            found[path] = path.read_text()
-            wanted |= set(re.findall(r"^\s*(?:from|import)\s+(\w+)", found[path], re.MULTILINE))
-    return bytes_hash(found[path].encode() for path in sorted(found))
-
-
-def surroundings(device: torch.device, *modules: str) -> dict[str, str]:
-    """The part of a fingerprint that tells on what, and by which code, a run is done."""
-    versions = {}
-    for package in VERSIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return {"code": code_hash(*modules), **versions, "device": device.type,
-            "threads": str(torch.get_num_threads())}
-
-
-def chosen_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:
-    """Words and options of a command by the names its user knows, those that change results."""
-    return {
-        action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest):
-        str(getattr(args, action.dest))
-        for action in parser._actions if action.dest not in NO_PART_OF_A_RESULT
-    }  # fmt: skip
-
-
-def difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, str] | None:
-    """The first thing that differs, in words: as it was, as it is; None if nothing does."""
-    for name in (*new, *(name for name in old if name not in new)):
-        was, now = old.get(name), new.get(name)
-        if was == now:
-            continue
-        if {was, now} <= {"True", "False"}:
-            return tuple(f"with{'' if value == 'True' else 'out'} {name}" for value in (was, now))
-        if re.fullmatch(rf"[0-9a-f]{{{2 * HASH_BYTES}}}", was or now or ""):
-            return f"with other {name}", "with what is found now"
-        return tuple(f"with {name} {value}" for value in (was, now))
-    return None
-
-
-# -- what is finished ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cli import UserError
-from elimination import bytes_per_system, bytes_per_task
-from hessian import TOGETHER
+from command.cli import UserError
+from engine.elimination import bytes_per_system, bytes_per_task
+from engine.hessian import TOGETHER
 
 MATRICES_OF_A_ROW = 4  # d×d, while a row's weights at many levels are made
 VECTORS_OF_A_LEVEL = 5  # of d, likewise

@@ -22,17 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import cli
-from calibration import watching
-from cli import log
+from command import cli
+from command.cli import log
+from command.session import Session
 from datautils import calibration_batches
-from distributed import ALONE, World, deal
-from elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
-from hessian import Gram, Inverse, damped_inverse
-from levels import weights_at
-from memory import Needs, default_memory, in_passes, layer_needs, most_at_a_time
+from engine.calibration import watching
+from engine.distributed import ALONE, World, deal
+from engine.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
+from engine.hessian import Gram, Inverse, damped_inverse
+from engine.levels import weights_at
+from engine.memory import Needs, default_memory, in_passes, layer_needs, most_at_a_time
 from modelutils import evaluating, find_layers
-from session import Session
 
 SIZES = (288, 576, 1152, 2304)  # columns that may be measured
 PATIENCE_S = 1.0  # a measurement that would take longer is not made

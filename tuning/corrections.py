@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import UserError, log
+from command.cli import UserError, log
 from modelutils import evaluating
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of 1, 2 and 3 dimensions

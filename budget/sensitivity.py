@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import log
+from command.cli import log
+from command.fingerprints import content_hash
+from command.resuming import Notes, Unkept
 from modelutils import evaluating
+from networks.tracing import Resumable, Whole, runner
 from quant import put_layer
-from resuming import Notes, Unkept, content_hash
-from tracing import Resumable, Whole, runner
 
 if TYPE_CHECKING:
     from database import Database

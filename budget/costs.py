@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cli import UserError
+from budget.profiles import read_scores
+from command.cli import UserError
 from modelutils import evaluating, find_layers
-from profiles import read_scores
 from quant import ACTIVATION_GRID, WEIGHT_GRID
 
 if TYPE_CHECKING:

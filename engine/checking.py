@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from calibration import watching
-from cli import log
+from command.cli import log
 from datautils import ImageData, ImageSet
+from engine.calibration import watching
 from modelutils import evaluating
 
 TOLERANCE = 0.05  # relative

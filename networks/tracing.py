@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from cli import log
-from smallmaps import SmallMaps, is_small, on_same_input
+from command.cli import log
+from networks.smallmaps import SmallMaps, is_small, on_same_input
 
 RELU, ADD = {F.relu, torch.relu}, {operator.add, torch.add}
 FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)  # their output is a new tensor

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from batches import Batches
-from calibration import calibrate
-from cli import UserError, log
-from distributed import ALONE, World
-from hessian import SingularHessian
-from levelfile import LevelFile
+from command.cli import UserError, log
+from command.resuming import Entry, Unkept, file_of
+from engine.calibration import calibrate
+from engine.distributed import ALONE, World
+from engine.hessian import SingularHessian
+from engine.levelfile import LevelFile
+from engine.planning import Plan, Task, make_plan
+from images.batches import Batches
 from modelutils import find_layers
-from planning import Plan, Task, make_plan
-from resuming import Entry, Unkept, file_of
 from trueobs import TrueOBS
 
 

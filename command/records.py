@@ -43,9 +43,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import cli
-from cli import UserError, atomic_write, log
-from resuming import SURROUNDINGS, difference
+from command import cli
+from command.cli import UserError, atomic_write, log
+from command.fingerprints import SURROUNDINGS, difference
 
 SCHEMA = {  # key: types of its value, whether every record has it
     "command": (str, True),
@@ -85,7 +85,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
 
 
 def _git(*words: str) -> str | None:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     try:
         answer = subprocess.run(  # nosec B603 B607  # no shell; our own words; the user's git
             ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True
@@ -98,7 +98,7 @@ def _git(*words: str) -> str | None:
 def _git_revision() -> dict[str, Any] | None:
     """The commit of this checkout and whether files differ from it; None if not a checkout."""
     top, revision = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
-    if not top or not revision or Path(top).resolve() != Path(__file__).resolve().parent:
+    if not top or not revision or Path(top).resolve() != Path(__file__).resolve().parents[1]:
         return None
     return {"commit": revision, "dirty": bool(_git("status", "--porcelain"))}
 

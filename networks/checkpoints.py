@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cli import UserError, log
+from command.cli import UserError, log
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 CLAIM = 4  # × the file: tied weights are in it once

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import quant
-from batches import Batches
-from distributed import ALONE, World
+from engine.distributed import ALONE, World
+from images.batches import Batches
 from modelutils import evaluating, find_layers
 from trueobs import TrueOBS
 

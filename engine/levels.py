@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hessian import Inverse
-from refinement import refined
-from threads import in_pieces, rows_of_a_piece
+from engine.hessian import Inverse
+from engine.refinement import refined
+from engine.threads import in_pieces, rows_of_a_piece
 
 TOGETHER = 64  # levels in one product, which reads L once
 BLOCK = 256  # rows of a factor that are made at a time

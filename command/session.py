@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from batches import Batches
-from cli import UserError
+from command.cli import UserError
+from command.fingerprints import bytes_hash, chosen_options, content_hash, surroundings
 from datautils import (
     ArrayImages,
     ImageData,
@@ -31,12 +31,12 @@ from datautils import (
     load_data,
     test_batches,
 )
-from devices import resolve_device
-from distributed import ALONE, World, join
+from engine.devices import resolve_device
+from engine.distributed import ALONE, World, join
+from images.batches import Batches
 from modelutils import evaluate, evaluating, find_layers, get_model, load_checkpoint, load_state
-from resuming import bytes_hash, chosen_options, content_hash, surroundings
 
-CALIBRATING = ("calibration", "datautils")  # the code that Hessians depend on, with its imports
+CALIBRATING = ("engine.calibration", "datautils")  # the code that Hessians depend on, with imports
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from process import Terminated, reuse_freed_memory, terminable
+from command.process import Terminated, reuse_freed_memory, terminable
 
 log = logging.getLogger("trueobs")
 GRACE_S = 3.0  # for how long a process that is not the first keeps an error to itself

@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cli
-from cli import UserError
+from command import cli
+from command.cli import UserError
 
 PATIENCE = timedelta(minutes=30)
 PIECE = 1 << 22  # numbers of a sum that travel at once

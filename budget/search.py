@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-import dp
-from cli import UserError, log
+from budget import dp
+from command.cli import UserError, log
 
 if TYPE_CHECKING:
-    from costs import Costs
+    from budget.costs import Costs
 
 RANDOM_VECTORS = 100
 RESAMPLED = 0.1  # of the layers, at first

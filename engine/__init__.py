@@ -1,0 +1,1 @@
+"""ExactOBS on a layer, and on all of a network's: Hessian, elimination, memory, processes."""

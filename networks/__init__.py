@@ -1,0 +1,1 @@
+"""Networks: weights of strangers, our own architectures, runs of a part of them."""

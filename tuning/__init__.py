@@ -1,0 +1,1 @@
+"""What is done to a network after it was compressed: statistics, and training."""
