@@ -23,10 +23,10 @@ order in row 0 is that of a textbook loop in float64, for the whole row up to d 
 first `--check-steps` steps above.
 
 Prediction. A textbook row is 2d³ flops on 8d³ bytes (A is read and written), so 8d³/B seconds at a
-bandwidth of B. The engine does 2d³/3 flops in matrix products (both mirrored halves), at a rate of
-F. Their ratio is 12 F/B: at 100 Gflop/s and 10 GB/s 120, for matrices that do not fit in a cache,
-in place; as written up to three times that. A Cholesky factorisation is d³/3 flops, so the engine
-should need about 2 of them, and its panels some more.
+bandwidth of B. The engine does d³/3 flops in matrix products (half of A, on a CPU), at a rate of
+F. Their ratio is 24 F/B: at 100 Gflop/s and 10 GB/s 240, for matrices that do not fit in a cache,
+in place; as written up to three times that. A Cholesky factorisation is d³/3 flops, too, so the
+engine should need about one, and its panels some more.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ leading m×m block that shrinks: d³/3 multiply-adds a row, at the speed of matr
 
 A compression mode is a `PivotRule`. The class `Elimination` is the algorithm in torch, for any
 device and any q; on a CPU, systems of one row each go through `elimination_cpu`, the same algorithm
-compiled, which never computes the half of A above its diagonal (N:M: `nm_cpu`). Deviations from the paper's text: none in the result; the order of operations only.
+compiled, which never computes the half of A above its diagonal (N:M: `nm_cpu`). Deviations from
+the paper's text: none in the result; the order of operations only.
 """
 
 from __future__ import annotations
