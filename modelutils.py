@@ -37,6 +37,7 @@ from networks.checkpoints import load_checkpoint, load_state
 from networks.cifar_resnets import CifarResNet
 from networks.tracing import folded
 from networks.vision import make_importable, torchvision
+from quant import ACTIVATION_GRID, WEIGHT_GRID
 
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 CIFAR_BLOCKS = {f"rn{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # name: n, blocks per stage
@@ -181,9 +182,8 @@ def _run_file(path: Path) -> ModuleType:
 def _dense_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """A checkpoint to start from; its values are looked at once it is known to fit (load_state)."""
     state = load_checkpoint(path, finite=False)
-    if any(".act_quant." in key for key in state):
-        raise UserError(f"{path}: a compressed checkpoint, with quantised activations; "
-                        "--weights takes dense ones")
+    if any(f".{grid}." in key for grid in (ACTIVATION_GRID, WEIGHT_GRID) for key in state):
+        raise UserError(f"{path}: a quantised checkpoint; --weights takes dense ones")
     return state
 
 

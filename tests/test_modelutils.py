@@ -150,8 +150,9 @@ def test_weights_of_another_model(rn8_file):
         get_model("rn20", "cifar10", rn8_file, 10)
 
 
-def test_compressed_weights_are_not_dense_ones(rn8_file):
-    state = load_checkpoint(rn8_file) | {"conv1.act_quant.scale": torch.ones(1)}
+@pytest.mark.parametrize("grid", ["act_quant", "weight_quant"])
+def test_quantised_weights_are_not_dense_ones(grid, rn8_file):
+    state = load_checkpoint(rn8_file) | {f"conv1.{grid}.scale": torch.ones(1)}
     save_checkpoint(state, rn8_file)
     with pytest.raises(UserError, match="--weights takes dense ones"):
         get_model("rn8", "cifar10", rn8_file, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import os
@@ -12,6 +13,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+import quant
+from command import cli
+from command.session import load_compressed
+from engine.calibration import activation_grids, attach_activation_grids
+from modelutils import find_layers
+from networks.vision import make_importable, torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--nsamples", "128", "--batchsize", "32", "--noaug", "--device", "cpu"]
@@ -353,3 +362,31 @@ def test_files_named_in_readme_exist():
     for folder in within:
         missing -= {name for name in missing if (ROOT / folder / name).is_file()}
     assert within and not missing
+
+
+def test_readmes_python_gives_the_model_that_we_evaluate(tmp_path, monkeypatch):
+    """A ResNet-18 with weights and activations rounded to grids, in plain PyTorch."""
+    torch.manual_seed(0)
+    make_importable()
+    model = torchvision.models.resnet18(weights=None).eval()
+    dense = copy.deepcopy(model)
+    images = torch.randn(2, 3, 64, 64)
+    for layer in find_layers(model).values():
+        grid = quant.fit_weight_grid(layer.weight.detach().flatten(1), 4, symmetric=False)
+        layer.weight.data.copy_(grid(layer.weight.detach().flatten(1)).view_as(layer.weight))
+        quant.set_weight_grid(layer, grid)
+    attach_activation_grids(model, activation_grids(model, images, 4, False, False))
+    cli.save_checkpoint(model.state_dict(), tmp_path / "rn18_4w4a.pth")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```python\n(.*?)^```", readme(), re.M | re.S)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    load_compressed(dense, "rn18_4w4a.pth")
+    with torch.inference_mode():
+        wanted, outputs = dense(images), names["model"](images)
+    assert torch.equal(outputs, wanted) and torch.isfinite(outputs).all()
+    assert names["codes"].keys() == find_layers(dense).keys()
+    for name, layer in find_layers(dense).items():
+        grid, codes = layer.weight_quant, names["codes"][name]
+        assert int(codes.max()) <= 15
+        assert torch.equal(grid.scale * (codes - grid.zero), layer.weight.flatten(1))
