@@ -222,16 +222,29 @@ def other_weights(model: nn.Module) -> dict[str, int]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode comes back afterwards."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, with gradients; every module's own mode comes back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode comes back afterwards."""
+    with eval_mode(model), torch.inference_mode():
+        yield
+
+
+def placed(images: Tensor, device: torch.device) -> Tensor:
+    """Images on a device, in the memory layout that is fast there."""
+    # Pixels' channels side by side: 30 % faster than planes for rn20 on 2 cores (7.5 to 11 s).
+    on_cpu = torch.device(device).type == "cpu" and images.ndim == 4
+    return images.to(device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
 
 
 def _outputs(
@@ -241,13 +254,10 @@ def _outputs(
     task: str,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # logits (n, classes), labels (n,)
     model.to(device)
-    # Pixels' channels side by side: 30 % faster than planes for rn20 on 2 cores (7.5 to 11 s).
-    on_cpu = torch.device(device).type == "cpu"
-    layout = torch.channels_last if on_cpu else torch.contiguous_format
     with evaluating(model):
         run = folded(model)
         for images, labels in tqdm(batches, desc=task, leave=False, disable=None):
-            logits = run(images.to(device, memory_format=layout))
+            logits = run(placed(images, device))
             if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
                 raise UserError("the model does not return class scores of shape (images, classes)")
             if int(labels.max()) >= logits.shape[1]:
