@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from itertools import cycle
 from pathlib import Path
@@ -29,6 +30,7 @@ from command.cli import UserError  # noqa: E402
 
 DENSE = "dense"  # the method of the line that tells the dense model's accuracy
 
+LEAST_ERROR = 1e-6  # smaller ones, and negative ones, are drawn like it
 COSTS = {  # axis of the picture
     "params": "times fewer weights", "bits": "times fewer bits", "flops": "times fewer FLOPs",
     "bops": "times fewer BOPs", "timingsq": "times less time",
@@ -133,38 +135,49 @@ def draw_errors(args: argparse.Namespace) -> None:
     """Error of each layer at each level, as a map in logarithmic colour."""
     scores = read_scores(args.scores)
     levels = list(next(iter(scores.values())))
-    values = [[math.log10(max(of.get(lv, math.nan), 1e-6)) for lv in levels]
+    values = [[math.log10(max(of.get(lv, math.nan), LEAST_ERROR)) for lv in levels]
               for of in scores.values()]  # fmt: skip
-    height = 1.5 + 0.2 * len(scores)
-    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 2.2 + 0.2 * len(scores)), layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_yticks(range(len(scores)), list(scores), fontsize=7)
     step = max(1, len(levels) // 12)
     axes.set_xticks(range(0, len(levels), step), levels[::step], fontsize=7, rotation=90)
     axes.set(xlabel="level", title=f"error per layer and level: {args.model} on {args.dataset}")
-    figure.colorbar(image, label="log10 of the change of loss (from 1e-6)")
+    figure.colorbar(image, label=f"log10 of change of loss\n({LEAST_ERROR:g} and less: darkest)")
     save(figure, args.results.with_name(f"{args.recipe}_errors.png"))
 
 
 def draw_profiles(args: argparse.Namespace) -> None:
-    """The level that each profile gives to each layer."""
-    profiles = {path.stem: read_profile(path) for path in args.profiles}
-    levels = sorted({level for profile in profiles.values() for level in profile.values()})
+    """The level that each profile gives to each layer: a row a profile, coloured by level."""
+    profiles = {path: read_profile(path) for path in args.profiles}
     layers = list(next(iter(profiles.values())))
-    for path in args.profiles:
-        if profiles[path.stem].keys() != set(layers):
+    for path, profile in profiles.items():
+        if profile.keys() != set(layers):
             raise UserError(f"{path}: not of the same layers as {args.profiles[0]}")
-    figure, axes = plt.subplots(figsize=(2 + 0.35 * len(layers), 4.5), layout="constrained")
-    markers = {"uniform": "_", "dp": "o", "spdy": "x"}
-    for name, profile in profiles.items():
-        method = name.rpartition("_")[2]
-        ys = [levels.index(profile[layer]) for layer in layers]
-        axes.plot(ys, marker=markers.get(method, "."), linestyle=":", label=name, alpha=0.8)
+    used = {level for profile in profiles.values() for level in profile.values()}
+    ordered = list(next(iter(read_scores(args.scores).values()))) if args.scores else []
+    levels = [level for level in ordered if level in used] + sorted(used.difference(ordered))
+    values = [[levels.index(profile[layer]) for layer in layers] for profile in profiles.values()]
+    size = (2 + 0.4 * len(layers), 2 + 0.22 * len(profiles))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    axes.imshow(values, aspect="auto", cmap="YlOrRd", vmin=0, vmax=2 * max(1, len(levels) - 1))
+    for row, profile in enumerate(profiles.values()):
+        for column, layer in enumerate(layers):
+            axes.text(column, row, profile[layer], ha="center", va="center", fontsize=5)
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(levels)), levels, fontsize=6)
-    axes.set(ylabel="level", title=f"chosen levels: {args.model} on {args.dataset}")
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_yticks(range(len(profiles)), [profile_label(path) for path in profiles], fontsize=7)
+    axes.set_title(f"chosen levels: {args.model} on {args.dataset}", fontsize=9)
     save(figure, args.results.with_name(f"{args.recipe}_profiles.png"))
+
+
+def profile_label(path: Path) -> str:
+    """A profile's name, in short.
+
+    >>> profile_label(Path("rn18_unstr_230x_dp.txt")), profile_label(Path("mine.txt"))
+    ('2.3× dp', 'mine')
+    """
+    found = re.search(r"_([\d.]+)x_(\w+)$", path.stem)
+    return f"{float(found[1]) / 100:g}× {found[2]}" if found else path.stem
 
 
 def save(figure: plt.Figure, path: Path) -> None:

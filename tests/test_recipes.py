@@ -1,28 +1,15 @@
-"""What users copy: OBC's own recipes, the scripts in recipes/, the commands in README.md."""
+"""What users copy: OBC's own recipes and the scripts in recipes/. (README.md: test_readme.py.)"""
 
 from __future__ import annotations
 
-import copy
-import importlib
-import importlib.util
 import os
 import re
-import shlex
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import torch
+from scripts import ROOT, check_parses, load_script
 
-import quant
-from command import cli
-from command.session import load_compressed
-from engine.calibration import activation_grids, attach_activation_grids
-from modelutils import find_layers
-from networks.vision import make_importable, torchvision
-
-ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--nsamples", "128", "--batchsize", "32", "--noaug", "--device", "cpu"]
 
 # The section "OBC's own recipes" of CLI.md.
@@ -56,25 +43,6 @@ models_unstr/rn8_0000.pth models_unstr/rn8_9900.pth models_4block/rn8_9500.pth
 models_nm/rn8_24.pth models_quant/rn8_8w8a.pth models_quant/rn8_4w4a.pth
 models_nm_quant/rn8_24_8w8a.pth models_nm_quant/rn8_24_4w4a.pth
 scores/rn8_unstr_loss.txt scores/rn8_mixed_loss.txt""".split()
-
-
-def load_script(script: str) -> ModuleType:
-    """The module of a script, wherever it lies."""
-    if "/" not in script:
-        return importlib.import_module(Path(script).stem)
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def check_parses(script: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A script of ours takes these words."""
-    module = load_script("post_proc.py" if script == "postproc.py" else script)
-    try:
-        module.build_parser().parse_args(words)
-    except SystemExit:
-        pytest.fail(f"{script} {shlex.join(words)}\n{capsys.readouterr().err}")
 
 
 # -- OBC's own recipes -----------------------------------------------------------------------------
@@ -308,6 +276,12 @@ def test_papers_numbers_of_quantisation(report):
     assert [row[:3:2] for row in table(out)] == [["3", "3 bits"]] * 2
 
 
+def test_names_of_profiles_in_pictures():
+    label = load_script("recipes/report.py").profile_label
+    assert label(Path("a/rn18_unstr_230x_dp.txt")) == "2.3× dp"
+    assert label(Path("mine.txt")) == "mine"
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("DP\t2\t2.0\t75.5\nDP\t3\t3.0\t\n", "line 2: expected method, target, reached, top-1"),
     ("DP 2 2.0 75.5\n", "line 1: expected method"),
@@ -317,88 +291,3 @@ def test_broken_results_are_one_line(text, message, report, tmp_path):
     status, out, err = report(text, "unstructured", "rn50", "imagenet")
     assert (status, out) == (2, "") and not list(tmp_path.glob("*.png"))
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
-
-
-# -- README.md -------------------------------------------------------------------------------------
-
-
-def readme() -> str:
-    return (ROOT / "README.md").read_text()
-
-
-def readme_commands() -> list[list[str]]:
-    """The words of every command in README.md's blocks of shell."""
-    commands = []
-    for kind, block in re.findall(r"^```(sh|console)\n(.*?)^```", readme(), re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            if kind == "console" and not line.startswith("$ "):
-                continue  # output
-            lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
-            words = list(lexer)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                del words[0]
-            end = next((n for n, word in enumerate(words) if set(word) <= set("|&;<>")), None)
-            commands.append(words[:end])
-    return [words for words in commands if words]
-
-
-def test_readme_has_commands():
-    assert {words[0] for words in readme_commands()} >= {"make", "python"}
-
-
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
-def test_readme_command_is_one_of_ours(words, capsys):
-    first, *words = words
-    if first == "torchrun":
-        assert words[0] == "--nproc-per-node" and words[1].isdecimal()
-        first, words = "python", words[2:]
-    if first == "make":
-        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-        assert {word for word in words if "=" not in word} <= targets
-    elif first in ("python", ".venv/bin/python") and words[0] == "-m":
-        assert importlib.util.find_spec(words[1])
-    elif first in ("python", ".venv/bin/python"):
-        check_parses(words[0], words[1:], capsys)
-    elif first == "pip":
-        assert words[:2] == ["install", "-r"] and (ROOT / words[2]).is_file()
-    elif first not in ("cd", "git", "source"):
-        assert os.access(ROOT / first, os.X_OK) and first.endswith(".sh"), first
-
-
-def test_files_named_in_readme_exist():
-    text = readme()
-    names = set(re.findall(r"`((?:[a-z_]+/)?\w+\.(?:py|sh))[ `]", text))
-    assert "recipes/unstructured.sh" in names
-    missing = {name for name in names if not (ROOT / name).is_file()}
-    within = set(re.findall(r"^\| `([a-z_]+)/` \| .*$", text, re.M))
-    for folder in within:
-        missing -= {name for name in missing if (ROOT / folder / name).is_file()}
-    assert within and not missing
-
-
-def test_readmes_python_gives_the_model_that_we_evaluate(tmp_path, monkeypatch):
-    """A ResNet-18 with weights and activations rounded to grids, in plain PyTorch."""
-    torch.manual_seed(0)
-    make_importable()
-    model = torchvision.models.resnet18(weights=None).eval()
-    dense = copy.deepcopy(model)
-    images = torch.randn(2, 3, 64, 64)
-    for layer in find_layers(model).values():
-        grid = quant.fit_weight_grid(layer.weight.detach().flatten(1), 4, symmetric=False)
-        layer.weight.data.copy_(grid(layer.weight.detach().flatten(1)).view_as(layer.weight))
-        quant.set_weight_grid(layer, grid)
-    attach_activation_grids(model, activation_grids(model, images, 4, False, False))
-    cli.save_checkpoint(model.state_dict(), tmp_path / "rn18_4w4a.pth")
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"^```python\n(.*?)^```", readme(), re.M | re.S)
-    names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
-    load_compressed(dense, "rn18_4w4a.pth")
-    with torch.inference_mode():
-        wanted, outputs = dense(images), names["model"](images)
-    assert torch.equal(outputs, wanted) and torch.isfinite(outputs).all()
-    assert names["codes"].keys() == find_layers(dense).keys()
-    for name, layer in find_layers(dense).items():
-        grid, codes = layer.weight_quant, names["codes"][name]
-        assert int(codes.max()) <= 15
-        assert torch.equal(grid.scale * (codes - grid.zero), layer.weight.flatten(1))
