@@ -216,9 +216,9 @@ def check_layers(model: nn.Module, name: str) -> None:
 
 def other_weights(model: nn.Module) -> dict[str, int]:
     """Sizes, by name, of the matrices and larger tensors that are in no layer to compress."""
-    ours = {f"{name}.weight" for name in find_layers(model)}
+    ours = {id(layer.weight) for layer in find_layers(model).values()}
     return {name: parameter.numel() for name, parameter in model.named_parameters()
-            if parameter.squeeze().ndim > 1 and name not in ours}
+            if parameter.squeeze().ndim > 1 and id(parameter) not in ours}
 
 
 @contextmanager
