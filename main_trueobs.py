@@ -36,7 +36,7 @@ from engine.compression import Compression, Database
 from engine.levels import sparsity_grid
 from engine.planning import Task, show_plan
 from images.batches import Batches
-from modelutils import find_layers
+from modelutils import find_layers, other_weights
 
 NO_QUANTISATION = 32  # bits
 CALIBRATION_OPTIONS = ("seed", "nrounds", "noaug", "batchsize", "shards")
@@ -243,6 +243,7 @@ def compress(
 ) -> dict[str, Any]:
     """All layers, in place or as levels into --sparse-dir; figures for the record."""
     args, world, database = session.args, session.world, None
+    tell_other_weights(compressed)
     if args.mode == "quant" and args.wbits == NO_QUANTISATION:
         log.info("weights left as they are (--wbits 32); activations: %d bits", args.abits)
         return {"layers": []}
@@ -266,6 +267,15 @@ def compress(
         files = write_levels(folder, tag, database.sparsities, compressed.state_dict(), made)
         cli.print_result(f"{len(files)} levels in {args.sparse_dir}")
     return {"layers": layers}
+
+
+def tell_other_weights(model: nn.Module) -> None:
+    """Say what is in no convolution of two dimensions and in no linear layer, and stays dense."""
+    if others := other_weights(model):
+        share = sum(others.values()) / sum(p.numel() for p in model.parameters())
+        first, more = next(iter(others)), f" and {len(others) - 1} more" if len(others) > 1 else ""
+        log.info("left dense, in no Conv2d or Linear: %s%s (%.2g %% of all parameters)",
+                 first, more, 100 * share)
 
 
 def check(

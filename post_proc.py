@@ -8,14 +8,14 @@ measured.
     --bnt        running statistics of batch norms                  corrections.py
     --statcorr   mean and deviation of norm outputs                 corrections.py
     --lintune    biases and norms trained on the logits             retraining.py
-    --finetune   all parameters trained on the logits               retraining.py
+    --finetune   all parameters trained on the labels               retraining.py
 
 Why this order. Global AdaPrune aims at the dense model's outputs before the norms, for which the
 dense statistics, that the norms still have, are the right ones: it comes first. Statistics are
 taken of what is there after that; the correction after the tuning, since tuning would replace the
-statistics that the correction was folded for. Training on the logits comes last and starts from
-good statistics: it is done with statistics fixed, so whatever changed them afterwards would undo
-what has been learned around them.
+statistics that the correction was folded for. Training on logits or labels comes last and starts
+from good statistics: it is done with statistics fixed, so whatever changed them afterwards would
+undo what has been learned around them.
 
 A training epoch is one pass over the calibration images, in a new order and, unless --noaug, with
 new augmentation. Statistics correction takes the first N of them, never augmented.

@@ -10,8 +10,8 @@ calibration images, not augmented (`search.py`). An interrupted search is contin
 command: its state is in a hidden folder beside the profile until the profile is written.
 
 Batch norms of a candidate are re-estimated in one pass, as plain averages over the calibration
-batches. Deviation from OBC: moving averages over 100 batches, which `post_proc.py --bnt` takes too,
-would cost many times as much as the evaluation.
+batches (`corrections.py`). Deviation from OBC: moving averages over 100 batches, which
+`post_proc.py --bnt` takes too, would cost many times as much as the evaluation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from budget import dp, profiles
@@ -41,58 +40,16 @@ from command.records import check_repeat, repeated, write_run
 from command.resuming import Unkept, open_state, state_folder
 from command.session import Session
 from database import KINDS, Database, model_tag
-from engine.distributed import ALONE, World
-from modelutils import evaluating, mean_loss
-from tuning.corrections import BatchNorm, correct_statistics, norm_moments, placed
+from modelutils import mean_loss, placed
+from tuning.corrections import batchnorm_averages, correct_statistics, norm_moments
 
 ERRORS = ("squared", "loss", "spdy")
 DEFAULT_CONSTRAINTS = {"mixed": "bops", "4block": "flops", "unstr": "flops", "4block_8w8a": "bops"}
 
 SEARCH = "search"  # the one thing in the state of a search
-Batches = list[tuple[Tensor, Tensor]]  # images, labels
 
 
 # -- evaluation ------------------------------------------------------------------------------------
-
-
-def batchnorm_averages(
-    model: nn.Module, batches: Batches, device: torch.device, world: World = ALONE
-) -> None:
-    """Replace the statistics of all batch norms by their averages over `batches`, in place.
-
-    In training mode what a norm puts out does not depend on the averages so far. So each of several
-    processes looks at its own batches, and the averages are of all, in their order. A batch of a
-    single image is left out: it has no variance where a map is one pixel.
-    """
-    norms = [norm for norm in model.modules()
-             if isinstance(norm, BatchNorm) and norm.running_mean is not None]
-    if not norms:
-        return
-    momenta, found = [norm.momentum for norm in norms], []
-    with evaluating(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = 1.0, True  # the statistics of the last batch alone
-        for images, _ in batches:
-            several = len(images) > 1
-            if several:
-                model(images.to(device))
-            found.append(_statistics(norms).cpu() if several else None)
-    found = [statistics for statistics in world.interleave(found) if statistics is not None]
-    if not found:
-        raise UserError("batch norms need batches of two images or more: "
-                        "pass a larger --batchsize or --nsamples, or --nobatchnorm")
-    average = sum(found) / len(found)
-    parts = iter(average.split([len(norm.running_mean) for norm in norms for _ in range(2)]))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.running_mean.copy_(next(parts))
-        norm.running_var.copy_(next(parts))
-
-
-def _statistics(norms: list[nn.Module]) -> Tensor:
-    """Means and variances of all norms, one after the other, float64."""
-    return torch.cat([x.double() for norm in norms for x in (norm.running_mean, norm.running_var)])
 
 
 class Evaluator:

@@ -162,7 +162,7 @@ class TrueOBS:
     def squared_error(self, weight: Tensor, reference: Tensor) -> float:
         """Σ_rows (w − ŵ) H (w − ŵ)ᵀ / 2: mean over images of the squared change of the outputs."""
         delta = (reference - weight).double().reshape(self.groups, -1, self.columns)
-        return float((delta @ self._hessian() * delta).sum() / 2)
+        return max(0.0, float((delta @ self._hessian() * delta).sum() / 2))  # rounding can go below
 
     # -- one elimination for all rows --------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from command.cli import log
 from command.fingerprints import content_hash
 from command.resuming import Notes, Unkept
-from modelutils import evaluating
+from modelutils import evaluating, placed
 from networks.tracing import Resumable, Whole, runner
 from quant import put_layer
 
@@ -90,7 +90,7 @@ def losses(
                 known = {x: notes.get(f"{key} {x}") for x in levels}
                 wanted = {x: of for x, of in levels.items() if known[x] is None}
                 bar.update(len(levels) - len(wanted))
-                changes = batch_changes(run, model, db, wanted, _layout(images, device), labels)
+                changes = batch_changes(run, model, db, wanted, placed(images, device), labels)
                 for layer, of_levels in changes if wanted else ():
                     known[layer] = of_levels
                     notes.add(f"{key} {layer}", of_levels)
@@ -141,12 +141,6 @@ def batch_changes(
         yield layer, changes
 
 
-def _layout(images: Tensor, device: torch.device) -> Tensor:
-    on_cpu = torch.device(device).type == "cpu"
-    layout = torch.channels_last if on_cpu else torch.contiguous_format
-    return images.to(device, memory_format=layout)
-
-
 def _count(batches: Batches) -> int:
     return len(batches) if hasattr(batches, "__len__") else 1
 
@@ -173,7 +167,7 @@ def squared_errors(
     ):
         key = str(world.size * number + world.rank)
         if (of_batch := notes.get(key)) is None:
-            of_batch = batch_squares(model, db, levels, _layout(images, device))
+            of_batch = batch_squares(model, db, levels, placed(images, device))
             notes.add(key, of_batch)
         found.append(of_batch)
         notes.collect(True)

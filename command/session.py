@@ -34,7 +34,15 @@ from datautils import (
 from engine.devices import resolve_device
 from engine.distributed import ALONE, World, join
 from images.batches import Batches
-from modelutils import evaluate, evaluating, find_layers, get_model, load_checkpoint, load_state
+from modelutils import (
+    check_layers,
+    evaluate,
+    evaluating,
+    find_layers,
+    get_model,
+    load_checkpoint,
+    load_state,
+)
 
 CALIBRATING = ("engine.calibration", "datautils")  # the code that Hessians depend on, with imports
 
@@ -127,6 +135,7 @@ def check_model(model: nn.Module, name: str, data: ImageData) -> None:
     """Raise a UserError, before hours are spent, unless the model can be compressed and run."""
     if not find_layers(model):
         raise UserError(f"{name} has no convolution or linear layer to compress")
+    check_layers(model, name)
     for key, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name}: {key} has NaN or infinite values")

@@ -75,7 +75,7 @@ def why_dense(solver: TrueOBS, args: argparse.Namespace) -> str:
         letter = "M" if args.mode == "nmprune" else "block size"
         return f"{solver.columns} columns are not a multiple of {letter} = {size}"
     if solver.nsamples == 0:
-        return "it saw no calibration image (the model does not call it)"
+        return "the model never calls it (attention may use its weights without a call)"
     return ""
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -80,6 +80,8 @@ def decoded(path: str) -> Image.Image | str:
 
 def flaw_of(error: Exception) -> str:
     """An error in words, without the file's name."""
+    if isinstance(error, UnidentifiedImageError):
+        return "of no known image format"
     text = getattr(error, "strerror", None) or str(error).splitlines()[:1]
     return text if isinstance(text, str) else (text or [type(error).__name__])[0]
 

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from command.cli import UserError, log
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, of torch.compile
 CLAIM = 4  # × the file: tied weights are in it once
 PIECE = 1 << 24  # values that are looked at together
 MAX_PICKLE = 256 << 20  # bytes of names and shapes; a network of 10,000 tensors has 2 MB
@@ -44,7 +45,7 @@ MAX_PICKLE = 256 << 20  # bytes of names and shapes; a network of 10,000 tensors
 def load_checkpoint(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
     """The state dict in a .pth, .th, .pt or .safetensors file: finite tensors on the CPU, by name.
 
-    Wrappers and `module.` prefixes are taken off. Raises UserError for anything else. Values are
+    Wrappers and prefixes are taken off. Raises UserError for anything else. Values are
     mapped from the file; with finite=False they are not even looked at.
     """
     if not Path(path).exists():
@@ -53,8 +54,8 @@ def load_checkpoint(path: str | os.PathLike[str], finite: bool = True) -> dict[s
         raise UserError(f"{path}: is not a file")
     content = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_torch(path)
     state = _unwrap(content, path)
-    while all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), ""):
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     _check_plain(state, path)
     if finite:
         check_finite(state, path)

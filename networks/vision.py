@@ -15,9 +15,10 @@ signatures, no code), so that their descriptions have something to attach to. Da
 and classification models need none of the extension's operators; box operators keep raising
 torchvision's own error when they are called.
 
-Everybody writes ``from vision import torchvision`` and never ``import torchvision``. The import
-itself takes seconds (it loads PyTorch's compiler) and happens when the first attribute is used, so
-that the CIFAR networks and the embedded data do not wait for what they do not use.
+Everybody writes ``from networks.vision import torchvision`` and never ``import torchvision``. The
+import itself takes seconds (it loads PyTorch's compiler) and happens when the first attribute is
+used, so that the CIFAR networks and the embedded data do not wait for what they do not use. A file
+of the user's own does write ``import torchvision``: `make_importable` is called before it is run.
 """
 
 from __future__ import annotations
@@ -64,17 +65,27 @@ def declare_operators() -> torch.library.Library:
 
 
 @cache
-def imported() -> tuple[ModuleType, torch.library.Library | None]:
-    """torchvision, and the declarations, which vanish with the object that made them."""
-    declarations = None if extension_loads() else declare_operators()
-    return importlib.import_module("torchvision"), declarations
+def make_importable() -> torch.library.Library | None:
+    """Let `import torchvision` work from now on; imports nothing.
+
+    Returns the declarations, if there had to be any. They vanish with the object that made them,
+    which the cache keeps.
+    """
+    return None if extension_loads() else declare_operators()
+
+
+@cache
+def imported() -> ModuleType:
+    """torchvision."""
+    make_importable()
+    return importlib.import_module("torchvision")
 
 
 class _Torchvision:
     """Stands for the package; see the module docstring."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(imported()[0], name)
+        return getattr(imported(), name)
 
 
 torchvision = _Torchvision()

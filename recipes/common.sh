@@ -38,6 +38,12 @@ record() {  # record METHOD TARGET REACHED TOP1: a line of the table
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$RESULTS"
 }
 
+dense() {  # the first line of the table
+    local top
+    top=$(top1 recipes/dense.py)
+    record dense - - "$top"
+}
+
 report() {  # the table on standard output, the pictures beside it
     "$PYTHON" "$ROOT/recipes/report.py" "$RECIPE" "$MODEL" "$DATASET" "$RESULTS" "$@"
 }

@@ -3,6 +3,7 @@
 # Usage: recipes/nm.sh MODEL DATASET [common options]
 source "$(dirname "$0")/common.sh"
 
+dense
 for pattern in 2:4 4:8; do
     n=${pattern%:*} m=${pattern#*:}
     file=$OUT/${TAG}_$n$m.pth

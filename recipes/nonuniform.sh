@@ -12,6 +12,7 @@ nonuniform() {
         budget+=(--timings "$TIMINGS")
     fi
     make_file database.py "$KIND" loss --prefix "$PREFIX" --score_path "$SCORES"
+    dense
     for target in $TARGETS; do
         choose uniform "$target" recipes/uniform.py
         choose DP "$target" spdy.py --dp --score_path "$SCORES"
@@ -19,7 +20,7 @@ nonuniform() {
             choose search "$target" spdy.py --score_path "$SCORES"
         fi
     done
-    report ${NO_PAPER:-} --scores "$SCORES/${TAG}_${KIND}_loss.txt" --profiles "${PROFILES[@]}"
+    report ${NO_PAPER:-} --cost "$CONSTR" --scores "$SCORES/${TAG}_${KIND}_loss.txt" --profiles "${PROFILES[@]}"
 }
 
 choose() {  # choose METHOD TARGET SCRIPT OPTIONS…: make a profile, stitch, tune, record

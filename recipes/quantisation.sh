@@ -4,6 +4,7 @@
 # Usage: recipes/quantisation.sh MODEL DATASET [common options]
 source "$(dirname "$0")/common.sh"
 
+dense
 for bits in 4 3 2; do
     file=$OUT/${TAG}_${bits}w_asym.pth
     make_file main_trueobs.py quant --wbits $bits --wasym --save "$file"

@@ -2,16 +2,19 @@
 
     python recipes/report.py RECIPE MODEL DATASET RESULTS.tsv [--scores FILE] [--profiles FILE …]
 
-RESULTS has a line a result, tab-separated: method, target, what was reached, top-1. The table goes
-to standard output as Markdown, with the paper's number beside where MODEL DATASET is the paper's;
-PNGs go beside RESULTS: accuracy against cost, error per layer and level, level per layer.
+RESULTS has a line a result, tab-separated: method, target, what was reached, top-1 (of the dense
+model: `dense`, `-`, `-`, top-1). The table goes to standard output as Markdown, with the paper's
+number beside where MODEL DATASET is the paper's; PNGs go beside RESULTS: accuracy against cost,
+error per layer and level, level per layer.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -25,8 +28,17 @@ from budget.profiles import read_profile, read_scores  # noqa: E402
 from command import cli  # noqa: E402
 from command.cli import UserError  # noqa: E402
 
+DENSE = "dense"  # the method of the line that tells the dense model's accuracy
+
+LEAST_ERROR = 1e-6  # smaller ones, and negative ones, are drawn like it
+COSTS = {  # axis of the picture
+    "params": "times fewer weights", "bits": "times fewer bits", "flops": "times fewer FLOPs",
+    "bops": "times fewer BOPs", "timingsq": "times less time",
+}  # fmt: skip
+
 # Top-1 on ImageNet with torchvision's IMAGENET1K_V1 weights (OBC, arXiv 2208.11580); mixed and
 # unstructured figures of ResNet-18 and -34 are read off plots, ±0.05.
+PAPER_DENSE = {"rn18": 69.76, "rn34": 73.31, "rn50": 76.13}
 PAPER: dict[tuple[str, str], dict[str, dict[str, float]]] = {
     ("quantisation", "asymmetric, BN-tuned"): {
         "rn18": {"4": 69.56, "3": 68.69, "2": 64.04},
@@ -74,7 +86,8 @@ def read_results(path: Path) -> list[tuple[str, str, str, float]]:
 def paper_number(recipe: str, model: str, dataset: str, method: str, target: str) -> str:
     """The paper's top-1 for a line of a table, or a dash. DP and search both compare to its DP."""
     table = PAPER.get((recipe, "search" if method == "DP" else method), {})
-    value = table.get(model, {}).get(target) if dataset == "imagenet" else None
+    value = PAPER_DENSE.get(model) if method == DENSE else table.get(model, {}).get(target)
+    value = value if dataset == "imagenet" else None
     return "–" if value is None else f"{value:.2f}"
 
 
@@ -84,6 +97,8 @@ def markdown(args: argparse.Namespace, results: list[tuple[str, str, str, float]
         paper = "–"
         if not args.no_paper:
             paper = paper_number(args.recipe, args.model, args.dataset, method, target)
+        if method == DENSE:
+            target = reached = "–"
         if is_number(reached):  # times less than dense
             target, reached = f"{target}×", f"{float(reached):.2f}×"
         lines.append(f"| {target} | {method} | {reached} | {top1:.2f} | {paper} |")
@@ -95,14 +110,21 @@ def is_number(text: str) -> bool:
 
 
 def draw_accuracy(args: argparse.Namespace, results: list[tuple[str, str, str, float]]) -> None:
-    """Top-1 against cost, a line per method."""
+    """Top-1 against cost, a line per method; the dense model's as a level to compare with."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    numeric = all(is_number(reached) for _, _, reached, _ in results)
-    for method in dict.fromkeys(method for method, *_ in results):
-        points = [(reached, top1) for of, _, reached, top1 in results if of == method]
+    compressed = [result for result in results if result[0] != DENSE]
+    numeric = all(is_number(reached) for _, _, reached, _ in compressed)
+    methods = dict.fromkeys(method for method, *_ in compressed)
+    for method, marker in zip(methods, cycle("osx^"), strict=False):
+        points = [(reached, top1) for of, _, reached, top1 in compressed if of == method]
         xs = [float(reached) if numeric else reached for reached, _ in points]
-        axes.plot(xs, [top1 for _, top1 in points], marker="o", label=method)
-    axes.set_xlabel("dense / compressed" if numeric else "bits or pattern")
+        axes.plot(xs, [top1 for _, top1 in points], marker=marker, label=method, alpha=0.8)
+    for top1 in (top1 for method, _, _, top1 in results if method == DENSE):
+        axes.axhline(top1, color="grey", linestyle="--", label=f"dense, {top1:.2f}", zorder=0)
+    values = [top1 for *_, top1 in results]
+    margin = max(0.5, 0.05 * (max(values) - min(values)))
+    axes.set_ylim(min(values) - margin, max(values) + margin)
+    axes.set_xlabel(COSTS.get(args.cost, "times less than dense") if numeric else "bits or pattern")
     axes.set(ylabel="top-1 (%)", title=f"{args.recipe}: {args.model} on {args.dataset}")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -113,38 +135,49 @@ def draw_errors(args: argparse.Namespace) -> None:
     """Error of each layer at each level, as a map in logarithmic colour."""
     scores = read_scores(args.scores)
     levels = list(next(iter(scores.values())))
-    values = [[math.log10(max(of.get(lv, math.nan), 1e-6)) for lv in levels]
+    values = [[math.log10(max(of.get(lv, math.nan), LEAST_ERROR)) for lv in levels]
               for of in scores.values()]  # fmt: skip
-    height = 1.5 + 0.2 * len(scores)
-    figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 2.2 + 0.2 * len(scores)), layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_yticks(range(len(scores)), list(scores), fontsize=7)
     step = max(1, len(levels) // 12)
     axes.set_xticks(range(0, len(levels), step), levels[::step], fontsize=7, rotation=90)
     axes.set(xlabel="level", title=f"error per layer and level: {args.model} on {args.dataset}")
-    figure.colorbar(image, label="log10 of the change of loss (from 1e-6)")
+    figure.colorbar(image, label=f"log10 of change of loss\n({LEAST_ERROR:g} and less: darkest)")
     save(figure, args.results.with_name(f"{args.recipe}_errors.png"))
 
 
 def draw_profiles(args: argparse.Namespace) -> None:
-    """The level that each profile gives to each layer."""
-    profiles = {path.stem: read_profile(path) for path in args.profiles}
-    levels = sorted({level for profile in profiles.values() for level in profile.values()})
+    """The level that each profile gives to each layer: a row a profile, coloured by level."""
+    profiles = {path: read_profile(path) for path in args.profiles}
     layers = list(next(iter(profiles.values())))
-    for path in args.profiles:
-        if profiles[path.stem].keys() != set(layers):
+    for path, profile in profiles.items():
+        if profile.keys() != set(layers):
             raise UserError(f"{path}: not of the same layers as {args.profiles[0]}")
-    figure, axes = plt.subplots(figsize=(2 + 0.35 * len(layers), 4.5), layout="constrained")
-    markers = {"uniform": "_", "dp": "o", "spdy": "x"}
-    for name, profile in profiles.items():
-        method = name.rpartition("_")[2]
-        ys = [levels.index(profile[layer]) for layer in layers]
-        axes.plot(ys, marker=markers.get(method, "."), linestyle=":", label=name, alpha=0.8)
+    used = {level for profile in profiles.values() for level in profile.values()}
+    ordered = list(next(iter(read_scores(args.scores).values()))) if args.scores else []
+    levels = [level for level in ordered if level in used] + sorted(used.difference(ordered))
+    values = [[levels.index(profile[layer]) for layer in layers] for profile in profiles.values()]
+    size = (2 + 0.4 * len(layers), 2 + 0.22 * len(profiles))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    axes.imshow(values, aspect="auto", cmap="YlOrRd", vmin=0, vmax=2 * max(1, len(levels) - 1))
+    for row, profile in enumerate(profiles.values()):
+        for column, layer in enumerate(layers):
+            axes.text(column, row, profile[layer], ha="center", va="center", fontsize=5)
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(levels)), levels, fontsize=6)
-    axes.set(ylabel="level", title=f"chosen levels: {args.model} on {args.dataset}")
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_yticks(range(len(profiles)), [profile_label(path) for path in profiles], fontsize=7)
+    axes.set_title(f"chosen levels: {args.model} on {args.dataset}", fontsize=9)
     save(figure, args.results.with_name(f"{args.recipe}_profiles.png"))
+
+
+def profile_label(path: Path) -> str:
+    """A profile's name, in short.
+
+    >>> profile_label(Path("rn18_unstr_230x_dp.txt")), profile_label(Path("mine.txt"))
+    ('2.3× dp', 'mine')
+    """
+    found = re.search(r"_([\d.]+)x_(\w+)$", path.stem)
+    return f"{float(found[1]) / 100:g}× {found[2]}" if found else path.stem
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -171,6 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("dataset", help="DATASET")
     parser.add_argument("results", type=Path, help="lines method, target, reached, top-1")
     parser.add_argument("--no-paper", action="store_true", help="leave its numbers out")
+    parser.add_argument("--cost", choices=[*COSTS], help="what has become less")
     parser.add_argument("--scores", type=Path, help="scores to draw")
     parser.add_argument("--profiles", type=Path, nargs="*", help="profiles to draw")
     return parser

@@ -94,6 +94,7 @@ def test_what_is_no_image(content, tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(content)
     assert quick_flaw(str(path)) and isinstance(decoded(str(path)), str)
+    assert str(path) not in quick_flaw(str(path))  # it stands before it in the message
     if len(content) > 3000 or b"IHDR" in content:
         assert "pixels" in quick_flaw(str(path))
 

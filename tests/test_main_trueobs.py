@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import main_trueobs
 from datautils import calibration_batches, load_data
@@ -458,6 +458,15 @@ def test_a_users_model_with_depthwise_grouped_and_token_layers(user_model, comma
         assert tree(folder) == ["build.json", "build_0000.pth", "build_5000.pth"]
         weight = read(folder / "build_5000.pth")["2.weight"]
         assert int((weight == 0).sum()) == weight.numel() // 2
+
+
+def test_what_is_in_no_layer_is_told(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv1d(8, 8, 3), nn.Embedding(4, 8))
+    with caplog.at_level("INFO", "trueobs"):
+        main_trueobs.tell_other_weights(model)
+        main_trueobs.tell_other_weights(model[0])
+    assert caplog.messages == [
+        "left dense, in no Conv2d or Linear: 1.weight and 1 more (49 % of all parameters)"]
 
 
 def test_a_users_model_takes_weights(user_model, command, tmp_path):

@@ -18,12 +18,14 @@ from datautils import test_batches as batches_of_tests
 from modelutils import (
     CIFAR_BLOCKS,
     CifarResNet,
+    check_layers,
     evaluate,
     find_layers,
     get_model,
     load_checkpoint,
     load_state,
     mean_loss,
+    other_weights,
 )
 
 CPU = torch.device("cpu")
@@ -148,8 +150,9 @@ def test_weights_of_another_model(rn8_file):
         get_model("rn20", "cifar10", rn8_file, 10)
 
 
-def test_compressed_weights_are_not_dense_ones(rn8_file):
-    state = load_checkpoint(rn8_file) | {"conv1.act_quant.scale": torch.ones(1)}
+@pytest.mark.parametrize("grid", ["act_quant", "weight_quant"])
+def test_quantised_weights_are_not_dense_ones(grid, rn8_file):
+    state = load_checkpoint(rn8_file) | {f"conv1.{grid}.scale": torch.ones(1)}
     save_checkpoint(state, rn8_file)
     with pytest.raises(UserError, match="--weights takes dense ones"):
         get_model("rn8", "cifar10", rn8_file, 10)
@@ -186,6 +189,64 @@ def test_a_model_of_the_users_own(tmp_path):
         get_model(f"{path}:f", "folder")
 
 
+def test_a_file_is_imported_as_python_would(tmp_path):
+    """It finds its neighbours, and dataclasses in it find their module."""
+    (tmp_path / "user_parts_of_a_net.py").write_text("CLASSES = 4\n")
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "from user_parts_of_a_net import CLASSES\n"
+        "@dataclass\n"
+        "class Settings:\n"
+        "    classes: int = CLASSES\n"
+        "def net():\n"
+        "    return nn.Linear(12, Settings().classes)\n"
+        "def leaves():\n"
+        "    raise SystemExit(0)\n")
+    assert get_model(f"{tmp_path}/own.py:net", "folder").out_features == 4
+    with pytest.raises(UserError, match="own.py:leaves: SystemExit: 0"):
+        get_model(f"{tmp_path}/own.py:leaves", "folder")
+    with pytest.raises(UserError, match="own.py:function$"):
+        get_model(f"{tmp_path}/own.py", "folder")
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(("make", "message"), [
+    (tied, "0 and 1 share one weight"),
+    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "is computed from other"),
+    (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), "is computed from other"),
+    (lambda: nn.utils.spectral_norm(nn.Conv2d(4, 4, 1)), "is computed from other"),
+    (lambda: nn.LazyLinear(4), "a lazy layer"),
+])
+def test_weights_that_cannot_be_replaced_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        check_layers(nn.Sequential(make()) if make is not tied else make(), "mine")
+
+
+def test_a_module_that_is_used_twice_is_one_layer():
+    layer = nn.Linear(4, 4)
+    check_layers(nn.Sequential(layer, nn.ReLU(), layer), "mine")
+
+
+def test_what_is_in_no_layer_is_counted():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 1, 8))  # a vector, whatever its shape
+            self.positions = nn.Parameter(torch.zeros(1, 5, 8))
+            self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(8, 2))
+            self.other = nn.Conv1d(8, 8, 3)
+
+    assert other_weights(Net()) == {"positions": 40, "other.weight": 192}
+
+
 # -------------------------------------------------------------------------- checkpoints
 
 
@@ -196,6 +257,7 @@ def test_a_model_of_the_users_own(tmp_path):
     lambda state: {"model_state_dict": state},
     lambda state: {"module." + key: tensor for key, tensor in state.items()},
     lambda state: {"state_dict": {"module." + key: tensor for key, tensor in state.items()}},
+    lambda state: {"net": {f"_orig_mod.module.{key}": t for key, t in state.items()}, "acc": 91.7},
 ])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_wrappers_and_prefixes_come_off(wrap, zipped, tmp_path):

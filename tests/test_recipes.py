@@ -1,19 +1,15 @@
-"""What users copy: OBC's own recipes, the scripts in recipes/, the commands in README.md."""
+"""What users copy: OBC's own recipes and the scripts in recipes/. (README.md: test_readme.py.)"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import re
-import shlex
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from scripts import ROOT, check_parses, load_script
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--nsamples", "128", "--batchsize", "32", "--noaug", "--device", "cpu"]
 
 # The section "OBC's own recipes" of CLI.md.
@@ -47,25 +43,6 @@ models_unstr/rn8_0000.pth models_unstr/rn8_9900.pth models_4block/rn8_9500.pth
 models_nm/rn8_24.pth models_quant/rn8_8w8a.pth models_quant/rn8_4w4a.pth
 models_nm_quant/rn8_24_8w8a.pth models_nm_quant/rn8_24_4w4a.pth
 scores/rn8_unstr_loss.txt scores/rn8_mixed_loss.txt""".split()
-
-
-def load_script(script: str) -> ModuleType:
-    """The module of a script, wherever it lies."""
-    if "/" not in script:
-        return importlib.import_module(Path(script).stem)
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def check_parses(script: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A script of ours takes these words."""
-    module = load_script("post_proc.py" if script == "postproc.py" else script)
-    try:
-        module.build_parser().parse_args(words)
-    except SystemExit:
-        pytest.fail(f"{script} {shlex.join(words)}\n{capsys.readouterr().err}")
 
 
 # -- OBC's own recipes -----------------------------------------------------------------------------
@@ -125,6 +102,13 @@ def table(output: str) -> list[list[str]]:
     return [row.removeprefix("| ").removesuffix(" |").split(" | ") for row in rows]
 
 
+def compressed(output: str) -> list[list[str]]:
+    """The rows of a recipe's table below the dense model's."""
+    dense, *rows = table(output)
+    assert [*dense[:3], dense[4]] == ["–", "dense", "–", "–"] and float(dense[3]) > 95
+    return rows
+
+
 def check_picture(path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
@@ -181,7 +165,7 @@ def test_uniform_tables(name, expected, warm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run_recipe(name, "rn8", "digits", *QUICK, python=warm.python)
     assert done.returncode == 0, done.stderr
-    rows = table(done.stdout)
+    rows = compressed(done.stdout)
     assert [(target, method, reached) for target, method, reached, *_ in rows] == expected
     for target, _, _, top1, paper in rows:
         assert float(top1) > (30 if target == "2" else 95) and paper == "–"
@@ -190,7 +174,7 @@ def test_uniform_tables(name, expected, warm, tmp_path, monkeypatch):
 
 def check_nonuniform(name: str, methods: list[str], targets: list[str], output: str) -> None:
     """A row per target and method, each of which meets its target; the pictures."""
-    rows = table(output)
+    rows = compressed(output)
     assert [row[:2] for row in rows] == [[f"{t}×", m] for t in targets for m in methods]
     for target, _, reached, top1, paper in rows:
         times, wanted = float(reached.removesuffix("×")), float(target.removesuffix("×"))
@@ -229,7 +213,8 @@ def test_block8_at_measured_time(warm, tmp_path, monkeypatch):
                       SEARCH="0", TARGETS="4", TIMINGS="seconds.txt")  # fmt: skip
     assert done.returncode == 0, done.stderr
     check_nonuniform("block8", ["uniform", "DP"], ["4"], done.stdout)
-    assert [row[2] for row in table(done.stdout)] == ["8.00×", "4.13×"]  # 8 · 8 / (5 · 2.5 + 3)
+    reached = [row[2] for row in compressed(done.stdout)]
+    assert reached == ["8.00×", "4.13×"]  # 8 · 8 / (5 · 2.5 + 3)
 
 
 def test_a_recipe_without_words_says_its_usage(tmp_path, monkeypatch):
@@ -264,19 +249,23 @@ def report(tmp_path, capsys):
     return run
 
 
-UNSTRUCTURED = "uniform\t2\t2.01\t75.1\nDP\t2\t2.0004\t75.5\nsearch\t4\t4.0004\t74.123\n"
+UNSTRUCTURED = """dense\t-\t-\t76.1
+uniform\t2\t2.01\t75.1
+DP\t2\t2.0004\t75.5
+search\t4\t4.0004\t74.123
+"""
 
 
 @pytest.mark.parametrize(("recipe", "model", "dataset", "papers"), [
-    ("unstructured", "rn50", "imagenet", ["–", "75.64", "74.05"]),
-    ("unstructured", "rn50", "cifar10", ["–", "–", "–"]),
-    ("unstructured", "rn101", "imagenet", ["–", "–", "–"]),
-    ("mixed", "rn18", "imagenet", ["–", "–", "–"]),  # no such targets
+    ("unstructured", "rn50", "imagenet", ["76.13", "–", "75.64", "74.05"]),
+    ("unstructured", "rn50", "cifar10", ["–", "–", "–", "–"]),
+    ("unstructured", "rn101", "imagenet", ["–", "–", "–", "–"]),
+    ("mixed", "rn18", "imagenet", ["69.76", "–", "–", "–"]),  # no such targets
 ])
 def test_papers_numbers(recipe, model, dataset, papers, report, tmp_path):
     status, out, _ = report(UNSTRUCTURED, recipe, model, dataset)
     assert status == 0 and [row[4] for row in table(out)] == papers
-    assert table(out)[2][:4] == ["4×", "search", "4.00×", "74.12"]
+    assert table(out)[3][:4] == ["4×", "search", "4.00×", "74.12"]
     check_picture(tmp_path / f"{recipe}_accuracy.png")
 
 
@@ -285,6 +274,12 @@ def test_papers_numbers_of_quantisation(report):
     status, out, _ = report(lines, "quantisation", "rn50", "imagenet")
     assert status == 0 and [row[4] for row in table(out)] == ["75.24", "73.61"]
     assert [row[:3:2] for row in table(out)] == [["3", "3 bits"]] * 2
+
+
+def test_names_of_profiles_in_pictures():
+    label = load_script("recipes/report.py").profile_label
+    assert label(Path("a/rn18_unstr_230x_dp.txt")) == "2.3× dp"
+    assert label(Path("mine.txt")) == "mine"
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -296,60 +291,3 @@ def test_broken_results_are_one_line(text, message, report, tmp_path):
     status, out, err = report(text, "unstructured", "rn50", "imagenet")
     assert (status, out) == (2, "") and not list(tmp_path.glob("*.png"))
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
-
-
-# -- README.md -------------------------------------------------------------------------------------
-
-
-def readme() -> str:
-    return (ROOT / "README.md").read_text()
-
-
-def readme_commands() -> list[list[str]]:
-    """The words of every command in README.md's blocks of shell."""
-    commands = []
-    for kind, block in re.findall(r"^```(sh|console)\n(.*?)^```", readme(), re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            if kind == "console" and not line.startswith("$ "):
-                continue  # output
-            lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
-            words = list(lexer)
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                del words[0]
-            end = next((n for n, word in enumerate(words) if set(word) <= set("|&;<>")), None)
-            commands.append(words[:end])
-    return [words for words in commands if words]
-
-
-def test_readme_has_commands():
-    assert {words[0] for words in readme_commands()} >= {"make", "python"}
-
-
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
-def test_readme_command_is_one_of_ours(words, capsys):
-    first, *words = words
-    if first == "torchrun":
-        assert words[0] == "--nproc-per-node" and words[1].isdecimal()
-        first, words = "python", words[2:]
-    if first == "make":
-        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-        assert {word for word in words if "=" not in word} <= targets
-    elif first in ("python", ".venv/bin/python") and words[0] == "-m":
-        assert importlib.util.find_spec(words[1])
-    elif first in ("python", ".venv/bin/python"):
-        check_parses(words[0], words[1:], capsys)
-    elif first == "pip":
-        assert words[:2] == ["install", "-r"] and (ROOT / words[2]).is_file()
-    elif first not in ("cd", "git", "source"):
-        assert os.access(ROOT / first, os.X_OK) and first.endswith(".sh"), first
-
-
-def test_files_named_in_readme_exist():
-    text = readme()
-    names = set(re.findall(r"`((?:[a-z_]+/)?\w+\.(?:py|sh))[ `]", text))
-    assert "recipes/unstructured.sh" in names
-    missing = {name for name in names if not (ROOT / name).is_file()}
-    within = set(re.findall(r"^\| `([a-z_]+)/` \| .*$", text, re.M))
-    for folder in within:
-        missing -= {name for name in missing if (ROOT / folder / name).is_file()}
-    assert within and not missing

@@ -804,3 +804,10 @@ def test_property_quantise(it: Case, bits: int, symmetric: bool, per_channel: bo
     check_result(it, after, best=False)
     assert torch.equal(it.obs.quantizer(after.flatten(1)), after.flatten(1))
     assert all(len(torch.unique(row)) <= 2**bits for row in after)
+
+
+def test_a_squared_error_is_never_negative(monkeypatch) -> None:
+    """Of nearly nothing, in an H of nearly no rank, rounding leaves one: it was printed so."""
+    solver = TrueOBS(nn.Linear(2, 1))
+    monkeypatch.setattr(solver, "_hessian", lambda: torch.full((1, 2, 2), -1e-30).double())
+    assert solver.squared_error(torch.zeros(1, 2), torch.ones(1, 2)) == 0

@@ -42,5 +42,17 @@ def test_a_classification_model_runs():
 def test_a_matching_pair_is_left_alone():
     """Where the extension loads nothing is declared; where it does not, both operators are."""
     from networks import vision
-    assert (vision.imported()[1] is None) == vision.extension_loads()
+    vision.imported()
+    assert (vision.make_importable() is None) == vision.extension_loads()
     assert hasattr(torch.ops.torchvision, "nms") and hasattr(torch.ops.torchvision, "qnms")
+
+
+def test_a_file_of_the_users_own_may_import_torchvision_itself(tmp_path):
+    """Nothing of ours has used it before: how a command comes to a model of its user's."""
+    (tmp_path / "net.py").write_text(
+        "import torchvision\n"
+        "def small():\n"
+        "    return torchvision.models.squeezenet1_1(num_classes=10)\n")
+    done = run_python("from modelutils import get_model\n"
+                      f"print(type(get_model({str(tmp_path / 'net.py:small')!r}, 'digits')))")
+    assert done.returncode == 0 and "SqueezeNet" in done.stdout, done.stderr

@@ -12,7 +12,8 @@ momentum a = 0.1,
 
     m ← (1 − a) m + a m_t        v ← (1 − a) v + a v_t        t = 1 … T
 
-so that the start has weight 0.9^T at the end: 3·10⁻⁵ for T = 100.
+so that the start has weight 0.9^T at the end: 3·10⁻⁵ for T = 100. For the many candidates of the
+search (`spdy.py`), `batchnorm_averages` takes plain averages of one pass instead.
 
 Statistics correction. For channel c of a norm's output y on one batch of images, with mean μ and
 standard deviation σ there, and μ°, σ° in the dense model,
@@ -41,17 +42,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from command.cli import UserError, log
-from modelutils import evaluating
+from engine.distributed import ALONE, World
+from modelutils import evaluating, placed
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of 1, 2 and 3 dimensions
 MOMENTUM = 0.1
 CONSTANT = 1e-6  # σ/√(μ² + σ²) below which a channel is constant: float32 has 7 digits
-
-
-def placed(images: Tensor, device: torch.device) -> Tensor:
-    """Images on a device, in the memory layout that is fast there."""
-    on_cpu = torch.device(device).type == "cpu" and images.ndim == 4
-    return images.to(device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
 
 
 # -- batch-norm tuning -----------------------------------------------------------------------------
@@ -70,8 +66,7 @@ def batchnorm_tune(
     Raises:
         UserError: if the model has no batch norm with running statistics, or there is no batch.
     """
-    norms = [module for module in model.modules()
-             if isinstance(module, BatchNorm) and module.running_mean is not None]  # fmt: skip
+    norms = _running_norms(model)
     if not norms:
         raise UserError("batch-norm tuning (--bnt): this model has no batch norm; try --statcorr")
     model.to(device)
@@ -100,6 +95,54 @@ def _repeated(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
                 yield images
         if not found:
             raise UserError("batch-norm tuning (--bnt) needs batches of two images or more")
+
+
+def batchnorm_averages(
+    model: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],  # of several processes, each its own
+    device: torch.device,
+    world: World = ALONE,
+) -> None:
+    """Replace the statistics of all batch norms by their averages over `batches`, in place.
+
+    In training mode what a norm puts out does not depend on the averages so far. So each of several
+    processes looks at its own batches, and the averages are of all, in their order. A batch of a
+    single image is left out: it has no variance where a map is one pixel.
+    """
+    norms = _running_norms(model)
+    if not norms:
+        return
+    momenta, found = [norm.momentum for norm in norms], []
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = 1.0, True  # the statistics of the last batch alone
+        for images, _ in batches:
+            several = len(images) > 1
+            if several:
+                model(images.to(device))
+            found.append(_statistics(norms).cpu() if several else None)
+    found = [statistics for statistics in world.interleave(found) if statistics is not None]
+    if not found:
+        raise UserError("batch norms need batches of two images or more: "
+                        "pass a larger --batchsize or --nsamples, or --nobatchnorm")
+    average = sum(found) / len(found)
+    parts = iter(average.split([len(norm.running_mean) for norm in norms for _ in range(2)]))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.running_mean.copy_(next(parts))
+        norm.running_var.copy_(next(parts))
+
+
+def _statistics(norms: list[nn.Module]) -> Tensor:
+    """Means and variances of all norms, one after the other, float64."""
+    return torch.cat([x.double() for norm in norms for x in (norm.running_mean, norm.running_var)])
+
+
+def _running_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch norms that keep statistics."""
+    return [module for module in model.modules()
+            if isinstance(module, BatchNorm) and module.running_mean is not None]  # fmt: skip
 
 
 # -- statistics correction -------------------------------------------------------------------------

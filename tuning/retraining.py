@@ -39,9 +39,8 @@ from tqdm import tqdm
 
 from command.cli import UserError, log
 from command.resuming import Unkept
-from modelutils import find_layers
+from modelutils import eval_mode, find_layers, placed
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
-from tuning.corrections import placed
 
 SECONDS_BETWEEN_EPOCHS = 5.0  # at least, that are kept
 LATENT, AVERAGES = "latent", ("step", "exp_avg", "exp_avg_sq")  # the latter as Adam names them
@@ -106,18 +105,6 @@ def _trainables(model: nn.Module, chosen: Callable[[Tensor], bool]) -> dict[str,
             else:
                 trainables[name] = _Trainable(latent)
     return trainables
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with gradients; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
@@ -215,7 +202,7 @@ def _train(
     course = _Course(state or Unkept(), task, trainables, adam)
     losses = course.resume(batches)
     progress.update(len(losses) * len(batches))
-    with progress, _eval_mode(model), _frozen(model), _rounding_with_gradient(model):
+    with progress, eval_mode(model), _frozen(model), _rounding_with_gradient(model):
         for _ in range(len(losses), epochs):
             total, count = torch.zeros((), dtype=torch.float64, device=device), 0
             for images, labels in batches:
@@ -338,7 +325,7 @@ def _distance_to(dense: nn.Module) -> Loss:
 
 
 def _logits(dense: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad(), _eval_mode(dense):
+    with torch.no_grad(), eval_mode(dense):
         return dense(images)
 
 

@@ -1,0 +1,34 @@
+"""The accuracy of the dense model, which all others are compared with.
+
+    python recipes/dense.py MODEL DATASET
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from command import cli  # noqa: E402
+from command.session import Session  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(prog="dense.py", description=__doc__.splitlines()[0])
+    cli.add_common_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    session = Session.of(args)
+    cli.print_result(f"top-1 {session.accuracy(session.model):.2f}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.command(build_parser, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
