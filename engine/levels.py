@@ -36,7 +36,7 @@ from torch import Tensor
 
 from engine.compiled import compiled
 from engine.hessian import Inverse
-from engine.refinement import refined
+from engine.refinement import refined, times
 from engine.threads import in_pieces
 
 BLOCK = 96  # columns of a factor that are made at a time
@@ -145,10 +145,9 @@ class Kept:
         level = torch.arange(len(self.few), device=w.device)
         now = self.solve(w[None], self.gradient(w)[None], level).masked_fill_(w == 0, 0)
         if undamped is not None:
-            free = (~self.is_gone & (w != 0) & undamped.damped[:, None])[:, :, None]
-            now = refined(now[:, :, None], w[:, None], undamped.H, undamped.system, free,
-                          self.precondition)[:, :, 0].to(w.dtype)  # fmt: skip
-        return now
+            free = ~self.is_gone & (w != 0) & undamped.damped[:, None]
+            now = refined(now, w, undamped.H, undamped.system, free, self.precondition)
+        return now.to(w.dtype)
 
     def gradient(self, w: Tensor) -> Tensor:  # (R, d) -> (R, d)
         """H w, damped like the inverse; where a level that keeps few columns asks for it."""
@@ -169,13 +168,12 @@ class Kept:
 
     def precondition(
         self,
-        v: Tensor,  # (some, R, 1, d)
+        v: Tensor,  # (some, R, d)
         level: Tensor,  # (some,) which levels these are
-    ) -> Tensor:  # (some, R, 1, d)
+    ) -> Tensor:  # (some, R, d)
         """`solve` for `refinement.py`."""
-        x = v[:, :, 0].to(self.inverse.matrix.dtype)
-        x = self.solve(times(x, self.inverse.matrix, self.system), x, level)
-        return x[:, :, None].to(v.dtype)
+        x = v.to(self.inverse.matrix.dtype)
+        return self.solve(times(x, self.inverse.matrix, self.system), x, level).to(v.dtype)
 
     def solve(
         self,
@@ -269,17 +267,6 @@ def gathered(
 
 def _compiled(matrix: Tensor) -> ModuleType | None:
     return compiled("levels_cpu") if matrix.device.type == "cpu" else None
-
-
-def times(
-    x: Tensor,  # (some, R, d)
-    matrices: Tensor,  # (G, d, d)
-    system: Tensor,  # (R,)
-) -> Tensor:  # (some, R, d)
-    """x A, of every system's own A."""
-    if len(matrices) == 1 or len(system) == 1:
-        return x @ matrices[int(system[0])]
-    return torch.bmm(x.transpose(0, 1), matrices[system]).transpose(0, 1)
 
 
 def factorise(S: Tensor) -> bool:  # (k, k)

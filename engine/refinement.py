@@ -16,8 +16,8 @@ given. `never_worse` compares the two and keeps, row by row, the better one.
 
     symbol  variable   shape            meaning
     H       H          (G, d, d)        undamped, float64
-    ŵ       now        (levels, R, q, d)
-    −∂E     residual   (levels, R, q, d)
+    ŵ       now        (levels, R, d)
+    −∂E     residual   (levels, R, d)
 """
 
 from __future__ import annotations
@@ -25,27 +25,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 12  # of conjugate gradients
-TOGETHER = 64  # rows in a product
 CONVERGED = 1e-4  # × E: what a further step can be expected to gain is no longer worth it
 NOTHING = 1e-10  # × w H wᵀ: an E this small needs no step
 RESOLVED = 4 * torch.finfo(torch.float32).eps  # × Σ p_i² H_ii: less curvature than this is noise
 
 
 def refined(
-    start: Tensor,  # (levels, R, q, d) weights
-    W: Tensor,  # (R, q, d) weights to be as good as
+    start: Tensor,  # (levels, R, d) weights
+    W: Tensor,  # (R, d) weights to be as good as
     H: Tensor,  # (G, d, d) float64
     system: Tensor,  # (R,) which H is each row's
-    free: Tensor,  # (levels, R, q, d) bool, weights that may change
+    free: Tensor,  # (levels, R, d) bool, weights that may change
     precondition: Callable[[Tensor, Tensor], Tensor],  # v, its levels -> ≈ v H⁻¹ on `free`
-) -> Tensor:  # (levels, R, q, d) float64
+) -> Tensor:  # (levels, R, d) float64
     """Weights of lower E, none of them higher; see the module docstring."""
     result, W = start.to(torch.float64, copy=True), W.double()
-    diagonal = H.diagonal(dim1=1, dim2=2)[system][:, None]  # (R, 1, d)
+    diagonal = H.diagonal(dim1=1, dim2=2)[system]  # (R, d)
     nothing = NOTHING * dot(W, times(W[None], H, system)[0])
     level = torch.arange(len(start), device=start.device)  # those not yet done
     residual = times(W - result, H, system)
@@ -80,23 +78,14 @@ def dot(a: Tensor, b: Tensor) -> Tensor:  # (…, d), (…, d) -> (…, 1)
 
 
 def times(
-    x: Tensor,  # (levels, R, q, d)
-    H: Tensor,  # (G, d, d)
+    x: Tensor,  # (levels, R, d)
+    matrices: Tensor,  # (G, d, d)
     system: Tensor,  # (R,)
-) -> Tensor:  # (levels, R, q, d)
-    """x H of every row's own H.
-
-    In products of one size, so that a row's bits do not depend on which rows are with it.
-    """
-    product = torch.empty_like(x)
-    for g in range(len(H)):
-        rows = torch.nonzero(system == g)[:, 0]
-        flat = x[:, rows].flatten(0, -2)
-        padded = F.pad(flat, (0, 0, 0, -len(flat) % TOGETHER))
-        parts = [part @ H[g] for part in padded.split(TOGETHER)]
-        if parts:
-            product[:, rows] = torch.cat(parts)[: len(flat)].view_as(x[:, rows])
-    return product
+) -> Tensor:  # (levels, R, d)
+    """x H, of every system's own H."""
+    if len(matrices) == 1 or len(system) == 1:
+        return x @ matrices[int(system[0])]
+    return torch.bmm(x.transpose(0, 1), matrices[system]).transpose(0, 1)
 
 
 def row_errors(
