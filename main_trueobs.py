@@ -13,6 +13,8 @@ others; the result is saved; and, for the modes that yield one model, its accura
 
 from __future__ import annotations
 
+import command.starting  # noqa: F401  # isort: skip
+
 import argparse
 import copy
 import sys

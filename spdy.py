@@ -16,6 +16,8 @@ would cost many times as much as the evaluation.
 
 from __future__ import annotations
 
+import command.starting  # noqa: F401  # isort: skip
+
 import argparse
 import copy
 import math

@@ -39,7 +39,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from command.process import Terminated, reuse_freed_memory, terminable
+from command.process import Terminated, interruptible, reuse_freed_memory
 
 log = logging.getLogger("trueobs")
 GRACE_S = 3.0  # for how long a process that is not the first keeps an error to itself
@@ -226,7 +226,7 @@ def command(
     else:
         setup_logging()
     reuse_freed_memory()
-    with terminable():
+    with interruptible():
         return guarded(run, args)
 
 

@@ -9,6 +9,8 @@ PNGs go beside RESULTS: accuracy against cost, error per layer and level, level 
 
 from __future__ import annotations
 
+import command.starting  # noqa: F401  # isort: skip
+
 import argparse
 import math
 import sys
