@@ -29,7 +29,8 @@ from engine.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructu
 from engine.hessian import Gram, Inverse, alive_inputs, badly_scaled, damped_inverse, without
 from engine.levels import Undamped, completed, first_counts, weights_at
 from engine.memory import Needs, batches_of, default_memory, layer_needs
-from engine.refinement import never_worse
+from engine.refinement import never_worse, row_errors
+from engine.threads import one_thread
 from quant import Grid
 
 log = logging.getLogger("trueobs")
@@ -98,9 +99,14 @@ class TrueOBS:
 
     # -- the Hessian -------------------------------------------------------------------------------
 
-    def add_batch(self, inp: Tensor, out: Tensor | None = None) -> None:
+    def add_batch(
+        self,
+        inp: Tensor,
+        out: Tensor | None = None,
+        wait: Callable[[], None] = lambda: None,  # until all batches before it are added
+    ) -> None:
         """Add a batch of the layer's inputs. `out` is not needed; OBC's hooks pass it."""
-        self.gram.add(inp.detach())
+        self.gram.add(inp.detach(), wait)
         self.nsamples += len(inp)
 
     def end_shard(self) -> None:
@@ -161,8 +167,8 @@ class TrueOBS:
 
     def squared_error(self, weight: Tensor, reference: Tensor) -> float:
         """Σ_rows (w − ŵ) H (w − ŵ)ᵀ / 2: mean over images of the squared change of the outputs."""
-        delta = (reference - weight).double().reshape(self.groups, -1, self.columns)
-        return float((delta @ self._hessian() * delta).sum() / 2)
+        weight, reference = weight.flatten(1), reference.flatten(1)
+        return float(row_errors(weight, reference, self._hessian()).sum())
 
     # -- one elimination for all rows --------------------------------------------------------------
 
@@ -386,7 +392,8 @@ class TrueOBS:
         problem = self._problem()
         W = problem.W.view(self.groups, -1, self.columns)  # rows of a group share one system
         system = torch.arange(self.groups, device=W.device)
-        trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
+        with one_thread():
+            trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
         self.trace, self.Losses = trace, trace.losses
         self._prepared = Prepared(problem, trace, size, problem.pruned.any(1), shared=True)
 
