@@ -30,7 +30,7 @@ from engine.hessian import Gram, Inverse, alive_inputs, badly_scaled, damped_inv
 from engine.levels import Undamped, completed, first_counts, weights_at
 from engine.memory import Needs, batches_of, default_memory, layer_needs
 from engine.refinement import never_worse, row_errors
-from engine.threads import one_thread
+from engine.threads import Wait, at_once, one_thread
 from quant import Grid
 
 log = logging.getLogger("trueobs")
@@ -99,12 +99,7 @@ class TrueOBS:
 
     # -- the Hessian -------------------------------------------------------------------------------
 
-    def add_batch(
-        self,
-        inp: Tensor,
-        out: Tensor | None = None,
-        wait: Callable[[], None] = lambda: None,  # until all batches before it are added
-    ) -> None:
+    def add_batch(self, inp: Tensor, out: Tensor | None = None, wait: Wait = at_once) -> None:
         """Add a batch of the layer's inputs. `out` is not needed; OBC's hooks pass it."""
         self.gram.add(inp.detach(), wait)
         self.nsamples += len(inp)
@@ -167,8 +162,7 @@ class TrueOBS:
 
     def squared_error(self, weight: Tensor, reference: Tensor) -> float:
         """Σ_rows (w − ŵ) H (w − ŵ)ᵀ / 2: mean over images of the squared change of the outputs."""
-        weight, reference = weight.flatten(1), reference.flatten(1)
-        return float(row_errors(weight, reference, self._hessian()).sum())
+        return float(row_errors(weight.flatten(1), reference.flatten(1), self._hessian()).sum())
 
     # -- one elimination for all rows --------------------------------------------------------------
 
@@ -185,7 +179,7 @@ class TrueOBS:
             losses=W.new_empty(self.rows, steps),
             weights=W.new_empty(self.rows, 1, self.columns),
         )
-        for rows, inverse, system in self._systems(problem, apart):
+        for rows, inverse, _, system in self._systems(problem, apart):
             part = eliminate(W[rows, None], inverse, system, rule_of(rows), steps)
             trace.order[rows] = part.order.to(torch.int32)
             trace.losses[rows] = part.losses
@@ -198,8 +192,8 @@ class TrueOBS:
 
     def _systems(
         self, problem: Problem, apart: Tensor | None, levels: int = 0
-    ) -> Iterator[tuple[Tensor, Inverse, Tensor]]:
-        """Batches of this process's rows, the inverses they start from, and which is each row's.
+    ) -> Iterator[tuple[Tensor, Inverse, Tensor, Tensor]]:
+        """Batches of this process's rows, inverses and H they start from, and which is each row's.
 
         Rows `apart` get an inverse of their own, without the columns of their zeros. `levels`: how
         many weights of each row the caller makes.
@@ -211,13 +205,12 @@ class TrueOBS:
             apart = torch.zeros_like(own)
         together, alone = (torch.nonzero(own & kind)[:, 0] for kind in (~apart, apart))
         for rows in batches_of(together, self._needs(problem, levels).rows(self.memory)):
-            yield rows, problem.inverse, group[rows]
+            yield rows, problem.inverse, problem.H, group[rows]
         for rows in batches_of(alone, self._needs(problem, levels, True).rows(self.memory)):
             H = without(problem.H[group[rows]], problem.pruned[rows])
             inverses = damped_inverse(H, self.rel_damp, self._solve_dtype())
             self.damping = max(self.damping, float(inverses.damping.max()))
-            del H  # not needed while the caller works
-            yield rows, inverses, torch.arange(len(rows), device=group.device)
+            yield rows, inverses, H, torch.arange(len(rows), device=group.device)
 
     def _group(self, rows: Tensor) -> Tensor:
         """Which group each of these rows is in."""
@@ -355,13 +348,13 @@ class TrueOBS:
         wanted: Tensor | None = None,  # (rows,) bool; all if None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Some rows of this process (R,), and their weights (levels, R, d)."""
-        for rows, inverse, system in self._systems(problem, apart, len(counts)):
+        for rows, inverse, H, system in self._systems(problem, apart, len(counts)):
             if wanted is not None:
                 system, rows = system[wanted[rows]], rows[wanted[rows]]
             if len(rows):
                 W, steps = problem.W[rows, None], order[rows].long()
                 undamped = self._undamped(problem, self._group(rows), inverse, system)
-                at = weights_at(W, inverse, system, steps, counts[:, rows], undamped)
+                at = weights_at(W, inverse, H, system, steps, counts[:, rows], undamped)
                 yield rows, at[:, :, 0]
 
     def _shared_parts(
@@ -380,10 +373,11 @@ class TrueOBS:
                 W = problem.W[rows].view(len(groups), len(part), -1)
                 undamped = self._undamped(problem, groups, problem.inverse, groups)
                 steps, gone = order[groups], counts[:, groups]
-                at = weights_at(W, problem.inverse, groups, steps, gone, undamped)
+                at = weights_at(W, problem.inverse, problem.H, groups, steps, gone, undamped)
                 kept = wanted[rows]
                 yield rows[kept], self._as_layer(at.flatten(1, 2)[:, kept])
 
+    @one_thread()
     def prepare_struct(self, size: int = 1) -> None:
         """Find the order in which blocks of `size` columns go, in all rows of a group at once."""
         if self.world.size > 1:
@@ -392,8 +386,7 @@ class TrueOBS:
         problem = self._problem()
         W = problem.W.view(self.groups, -1, self.columns)  # rows of a group share one system
         system = torch.arange(self.groups, device=W.device)
-        with one_thread():
-            trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
+        trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
         self.trace, self.Losses = trace, trace.losses
         self._prepared = Prepared(problem, trace, size, problem.pruned.any(1), shared=True)
 

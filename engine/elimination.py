@@ -33,18 +33,13 @@ compiled. Deviations from the paper's text: none in the result; the order of ope
 
 from __future__ import annotations
 
-import importlib
-import logging
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from engine.compiled import compiled
 from engine.hessian import Inverse
-
-log = logging.getLogger("trueobs")
 
 INFINITY = float("inf")
 
@@ -142,6 +137,7 @@ class Quantise(PivotRule):
         return torch.where(outlier, -distance, scores)
 
 
+ENGINE = "elimination_cpu"
 COMPILED_RULES = (Unstructured, Blocks, NM, Quantise)  # all that `elimination_cpu` knows
 
 
@@ -166,37 +162,27 @@ def eliminate(
     panel = min(panel or panel_width(W.shape[2], rule.unit), steps)
     panel = max(1, panel // rule.unit) * rule.unit
     fits = type(rule) in COMPILED_RULES and W.shape[1] == 1 and W.device.type == "cpu"
-    if fits and (compiled := compiled_engine()) is not None:
+    if fits and (fast := compiled(ENGINE)) is not None:
         grid = W.new_empty(len(W), 0) if rule.grid is None else rule.grid
-        order, losses, weights = compiled.eliminate_rows(
+        order, losses, weights = fast.eliminate_rows(
             W[:, 0], inverse.matrix, inverse.floor, system, rule.unit, rule.nm, grid, steps, panel
         )
         return Trace(order, losses, weights[:, None])
     return eliminate_in_torch(W, inverse, system, rule, steps, panel)
 
 
-@cache
-def compiled_engine() -> ModuleType | None:
-    """`elimination_cpu`, or None where numba is not installed."""
-    try:
-        return importlib.import_module("engine.elimination_cpu")
-    except (ImportError, RuntimeError) as error:  # not installed; no folder to cache in
-        log.warning("the compiled CPU engine is not available (%s): pip install numba", error)
-        return None
-
-
 def bytes_per_system(d: int, item: int, device: torch.device) -> int:
     """Memory that `eliminate` needs for each further system of one row, in bytes."""
     vectors = 40 * d * item
-    if device.type == "cpu" and compiled_engine() is not None:
+    if device.type == "cpu" and compiled(ENGINE) is not None:
         return vectors  # its matrices come and go, a few at a time
     return vectors + d * d * item + 4 * d * panel_width(d, 1) * item
 
 
 def bytes_per_task(d: int, item: int, device: torch.device) -> tuple[int, int]:
     """Memory for a row that the compiled engine works on, and how many it works on at a time."""
-    compiled = compiled_engine() if device.type == "cpu" else None
-    return (0, 0) if compiled is None else compiled.bytes_per_task(d, item)
+    fast = compiled(ENGINE) if device.type == "cpu" else None
+    return (0, 0) if fast is None else fast.bytes_per_task(d, item)
 
 
 def eliminate_in_torch(

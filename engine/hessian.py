@@ -28,14 +28,14 @@ accumulated in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.threads import in_pieces, rows_of_a_piece
+from engine.threads import Wait, at_once, in_pieces, rows_of_a_piece
 
 CHUNK_BYTES = 64 << 20  # an unfolded piece of a batch is no larger than this
 WAITING_BYTES = 16 << 20  # of products that wait for their turn
@@ -78,7 +78,7 @@ class Gram:
     def add(
         self,
         inputs: Tensor,  # (n, C, height, width) for a convolution, (…, d) for a linear layer
-        wait: Callable[[], None] = lambda: None,  # until it is this batch's turn to be added
+        wait: Wait = at_once,  # until it is this batch's turn to be added
     ) -> None:
         """Add one batch. Its products are made before it waits, unless they are many."""
         if inputs.dtype in (torch.float16, torch.bfloat16):

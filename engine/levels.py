@@ -2,37 +2,44 @@
 
 OBC (arXiv 2208.11580), section 4, "global" selection: pruning a row to the end yields an order and
 a loss for every step, and nothing else is kept. At sparsity s the layer loses the
-K = ceil(rows·d·s) weights of least loss, so row r loses its first k_r. The row's weights then
-follow from a plain Cholesky factorisation A = LLᵀ of H⁻¹ in the known order:
+K = ceil(rows·d·s) weights of least loss, so row r loses its first k_r. With P the columns that are
+gone, M those that are kept and A = H⁻¹, the weights of least squared error that are left,
 
-    w after k steps  =  w − L[:, :k] z[:k]        L z = w
+    ŵ_M  =  (H_MM)⁻¹ (H w)_M  =  w_M − A_MP (A_PP)⁻¹ w_P
 
-which gives all levels of a row at the cost of one factorisation and one triangular solve. Where H
-was damped, `refinement.py` improves on them. On a CPU a row's weights are the same bits whichever
-rows are done with it.
+take a factor of H_MM or one of A_PP, whichever is the smaller. Levels only ever lose more columns,
+so all A_PP are leading blocks of one matrix, A in the order of removal, and all H_MM those of H in
+the opposite order. One Cholesky factor of each, half of d wide, serves all levels: 2 (d/2)³/3 flops
+instead of the d³/3 of a factor of all of A. With S = L Lᵀ either of them, S_k its leading block,
 
-    symbol  variable  shape         meaning
-    L       L         (R, d, d)     Cholesky factor of H⁻¹, columns in order of removal
-    z       z         (R, d, q)     L z = w, the weights in order of removal
-    k       counts    (levels, R)   columns that are gone at each level
+    S_k⁻¹ b_k  =  L⁻ᵀ (L⁻¹ b, cut off after k)
+
+so that all levels of a row share a forward substitution, too. Where H was damped, `refinement.py`
+improves on the result. On a CPU systems are done one by one: a row's weights are the same bits
+whichever rows are done with it, and whatever the number of threads.
+
+    symbol  variable   shape           meaning
+    L       gone.L     (R, k, k)       Cholesky factor of A_PP, columns in order of removal
+    L       kept.L     (R, k, k)       … of H_MM, columns in the opposite order
+    k_r     counts     (levels, R)     columns that are gone at each level
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from engine.compiled import compiled
 from engine.hessian import Inverse
 from engine.refinement import refined
-from engine.threads import in_pieces, rows_of_a_piece
+from engine.threads import in_pieces
 
-TOGETHER = 64  # levels in one product, which reads L once
-BLOCK = 256  # rows of a factor that are made at a time
+BLOCK = 96  # columns of a factor that are made at a time
 
 
 @dataclass(frozen=True)
@@ -74,176 +81,229 @@ def first_counts(
     return torch.stack(counts)
 
 
-def weights_at(
-    W: Tensor,  # (R, q, d)
-    inverse: Inverse,
-    system: Tensor,  # (R,)
-    order: Tensor,  # (R, d) int64, columns in order of removal
-    counts: Tensor,  # (levels, R) how many of them are gone
-    undamped: Undamped | None = None,  # H, to refine the weights by
-) -> Tensor:  # (levels, R, q, d)
-    """Weights of every row at every level, in closed form; see the module docstring."""
-    levels = W.new_empty(len(counts), *W.shape)
-
-    def work(rows: slice) -> None:
-        own = undamped and Undamped(undamped.H, undamped.system[rows], undamped.damped[rows])
-        levels[:, rows] = weights_of(
-            W[rows], inverse, system[rows], order[rows], counts[:, rows], own
-        )
-
-    if W.device.type == "cpu":
-        in_pieces(work, len(W), rows_of_a_piece(len(W), W.shape[2] ** 2 * W.element_size()))
-    else:
-        work(slice(None))
-    return levels
-
-
-def weights_of(
-    W: Tensor,
-    inverse: Inverse,
-    system: Tensor,
-    order: Tensor,
-    counts: Tensor,
-    undamped: Undamped | None,
-) -> Tensor:
-    """`weights_at`, of all systems at once, but row by row of each: a row's bits are its own."""
-    L, precise = cholesky_in_order(inverse, system, order)
-    if bool(precise.any()) and not bool(precise.all()):
-        levels = W.new_empty(len(counts), *W.shape)
-        for rows in (precise, ~precise):
-            own = undamped and Undamped(undamped.H, undamped.system[rows], undamped.damped[rows])
-            levels[:, rows] = weights_of(
-                W[rows], inverse, system[rows], order[rows], counts[:, rows], own
-            )
-        return levels
-    rows = [levels_of(row, L, order, counts, undamped) for row in W.split(1, dim=1)]
-    return torch.cat(rows, dim=2)
-
-
-def levels_of(
-    W: Tensor,  # (R, 1, d)
-    L: Tensor,  # (R, d, d)
-    order: Tensor,
-    counts: Tensor,
-    undamped: Undamped | None,
-) -> Tensor:  # (levels, R, 1, d)
-    """The weights of one row of each system."""
-    columns = order[:, None]
-    w = W.gather(2, columns).to(L.dtype)  # (R, 1, d) in order of removal
-    z = torch.linalg.solve_triangular(L, w.transpose(1, 2), upper=False)  # (R, d, 1)
-    place = torch.arange(W.shape[2], device=W.device)
-    levels = W.new_zeros(len(counts), *W.shape)
-    for first in range(0, len(counts), TOGETHER):
-        gone = place < counts[first : first + TOGETHER, :, None]  # (levels, R, d)
-        now = w - moved(L, z, gone)
-        now.masked_fill_(gone[:, :, None], 0)
-        part, index = levels[first : first + TOGETHER], columns.expand(len(gone), *columns.shape)
-        part.scatter_(3, index, now.to(W.dtype))
-        if undamped is not None:
-            left = torch.zeros_like(part, dtype=torch.bool)
-            left.scatter_(3, index, ~gone[:, :, None].expand_as(now))
-            free = left & (W != 0) & undamped.damped[:, None, None]
-            solve = inverse_of_kept(L, index, gone)
-            part.copy_(refined(part, W, undamped.H, undamped.system, free, solve))
-    return levels
-
-
-def inverse_of_kept(
-    L: Tensor,  # (R, d, d)
-    index: Tensor,  # (levels, R, q, d) columns in order of removal
-    gone: Tensor,  # (levels, R, d) bool, in that order
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """v ↦ v (H_MM)⁻¹ = v L_MM L_MMᵀ for v (some, R, q, d) of some levels, M the columns kept."""
-    _, R, q, d = index.shape
-
-    def solve(v: Tensor, level: Tensor) -> Tensor:
-        some, columns = len(level), index[level]
-        hidden = gone[level].transpose(0, 1).repeat_interleave(q, 1)  # (R, some·q, d)
-        x = v.gather(3, columns).to(L.dtype).transpose(0, 1).reshape(R, some * q, d)
-        x = product(L.transpose(1, 2), x.masked_fill_(hidden, 0).transpose(1, 2)).transpose(1, 2)
-        x = product(L, x.masked_fill(hidden, 0).transpose(1, 2)).transpose(1, 2)
-        x = x.view(R, some, q, d).transpose(0, 1).to(v.dtype)
-        return torch.zeros_like(v).scatter_(3, columns, x)
-
-    return solve
-
-
-def moved(
-    L: Tensor,  # (R, d, d)
-    z: Tensor,  # (R, d, q)
-    gone: Tensor,  # (levels, R, d) bool
-) -> Tensor:  # (levels, R, q, d)
-    """L[:, gone] z[gone] of every level, in one product."""
-    levels, (R, d, q) = len(gone), z.shape
-    masked = z[:, :, None] * gone.permute(1, 2, 0)[:, :, :, None]  # (R, d, levels, q)
-    return product(L, masked.reshape(R, d, levels * q)).view(R, d, levels, q).permute(2, 0, 3, 1)
-
-
-def product(
-    L: Tensor,  # (R, d, d)
-    x: Tensor,  # (R, d, k)
-) -> Tensor:  # (R, d, k)
-    """L x, to the same bits for any number of rows: PyTorch has two ways for single vectors."""
-    if x.shape[2] > 1:
-        return L @ x
-    return (L @ F.pad(x, (0, 1)))[:, :, :1]
-
-
-def cholesky_in_order(
-    inverse: Inverse,
-    system: Tensor,  # (R,)
-    order: Tensor,  # (R, d)
-) -> tuple[Tensor, Tensor]:  # (R, d, d), (R,) bool
-    """Cholesky factor of each system's H⁻¹ with its columns in a given order.
-
-    In float64 if the inverse's own precision does not carry somewhere; and where it does not.
-    """
-    matrices = [inverse.matrix[g] for g in system.tolist()]
-    blocked = order.device.type == "cpu" and order.shape[1] > 2 * BLOCK
-    factors = blockwise if blocked else at_once
-    L, precise = factors(matrices, order, inverse.matrix.dtype)
-    if not bool(precise.any()):
-        return L, precise
-    L, failed = factors(matrices, order, torch.float64)
-    if bool(failed.any()):
-        raise ArithmeticError("the inverse Hessian is not positive definite; try --rel-damp 1e-2")
-    return L, precise
-
-
-def at_once(matrices: list[Tensor], order: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Factors (R, d, d), and (R,) bool, where there is none."""
-    pairs = zip(matrices, order, strict=True)
-    A = torch.stack([M.index_select(0, o).index_select(1, o) for M, o in pairs])
-    L, info = torch.linalg.cholesky_ex(A.to(dtype))
-    return L, info != 0
-
-
-def blockwise(matrices: list[Tensor], order: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`at_once`, twice as fast: half of the matrix is never read, and almost all is products.
-
-    Of the factor U = Lᵀ, BLOCK rows at a time follow from those above (a left-looking Cholesky):
-
-        UᵀU = A:   U_IIᵀ [U_II  U_I>]  =  [A_II  A_I>] − U_<Iᵀ [U_<I  U_<>]
-    """
-    R, d = order.shape
-    U, failed = torch.zeros(R, d, d, dtype=dtype), torch.zeros(R, dtype=torch.bool)
-    for r, (M, o, u) in enumerate(zip(matrices, order, U, strict=True)):
-        for first in range(0, d, BLOCK):
-            last = min(first + BLOCK, d)
-            rows = M.index_select(0, o[first:last]).index_select(1, o[first:]).to(dtype)
-            rows.addmm_(u[:first, first:last].T, u[:first, first:], alpha=-1)
-            corner, info = torch.linalg.cholesky_ex(rows[:, : last - first], upper=True)
-            if info:
-                failed[r] = True
-                break
-            u[first:last, first:last] = corner
-            right = rows[:, last - first :]
-            u[first:last, last:] = torch.linalg.solve_triangular(corner.T, right, upper=False)
-    return U.transpose(1, 2), failed
-
-
 def completed(order: Tensor, columns: int) -> Tensor:  # (rows, steps) -> (rows, columns)
     """An order of removal, and after it the columns that stay."""
     stays = torch.ones(len(order), columns, dtype=torch.bool, device=order.device)
     stays.scatter_(1, order.long(), False)
     return torch.cat([order.long(), torch.nonzero(stays)[:, 1].view(len(order), -1)], 1)
+
+
+def weights_at(
+    W: Tensor,  # (R, q, d)
+    inverse: Inverse,
+    H: Tensor,  # (G, d, d) float64, what `inverse` is the inverse of, but for damping
+    system: Tensor,  # (R,) which of the G is each system's
+    order: Tensor,  # (R, d) int64, columns in order of removal
+    counts: Tensor,  # (levels, R) how many of them are gone
+    undamped: Undamped | None = None,  # H to refine the weights by
+) -> Tensor:  # (levels, R, q, d)
+    """Weights of every row at every level, in closed form. Those that are zero stay zero."""
+    levels = W.new_empty(len(counts), *W.shape)
+
+    def work(part: slice) -> None:
+        own = undamped and Undamped(undamped.H, undamped.system[part], undamped.damped[part])
+        kept = Kept(inverse, H, system[part], order[part], counts[:, part])
+        for row in range(W.shape[1]):
+            levels[:, part, row] = kept.weights(W[part, row], own)
+
+    if W.device.type == "cpu":
+        in_pieces(work, len(W), 1)
+    else:
+        work(slice(None))
+    return levels
+
+
+class Kept:
+    """(H_MM)⁻¹ of R systems on the columns M that each level keeps, and weights by it."""
+
+    def __init__(
+        self,
+        inverse: Inverse,
+        H: Tensor,  # (G, d, d) float64
+        system: Tensor,  # (R,)
+        order: Tensor,  # (R, d)
+        counts: Tensor,  # (levels, R)
+    ) -> None:
+        d = order.shape[1]
+        self.inverse, self.H, self.system, self.order = inverse, H, system, order
+        few = counts <= d // 2
+        diagonal = 1 / inverse.floor  # of H, damped and decoupled
+        dtype = inverse.matrix.dtype
+        place = torch.empty_like(order)
+        place.scatter_(1, order, torch.arange(d, device=order.device).expand_as(order))
+        self.is_gone = place < counts[:, :, None]  # (levels, R, d)
+        self.gone = Leading(inverse.matrix, None, system, order, counts * few, dtype)
+        self.kept = Leading(H, diagonal, system, order.flip(1), (d - counts) * ~few, dtype)
+        self.few = few[:, :, None]
+
+    def weights(
+        self,
+        w: Tensor,  # (R, d), one row of each system
+        undamped: Undamped | None,
+    ) -> Tensor:  # (levels, R, d)
+        """The row's weights at all levels."""
+        level = torch.arange(len(self.few), device=w.device)
+        now = self.solve(w[None], self.gradient(w)[None], level).masked_fill_(w == 0, 0)
+        if undamped is not None:
+            free = (~self.is_gone & (w != 0) & undamped.damped[:, None])[:, :, None]
+            now = refined(now[:, :, None], w[:, None], undamped.H, undamped.system, free,
+                          self.precondition)[:, :, 0].to(w.dtype)  # fmt: skip
+        return now
+
+    def gradient(self, w: Tensor) -> Tensor:  # (R, d) -> (R, d)
+        """H w, damped like the inverse; where a level that keeps few columns asks for it."""
+        if not self.kept.size:
+            return torch.zeros_like(w)
+        wanted = self.order[:, -self.kept.size :]
+        shift = 1 / self.inverse.floor.double() - self.H.diagonal(dim1=1, dim2=2)  # (G, d)
+        v = shift[self.system] * w
+        for r, (g, columns) in enumerate(zip(self.system.tolist(), wanted, strict=True)):
+            v[r, columns] += product(self.H[g], columns, w[r])
+        return v.to(w.dtype)
+
+    def precondition(
+        self,
+        v: Tensor,  # (some, R, 1, d)
+        level: Tensor,  # (some,) which levels these are
+    ) -> Tensor:  # (some, R, 1, d)
+        """`solve` for `refinement.py`."""
+        x = v[:, :, 0].to(self.inverse.matrix.dtype)
+        x = self.solve(times(x, self.inverse.matrix, self.system), x, level)
+        return x[:, :, None].to(v.dtype)
+
+    def solve(
+        self,
+        u: Tensor,  # (some or 1, R, d): v A
+        v: Tensor,  # (some or 1, R, d)
+        level: Tensor,  # (some,)
+    ) -> Tensor:  # (some, R, d): v_M (H_MM)⁻¹ on the columns M kept at each level, else 0
+        """By way of A_PP where few columns are gone: A v − A_:P (A_PP)⁻¹ (A v)_P."""
+        few, found = self.few[level], v.new_zeros(len(level), *v.shape[1:])
+        if bool((some := few.flatten(1).any(1)).any()):
+            u = u[some] if len(u) > 1 else u
+            found[some] = u - times(self.gone.solve(u, level[some]), self.inverse.matrix,
+                                    self.system)  # fmt: skip
+        if bool((some := ~few.flatten(1).all(1)).any()):
+            x = self.kept.solve(v[some] if len(v) > 1 else v, level[some])
+            found[some] = torch.where(few[some], found[some], x)
+        return found.masked_fill_(self.is_gone[level], 0)
+
+
+class Leading:
+    """Leading blocks of symmetric matrices in an order of their columns, and their inverses."""
+
+    def __init__(
+        self,
+        matrices: Tensor,  # (G, d, d)
+        diagonal: Tensor | None,  # (G, d) that takes the place of theirs
+        system: Tensor,  # (R,)
+        order: Tensor,  # (R, d)
+        counts: Tensor,  # (levels, R) columns in a block
+        dtype: torch.dtype,
+    ) -> None:
+        self.size = int(counts.max()) if counts.numel() else 0
+        self.order, self.counts = order[:, : self.size], counts
+        if not self.size:
+            return
+        self.L, failed = self._factors(matrices, diagonal, system, dtype)
+        if failed:  # float32 does not carry here
+            self.L, failed = self._factors(matrices, diagonal, system, torch.float64)
+        if failed:
+            raise ArithmeticError("the Hessian is not positive definite; try --rel-damp 1e-2")
+
+    def _factors(
+        self, matrices: Tensor, diagonal: Tensor | None, system: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, bool]:  # (R, size, size), whether there is no factor of some
+        """Cholesky factors; on and below their diagonal."""
+        S = torch.stack([
+            gathered(matrices[g], o, dtype)
+            for g, o in zip(system.tolist(), self.order, strict=True)
+        ]) if len(system) > 1 else gathered(matrices[int(system)], self.order[0], dtype)[None]
+        if diagonal is not None:
+            S.diagonal(dim1=1, dim2=2).copy_(diagonal[system].gather(1, self.order))
+        if S.device.type == "cpu" and self.size > 2 * BLOCK:
+            return S, any([not factorise(matrix) for matrix in S])
+        L, info = torch.linalg.cholesky_ex(S)
+        return L, bool(info.any())
+
+    def solve(
+        self,
+        b: Tensor,  # (some or 1, R, d)
+        level: Tensor,  # (some,)
+    ) -> Tensor:  # (some, R, d)
+        """S_k⁻¹ b_k for the leading block of each level, zero elsewhere."""
+        some, (_, R, d) = len(level), b.shape
+        result = b.new_zeros(some, R, d)
+        if not self.size:
+            return result
+        index = self.order.expand(some, R, -1)
+        columns = b.gather(2, index[: len(b)]).to(self.L.dtype).permute(1, 2, 0)  # (R, size, some)
+        z = torch.linalg.solve_triangular(self.L, columns, upper=False)
+        place = torch.arange(self.size, device=b.device)
+        inside = place < self.counts[level][:, :, None]  # (some, R, size)
+        x = torch.linalg.solve_triangular(self.L.mT, z * inside.permute(1, 2, 0), upper=True)
+        return result.scatter_(2, index, x.permute(2, 0, 1).to(b.dtype))
+
+
+# -- matrices in another order ---------------------------------------------------------------------
+
+
+def gathered(
+    matrix: Tensor,  # (d, d) symmetric
+    columns: Tensor,  # (k,)
+    dtype: torch.dtype,
+) -> Tensor:  # (k, k)
+    """Some rows and columns of a matrix; on and below the diagonal."""
+    if (fast := _compiled(matrix)) is None:
+        return matrix.index_select(0, columns).index_select(1, columns).to(dtype)
+    out = torch.zeros(len(columns), len(columns), dtype=dtype)
+    fast.gather_lower(matrix.numpy(), columns.numpy(), out.numpy())
+    return out
+
+
+def product(
+    H: Tensor,  # (d, d) float64
+    columns: Tensor,  # (k,)
+    w: Tensor,  # (d,)
+) -> Tensor:  # (k,) float64
+    """(H w)_k."""
+    if (fast := _compiled(H)) is None:
+        return H.index_select(0, columns) @ w.double()
+    out = torch.empty(len(columns), dtype=H.dtype)
+    fast.multiply_rows(H.numpy(), columns.numpy(), w.double().numpy(), out.numpy())
+    return out
+
+
+def _compiled(matrix: Tensor) -> ModuleType | None:
+    return compiled("levels_cpu") if matrix.device.type == "cpu" else None
+
+
+def times(
+    x: Tensor,  # (some, R, d)
+    matrices: Tensor,  # (G, d, d)
+    system: Tensor,  # (R,)
+) -> Tensor:  # (some, R, d)
+    """x A, of every system's own A."""
+    if len(matrices) == 1 or len(system) == 1:
+        return x @ matrices[int(system[0])]
+    return torch.bmm(x.transpose(0, 1), matrices[system]).transpose(0, 1)
+
+
+def factorise(S: Tensor) -> bool:  # (k, k)
+    """L of S = L Lᵀ in place of S, on and below the diagonal; false if there is none.
+
+    A left-looking Cholesky, BLOCK columns at a time: almost all of it is products of panels.
+
+        L_≥J,J L_JJᵀ  =  S_≥J,J − L_≥J,<J L_J,<Jᵀ
+    """
+    for first in range(0, len(S), BLOCK):
+        last = min(first + BLOCK, len(S))
+        panel, width = S[first:, first:last], last - first
+        panel.addmm_(S[first:, :first], S[first:last, :first].T, alpha=-1)
+        corner, info = torch.linalg.cholesky_ex(panel[:width])
+        if info:
+            return False
+        panel[:width] = corner
+        below = panel[width:]
+        below[:] = torch.linalg.solve_triangular(corner.T, below, upper=True, left=False)
+    return True

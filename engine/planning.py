@@ -185,15 +185,17 @@ def row_seconds(d: int, task: Task, device: torch.device) -> tuple[float, float,
         rule = task.rule(rows, d, device)
         trace = eliminate(weights, inverse, system, rule, task.steps(d))
         if task.levels:
-            some_levels(weights, inverse, system, trace, task.levels)
+            some_levels(weights, inverse, H, system, trace, task.levels)
 
     total_s = clock(work, device)
     return total_s / rows, inverting_s, total_s
 
 
-def some_levels(W: Tensor, inverse: Inverse, system: Tensor, trace: Trace, levels: int) -> None:
+def some_levels(
+    W: Tensor, inverse: Inverse, H: Tensor, system: Tensor, trace: Trace, levels: int
+) -> None:
     counts = torch.linspace(0, W.shape[2] - 1, levels, device=W.device).long()
-    weights_at(W, inverse, system, trace.order.long(), counts[:, None].expand(-1, len(W)))
+    weights_at(W, inverse, H, system, trace.order.long(), counts[:, None].expand(-1, len(W)))
 
 
 def image_seconds(dense: nn.Module, images: Tensor) -> tuple[float, float, float]:

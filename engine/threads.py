@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
+Wait = Callable[[], None]  # returns once it is the caller's turn
 CACHE_BYTES = 8 << 20  # matrices of one piece, so that they stay in the last cache
 
 
@@ -69,6 +70,10 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
 
 
 # -- one after the other ---------------------------------------------------------------------------
+
+
+def at_once() -> None:
+    """Wait for nobody."""
 
 
 class Stopped(Exception):

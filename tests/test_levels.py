@@ -1,4 +1,4 @@
-"""Factors in a known order, block by block and at once; the same bits on any number of threads."""
+"""Weights at many levels from factors of halves; the same bits on any number of threads."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine import levels
 from engine.elimination import Unstructured, eliminate
 from engine.hessian import Inverse, damped_inverse
-from engine.levels import BLOCK, at_once, blockwise, cholesky_in_order, first_counts, weights_at
+from engine.levels import BLOCK, Leading, factorise, first_counts, gathered, product, weights_at
 from engine.threads import in_pieces, rows_of_a_piece
+
+SIZES = [1, 2, BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 1]
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to take a matrix apart."""
+    if request.param == "torch":
+        monkeypatch.setattr(levels, "compiled", lambda name: None)
 
 
 def hessian(d: int, seed: int = 0) -> Tensor:  # (1, d, d)
@@ -22,49 +32,114 @@ def orders(rows: int, d: int) -> Tensor:
     return torch.stack([torch.randperm(d, generator=generator) for _ in range(rows)])
 
 
-@pytest.mark.parametrize("d", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 1, 3 * BLOCK])
-def test_block_by_block_is_the_factor(d):
-    order, matrices = orders(2, d), [hessian(d)[0], hessian(d, 1)[0]]
-    L, failed = blockwise(matrices, order, torch.float64)
-    assert not failed.any() and not L.triu(1).any()
-    for M, o, factor in zip(matrices, order, L, strict=True):
-        torch.testing.assert_close(factor @ factor.T, M[o][:, o], rtol=0, atol=1e-12)
-    torch.testing.assert_close(L, at_once(matrices, order, torch.float64)[0], rtol=0, atol=1e-12)
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("d", SIZES)
+def test_weights_are_the_optimum_on_what_is_kept(d):
+    """ŵ_M = H_MM⁻¹ (H w)_M, for every level that keeps something, of two systems and two rows."""
+    H = torch.cat([hessian(d), hessian(d, 1)])
+    inverse = damped_inverse(H, dtype=torch.float64)
+    W = torch.randn(3, 2, d, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    system, order = torch.tensor([1, 0, 1]), orders(3, d)
+    counts = torch.tensor([[0, 0, 0], [0, 1, d // 2], [d // 2, d // 2 + 1, d - 1], [d, d, d]])
+    at = weights_at(W, inverse, H, system, order, counts.clamp(0, d))
+    for level, gone in enumerate(counts.clamp(0, d).tolist()):
+        for r, k in enumerate(gone):
+            M, G = order[r, k:].sort().values, H[system[r]]
+            wanted = torch.zeros(2, d, dtype=torch.float64)
+            wanted[:, M] = torch.linalg.solve(G[M][:, M], (W[r] @ G)[:, M].T).T
+            torch.testing.assert_close(at[level, r], wanted, rtol=0, atol=1e-9)
 
 
-def barely_positive(d: int, order: Tensor) -> Tensor:  # (d, d) float32
+@pytest.mark.parametrize("rel_damp", [0.0, 0.1])
+def test_inputs_that_are_dead_and_weights_that_are_zero_stay(rel_damp):
+    d = 40
+    H = hessian(d)
+    H[:, 5], H[:, :, 5] = 0, 0
+    inverse = damped_inverse(H, rel_damp, torch.float64)
+    W = torch.randn(1, 1, d, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    W[..., [5, 7]] = 0
+    order = torch.tensor([5, 7, *(i for i in range(d) if i not in (5, 7))])
+    counts = torch.tensor([[0], [1], [10], [25], [39]])
+    at = weights_at(W, inverse, H, torch.tensor([0]), order[None], counts)
+    assert torch.equal(at[0, 0], W[0]) and (at[..., [5, 7]] == 0).all()
+    damped = H[0] + rel_damp * H[0].diagonal().mean() * torch.eye(d, dtype=torch.float64)
+    for k, now in zip(counts[2:, 0].tolist(), at[2:, 0, 0], strict=True):
+        M = order[k:]
+        wanted = torch.linalg.solve(damped[M][:, M], (damped @ W[0, 0])[M])
+        torch.testing.assert_close(now[M], wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("d", SIZES)
+def test_a_factor_is_the_factor(d):
+    A = hessian(d)[0]
+    L = A.clone()
+    L[torch.triu(torch.ones(d, d, dtype=torch.bool), 1)] = torch.nan  # never looked at
+    assert factorise(L)
+    torch.testing.assert_close(L.tril(), torch.linalg.cholesky(A), rtol=0, atol=1e-12)
+    assert not factorise(A - 2 * A.diagonal().max() * torch.eye(d))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_parts_of_a_matrix_in_another_order():
+    H, order = hessian(30)[0], orders(1, 30)[0, :11]
+    w = torch.randn(30, generator=torch.Generator().manual_seed(3))
+    for dtype in (torch.float32, torch.float64):
+        part = gathered(H, order, dtype)
+        assert part.dtype == dtype and torch.equal(part.tril(), H[order][:, order].to(dtype).tril())
+    torch.testing.assert_close(product(H, order, w), (H @ w.double())[order], rtol=0, atol=1e-12)
+
+
+def has_factor(A: Tensor) -> bool:
+    return factorise(A) if len(A) > 2 * BLOCK else not torch.linalg.cholesky_ex(A).info
+
+
+def barely_positive(d: int) -> Tensor:  # (d, d) float32
     """A matrix that is positive definite, but that float32 cannot factor."""
-    V, factors = torch.linalg.qr(hessian(d)[0])[0], blockwise if d > 2 * BLOCK else at_once
-    for exponent in torch.linspace(-5, -9, 41).tolist():
+    V = torch.linalg.qr(hessian(d)[0])[0]
+    for exponent in torch.linspace(-5, -9, 81).tolist():
         A = (V * torch.logspace(0, exponent, d, dtype=torch.float64)) @ V.T
         A = ((A + A.mT) / 2).float()
-        single, double = (factors([A], order, t)[1] for t in (torch.float32, torch.float64))
-        if single.all() and not double.any():
+        single, double = has_factor(A.clone()), has_factor(A.double())
+        if double and not single:
             return A
     raise AssertionError("no such matrix")
 
 
-@pytest.mark.parametrize("d", [BLOCK, 2 * BLOCK + 50])  # at once, and block by block
+@pytest.mark.parametrize("d", [2 * BLOCK, 562])
 def test_float64_where_float32_does_not_carry(d):
-    order = orders(1, d)
-    bad, good = barely_positive(d, order), hessian(d)[0].float()
-    nothing, matrices = torch.zeros(2), torch.stack([good, bad])
-    inverse = Inverse(matrices, matrices.diagonal(dim1=1, dim2=2), nothing, nothing)
-    L, precise = cholesky_in_order(inverse, torch.tensor([0, 1, 0]), order.expand(3, -1))
-    assert precise.tolist() == [False, True, False] and L.dtype == torch.float64
-    for M, factor in zip((good, bad, good), L, strict=True):
-        wanted = M.double()[order[0]][:, order[0]]
-        torch.testing.assert_close(factor @ factor.T, wanted, rtol=0, atol=1e-12)
-    L, precise = cholesky_in_order(inverse, torch.tensor([0]), order)
-    assert not precise.any() and L.dtype == torch.float32
+    bad, order, counts = barely_positive(d), orders(1, d), torch.tensor([[d]])
+    part = Leading(bad[None], None, torch.tensor([0]), order, counts, torch.float32)
+    o = order[0]
+    assert part.L.dtype == torch.float64
+    torch.testing.assert_close(part.L[0].tril() @ part.L[0].tril().T, bad.double()[o][:, o],
+                               rtol=0, atol=1e-12)  # fmt: skip
+    good = Leading(hessian(d).float(), None, torch.tensor([0]), order, counts, torch.float32)
+    assert good.L.dtype == torch.float32
     with pytest.raises(ArithmeticError, match="not positive definite; try --rel-damp"):
-        negative = Inverse(-matrices, inverse.floor, nothing, nothing)
-        cholesky_in_order(negative, torch.tensor([0]), order)
+        Leading(-hessian(d), None, torch.tensor([0]), order, counts, torch.float32)
 
 
-@pytest.mark.parametrize("d", [200, 2 * BLOCK + 50])
+def test_halves_are_only_made_where_a_level_asks_for_them():
+    d, H = 20, hessian(20)
+    inverse, order = damped_inverse(H), orders(1, 20)
+    sizes = []
+    for gone in (0, 4, 10, 11, 20):
+        kept = levels.Kept(inverse, H, torch.tensor([0]), order, torch.tensor([[0], [gone]]))
+        sizes.append((kept.gone.size, kept.kept.size))
+    assert sizes == [(0, 0), (4, 0), (10, 0), (0, 9), (0, 0)] and d == 20
+
+
+def row_by_row(W: Tensor, inverse: Inverse, H: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+    one = torch.tensor([0])
+    parts = [weights_at(W[r : r + 1], inverse, H, one, order[r : r + 1], counts[:, r : r + 1])
+             for r in range(len(W))]  # fmt: skip
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("d", [200, 562])
 def test_neither_threads_nor_other_rows_change_a_bit(d):
-    rows, inverse = 5, damped_inverse(hessian(d))
+    rows, H = 5, hessian(d)
+    inverse = damped_inverse(H)
     W = torch.randn(rows, 1, d, generator=torch.Generator().manual_seed(2))
     system = torch.zeros(rows, dtype=torch.int64)
     trace = eliminate(W, inverse, system, Unstructured(), d)
@@ -73,10 +148,8 @@ def test_neither_threads_nor_other_rows_change_a_bit(d):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(weights_at(W, inverse, system, order, counts))
-            alone = [weights_at(W[r : r + 1], inverse, system[:1], order[r : r + 1],
-                                counts[:, r : r + 1]) for r in range(rows)]  # fmt: skip
-            results.append(torch.cat(alone, 1))
+            results.append(weights_at(W, inverse, H, system, order, counts))
+            results.append(row_by_row(W, inverse, H, order, counts))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])

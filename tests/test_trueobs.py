@@ -36,7 +36,8 @@ from oracles import (
 )
 from torch import Tensor, nn
 
-from engine import elimination
+from engine import elimination, levels
+from engine.compiled import compiled
 from engine.elimination import (
     NM,
     Blocks,
@@ -44,7 +45,6 @@ from engine.elimination import (
     Quantise,
     Trace,
     Unstructured,
-    compiled_engine,
     eliminate,
     eliminate_in_torch,
 )
@@ -196,7 +196,8 @@ def without_zeros(w: Array, H: Array) -> Array:
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both engines, the compiled one for CPUs and the one for any device."""
     if request.param == "torch":
-        monkeypatch.setattr(elimination, "compiled_engine", lambda: None)
+        for module in (elimination, levels):
+            monkeypatch.setattr(module, "compiled", lambda name: None)
 
 
 @pytest.mark.usefixtures("engine")
@@ -395,7 +396,7 @@ def run_engine(mode: EngineMode, panel: int, engine: str) -> tuple[Trace, Array,
     system = torch.tensor([0, 1, 1, 0, 1])
     given_W = torch.from_numpy(W)[:, None]
     before = given_W.clone(), inverse.matrix.clone()
-    assert engine == "torch" or compiled_engine() is not None
+    assert engine == "torch" or compiled("elimination_cpu") is not None
     run = eliminate if engine == "compiled" else eliminate_in_torch
     trace = run(given_W, inverse, system, mode.rule(5), mode.steps, panel)
     assert torch.equal(before[0], given_W) and torch.equal(before[1], inverse.matrix)
