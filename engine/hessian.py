@@ -38,6 +38,7 @@ from torch.nn import functional
 from engine.threads import Wait, at_once, in_pieces, rows_of_a_piece
 
 CHUNK_BYTES = 64 << 20  # an unfolded piece of a batch is no larger than this
+MIRRORED = 512  # columns at a time
 WAITING_BYTES = 16 << 20  # of products that wait for their turn
 NARROW = 128  # features; up to here a product a row is faster than one long product
 DEAD = 1e-20  # × mean(diag H): inputs with less than this are always zero, or as good as
@@ -150,16 +151,25 @@ class Gram:
 
     def _ordered(self, total: Tensor) -> Tensor:  # changes its argument
         if isinstance(self.layer, nn.Linear):
-            return total
+            return mirrored(total, MIRRORED)
         kh, kw = self.layer.kernel_size
         G, d, _ = total.shape
-        blocks = total.view(G, kh, d // kh, kh, d // kh)
-        for i in range(kh):
-            for j in range(i):  # the lower blocks mirror the upper ones
-                blocks[:, i, :, j, :] = blocks[:, j, :, i, :].transpose(1, 2)
         C = d // (kh * kw)
-        full = total.view(G, kh, kw, C, kh, kw, C).permute(0, 3, 1, 2, 6, 4, 5)
-        return full.reshape(G, d, d)
+        blocks = mirrored(total, d // kh).view(G, kh, kw, C, kh, kw, C)
+        return blocks.permute(0, 3, 1, 2, 6, 4, 5).reshape(G, d, d)
+
+
+def mirrored(
+    H: Tensor,  # (G, d, d), changed in place
+    size: int,  # columns at a time
+) -> Tensor:  # H
+    """What is above the diagonal also below it: products need not be symmetric to the last bit."""
+    for first in range(0, H.shape[1], size):
+        some = slice(first, first + size)
+        corner = H[:, some, some]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        H[:, some, :first] = H[:, :first, some].mT
+    return H
 
 
 def padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:

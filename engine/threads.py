@@ -60,7 +60,7 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
     """work(slice) for every `size` rows, on as many threads as torch uses."""
     threads = torch.get_num_threads()
     pieces = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
-    if threads == 1 or len(pieces) == 1:
+    if threads == 1 or len(pieces) <= 1:
         with one_thread():
             for piece in pieces:
                 work(piece)
