@@ -74,8 +74,11 @@ def peak_mb(rows: int, d: int, memory: int) -> float:
 def measure(rows: int, d: int, times: float) -> Result:
     """In a process of its own, at `times` the least that does."""
     memory = int(times * layer_needs(nn.Linear(d, rows), levels=len(LEVELS)).least)
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return Result(rows, d, memory / 1e6, pool.apply(peak_mb, (rows, d, memory)))
+    pool = multiprocessing.get_context("fork").Pool(1)
+    peak = pool.apply(peak_mb, (rows, d, memory))
+    pool.close()
+    pool.join()
+    return Result(rows, d, memory / 1e6, peak)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -142,9 +142,8 @@ COMPILED_RULES = (Unstructured, Blocks, NM, Quantise)  # all that `elimination_c
 
 
 def panel_width(columns: int, unit: int) -> int:
-    """Steps between two flushes, a multiple of the unit: the best of 32 … 192 on one CPU."""
-    width = 96 if columns < 1000 else 128
-    return max(1, width // unit) * unit
+    """Steps between two flushes, a multiple of the unit: the best of 48 … 256, or nearly."""
+    return max(1, min(96, columns) // unit) * unit
 
 
 def eliminate(

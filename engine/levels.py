@@ -154,11 +154,17 @@ class Kept:
         """H w, damped like the inverse; where a level that keeps few columns asks for it."""
         if not self.kept.size:
             return torch.zeros_like(w)
-        wanted = self.order[:, -self.kept.size :]
         shift = 1 / self.inverse.floor.double() - self.H.diagonal(dim1=1, dim2=2)  # (G, d)
         v = shift[self.system] * w
-        for r, (g, columns) in enumerate(zip(self.system.tolist(), wanted, strict=True)):
-            v[r, columns] += product(self.H[g], columns, w[r])
+        if (fast := _compiled(w)) is None:
+            return (v + times(w.double()[None], self.H, self.system)[0]).to(w.dtype)
+        for r, g in enumerate(self.system.tolist()):
+            columns = self.order[r, -self.kept.size :]
+            part = torch.empty(len(columns), dtype=v.dtype)
+            fast.multiply_rows(
+                self.H[g].numpy(), columns.numpy(), w[r].double().numpy(), part.numpy()
+            )
+            v[r, columns] += part
         return v.to(w.dtype)
 
     def precondition(
@@ -215,10 +221,7 @@ class Leading:
         self, matrices: Tensor, diagonal: Tensor | None, system: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, bool]:  # (R, size, size), whether there is no factor of some
         """Cholesky factors; on and below their diagonal."""
-        S = torch.stack([
-            gathered(matrices[g], o, dtype)
-            for g, o in zip(system.tolist(), self.order, strict=True)
-        ]) if len(system) > 1 else gathered(matrices[int(system)], self.order[0], dtype)[None]
+        S = gathered(matrices, system, self.order, dtype)
         if diagonal is not None:
             S.diagonal(dim1=1, dim2=2).copy_(diagonal[system].gather(1, self.order))
         if S.device.type == "cpu" and self.size > 2 * BLOCK:
@@ -249,28 +252,18 @@ class Leading:
 
 
 def gathered(
-    matrix: Tensor,  # (d, d) symmetric
-    columns: Tensor,  # (k,)
+    matrices: Tensor,  # (G, d, d) symmetric
+    system: Tensor,  # (R,)
+    columns: Tensor,  # (R, k)
     dtype: torch.dtype,
-) -> Tensor:  # (k, k)
-    """Some rows and columns of a matrix; on and below the diagonal."""
-    if (fast := _compiled(matrix)) is None:
-        return matrix.index_select(0, columns).index_select(1, columns).to(dtype)
-    out = torch.zeros(len(columns), len(columns), dtype=dtype)
-    fast.gather_lower(matrix.numpy(), columns.numpy(), out.numpy())
-    return out
-
-
-def product(
-    H: Tensor,  # (d, d) float64
-    columns: Tensor,  # (k,)
-    w: Tensor,  # (d,)
-) -> Tensor:  # (k,) float64
-    """(H w)_k."""
-    if (fast := _compiled(H)) is None:
-        return H.index_select(0, columns) @ w.double()
-    out = torch.empty(len(columns), dtype=H.dtype)
-    fast.multiply_rows(H.numpy(), columns.numpy(), w.double().numpy(), out.numpy())
+) -> Tensor:  # (R, k, k)
+    """Some rows and columns of every system's matrix; on and below the diagonal."""
+    if (fast := _compiled(matrices)) is None:
+        index = system[:, None, None], columns[:, :, None], columns[:, None, :]
+        return matrices[index].to(dtype)
+    out = torch.zeros(*columns.shape, columns.shape[1], dtype=dtype)
+    for part, g, chosen in zip(out, system.tolist(), columns, strict=True):
+        fast.gather_lower(matrices[g].numpy(), chosen.numpy(), part.numpy())
     return out
 
 

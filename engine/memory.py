@@ -27,7 +27,7 @@ from command.cli import UserError
 from engine.elimination import bytes_per_system, bytes_per_task
 from engine.hessian import TOGETHER
 
-MATRICES_OF_A_ROW = 4  # d×d, while a row's weights at many levels are made
+MATRICES_OF_A_ROW = 1.5  # d×d, while a row's weights at many levels are made
 VECTORS_OF_A_LEVEL = 5  # of d, likewise
 OVERHEAD = 8 << 20  # buffers of libraries, and other small things
 THREAD_OVERHEAD = 24 << 20  # the same for every further thread, and a d×d matrix (measured, MKL)
@@ -76,7 +76,7 @@ def layer_needs(
     matrix, tasks = bytes_per_task(d, item, device)
     if levels:
         row += item * VECTORS_OF_A_LEVEL * d * levels
-        matrices = item * MATRICES_OF_A_ROW * d * d
+        matrices = int(item * MATRICES_OF_A_ROW * d * d)
         row, matrix = (row, max(matrix, matrices)) if tasks else (row + matrices, 0)
     if apart:
         row += 32 * d * d

@@ -416,6 +416,38 @@ def test_engine_is_the_oracle_for_every_panel_width(name: str, engine: str, pane
         assert_close(trace.weights[r, 0], oracle.weights)
 
 
+@pytest.mark.parametrize("tile", [1, 3, 8, 16, D - 1])
+@pytest.mark.parametrize("name", sorted(ENGINE.keys() - {"2:4"}))
+def test_engine_is_the_oracle_for_every_tile(
+    name: str, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of A is stored; which half depends on the tile."""
+    monkeypatch.setattr(compiled("elimination_cpu"), "tile_of", lambda d: tile)
+    mode = ENGINE[name]
+    trace, W, H = run_engine(mode, 4, "compiled")
+    for r in range(len(W)):
+        oracle = mode.oracle(W[r], H[r])
+        assert (trace.order[r, :: mode.unit] // mode.unit).tolist() == oracle.order
+        assert_close(trace.weights[r, 0], oracle.weights)
+
+
+@pytest.mark.parametrize(("ahead", "idle"), [(0.3, 0.3), (0.5, 2), (1, 1), (4, 8)])
+def test_nm_is_the_oracle_however_many_columns_are_active(
+    ahead: float, idle: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a single active column at a time to all of them."""
+    module = compiled("nm_cpu")
+    monkeypatch.setattr(module, "AHEAD", ahead)
+    monkeypatch.setattr(module, "IDLE", idle)
+    mode = ENGINE["2:4"]
+    trace, W, H = run_engine(mode, 4, "compiled")
+    for r in range(len(W)):
+        oracle = mode.oracle(W[r], H[r])
+        assert trace.order[r].tolist() == oracle.order
+        assert_close(trace.losses[r], oracle.losses)
+        assert_close(trace.weights[r, 0], oracle.weights)
+
+
 @pytest.mark.parametrize("panel", [1, 7, D + 50])
 @pytest.mark.parametrize("engine", ["compiled", "torch"])
 @pytest.mark.parametrize("name", ["unstructured", "2:4", "quantise"])
