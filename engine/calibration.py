@@ -111,8 +111,9 @@ def show(
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same parameters and buffers in modules of its own, for another thread to call."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """The same tensors in modules of its own, which another thread may call, and keep things in."""
+    kept = [x for module in model.modules() for x in vars(module).values() if torch.is_tensor(x)]
+    tensors = [*model.parameters(), *model.buffers(), *kept]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from warm import Warm, warm_server
 
-
 os.environ.setdefault("MKL_CBWR", "AUTO")  # as command/starting.py asks for, where a test does not
 
 
