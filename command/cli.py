@@ -226,8 +226,7 @@ def command(
     else:
         setup_logging()
     reuse_freed_memory()
-    with interruptible():
-        return guarded(run, args)
+    return guarded(run, args)
 
 
 def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
@@ -237,8 +236,9 @@ def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace
     """
     status = 2
     try:
-        body(args)
-        sys.stdout.flush()
+        with interruptible():  # in here, so that none of its moments is outside
+            body(args)
+            sys.stdout.flush()
         return 0
     except UserError as error:
         message = str(error)

@@ -3,6 +3,10 @@
 OBC (arXiv 2208.11580), sections 3 and 6: Hessians of some or all layers in one pass over all
 calibration images, or over this process's share of them; and, for activation quantisation, a grid
 for each layer's input, found on the first batch.
+
+On a CPU a batch goes through the model, and into the products x xᵀ, on one thread, several batches
+at a time; each layer adds up their products in the order of the batches. So no sum depends on the
+number of threads, only on --batchsize, and threads never wait for each other within a layer.
 """
 
 from __future__ import annotations

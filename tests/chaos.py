@@ -271,6 +271,7 @@ def chaos(runs: int, seed: int, say=lambda line: None) -> tuple[Counter, list[st
                 good[kind] += 1
             except Broken as error:
                 broken.append(f"run {number} ({kind}): {error}")
+                say(broken[-1])
             good["troubles"] += course.hits
             say(f"run {number} {kind}: {course.hits} troubles, {len(broken)} broken so far")
     return good, broken

@@ -146,14 +146,17 @@ def run_script(words: list[str], folder: str, environment: dict[str, str]) -> in
 
 
 def announce_work(connection: socket.socket) -> None:
-    """Let `cli.guarded` tell when it begins."""
+    """Let `cli.guarded` tell when it has begun."""
     from command import cli
     guarded = cli.guarded
 
-    def announced(*args):
-        connection.sendall(b"working 1\n")
-        connection.close()
-        return guarded(*args)
+    def announced(body, args):
+        def work(args):
+            connection.sendall(b"working 1\n")
+            connection.close()
+            body(args)
+
+        return guarded(work, args)
 
     cli.guarded = announced
 
