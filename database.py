@@ -19,6 +19,8 @@ off its tensors.
 
 from __future__ import annotations
 
+import command.starting  # noqa: F401  # isort: skip
+
 import argparse
 import os
 import re

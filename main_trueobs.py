@@ -13,6 +13,8 @@ others; the result is saved; and, for the modes that yield one model, its accura
 
 from __future__ import annotations
 
+import command.starting  # noqa: F401  # isort: skip
+
 import argparse
 import copy
 import sys
@@ -193,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
     args.shards = args.shards or world.size  # sums depend on it, by rounding
     dense, compressed = session.model, load_start(args, session.model)
     start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
-    marks = session.fingerprint(build_parser(), start)
+    marks = session.fingerprint(build_parser(), start, threads=False)
     records.check_repeat(args.repeat, marks)
     batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
     if show_plan(session, compressed, task_of(args)) and args.plan:
@@ -232,7 +234,8 @@ def open_cache(session: Session) -> Unkept:
     if not args.cache:
         return Unkept()
     options = {name: str(getattr(args, name)) for name in CALIBRATION_OPTIONS}
-    return Cache(args.cache, session.fingerprint(None, options))  # of dense with activation grids
+    marks = session.fingerprint(None, options, threads=False)  # of dense with activation grids
+    return Cache(args.cache, marks)
 
 
 def compress(

@@ -23,6 +23,8 @@ new augmentation. Statistics correction takes the first N of them, never augment
 
 from __future__ import annotations
 
+import command.starting  # noqa: F401  # isort: skip
+
 import argparse
 import copy
 import sys

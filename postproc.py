@@ -1,5 +1,7 @@
 """`post_proc.py` under the name that OBC's own recipes use."""
 
+import command.starting  # noqa: F401  # isort: skip
+
 from post_proc import main
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from engine.threads import in_pieces
+
 SHRINK_FACTORS = tuple((100 - i) / 100 for i in range(80))  # 1.00, 0.99, … 0.21
 ERROR_POWER = 2.4
 SEARCH_SAMPLE = 1 << 18  # values of activations that the search of their range looks at
+ROWS_OF_A_PIECE = 64  # whose ranges are searched at a time, on a thread
 WEIGHT_GRID, ACTIVATION_GRID = "weight_quant", "act_quant"
 
 
@@ -79,21 +82,37 @@ def fit_grid(
     sample: Tensor | None = None,  # (rows, n) values of x that the search looks at; all if None
 ) -> Grid:
     """The grid for x, per row, with its range found as in the module docstring."""
+    scale, zero = (x.new_empty(len(x), 1) for _ in range(2))
+
+    def work(rows: slice) -> None:
+        looked_at = (x if sample is None else sample)[rows]
+        scale[rows], zero[rows] = _fitted(x[rows], bits, symmetric, search, looked_at)
+
+    if x.device.type == "cpu":
+        in_pieces(work, len(x), ROWS_OF_A_PIECE)
+    else:
+        work(slice(None))
+    return Grid(scale, zero, 2**bits - 1)
+
+
+def _fitted(
+    x: Tensor, bits: int, symmetric: bool, search: bool, sample: Tensor
+) -> tuple[Tensor, Tensor]:  # (rows, 1) each
+    """Step and zero point of `fit_grid`."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    best = Grid(*_scale_and_zero(low, high, bits, symmetric), 2**bits - 1)
+    best_scale, best_zero = _scale_and_zero(low, high, bits, symmetric)
     if not search:
-        return best
-    sample = x if sample is None else sample
-    least, maxq = torch.full_like(low, float("inf")), best.maxq.to(x.dtype)
+        return best_scale, best_zero
+    least, maxq = torch.full_like(low, float("inf")), x.new_tensor(2**bits - 1)
     for factor in SHRINK_FACTORS:
         scale, zero = _scale_and_zero(low * factor, high * factor, bits, symmetric)
         rounded = _rounded(sample, scale, zero, maxq)
         error = (rounded - sample).abs_().pow_(ERROR_POWER).sum(1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
-        best.scale = torch.where(better, scale, best.scale)
-        best.zero = torch.where(better, zero, best.zero)
-    return best
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
 
 
 def fit_weight_grid(

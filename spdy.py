@@ -16,6 +16,8 @@ batches (`corrections.py`). Deviation from OBC: moving averages over 100 batches
 
 from __future__ import annotations
 
+import command.starting  # noqa: F401  # isort: skip
+
 import argparse
 import copy
 import math

@@ -29,7 +29,8 @@ from engine.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructu
 from engine.hessian import Gram, Inverse, alive_inputs, badly_scaled, damped_inverse, without
 from engine.levels import Undamped, completed, first_counts, weights_at
 from engine.memory import Needs, batches_of, default_memory, layer_needs
-from engine.refinement import never_worse
+from engine.refinement import never_worse, row_errors
+from engine.threads import Wait, at_once, one_thread
 from quant import Grid
 
 log = logging.getLogger("trueobs")
@@ -98,9 +99,9 @@ class TrueOBS:
 
     # -- the Hessian -------------------------------------------------------------------------------
 
-    def add_batch(self, inp: Tensor, out: Tensor | None = None) -> None:
+    def add_batch(self, inp: Tensor, out: Tensor | None = None, wait: Wait = at_once) -> None:
         """Add a batch of the layer's inputs. `out` is not needed; OBC's hooks pass it."""
-        self.gram.add(inp.detach())
+        self.gram.add(inp.detach(), wait)
         self.nsamples += len(inp)
 
     def end_shard(self) -> None:
@@ -161,8 +162,8 @@ class TrueOBS:
 
     def squared_error(self, weight: Tensor, reference: Tensor) -> float:
         """Σ_rows (w − ŵ) H (w − ŵ)ᵀ / 2: mean over images of the squared change of the outputs."""
-        delta = (reference - weight).double().reshape(self.groups, -1, self.columns)
-        return max(0.0, float((delta @ self._hessian() * delta).sum() / 2))  # rounding can go below
+        errors = row_errors(weight.flatten(1), reference.flatten(1), self._hessian())
+        return max(0.0, float(errors.sum()))  # rounding can go below
 
     # -- one elimination for all rows --------------------------------------------------------------
 
@@ -236,8 +237,7 @@ class TrueOBS:
         return Problem(W, (W == 0) & alive, H, inverse, channels_innermost)
 
     def _needs(self, problem: Problem, levels: int = 0, apart: bool = False) -> Needs:
-        innermost = problem.channels_innermost
-        return layer_needs(self.layer, self._solve_dtype(), levels, innermost, apart)
+        return layer_needs(self.layer, problem.W.dtype, levels, problem.channels_innermost, apart)
 
     # -- modes with one result --------------------------------------------------------------------
 
@@ -377,6 +377,7 @@ class TrueOBS:
                 kept = wanted[rows]
                 yield rows[kept], self._as_layer(at.flatten(1, 2)[:, kept])
 
+    @one_thread()
     def prepare_struct(self, size: int = 1) -> None:
         """Find the order in which blocks of `size` columns go, in all rows of a group at once."""
         if self.world.size > 1:

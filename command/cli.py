@@ -39,7 +39,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from command.process import Terminated, reuse_freed_memory, terminable
+from command.process import Terminated, interruptible, reuse_freed_memory
 
 log = logging.getLogger("trueobs")
 GRACE_S = 3.0  # for how long a process that is not the first keeps an error to itself
@@ -226,8 +226,7 @@ def command(
     else:
         setup_logging()
     reuse_freed_memory()
-    with terminable():
-        return guarded(run, args)
+    return guarded(run, args)
 
 
 def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
@@ -237,8 +236,9 @@ def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace
     """
     status = 2
     try:
-        body(args)
-        sys.stdout.flush()
+        with interruptible():  # in here, so that none of its moments is outside
+            body(args)
+            sys.stdout.flush()
         return 0
     except UserError as error:
         message = str(error)

@@ -77,14 +77,17 @@ def imported(code: ast.Module) -> set[str]:
     return names
 
 
-def surroundings(device: torch.device, *modules: str) -> dict[str, str]:
-    """The part of a fingerprint that tells on what, and by which code, a run is done."""
+def surroundings(device: torch.device, *modules: str, threads: bool = True) -> dict[str, str]:
+    """The part of a fingerprint that tells on what, and by which code, a run is done.
+
+    threads: whether the result depends, in its last digits, on how many there are.
+    """
     versions = {}
     for package in VERSIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return {"code": code_hash(*modules), **versions, "device": device.type,
-            "threads": str(torch.get_num_threads())}
+    marks = {"code": code_hash(*modules), **versions, "device": device.type}
+    return marks | {"threads": str(torch.get_num_threads())} if threads else marks
 
 
 def chosen_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:

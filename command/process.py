@@ -8,26 +8,39 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from command import starting
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM; it passes through whatever lets an interrupt through."""
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Inside, SIGTERM is raised as `Terminated` (in the main thread; elsewhere nothing changes)."""
+def interruptible() -> Iterator[None]:
+    """Inside, SIGINT raises KeyboardInterrupt and SIGTERM `Terminated`, its subclass.
 
-    def raise_terminated(number: int, frame: object) -> None:
-        raise Terminated
-
+    Where `starting` has answered them so far, a second one ends the process at once, and once the
+    command is over they change nothing: its status stands. In a thread that is not the main one,
+    nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, raise_terminated)
+    before = {number: signal.getsignal(number) for number in starting.ENDS}
+    started = [number for number, handler in before.items() if handler is starting.end]
+
+    def interrupt(number: int, frame: object) -> None:
+        for other in started:
+            signal.signal(other, starting.end)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    for number in {signal.SIGTERM, *started}:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if number in started else handler)
 
 
 def reuse_freed_memory() -> None:

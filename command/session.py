@@ -33,6 +33,7 @@ from datautils import (
 )
 from engine.devices import resolve_device
 from engine.distributed import ALONE, World, join
+from engine.memory import default_memory
 from images.batches import Batches
 from modelutils import (
     check_layers,
@@ -96,6 +97,7 @@ class Session:
         self,
         parser: argparse.ArgumentParser | None,  # of the command; None: only of its calibration
         contents: Mapping[str, str],  # what else the result depends on, by name
+        threads: bool = True,  # whether it does on their number
     ) -> dict[str, str]:
         """Everything that the result is a function of, by name (resuming.py)."""
         marks = {} if parser is None else chosen_options(parser, self.args)
@@ -106,7 +108,10 @@ class Session:
             marks["code of the model"] = bytes_hash([code])
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks["calibration images"] = images_hash(self.data.calibration)
-        return marks | contents | surroundings(self.device, *modules)
+        if parser is not None and self.device.type != "cpu":  # how many rows go in one product
+            memory = self.args.memory or default_memory(self.device) / 1e9
+            marks["--memory"] = f"{memory:g}"
+        return marks | contents | surroundings(self.device, *modules, threads=threads)
 
     def accuracy(self, model: nn.Module) -> float:
         """Top-1 in percent on the test images; each of several processes looks at its share."""

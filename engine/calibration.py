@@ -3,13 +3,21 @@
 OBC (arXiv 2208.11580), sections 3 and 6: Hessians of some or all layers in one pass over all
 calibration images, or over this process's share of them; and, for activation quantisation, a grid
 for each layer's input, found on the first batch.
+
+On a CPU a batch goes through the model, and into the products x xᵀ, on one thread, several batches
+at a time; each layer adds up their products in the order of the batches. So no sum depends on the
+number of threads, only on --batchsize, and threads never wait for each other within a layer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +25,13 @@ from tqdm import tqdm
 
 import quant
 from engine.distributed import ALONE, World
+from engine.memory import default_memory
+from engine.threads import Turns, one_at_a_thread, one_thread, pool_of
 from images.batches import Batches
 from modelutils import evaluating, find_layers
 from trueobs import TrueOBS
+
+MAPS_AT_A_TIME = 6  # of the size of the widest layer's input, while a model runs
 
 
 @contextmanager
@@ -49,18 +61,79 @@ def calibrate(
 
     Each of several processes shows a shard of them; sums are then added up over all.
     """
-    layers = {name: dense.get_submodule(name) for name in solvers}
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     count = max(world.size, shards)
-    with evaluating(dense), watching(layers, lambda name, x: solvers[name].add_batch(x)):
+    with evaluating(dense):
         for number in range(shards) if world.size == 1 else [world.rank]:
-            shard = batches.shard(number, count) if count > 1 else batches
-            for images, _ in tqdm(shard, desc="calibrating", leave=False, disable=None):
-                dense(images.to(device, memory_format=layout))
+            show(dense, solvers, batches.shard(number, count) if count > 1 else batches, device)
             for solver in solvers.values() if count > 1 else ():
                 solver.end_shard()
     for solver in solvers.values() if count > 1 else ():
         solver.combine(world)
+
+
+def show(
+    dense: nn.Module,
+    solvers: Mapping[str, TrueOBS],
+    batches: Batches | list[tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> None:
+    """Show some images to the dense model: on a CPU several batches at a time, one a thread.
+
+    Every layer adds them up in their order, so that its sums do not depend on the threads.
+    """
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    images = (images.to(device, memory_format=layout)
+              for images, _ in tqdm(batches, desc="calibrating", leave=False, disable=None))
+    first = next(images, None)
+    if first is None:
+        return
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    once: set[str] = set()  # layers that are called once: it is the next batch's turn then
+    if threads > 1:
+        calls, image_bytes = probe(dense, solvers, first[:1])
+        once = {name for name, count in calls.items() if count == 1}
+        room = default_memory(device) // 2 // (len(first) * image_bytes)
+        threads = max(1, min(threads, room))
+    turns, own = Turns(), threading.local()
+
+    def see(name: str, x: Tensor) -> None:
+        solvers[name].add_batch(x, wait=lambda: turns.wait(name, own.number))
+        if name in once:
+            turns.leave(name, own.number)
+
+    def work(number: int, batch: Tensor) -> None:
+        own.number = number
+        if not hasattr(own, "model"):
+            own.model = twin(dense)
+        layers = {name: own.model.get_submodule(name) for name in solvers}
+        with torch.inference_mode(), watching(layers, see):
+            own.model(batch)
+        for name in solvers.keys() - once:
+            turns.leave(name, number)
+
+    one_at_a_thread(work, chain([first], images), threads, turns)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The same tensors in modules of its own, which another thread may call, and keep things in."""
+    kept = [x for module in model.modules() for x in vars(module).values() if torch.is_tensor(x)]
+    tensors = [*model.parameters(), *model.buffers(), *kept]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def probe(
+    model: nn.Module, names: Iterable[str], image: Tensor  # (1, 3, s, s)
+) -> tuple[Counter[str], int]:
+    """How often each layer is called, and about how many bytes one image takes at a time."""
+    calls, widest = Counter(), 0
+
+    def see(name: str, x: Tensor) -> None:
+        nonlocal widest
+        calls[name], widest = calls[name] + 1, max(widest, x.nbytes)
+
+    with watching({name: model.get_submodule(name) for name in names}, see):
+        model(image)
+    return calls, MAPS_AT_A_TIME * widest
 
 
 def activation_grids(
@@ -71,14 +144,16 @@ def activation_grids(
     search: bool,
 ) -> dict[str, quant.Grid]:
     """A grid for the input of every layer that sees the images."""
-    grids: dict[str, quant.Grid] = {}
+    fits: dict[str, Future[quant.Grid]] = {}
+    threads = torch.get_num_threads() if images.device.type == "cpu" else 1
+    with evaluating(dense), pool_of(threads) as pool, one_thread():
 
-    def fit(name: str, x: Tensor) -> None:
-        grids[name] = quant.fit_activation_grid(x.float(), bits, symmetric, search)
+        def fit(name: str, x: Tensor) -> None:
+            fits[name] = pool.submit(quant.fit_activation_grid, x.float(), bits, symmetric, search)
 
-    with evaluating(dense), watching(find_layers(dense), fit):
-        dense(images)
-    return grids
+        with watching(find_layers(dense), fit):
+            dense(images)
+        return {name: grid.result() for name, grid in fits.items()}
 
 
 def attach_activation_grids(model: nn.Module, grids: Mapping[str, quant.Grid]) -> None:

@@ -28,13 +28,18 @@ accumulated in float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.threads import Wait, at_once, in_pieces, rows_of_a_piece
+
 CHUNK_BYTES = 64 << 20  # an unfolded piece of a batch is no larger than this
+MIRRORED = 512  # columns at a time
+WAITING_BYTES = 16 << 20  # of products that wait for their turn
 NARROW = 128  # features; up to here a product a row is faster than one long product
 DEAD = 1e-20  # × mean(diag H): inputs with less than this are always zero, or as good as
 TOGETHER = 1 << 22  # numbers in the matrices that are inverted together
@@ -71,35 +76,61 @@ class Gram:
         if self.shards is not None:
             self.total, self.shards = self.shards, None
 
-    def add(self, inputs: Tensor) -> None:
-        """Add one batch: (n, C, height, width) for a convolution, (…, d) for a linear layer."""
+    def add(
+        self,
+        inputs: Tensor,  # (n, C, height, width) for a convolution, (…, d) for a linear layer
+        wait: Wait = at_once,  # until it is this batch's turn to be added
+    ) -> None:
+        """Add one batch. Its products are made before it waits, unless they are many."""
         if inputs.dtype in (torch.float16, torch.bfloat16):
             inputs = inputs.float()
+        products, size = [], 0
+        for place, product in self._products(inputs):
+            products.append((place, product))
+            size += product.nbytes
+            if size > WAITING_BYTES:
+                wait()
+                self._put(products)
+                products, size = [], 0
+        wait()
+        self._put(products)
+
+    def _put(self, products: list[tuple[tuple, Tensor]]) -> None:
+        total = self.sums()
+        if not isinstance(self.layer, nn.Linear):
+            kh = self.layer.kernel_size[0]
+            f = total.shape[1] // kh
+            total = total.view(self.groups, kh, f, kh, f)
+        for place, product in products:
+            total[place] += product
+
+    def _products(self, inputs: Tensor) -> Iterator[tuple[tuple, Tensor]]:
+        """What to add to the sums of one batch, and where: at (0,), or a block of convolutions'."""
         if isinstance(self.layer, nn.Linear):
-            self._add_columns(inputs.reshape(-1, inputs.shape[-1]))
+            x = inputs.reshape(-1, inputs.shape[-1])
+            for part in x.split(max(1, CHUNK_BYTES // (x.shape[1] * x.element_size()))):
+                yield (0,), part.T @ part
             return
         image = padded(self.layer, inputs)
         height, width = output_size(self.layer, image)
         kw = self.layer.kernel_size[1]
         row_bytes = image.shape[2] * width * kw * image.shape[1] * image.element_size()
         for part in image.split(max(1, CHUNK_BYTES // row_bytes)):
-            self._add_rows(width_unfolded(self.layer, part, width), height)
+            yield from self._row_products(width_unfolded(self.layer, part, width), height)
 
-    def _add_columns(self, x: Tensor) -> None:  # (L, d)
-        size = max(1, CHUNK_BYTES // (x.shape[1] * x.element_size()))
-        for part in x.split(size):
-            self.sums()[0] += part.T @ part
-
-    def _add_rows(self, F: Tensor, height: int) -> None:  # (G, T, n·Wo, f)
-        kh, f = self.layer.kernel_size[0], F.shape[3]
-        total = self.sums().view(self.groups, kh, f, kh, f)
+    def _row_products(
+        self,
+        F: Tensor,  # (G, T, n·Wo, f)
+        height: int,
+    ) -> Iterator[tuple[tuple, Tensor]]:
+        kh = self.layer.kernel_size[0]
         for lag in range(kh):
             for pairs in self._same_phase(kh - lag):
                 starts = [i * self.layer.dilation[0] for i in pairs]
                 shift = lag * self.layer.dilation[0]
                 sums = window_products(F, starts, shift, self.layer.stride[0], height)
                 for i, product in zip(pairs, sums, strict=True):
-                    total[:, i, :, i + lag, :] += product
+                    yield (slice(None), i, slice(None), i + lag), product
 
     def _same_phase(self, count: int) -> list[list[int]]:
         """Kernel rows 0 … count−1, sorted by the phase of stride they start at."""
@@ -120,16 +151,25 @@ class Gram:
 
     def _ordered(self, total: Tensor) -> Tensor:  # changes its argument
         if isinstance(self.layer, nn.Linear):
-            return total
+            return mirrored(total, MIRRORED)
         kh, kw = self.layer.kernel_size
         G, d, _ = total.shape
-        blocks = total.view(G, kh, d // kh, kh, d // kh)
-        for i in range(kh):
-            for j in range(i):  # the lower blocks mirror the upper ones
-                blocks[:, i, :, j, :] = blocks[:, j, :, i, :].transpose(1, 2)
         C = d // (kh * kw)
-        full = total.view(G, kh, kw, C, kh, kw, C).permute(0, 3, 1, 2, 6, 4, 5)
-        return full.reshape(G, d, d)
+        blocks = mirrored(total, d // kh).view(G, kh, kw, C, kh, kw, C)
+        return blocks.permute(0, 3, 1, 2, 6, 4, 5).reshape(G, d, d)
+
+
+def mirrored(
+    H: Tensor,  # (G, d, d), changed in place
+    size: int,  # columns at a time
+) -> Tensor:  # H
+    """What is above the diagonal also below it: products need not be symmetric to the last bit."""
+    for first in range(0, H.shape[1], size):
+        some = slice(first, first + size)
+        corner = H[:, some, some]
+        corner.copy_(corner.triu() + corner.triu(1).mT)
+        H[:, some, :first] = H[:, :first, some].mT
+    return H
 
 
 def padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
@@ -229,17 +269,26 @@ def damped_inverse(
     Inputs that are always zero (H_pp = 0) are decoupled from the others. H counts as positive
     definite if it has a Cholesky factor and no H_pp (H⁻¹)_pp, the factor by which a pivot shrinks
     during an elimination, exceeds what `dtype` resolves. Otherwise the smallest step of `LADDER`
-    that makes it so is added to the diagonal, per group. A few groups go at a time, so that beside
-    H two or three matrices are in memory, however many groups there are.
+    that makes it so is added to the diagonal, per group. A few groups go at a time, one a thread:
+    beside H few matrices are in memory, and bits do not depend on the number of threads.
 
     Raises:
         SingularHessian: if no step does (H holds NaN or infinity).
     """
-    together = max(1, TOGETHER // H[0].numel())
-    parts = [_damped_inverse(some, rel_damp, dtype) for some in H.split(together)]
-    if len(parts) == 1:
-        return parts[0]
-    return Inverse(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Inverse)))
+    together, parts = max(1, TOGETHER // H[0].numel()), {}
+
+    def work(groups: slice) -> None:
+        parts[groups.start] = _damped_inverse(H[groups], rel_damp, dtype)
+
+    if H.device.type == "cpu":
+        in_pieces(work, len(H), min(together, rows_of_a_piece(len(H), H[0].nbytes)))
+    else:
+        for first in range(0, len(H), together):
+            work(slice(first, first + together))
+    some = [parts[first] for first in sorted(parts)]
+    if len(some) == 1:
+        return some[0]
+    return Inverse(*(torch.cat([getattr(part, f.name) for part in some]) for f in fields(Inverse)))
 
 
 def _damped_inverse(H: Tensor, rel_damp: float, dtype: torch.dtype) -> Inverse:

@@ -115,10 +115,11 @@ def most_at_a_time(needs: Iterable[Needs]) -> int:
 def default_memory(device: torch.device) -> int:
     """Half of the memory that is free now, in bytes; of a CPU, what Linux says is available.
 
-    Processes on one machine share its CPU's memory alike.
+    Processes on one machine share its CPU's memory alike. Of a GPU, the power of two below: last
+    bits depend on it there, and should not on what else is on a GPU.
     """
     if device.type != "cpu":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        return 1 << (torch.cuda.mem_get_info(device)[0] // 2).bit_length() - 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         words = Path("/proc/meminfo").read_text().split()

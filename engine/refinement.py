@@ -27,6 +27,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.threads import in_pieces
+
+TOGETHER = 64  # rows in a piece
 STEPS = 12  # of conjugate gradients
 CONVERGED = 1e-4  # × E: what a further step can be expected to gain is no longer worth it
 NOTHING = 1e-10  # × w H wᵀ: an E this small needs no step
@@ -95,7 +98,18 @@ def row_errors(
 ) -> Tensor:  # (rows,) float64
     """E of every row."""
     delta = (W - weights).double().view(len(H), -1, H.shape[1])
-    return (delta @ H * delta).sum(2).flatten() / 2
+    errors = delta.new_empty(delta.shape[:2])
+    units = errors.T if len(H) == 1 else errors  # what goes in pieces: rows, or else groups
+
+    def work(some: slice) -> None:
+        part, own = (delta[:, some], H) if len(H) == 1 else (delta[some], H[some])
+        units[some] = (part @ own * part).sum(2).view(units[some].shape)
+
+    if H.device.type == "cpu":
+        in_pieces(work, len(units), TOGETHER)
+    else:
+        work(slice(None))
+    return errors.flatten() / 2
 
 
 def never_worse(

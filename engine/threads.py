@@ -1,17 +1,54 @@
 """Independent pieces of work on a CPU, one thread each.
 
 Linear algebra of a single matrix gains little from several threads; several matrices at a time, one
-a thread, gain almost all. A piece gives the same bits then, however many threads there are.
+a thread, gain almost all. A piece gives the same bits then, however many threads there are: PyTorch
+and its libraries divide sums among threads, and so add them up in another order for each number.
+
+    in_pieces(work, rows, size)       rows that have nothing to do with each other
+    one_at_a_thread(work, items, …)   pieces that come one after the other, such as batches of
+                                      images; what they add up, they add `in_turn`
+    one_thread()                      a small thing that shall not depend on threads either
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
+Item = TypeVar("Item")
+Wait = Callable[[], None]  # returns once it is the caller's turn
 CACHE_BYTES = 8 << 20  # matrices of one piece, so that they stay in the last cache
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch uses a single thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def pool_of(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads on each of which PyTorch uses no others."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)  # the workers' setting is also that of threads to come
+
+
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def rows_of_a_piece(rows: int, row_bytes: int) -> int:
@@ -23,12 +60,78 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
     """work(slice) for every `size` rows, on as many threads as torch uses."""
     threads = torch.get_num_threads()
     pieces = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
-    if threads == 1:
-        for piece in pieces:
-            work(piece)
+    if threads == 1 or len(pieces) <= 1:
+        with one_thread():
+            for piece in pieces:
+                work(piece)
         return
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(work, pieces))  # list: so that an exception is raised here
-    finally:
-        torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
+    with pool_of(min(threads, len(pieces))) as pool:
+        list(pool.map(work, pieces))  # list: so that an exception is raised here
+
+
+# -- one after the other ---------------------------------------------------------------------------
+
+
+def at_once() -> None:
+    """Wait for nobody."""
+
+
+class Stopped(Exception):
+    """Another piece failed, or the user interrupted: this one need not go on."""
+
+
+class Turns:
+    """Whose turn it is to add to something, by the thing's name: piece 0's, then 1's, 2's, …"""
+
+    def __init__(self) -> None:
+        self._changed, self._now, self._stopped = threading.Condition(), {}, False
+
+    def wait(self, name: Hashable, number: int) -> None:
+        """Until it is this piece's turn. Raises Stopped if it never will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._now.get(name, 0) >= number)
+            if self._stopped:
+                raise Stopped
+
+    def leave(self, name: Hashable, number: int) -> None:
+        """After this piece it is the next one's turn."""
+        self.wait(name, number)
+        with self._changed:
+            self._now[name] = number + 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let nobody wait any longer."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+def one_at_a_thread(
+    work: Callable[[int, Item], None],  # a piece's number, and the piece
+    items: Iterable[Item],
+    threads: int,
+    turns: Turns,
+) -> None:
+    """work(0, item), work(1, item), …, `threads` of them at a time, begun in their order.
+
+    The items themselves are made here, in the calling thread, as they are needed. What the first
+    piece to fail raises is raised here, once the later ones have stopped.
+    """
+    if threads == 1:
+        with one_thread():
+            for number, item in enumerate(items):
+                work(number, item)
+        return
+    running: deque[Future] = deque()
+    with pool_of(threads) as pool:
+        try:
+            for number, item in enumerate(items):
+                if len(running) == threads:
+                    running.popleft().result()
+                running.append(pool.submit(work, number, item))
+            while running:
+                running.popleft().result()
+        except BaseException:
+            turns.stop()
+            raise

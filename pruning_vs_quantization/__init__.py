@@ -12,3 +12,5 @@ sparsity 1 − b/16, which loses less: on weight tensors, on layer outputs, afte
 | main train-compressed           | fine-tuning, quantised or pruned                  |
 | report                          | one page of whatever has been run                 |
 """
+
+import command.starting  # noqa: F401

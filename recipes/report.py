@@ -10,6 +10,8 @@ error per layer and level, level per layer.
 
 from __future__ import annotations
 
+import command.starting  # noqa: F401  # isort: skip
+
 import argparse
 import math
 import re

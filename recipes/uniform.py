@@ -8,6 +8,8 @@ TARGET is dense cost / allowed cost.
 
 from __future__ import annotations
 
+import command.starting  # noqa: F401  # isort: skip
+
 import argparse
 import sys
 from pathlib import Path

@@ -3,9 +3,9 @@
     python tests/chaos.py --runs 100 --seed 0
 
 A run is the demo's pipeline on rn8 and digits, in a folder of its own: an unstructured database,
-its losses, a profile by --dp and one by a search, and the corrected model. On its way one kind of
-trouble comes at random moments, up to `TROUBLES` times, and the command that it hit is given
-again, as a user would:
+its losses, a profile by --dp and one by a search, the corrected model, and a network trained by the
+second study. On its way one kind of trouble comes at random moments, up to `TROUBLES` times, and
+the command that it hit is given again, as a user would:
 
     SIGKILL, SIGTERM, SIGINT   while a command is at work
     full                       a file system with too little room, which is then made larger
@@ -36,11 +36,13 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+import torch  # noqa: E402
 from warm import Warm, warm_server  # noqa: E402
 
 from budget.profiles import read_profile, read_scores  # noqa: E402
 from command.records import read_record  # noqa: E402
 from modelutils import load_checkpoint  # noqa: E402
+from pruning_vs_quantization.study_files import read_result  # noqa: E402
 
 QUICK = ["--nsamples", "32", "--batchsize", "32", "--noaug", "--device", "cpu"]
 PIPELINE = {  # command: script, words behind MODEL DATASET
@@ -51,6 +53,10 @@ PIPELINE = {  # command: script, words behind MODEL DATASET
     "search": ("spdy.py", "3", "unstr", "--nobatchnorm", "--dpbuckets", "100"),
     "corrected": ("post_proc.py", "rn8_unstr_200x_dp.txt", "--database", "unstr", "--bnt",
                   "--bnt-batches", "5", "--save", "rn8_corrected.pth"),
+    "trained": ("-m", "pruning_vs_quantization.main", "train-compressed", "--architecture",
+                "rn8_quantized", "--dataset", "digits", "--no-act-quant", "--n-bits", "4",
+                "--max-epochs", "3", "--train-samples", "256", "--batch-size", "64", "--no-cuda",
+                "--out", "trained"),
 }  # fmt: skip
 TROUBLES = 4  # at most, in a run
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -79,7 +85,7 @@ class Course:
 
     def start(self, name: str, *more: str):
         script, *words = PIPELINE[name]
-        words = ["rn8", "digits", *words, *QUICK, *more]
+        words = [*words, *more] if script == "-m" else ["rn8", "digits", *words, *QUICK, *more]
         return self.warm.start(script, *words, folder=self.folder, stderr=self.stderr)
 
     def command(self, name: str) -> None:
@@ -120,7 +126,8 @@ class Course:
 
     def damage(self) -> None:
         """Another byte somewhere in what is kept for resuming."""
-        kept = [path for path in sorted(self.folder.rglob("*")) if is_hidden(path, self.folder)
+        kept = [path for path in sorted(self.folder.rglob("*"))
+                if (path.suffix == ".state" or is_hidden(path, self.folder))
                 and path.is_file() and path.stat().st_size]  # fmt: skip
         if kept:
             path = self.rng.choice(kept)
@@ -162,6 +169,10 @@ def check_files(folder: Path) -> None:
         try:
             if path.suffix == ".pth":
                 load_checkpoint(path)
+            elif path.suffix == ".state":
+                torch.load(path, weights_only=True)
+            elif path.suffix == ".json" and path.parent.name == "trained":
+                read_result(path)
             elif path.suffix == ".json":
                 read_record(path)
             elif path.parent.name == "scores":
@@ -195,7 +206,7 @@ def results(folder: Path) -> dict[str, bytes | object]:
 def figures(value: object) -> object:
     """A record without times, and without how it was started."""
     if isinstance(value, dict):
-        left_out = ("seconds", "environment", "restart", "resumed")
+        left_out = ("seconds", "training_s", "environment", "restart", "resumed")
         return {key: figures(item) for key, item in value.items() if key not in left_out}
     return [figures(item) for item in value] if isinstance(value, list) else value
 
@@ -260,6 +271,7 @@ def chaos(runs: int, seed: int, say=lambda line: None) -> tuple[Counter, list[st
                 good[kind] += 1
             except Broken as error:
                 broken.append(f"run {number} ({kind}): {error}")
+                say(broken[-1])
             good["troubles"] += course.hits
             say(f"run {number} {kind}: {course.hits} troubles, {len(broken)} broken so far")
     return good, broken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from warm import Warm, warm_server
+
+os.environ.setdefault("MKL_CBWR", "AUTO")  # as command/starting.py asks for, where a test does not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

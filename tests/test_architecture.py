@@ -23,8 +23,9 @@ MAX_FUNCTION, MAX_FILE = 50, 400  # lines
 # Modules in layers; each may import from layers above its own, and within it without a cycle.
 # What a later part of the toolkit adds as support stands on the layer of what it supports.
 LAYERS = (
-    {"command.cli", "command.fingerprints", "command.process", "networks.vision", "quant",
-     "budget.dp", "engine.hessian", "engine.refinement", "engine.threads", "engine.compiled",
+    {"command.cli", "command.fingerprints", "command.process", "command.starting",
+     "networks.vision", "quant", "budget.dp", "engine.hessian", "engine.refinement",
+     "engine.threads", "engine.compiled",
      "networks.cifar_resnets"},
     {"engine.devices", "engine.distributed", "engine.levelfile", "networks.checkpoints",
      "images.imagefiles", "images.batches", "datautils", "engine.elimination",

@@ -296,3 +296,12 @@ def test_without_decouples_absent_weights_of_each_row() -> None:
     for i, j in itertools.product(range(5), repeat=2):
         coupled = i == j or not (zero[0, i] or zero[0, j])
         assert float(first[i, j]) == (float(H[i, j]) if coupled else 0)
+
+
+def test_products_that_are_not_symmetric_yield_a_symmetric_matrix() -> None:
+    """As MKL's are, where it promises bits that do not depend on addresses."""
+    for layer, size in ((nn.Linear(7, 2), 7), (nn.Conv2d(2, 2, 3), 18)):
+        gram = Gram(layer)
+        gram.sums().copy_(torch.randn(1, size, size))
+        H = gram.matrix()
+        assert torch.equal(H, H.mT) and not torch.equal(H, torch.zeros_like(H))

@@ -465,17 +465,32 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_one_thread_or_two(work, command, threads):
-    """Layer errors within 0.1 %, top-1 within 0.1; the same run twice is equal to the bit."""
-    found, checkpoints = {}, {}
-    for number, name in ((1, "a"), (2, "b"), (2, "c")):
+@pytest.mark.parametrize("line", [
+    "quant --wbits 4 --abits 4 --save x/q.pth", "quant --wbits 3 --wperweight --save x/q.pth",
+    "nmprune --save x/q.pth", "unstr --sparse-dir x --delta-sparse 0.5",
+    "blocked --sparse-dir x --delta-sparse 0.5", "struct --sparse-dir x --delta-sparse 0.5",
+])  # fmt: skip
+def test_any_number_of_threads(line, work, command, threads):
+    """Results are the same to the bit, and so are the squared errors of layers."""
+    found = []
+    for number in (1, 2, 3):
         torch.set_num_threads(number)
-        line = f"main_trueobs quant --wbits 4 --save {name}.pth"
-        status, out, _ = command(line, "--nsamples", 256)
-        assert status == 0
-        layers = json.loads(Path(f"{name}.json").read_text())["layers"]
-        found[name] = ({x["name"]: x["squared_error"] for x in layers}, float(out.split()[-1]))
-        checkpoints[name] = Path(f"{name}.pth").read_bytes()
-    assert checkpoints["b"] == checkpoints["c"]
-    assert found["b"][0] == pytest.approx(found["a"][0], rel=1e-3)
-    assert found["b"][1] == pytest.approx(found["a"][1], abs=0.1)
+        status, _, err = command(f"main_trueobs {line}", "--nsamples", 96)
+        assert status == 0 and torch.get_num_threads() == number and "resuming" not in " ".join(err)
+        files = {path.name: path.read_bytes() for path in Path("x").glob("*.pth")}
+        layers = json.loads(next(Path("x").glob("*.json")).read_text())["layers"]
+        found.append((files, [layer | {"seconds": 0} for layer in layers]))
+        shutil.rmtree("x")
+    assert found[0][0] and found[0] == found[1] == found[2]
+
+
+def test_another_number_of_threads_resumes(work, command, threads):
+    torch.set_num_threads(1)
+    line = "main_trueobs nmprune --save {}.pth"
+    assert command(line.format("whole"))[0] == 0
+    with interrupted(compression, "compress_layer", 3):
+        assert command(line.format("nm"))[0] == 130
+    torch.set_num_threads(2)
+    status, _, err = command(line.format("nm"))
+    assert status == 0 and "resuming: 3 of 8 layers are done" in err
+    assert Path("nm.pth").read_bytes() == Path("whole.pth").read_bytes()

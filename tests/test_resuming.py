@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import main_trueobs
 from command import fingerprints, resuming
 from command.cli import UserError
 from command.fingerprints import content_hash, difference
 from command.resuming import Cache, Notes, State, Unkept
+from command.session import Session
 
 MARKS = {"MODEL": "rn8", "--wbits": "4", "--noaug": "True", "code": "0" * 32}
 
@@ -73,6 +76,27 @@ def test_the_code_of_main_trueobs_is_in_its_fingerprint():
     marks = fingerprints.surroundings(torch.device("cpu"), "main_trueobs")
     assert marks["code"] != fingerprints.code_hash("database")
     assert marks["torch"] == torch.__version__ and marks["threads"] == str(torch.get_num_threads())
+    marks = fingerprints.surroundings(torch.device("cpu"), "main_trueobs", threads=False)
+    assert "threads" not in marks
+
+
+def test_memory_is_in_the_fingerprint_of_a_gpu_only(monkeypatch):
+    """There it decides how many rows are in one product, and with it last bits."""
+    parser = main_trueobs.build_parser()
+
+    def memory(device: str, *more: str) -> str | None:
+        args = parser.parse_args(["rn8", "digits", "quant", "--device", "cpu", *more])
+        session = replace(Session.of(args), device=torch.device(device))
+        assert "--memory" not in session.fingerprint(None, {})  # Hessians are the same
+        return session.fingerprint(parser, {}).get("--memory")
+
+    assert memory("cpu", "--memory", "2") is None
+    assert memory("cuda", "--memory", "2") == "2"
+    said = set()
+    for free in (80e9, 70e9):  # what else is on it does not count
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 0))
+        said.add(memory("cuda"))
+    assert said == {"34.3597"} and memory("cuda", "--memory", "34.3597") in said
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("database", "main_trueobs", "post_proc", "spdy")
+MODULES = ("database", "main_trueobs", "post_proc", "spdy", "pruning_vs_quantization.main")
 STAND_IN = """#!{python} -IS
 import json, os, socket, sys
 connection = socket.socket(socket.AF_UNIX)
@@ -98,8 +98,9 @@ class Warm:
         self.python.chmod(0o755)
 
     def start(self, script: str, *words: object, folder: Path, stderr: Path) -> Running:
-        """Run one of our scripts in `folder`, its standard error into a file."""
-        return Running(self.address, [str(ROOT / script), *map(str, words)], folder, stderr)
+        """Run one of our scripts (or "-m", a module) in `folder`, standard error into a file."""
+        program = script if script == "-m" else str(ROOT / script)
+        return Running(self.address, [program, *map(str, words)], folder, stderr)
 
 
 @contextmanager
@@ -127,10 +128,15 @@ def run_script(words: list[str], folder: str, environment: dict[str, str]) -> in
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if module := words[0] == "-m":
+        words = words[1:]
     sys.argv[:] = words
-    sys.path[0] = str(Path(words[0]).resolve().parent)
+    sys.path[0] = str(ROOT if module else Path(words[0]).resolve().parent)
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if module:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as stop:
         return int(stop.code or 0)
     except BaseException:
@@ -140,14 +146,17 @@ def run_script(words: list[str], folder: str, environment: dict[str, str]) -> in
 
 
 def announce_work(connection: socket.socket) -> None:
-    """Let `cli.guarded` tell when it begins."""
+    """Let `cli.guarded` tell when it has begun."""
     from command import cli
     guarded = cli.guarded
 
-    def announced(*args):
-        connection.sendall(b"working 1\n")
-        connection.close()
-        return guarded(*args)
+    def announced(body, args):
+        def work(args):
+            connection.sendall(b"working 1\n")
+            connection.close()
+            body(args)
+
+        return guarded(work, args)
 
     cli.guarded = announced
 

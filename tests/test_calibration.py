@@ -1,0 +1,157 @@
+"""calibration.py, threads.py: batches go through the model together, and are added in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import calibration
+from engine.calibration import calibrate, probe, show, twin
+from engine.threads import Stopped, Turns, one_at_a_thread
+from modelutils import find_layers
+from trueobs import TrueOBS
+
+CPU = torch.device("cpu")
+
+
+class Odd(nn.Module):
+    """A layer called twice, one never, one for some images only, and something kept between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.never = nn.Linear(8, 2)
+        self.sometimes = nn.Linear(8, 4)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept, positive = self.first(x), float(x[0, 0, 0, 0]) > 0
+        time.sleep(float(x[0, 0, 0, 0].abs()) / 100)  # batches overtake each other
+        x = self.twice(self.twice(self.kept).relu()) + self.kept
+        x = x.mean((2, 3))
+        if positive:
+            self.sometimes(x)
+        return self.last(x)
+
+
+def batches(count: int = 7) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [5] * (count - 1) + [2]
+    return [(torch.randn(n, 3, 6, 6, generator=generator), torch.zeros(n)) for n in sizes]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    assert not any("Pool" in thread.name for thread in threading.enumerate())
+    torch.set_num_threads(before)
+
+
+def model() -> Odd:
+    torch.manual_seed(0)
+    return Odd().eval()
+
+
+def calibrated(dense: nn.Module, number: int) -> dict[str, TrueOBS]:
+    torch.set_num_threads(number)
+    solvers = {name: TrueOBS(layer) for name, layer in find_layers(dense).items()}
+    calibrate(dense, solvers, batches(), CPU)
+    assert torch.get_num_threads() == number
+    return solvers
+
+
+def test_sums_are_the_same_to_the_bit_and_those_of_all_images(threads):
+    dense, found = model(), []
+    for number in (1, 2, 3, 7):
+        solvers = calibrated(dense, number)
+        found.append([(s.nsamples, s.gram.matrix()) for s in solvers.values()])
+        assert not any(layer._forward_hooks for layer in dense.modules())
+    for other in found[1:]:
+        assert all(a == b and torch.equal(x, y)
+                   for (a, x), (b, y) in zip(found[0], other, strict=True))  # fmt: skip
+    counts = dict(zip(find_layers(dense), [n for n, _ in found[0]], strict=True))
+    assert counts["first"] == counts["last"] == 32 and counts["twice"] == 64
+    assert counts["never"] == 0 and 0 < counts["sometimes"] < 32
+    seen = torch.cat([images for images, _ in batches()])
+    x = nn.functional.unfold(seen, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
+    torch.testing.assert_close(found[0][0][1][0], x.T @ x, rtol=1e-5, atol=1e-4)
+
+
+def test_large_products_wait_for_their_turn(threads, monkeypatch):
+    monkeypatch.setattr("engine.hessian.WAITING_BYTES", 0)
+    dense = model()
+    one, three = calibrated(dense, 1), calibrated(dense, 3)
+    assert all(torch.equal(one[name].gram.matrix(), three[name].gram.matrix()) for name in one)
+
+
+def test_what_images_take_bounds_how_many_batches_go_together(threads, monkeypatch):
+    running, most = [], []
+    dense = model()
+
+    class Watched(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            running.append(1)
+            most.append(len(running))
+            x = super().forward(x)
+            running.pop()
+            return x
+
+    dense.__class__ = Watched
+    calls, image_bytes = probe(dense, ["first", "twice"], batches()[0][0][:1])
+    assert calls == {"first": 1, "twice": 2} and image_bytes == 6 * 8 * 36 * 4
+    for room, wanted in ((1, 1), (2, 2)):
+        most.clear()
+        monkeypatch.setattr(calibration, "default_memory",
+                            lambda device, room=room: 2 * 5 * image_bytes * room)  # fmt: skip
+        calibrated(dense, 4)
+        assert max(most) == wanted
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_ends_all(number, error, threads):
+    dense = model()
+    torch.set_num_threads(number)
+    solvers = {name: TrueOBS(layer) for name, layer in find_layers(dense).items()}
+
+    def interrupted() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches()[:4]
+        raise error("images")
+
+    with pytest.raises(error, match="images"):
+        show(dense, solvers, interrupted(), CPU)
+    bad = [*batches()[:3], (torch.zeros(5, 4, 6, 6), torch.zeros(5)), *batches()]
+    with pytest.raises(RuntimeError, match="channels"):
+        show(dense, solvers, bad, CPU)
+    assert torch.get_num_threads() == number
+
+
+def test_a_piece_is_not_waited_for_in_vain():
+    turns, done = Turns(), []
+
+    def work(number: int, item: str) -> None:
+        if item == "bad":
+            raise ValueError("first")
+        turns.wait("x", number)
+        done.append(number)
+        turns.leave("x", number)
+
+    with pytest.raises(ValueError, match="first"):
+        one_at_a_thread(work, ["good", "bad", "good", "good"], 3, turns)
+    assert done == [0]
+    with pytest.raises(Stopped):
+        turns.wait("x", 3)
+
+
+def test_a_twin_shares_tensors_only():
+    dense = model()
+    other = twin(dense)
+    assert all(a is b for a, b in zip(dense.parameters(), other.parameters(), strict=True))
+    assert other.first is not dense.first
