@@ -100,6 +100,7 @@ def draw(
         axes.set_ylabel("SQNR (dB)", fontsize=9)
         axes.set_title(f"{bits} bits, {100 * (1 - bits / 16):g} % sparsity", fontsize=10)
     panels[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
+    panels[-1, 0].set_xlim(-0.7, len(shown) - 0.3)  # one layer alone stays in the middle
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     save_figure(figure, folder / f"{stem}_layer_outputs")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ from pruning_vs_quantization.report_page import (
 )
 
 CLOSEST = 5  # tensors that are named
+Pair = tuple[dict[str, Any], dict[str, Any]]  # a layer's summaries, quantised and pruned
 
 
 # -------------------------------------------------------------------------------- the four parts
@@ -138,31 +140,39 @@ def weights(folder: Path, model: str | None) -> Iterator[Section]:
 
 def layer_outputs(folder: Path, model: str | None) -> Iterator[Section]:
     """Part 3: layers that both studies have looked at."""
-    networks: dict[tuple[str, str], dict[tuple[int, str], dict[str, Any]]] = {}
+    networks: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
     for path in sorted((folder / "layer_outputs").glob("*_bits_*.json")):
         settings, figures = study_files.read_result(path)
         if same_model(settings["model"], model) and figures["summary"]:
             layers = networks.setdefault((settings["model"], settings["dataset"]), {})
-            layers.setdefault((figures["bits"], figures["layer"]), {})[figures["kind"]] = figures
+            of = layers.setdefault((figures["layer"], figures["bits"]), {})
+            of[figures["kind"]] = figures["summary"]
     for (name, dataset), layers in networks.items():
-        both: dict[int, list[tuple[dict, dict]]] = {}
-        for (bits, _), of in sorted(layers.items(), reverse=True):
-            if len(of) == 2:
-                pair = of["quantisation"]["summary"], of["pruning"]["summary"]
-                both.setdefault(bits, []).append(pair)
+        both = {key: (of["quantisation"], of["pruning"])
+                for key, of in sorted(layers.items(), key=lambda item: in_order(*item[0]))
+                if len(of) == 2}  # fmt: skip
         if not both:
             continue
+        by_bits: dict[int, list[Pair]] = {}
+        for bits in sorted({bits for _, bits in both}, reverse=True):
+            by_bits[bits] = [pair for key, pair in both.items() if key[1] == bits]
         pictures = sorted((folder / "layer_outputs").glob(f"{model_tag(name)}_layer_outputs.png"))
         yield Section(
             "layer outputs", f"{name} on {dataset}", "dB",
-            {bits: median_gap(of) for bits, of in both.items()},
+            {bits: median_gap(of) for bits, of in by_bits.items()},
             "The best solutions of the layers' least-squares problems on real inputs; nothing can "
             "pass their limits. One side is proven better where its best passes the other's "
             "limit. Below optimum: what the toolkit's own answer loses to the best one, mean.",
-            [output_table(both)],
+            [output_table(by_bits), layer_table(both)],
             [("From the best solution found to the proven limit, by layer", path.read_bytes())
              for path in pictures],
         )  # fmt: skip
+
+
+def in_order(layer: str, bits: int) -> tuple[list[str | int], int]:
+    """A key that sorts features.2 before features.10, and many bits before few."""
+    words = re.split(r"(\d+)", layer)  # text and numbers, in turns
+    return [int(word) if i % 2 else word for i, word in enumerate(words)], -bits
 
 
 def sqnr_of(summary: dict[str, Any], key: str) -> float:
@@ -176,13 +186,14 @@ def output_gap(quantised: dict[str, Any], pruned: dict[str, Any]) -> float:
     return 0.0 if ours == theirs else ours - theirs
 
 
-def median_gap(pairs: list[tuple[dict, dict]]) -> float:
+def median_gap(pairs: list[Pair]) -> float:
     return statistics.median(output_gap(*pair) for pair in pairs)
 
 
-def output_table(both: dict[int, list[tuple[dict, dict]]]) -> Table:
+def output_table(by_bits: dict[int, list[Pair]]) -> Table:
+    """A row per bit width."""
     rows = []
-    for bits, of in both.items():
+    for bits, of in by_bits.items():
         proven = [sum(sqnr_of(ours, "sqnr_best") > sqnr_of(theirs, "sqnr_limit")
                       for ours, theirs in pairs)
                   for pairs in (of, [(pruned, quantised) for quantised, pruned in of])]
@@ -194,6 +205,32 @@ def output_table(both: dict[int, list[tuple[dict, dict]]]) -> Table:
     return Table(["bits", "sparsity", "layers", "quantisation − pruning, median",
                   "quantisation proven better in", "pruning proven better in",
                   "OBQ below optimum", "ExactOBS below optimum"], rows)  # fmt: skip
+
+
+def layer_table(both: dict[tuple[str, int], Pair]) -> Table:
+    """A row per layer and bit width; `best … limit` where the two are not one."""
+    rows = []
+    for (layer, bits), pair in both.items():
+        proven, of = (sum(side[key] for side in pair) for key in ("proven", "subproblems"))
+        rows.append([layer, f"{bits}", f"{proven} of {of}", *map(interval, pair),
+                     signed(output_gap(*pair), "dB"), *map(own_gap, pair)])  # fmt: skip
+    return Table(["layer", "bits", "proven optimal", "quantised, dB", "pruned, dB",
+                  "quantisation − pruning", "OBQ below optimum, dB", "ExactOBS below optimum, dB"],
+                 rows, folded="Layer by layer")  # fmt: skip
+
+
+def interval(summary: dict[str, Any]) -> str:
+    """From the best SQNR found to the limit, in dB."""
+    ends = [f"{sqnr_of(summary, key):.2f}".replace("inf", "∞")
+            for key in ("sqnr_best", "sqnr_limit")]  # fmt: skip
+    return " … ".join(dict.fromkeys(ends))
+
+
+def own_gap(summary: dict[str, Any]) -> str:
+    """What the toolkit's own answer loses to the best one; more, if that is not proven optimal."""
+    mean = math.inf if summary["own_gap_mean"] is None else summary["own_gap_mean"]
+    more = "≥ " if summary["proven"] < summary["subproblems"] else ""
+    return more + f"{mean:.2f}".replace("inf", "∞")
 
 
 def fine_tuning(folder: Path, model: str | None) -> Iterator[Section]:
@@ -240,15 +277,21 @@ def gather(folder: Path, model: str | None) -> list[Section]:
     return sections
 
 
+def page_title(sections: list[Section]) -> str:
+    """The question, and of which network, if there is one only."""
+    subjects = [section.subject for section in sections if section.part != "densities"]
+    names = {subject.partition(" on ")[0] for subject in subjects}
+    one = len({TORCHVISION_ALIASES.get(name, name) for name in names}) == 1
+    return "Pruning or quantisation?" + (f" {subjects[-1]}" if one else "")
+
+
 def run(args: argparse.Namespace) -> None:
     sections = gather(args.folder, args.model)
     if not sections or (args.model and all(section.part == "densities" for section in sections)):
         raise UserError(f"{args.folder}: nothing of the study in it"
                         + (f" for {args.model}" if args.model else "")
                         + f"; begin with {COMMANDS['weights']}")  # fmt: skip
-    subjects = [section.subject for section in sections if section.part != "densities"]
-    title = "Pruning or quantisation?" + (f" {subjects[-1]}" if subjects else "")
-    out = args.out or args.folder
+    title, out = page_title(sections), args.out or args.folder
     for name, page in (("report.md", markdown_page(title, sections)),
                        ("report.html", html_page(title, sections))):  # fmt: skip
         with cli.atomic_write(out / name) as file:

@@ -34,6 +34,7 @@ COMMANDS = {  # part: what to run for it, in the order of the answer's weight
 class Table:
     head: list[str]
     rows: list[list[str]]
+    folded: str = ""  # a heading under which the page hides it until it is asked for
 
     @classmethod
     def parse(cls, text: str) -> Table:
@@ -148,6 +149,7 @@ th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(
 td { white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
+summary { cursor: pointer; color: var(--soft); font: .85rem/1.5 system-ui, sans-serif; }
 figure { margin: 1.5rem 0; }
 img { display: block; max-width: 100%; max-height: 32rem; background: #fff; border-radius: 6px; }
 figcaption, footer { color: var(--soft); font: .85rem/1.5 system-ui, sans-serif;
@@ -167,8 +169,11 @@ def html_table(table: Table) -> str:
                        for cell, text in zip(row, words, strict=True))  # fmt: skip
 
     rows = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
-    return (f"<div class=wide><table>\n<thead><tr>{cells(table.head, 'th')}</tr></thead>\n"
+    text = (f"<div class=wide><table>\n<thead><tr>{cells(table.head, 'th')}</tr></thead>\n"
             f"<tbody>\n{rows}\n</tbody></table></div>")  # fmt: skip
+    if table.folded:
+        return f"<details><summary>{escape(table.folded)}</summary>{text}</details>"
+    return text
 
 
 def html_picture(caption: str, png: bytes) -> str:
