@@ -28,7 +28,7 @@ from command.cli import UserError
 from database import model_tag
 from modelutils import TORCHVISION_ALIASES
 from pruning_vs_quantization import expected_sqnr, plot_weights_sqnr, plots, study_files
-from pruning_vs_quantization.expected_error import sparsity_of
+from pruning_vs_quantization.expected_error import sparsity_percent
 from pruning_vs_quantization.fine_tuning_table import PRUNED, QUANTISED, Result, markdown
 from pruning_vs_quantization.report_page import (
     COMMANDS,
@@ -117,7 +117,7 @@ def weights(folder: Path, model: str | None) -> Iterator[Section]:
         medians = [statistics.median(tensor.figures[key] for tensor in of)
                    for key in ("quant_sqnr", "pruning_sqnr")]  # fmt: skip
         worse = sum(tensor.gap < 0 for tensor in of)
-        rows.append([f"{bits}", f"{100 * sparsity_of(bits):g} %", f"{len(of)}",
+        rows.append([f"{bits}", sparsity_percent(bits), f"{len(of)}",
                      *(f"{value:.2f}" for value in medians), f"{worse}"])  # fmt: skip
     closest = sorted(found, key=lambda tensor: tensor.gap)[:CLOSEST]
     points = {bits: [(t.figures["pruning_sqnr"], t.figures["quant_sqnr"]) for t in of]
@@ -199,7 +199,7 @@ def output_table(by_bits: dict[int, list[Pair]]) -> Table:
                   for pairs in (of, [(pruned, quantised) for quantised, pruned in of])]
         own = [statistics.fmean(summary["own_gap_mean"] or 0.0 for summary in side)
                for side in zip(*of, strict=True)]
-        rows.append([f"{bits}", f"{100 * sparsity_of(bits):g} %", f"{len(of)}",
+        rows.append([f"{bits}", sparsity_percent(bits), f"{len(of)}",
                      signed(median_gap(of), "dB"), *map(str, proven),
                      *(f"{value:.2f} dB" for value in own)])
     return Table(["bits", "sparsity", "layers", "quantisation − pruning, median",

@@ -15,7 +15,7 @@ import base64
 from dataclasses import dataclass, field
 from html import escape
 
-from pruning_vs_quantization.expected_error import DENSE_BITS
+from pruning_vs_quantization.expected_error import sparsity_percent
 
 QUESTION = ("b-bit weights take the room of 16-bit weights of which a share of b/16 is kept. "
             "Which of the two loses less?")  # fmt: skip
@@ -121,7 +121,7 @@ def summary_table(sections: list[Section]) -> Table:
     sizes = sorted({bits for section in sections for bits in section.gaps}, reverse=True)
     head = ["bits", "sparsity", *(section.title for section in sections)]
     return Table(head, [
-        [f"{bits:g}", f"{100 * (1 - bits / DENSE_BITS):g} %",
+        [f"{bits:g}", sparsity_percent(bits),
          *(signed(section.gaps.get(bits), section.unit) if bits in section.gaps else "–"
            for section in sections)]
         for bits in sizes
