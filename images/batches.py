@@ -9,6 +9,7 @@ an image that another one looks at.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -105,15 +106,20 @@ class Batches:
     def __len__(self) -> int:
         return len(self._positions())
 
+    def _decoded(self) -> Iterator[tuple[Tensor | None, Tensor, list[BadImage]]]:
+        """As `_collate` makes them, by as many processes as were asked for."""
+        with warnings.catch_warnings():  # of more processes than cores, in every loop
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            return iter(DataLoader(
+                self.passes, batch_sampler=self._positions(), num_workers=self.workers,
+                collate_fn=_collate, worker_init_fn=leave_interrupts,
+                generator=torch.Generator(),  # else every loop would advance the global one
+            ))  # fmt: skip
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(
-            self.passes, batch_sampler=self._positions(), num_workers=self.workers,
-            collate_fn=_collate, worker_init_fn=leave_interrupts,
-            generator=torch.Generator(),  # else every loop would advance the global one
-        )
         skipped: dict[str, str] = {}
         try:
-            for images, labels, bad in loader:
+            for images, labels, bad in self._decoded():
                 if bad and not self.skip_bad_images:
                     raise bad[0]
                 skipped |= {error.path: error.flaw for error in bad}

@@ -27,13 +27,14 @@ from torch.func import functional_call
 import quant
 from command.cli import UserError, log
 from modelutils import find_layers
+from pruning_vs_quantization.expected_error import DENSE_BITS
 from pruning_vs_quantization.first_and_last import first_and_last
 from pruning_vs_quantization.learned_steps import LearnedStep
 from pruning_vs_quantization.magnitude_pruning import MASK
 from pruning_vs_quantization.starting_ranges import weight_grid
 
 WEIGHT_STEP, INPUT_STEP = "weight_step", "input_step"
-FIRST_LAST_BITS, FULL_BITS = 8, 16  # of weights that are quantised least, and not at all (FP16)
+FIRST_LAST_BITS = 8
 
 
 def layer_bits(model: nn.Module, bits: int) -> dict[str, int]:
@@ -129,7 +130,7 @@ def bits_per_weight(model: nn.Module) -> float:
     bits = weights = 0.0
     for layer in find_layers(model).values():
         step = getattr(layer, WEIGHT_STEP, None)
-        of_layer = FULL_BITS if step is None else step.grid().bits
+        of_layer = DENSE_BITS if step is None else step.grid().bits
         kept = getattr(layer, MASK).sum() if hasattr(layer, MASK) else layer.weight.numel()
         bits += of_layer * float(kept)
         weights += layer.weight.numel()

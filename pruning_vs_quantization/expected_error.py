@@ -53,13 +53,22 @@ NARROWEST = 1e-12  # interval, relative: ends that float64 hardly tells apart
 FIRST_INTERVALS = 64
 
 
-def sparsity_of(bits: int) -> float:
+def sparsity_of(bits: float) -> float:
     """The sparsity at which 16-bit weights take as much room as dense ones of `bits` bits.
 
     >>> [sparsity_of(bits) for bits in (8, 4, 2)]
     [0.5, 0.75, 0.875]
     """
     return 1 - bits / DENSE_BITS
+
+
+def sparsity_percent(bits: float) -> str:
+    """The same for a reader.
+
+    >>> sparsity_percent(2)
+    '87.5 %'
+    """
+    return f"{100 * sparsity_of(bits):g} %"
 
 
 def integer_codes(bits: int, balanced: bool = False) -> Reals:  # (levels,), ascending

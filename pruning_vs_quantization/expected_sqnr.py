@@ -118,7 +118,8 @@ def table(figures: dict[str, Any], bits: list[int]) -> str:
     for name, of in figures["densities"].items():
         for label, key in (("quantising", "quant_sqnr"), ("pruning", "pruning_sqnr")):
             values = " | ".join(f"{of['bits'][str(width)][key]:.2f}" for width in bits)
-            lines.append(f"| {name} | {rounded(of['kurtosis'], 2):.2f} | {label} | {values} |")
+            kurtosis = f"{rounded(of['kurtosis'], 2):.2f}".replace("-", "−")
+            lines.append(f"| {name} | {kurtosis} | {label} | {values} |")
     return "\n".join(lines)
 
 
@@ -134,7 +135,8 @@ def draw_sqnr(figures: dict[str, Any], bits: list[int]) -> Any:
         ):
             values = [of["bits"][str(width)][key] for width in bits]
             each.plot(bits, values, color=colour, marker=marker, markersize=4, label=label)
-        each.set_title(f"{name}\nkurtosis {rounded(of['kurtosis'], 1):.1f}", fontsize=10)
+        kurtosis = f"{rounded(of['kurtosis'], 1):.1f}".replace("-", "−")
+        each.set_title(f"{name}\nexcess kurtosis {kurtosis}", fontsize=10)
         each.set_xticks(sorted(bits))
         each.set_xlabel("bits a weight")
     axes[0][0].set_ylabel("expected SQNR (dB)")
@@ -153,7 +155,8 @@ def draw_kurtosis(figures: dict[str, Any], bits: list[int]) -> Any:
         if of["crossing"] is not None:
             axes.plot(of["crossing"], 0, plots.bit_marker(width), color=plots.bit_colour(width))
             axes.annotate(f"{of['crossing']:.1f}", (of["crossing"], 0), (3, 6),
-                          textcoords="offset points", fontsize=9)
+                          textcoords="offset points", fontsize=9,
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axes.set_xscale("log")
     axes.set_xlim(0.3)
     axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])

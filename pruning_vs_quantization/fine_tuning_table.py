@@ -18,7 +18,7 @@ from typing import Any
 from budget.profiles import read_lines
 from command import cli
 from command.cli import UserError
-from pruning_vs_quantization.compressed_model import FULL_BITS
+from pruning_vs_quantization.expected_error import DENSE_BITS, sparsity_percent
 from pruning_vs_quantization.plots import (
     PRUNING_COLOUR,
     QUANTISATION_COLOUR,
@@ -48,11 +48,6 @@ class Result:
     reached: float | None = None  # bits a weight, with the first and the last layer's own
     training: str | None = None  # how long, and on what
 
-    @property
-    def sparsity(self) -> float:
-        """Of FP16 weights of this size."""
-        return 1 - self.bits / FULL_BITS
-
 
 def trained_results(folder: Path, architecture: str, dataset: str) -> list[Result]:
     """Of the runs in a folder, those of the study; the others are named. Raises UserError."""
@@ -79,7 +74,7 @@ def _size(settings: dict[str, Any]) -> tuple[str, float] | None:
     if settings["act_quant"] or pruned == settings["weight_quant"]:
         return None
     if pruned:
-        return PRUNED, FULL_BITS * (1 - settings["s_f"])
+        return PRUNED, DENSE_BITS * (1 - settings["s_f"])
     return QUANTISED, float(settings["n_bits"])
 
 
@@ -126,7 +121,7 @@ def markdown(results: Iterable[Result]) -> str:
         seeds = sorted({one.seed for one in row if one.seed is not None})
         minutes = [one.seconds / 60 for one in row if one.seconds is not None]
         cells += [" ".join(map(str, seeds)) or "–", _range(minutes)]
-        lines.append(f"| {bits:g} | {100 * row[0].sparsity:g} % | " + " | ".join(cells) + " |")
+        lines.append(f"| {bits:g} | {sparsity_percent(bits)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -162,7 +157,7 @@ def draw(results: Iterable[Result], title: str, stem: Path) -> None:
         if points:
             axes.plot(list(points), means, color=colour, linestyle=line, marker=marker,
                       label=COLUMNS[method])  # fmt: skip
-    labels = [f"{bits:g}\n{100 * (1 - bits / FULL_BITS):g} %" for bits in sizes]
+    labels = [f"{bits:g}\n{sparsity_percent(bits)}" for bits in sizes]
     axes.set_xticks(sizes, labels)
     axes.set(xlabel="bits a weight, and the sparsity of FP16 weights of that size",
              ylabel="top-1 (%)")  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from command.cli import UserError, log
+from pruning_vs_quantization.expected_error import sparsity_percent
 from pruning_vs_quantization.plots import (
     PRUNING_COLOUR,
     QUANTISATION_COLOUR,
@@ -98,8 +99,9 @@ def draw(
                 if (b, k) == (bits, kind) and layer in shown
             })  # fmt: skip
         axes.set_ylabel("SQNR (dB)", fontsize=9)
-        axes.set_title(f"{bits} bits, {100 * (1 - bits / 16):g} % sparsity", fontsize=10)
+        axes.set_title(f"{bits} bits, {sparsity_percent(bits)} sparsity", fontsize=10)
     panels[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
+    panels[-1, 0].set_xlim(-0.7, len(shown) - 0.3)  # one layer alone stays in the middle
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     save_figure(figure, folder / f"{stem}_layer_outputs")

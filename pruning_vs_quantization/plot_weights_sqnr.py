@@ -62,7 +62,7 @@ def draw(points: Points, corrected: bool = False) -> Any:
     figure, axes = plots.new_figure(width=6.0, height=6.0)
     count = sum(map(len, points.values()))
     for bits, of_width in points.items():
-        label = f"{bits} bits ({pruning_wins(of_width)} of {len(of_width)})"
+        label = f"{bits} bits: {pruning_wins(of_width)} of {len(of_width)}"
         axes.plot([x for x, _ in of_width], [y for _, y in of_width], plots.bit_marker(bits),
                   color=plots.bit_colour(bits), alpha=0.6 if count < 2000 else 0.3,
                   markersize=5 if count < 2000 else 3, markeredgewidth=0, label=label)
@@ -71,7 +71,8 @@ def draw(points: Points, corrected: bool = False) -> Any:
     axes.set(xlim=(0, highest), ylim=(0, highest), aspect="equal",
              xlabel="SQNR of pruning" + (", zeros matched" if corrected else "") + " (dB)",
              ylabel="SQNR of quantisation (dB)")
-    plots.draw_legend(axes, "(pruning better in)", loc="lower right", markerscale=1.2)
+    plots.draw_legend(axes, "tensors on which\npruning is better",
+                      loc="lower right", markerscale=1.2)  # fmt: skip
     return figure
 
 

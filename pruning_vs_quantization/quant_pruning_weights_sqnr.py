@@ -4,7 +4,8 @@
     python -m pruning_vs_quantization.quant_pruning_weights_sqnr --models rn20 --weights rn20.pth
 
 Without arguments: every Conv2d and Linear tensor of torchvision's pretrained classification,
-detection, segmentation and video models. The mathematics is in `tensor_sqnr.py`. In --out there is
+detection, segmentation and video models (`model_zoo.py`). The mathematics is in `tensor_sqnr.py`.
+In --out there is
 
     <model>_<b>_bits_mse.json   layer → sample_kurtosis (excess, biased), quant_sqnr, quant_mse,
                                 quant_sparsity, pruning_sqnr, pruning_mse, pruning_sqnr_corrected,
@@ -12,27 +13,19 @@ detection, segmentation and video models. The mathematics is in `tensor_sqnr.py`
     settings.json               what each model's weights and grids were, so that a rerun skips what
                                 is done and refuses to mix
 
-A model whose weights cannot be had is reported and skipped, at once if its server has not answered
-before; box operators are not needed, so detection models do beside a CPU PyTorch.
+A model whose weights cannot be had is reported and skipped.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
-import socket
 import statistics
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 import torch
 from torch import nn
@@ -42,111 +35,17 @@ from command import cli, records
 from command.cli import UserError, log
 from database import model_tag
 from engine.devices import resolve_device
-from modelutils import (
-    CIFAR_BLOCKS,
-    SHIPPED_WEIGHTS,
-    TORCHVISION_ALIASES,
-    find_layers,
-    get_model,
-    load_checkpoint,
-    load_state,
-)
-from networks.vision import torchvision
+from modelutils import CIFAR_BLOCKS, TORCHVISION_ALIASES, find_layers
 from pruning_vs_quantization import study_files
+from pruning_vs_quantization.model_zoo import (
+    Downloads,
+    load_model,
+    weights_identity,
+    zoo_names,
+)
 from pruning_vs_quantization.tensor_sqnr import Histogram, tensor_figures
 
-TASKS = ("detection", "segmentation", "video")  # submodules of torchvision.models, beside itself
-ANSWER_SECONDS, STALL_SECONDS = 10, 60  # for a server to answer at all; for a download to go on
 COLUMNS = ("model", "bits", "tensors", "quantising", "pruning", "corrected", "pruning better in")
-
-
-# ------------------------------------------------------------------------------- where weights are
-
-
-def zoo_names() -> dict[str, list[str]]:
-    """torchvision's models by task; classification first."""
-    modules = [torchvision.models, *(getattr(torchvision.models, task) for task in TASKS)]
-    return {task: torchvision.models.list_models(module=module)
-            for task, module in zip(("classification", *TASKS), modules, strict=True)}
-
-
-def pretrained(name: str) -> Any:
-    """torchvision's weights of a model: IMAGENET1K_V1, or else its default ones."""
-    known = torchvision.models.get_model_weights(TORCHVISION_ALIASES.get(name, name))
-    return getattr(known, "IMAGENET1K_V1", None) or known.DEFAULT
-
-
-@dataclass
-class Downloads:
-    """Which servers have not answered, so that nobody waits for them again."""
-
-    silent: dict[str, str] = field(default_factory=dict)  # host → why
-
-    def check(self, url: str) -> None:
-        """Raise a UserError unless `url` has been downloaded before, or its server answers."""
-        name, host = Path(urlsplit(url).path).name, urlsplit(url).hostname
-        if (Path(torch.hub.get_dir()) / "checkpoints" / name).exists():
-            return
-        if host in self.silent:
-            raise UserError(f"{host} has not answered before ({self.silent[host]})")
-        try:
-            request = Request(url, method="HEAD")
-            urlopen(request, timeout=ANSWER_SECONDS).close()  # nosec B310  # torchvision's own https
-        except HTTPError as error:
-            raise UserError(f"{url}: {error.code} {error.reason}") from None
-        except OSError as error:
-            self.silent[host] = str(getattr(error, "reason", error))
-            raise UserError(f"{host} does not answer ({self.silent[host]})") from None
-
-
-@contextmanager
-def stalled_downloads_end() -> Iterator[None]:
-    """Let a connection that says nothing for STALL_SECONDS raise TimeoutError."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def load_model(name: str, weights: str | None, downloads: Downloads) -> nn.Module:
-    """The model with its weights, on the CPU. Raises UserError where they cannot be had."""
-    full = TORCHVISION_ALIASES.get(name, name)
-    names = zoo_names() if ".py:" not in name and name not in CIFAR_BLOCKS else {}
-    task = next((task for task, of in names.items() if full in of), None)
-    if weights is not None and task in ("detection", "segmentation"):
-        model = torchvision.models.get_model(full, weights=None, weights_backbone=None)
-    elif weights is not None and task == "video":
-        model = torchvision.models.get_model(full, weights=None)
-    elif task is None or weights is not None:
-        shipped_for = next((data for of, data in SHIPPED_WEIGHTS if of == name), "imagenet")
-        return get_model(name, shipped_for, weights)
-    else:
-        chosen = pretrained(name)
-        downloads.check(chosen.url)
-        try:
-            with stalled_downloads_end():
-                return torchvision.models.get_model(full, weights=chosen)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"its weights cannot be downloaded ({error})") from None
-    load_state(model, load_checkpoint(weights), weights)
-    return model
-
-
-def weights_identity(name: str, weights: str | None) -> str:
-    """What tells one set of weights from another, found without loading or downloading it."""
-    shipped = next((path for (of, _), path in SHIPPED_WEIGHTS.items() if of == name), None)
-    path = Path(weights) if weights is not None else shipped
-    if path is None and (".py:" in name or name in CIFAR_BLOCKS):
-        return "its own"
-    if path is None:
-        return str(pretrained(name))
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-    return f"{path.name}, SHA-256 {digest.hexdigest()[:16]}"
 
 
 # ------------------------------------------------------------------------------------- the files

@@ -15,7 +15,7 @@ import base64
 from dataclasses import dataclass, field
 from html import escape
 
-from pruning_vs_quantization.expected_error import DENSE_BITS
+from pruning_vs_quantization.expected_error import sparsity_percent
 
 QUESTION = ("b-bit weights take the room of 16-bit weights of which a share of b/16 is kept. "
             "Which of the two loses less?")  # fmt: skip
@@ -34,6 +34,7 @@ COMMANDS = {  # part: what to run for it, in the order of the answer's weight
 class Table:
     head: list[str]
     rows: list[list[str]]
+    folded: str = ""  # a heading under which the page hides it until it is asked for
 
     @classmethod
     def parse(cls, text: str) -> Table:
@@ -120,7 +121,7 @@ def summary_table(sections: list[Section]) -> Table:
     sizes = sorted({bits for section in sections for bits in section.gaps}, reverse=True)
     head = ["bits", "sparsity", *(section.title for section in sections)]
     return Table(head, [
-        [f"{bits:g}", f"{100 * (1 - bits / DENSE_BITS):g} %",
+        [f"{bits:g}", sparsity_percent(bits),
          *(signed(section.gaps.get(bits), section.unit) if bits in section.gaps else "–"
            for section in sections)]
         for bits in sizes
@@ -148,6 +149,7 @@ th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(
 td { white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--line); }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
+summary { cursor: pointer; color: var(--soft); font: .85rem/1.5 system-ui, sans-serif; }
 figure { margin: 1.5rem 0; }
 img { display: block; max-width: 100%; max-height: 32rem; background: #fff; border-radius: 6px; }
 figcaption, footer { color: var(--soft); font: .85rem/1.5 system-ui, sans-serif;
@@ -167,8 +169,11 @@ def html_table(table: Table) -> str:
                        for cell, text in zip(row, words, strict=True))  # fmt: skip
 
     rows = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
-    return (f"<div class=wide><table>\n<thead><tr>{cells(table.head, 'th')}</tr></thead>\n"
+    text = (f"<div class=wide><table>\n<thead><tr>{cells(table.head, 'th')}</tr></thead>\n"
             f"<tbody>\n{rows}\n</tbody></table></div>")  # fmt: skip
+    if table.folded:
+        return f"<details><summary>{escape(table.folded)}</summary>{text}</details>"
+    return text
 
 
 def html_picture(caption: str, png: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -119,6 +120,13 @@ def test_passes_repeat_without_augmentation_and_are_sized():
     assert torch.equal(images[:30], images[60:]) and torch.equal(labels[:30], labels[30:60])
     image, label = digits.calibration[7]
     assert torch.equal(image, images[7]) and label == labels[7]
+
+
+def test_more_workers_than_cores_are_nothing_to_warn_of(recwarn):
+    data = load_data("digits", nsamples=4)
+    images, _ = gather(calibration_batches(data, nrounds=1, batchsize=2,
+                                           workers=os.cpu_count() + 1))  # fmt: skip
+    assert len(images) == 4 and not recwarn.list
 
 
 @pytest.mark.parametrize(("name", "size"), [("digits", 16), ("folder", 24)])

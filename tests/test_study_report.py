@@ -114,6 +114,19 @@ def test_layer_outputs_say_what_is_proven(results):
     assert row[6:] == ["1.51 dB", "1.51 dB"]  # 3.01 dB in conv1, 0 in conv2; the same
 
 
+def test_layer_outputs_have_a_table_per_layer(results):
+    write_outputs(results, "conv10", 2, (100.0, 2.0, 1.0, 1.0), (100.0, 20.0, 10.0, 10.0))
+    write_outputs(results, "conv2", 2, (100.0, 0.0, 0.0, 0.0), (100.0, 20.0, 10.0, 10.0))
+    table = section_of(results, "layer outputs").tables[1]
+    assert table.folded
+    assert table.rows == [
+        ["conv1", "4", "1 of 2", "20.00", "10.00 … 13.01", "+10.00 dB", "3.01", "≥ 3.01"],
+        ["conv2", "4", "0 of 2", "20.00 … 23.01", "20.00 … 30.00", "+0.00 dB", "≥ 0.00", "≥ 0.00"],
+        ["conv2", "2", "2 of 2", "∞", "10.00", "+∞ dB", "0.00", "3.01"],
+        ["conv10", "2", "2 of 2", "20.00", "10.00", "+10.00 dB", "3.01", "3.01"],
+    ]  # fmt: skip
+
+
 def test_layers_without_error_are_infinitely_good(tmp_path):
     write_outputs(tmp_path, "conv1", 8, (1.0, 0.0, 0.0, 0.0), (1.0, 0.1, 0.1, 0.1))
     section = section_of(tmp_path, "layer outputs")
@@ -233,6 +246,14 @@ def test_the_page_holds_everything_it_shows():
     assert "prefers-color-scheme: dark" in text
 
 
+def test_long_tables_are_folded():
+    section = Section("weights", "rn8", "dB", {4: 1.0}, "",
+                      [Table(["layer"], [["conv1"]], folded="Layer by layer")])
+    text = html_page("Title", [section])
+    assert "<summary>Layer by layer</summary>" in text and "conv1" in Page(text).words
+    assert "| conv1 |" in markdown_page("Title", [section])
+
+
 def test_markdown_says_the_same():
     sections = [part("weights", b4=13.0)]
     text = markdown_page("Title", sections)
@@ -254,6 +275,13 @@ def test_the_command_writes_both_pages(results, capsys, tmp_path):
     markdown = (tmp_path / "page" / "report.md").read_text()
     assert printed.splitlines()[2] in markdown
     assert not (results / "report.html").exists()
+
+
+def test_a_page_of_several_networks_is_named_after_none(results, capsys):
+    assert report.main([str(results)]) == 0
+    page = Page((results / "report.html").read_text())
+    assert "Pruning or quantisation?\n" in page.words
+    assert "By fine-tuning, rn8 on digits" in page.words
 
 
 @pytest.mark.parametrize("words", [[], ["--model", "rn56"]])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import modelutils
 from command.cli import UserError
-from pruning_vs_quantization import plot_weights_sqnr
+from pruning_vs_quantization import model_zoo, plot_weights_sqnr
 from pruning_vs_quantization import quant_pruning_weights_sqnr as weights_command
 from pruning_vs_quantization.expected_error import best_step, integer_codes
 from pruning_vs_quantization.tensor_sqnr import Histogram, tensor_figures
@@ -270,7 +270,7 @@ def unreachable(asked: list[str], error: Exception):
 def test_a_server_that_does_not_answer_is_asked_once(tmp_path, capsys, monkeypatch):
     asked: list[str] = []
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(weights_command, "urlopen", unreachable(asked, URLError("no route")))
+    monkeypatch.setattr(model_zoo, "urlopen", unreachable(asked, URLError("no route")))
     models = ["vgg11", "fasterrcnn_resnet50_fpn", "fcn_resnet50", "r3d_18"]
     assert run("--models", *models, "rn8", "--bits", 2, "--out", tmp_path) == 0
     captured = capsys.readouterr()
@@ -286,21 +286,21 @@ def test_a_page_that_is_missing_says_nothing_about_others(tmp_path, capsys, monk
     asked: list[str] = []
     missing = HTTPError("https://x/y", 404, "Not Found", None, None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(weights_command, "urlopen", unreachable(asked, missing))
+    monkeypatch.setattr(model_zoo, "urlopen", unreachable(asked, missing))
     assert run("--models", "vgg11", "r3d_18", "--out", tmp_path) == 2
     assert len(asked) == 2 and "404 Not Found" in capsys.readouterr().err
 
 
 def test_weights_that_were_downloaded_need_no_server(tmp_path, monkeypatch):
-    url = weights_command.pretrained("vgg11").url
+    url = model_zoo.pretrained("vgg11").url
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(weights_command, "urlopen", unreachable([], URLError("no route")))
+    monkeypatch.setattr(model_zoo, "urlopen", unreachable([], URLError("no route")))
     with pytest.raises(UserError, match="does not answer"):
-        weights_command.Downloads().check(url)
+        model_zoo.Downloads().check(url)
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / url.rpartition("/")[2]).touch()
-    weights_command.Downloads().check(url)
+    model_zoo.Downloads().check(url)
 
 
 def test_without_arguments_it_is_the_whole_zoo():
@@ -311,7 +311,7 @@ def test_without_arguments_it_is_the_whole_zoo():
     assert not any(name.startswith(("quantized", "raft")) for name in models)
     assert args.bits == [8, 7, 6, 5, 4, 3, 2]
     assert str(args.out) == "plots_data/weights_sqnr"
-    assert all(weights_command.pretrained(name).url for name in models)
+    assert all(model_zoo.pretrained(name).url for name in models)
 
 
 @pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
@@ -390,7 +390,7 @@ def test_dots_are_where_the_figures_are():
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
     assert four.get_color() != two.get_color()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "4 bits (0 of 2)", "2 bits (1 of 1)"]  # fmt: skip
+        "4 bits: 0 of 2", "2 bits: 1 of 1"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
