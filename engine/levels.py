@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from types import ModuleType
 
@@ -37,7 +38,7 @@ from torch import Tensor
 from engine.compiled import compiled
 from engine.hessian import Inverse
 from engine.refinement import refined, times
-from engine.threads import in_pieces
+from engine.threads import in_pieces, one_thread
 
 BLOCK = 96  # columns of a factor that are made at a time
 
@@ -98,18 +99,25 @@ def weights_at(
     undamped: Undamped | None = None,  # H to refine the weights by
 ) -> Tensor:  # (levels, R, q, d)
     """Weights of every row at every level, in closed form. Those that are zero stay zero."""
-    levels = W.new_empty(len(counts), *W.shape)
+    levels, (R, q, _) = W.new_empty(len(counts), *W.shape), W.shape
 
-    def work(part: slice) -> None:
+    def kept_of(part: slice) -> Kept:
+        return Kept(inverse, H, system[part], order[part], counts[:, part])
+
+    def fill(part: slice, kept: Kept, rows: slice = slice(None)) -> None:
         own = undamped and Undamped(undamped.H, undamped.system[part], undamped.damped[part])
-        kept = Kept(inverse, H, system[part], order[part], counts[:, part])
-        for row in range(W.shape[1]):
+        for row in range(q)[rows]:
             levels[:, part, row] = kept.weights(W[part, row], own)
 
-    if W.device.type == "cpu":
-        in_pieces(work, len(W), 1)
-    else:
-        work(slice(None))
+    if W.device.type != "cpu":
+        fill(slice(None), kept_of(slice(None)))
+    elif q == 1:
+        in_pieces(lambda part: fill(part, kept_of(part)), R, 1)
+    else:  # rows that share a system share its factors
+        for part in (slice(r, r + 1) for r in range(R)):
+            with one_thread():
+                kept = kept_of(part)
+            in_pieces(partial(fill, part, kept), q, 1)
     return levels
 
 

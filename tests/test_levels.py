@@ -138,11 +138,11 @@ def row_by_row(W: Tensor, inverse: Inverse, H: Tensor, order: Tensor, counts: Te
     return torch.cat(parts, 1)
 
 
-@pytest.mark.parametrize("d", [200, 562])
-def test_neither_threads_nor_other_rows_change_a_bit(d):
+@pytest.mark.parametrize(("d", "together"), [(200, 1), (562, 1), (200, 3)])
+def test_neither_threads_nor_other_rows_change_a_bit(d, together):
     rows, H = 5, hessian(d)
     inverse = damped_inverse(H)
-    W = torch.randn(rows, 1, d, generator=torch.Generator().manual_seed(2))
+    W = torch.randn(rows, together, d, generator=torch.Generator().manual_seed(2))
     system = torch.zeros(rows, dtype=torch.int64)
     trace = eliminate(W, inverse, system, Unstructured(), d)
     counts = first_counts(trace.losses, [0.1, 0.5, 0.9])
