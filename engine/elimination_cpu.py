@@ -137,12 +137,11 @@ class Task:
 @compiled
 def run_panel(A, source, tile, rows, U, start, count, found):
     """Fix `count` columns of every row; note which, at what loss and value."""
-    scores = np.empty(rows.barred.shape[1], dtype=rows.w.dtype)
     for r in range(len(rows.w)):
         w, columns, m = rows.w[r], rows.columns[r], rows.live[r]
         for k in range(0, count, rows.unit):
-            score_units(rows, r, m, scores)
-            chosen = first_least(scores, m // rows.unit)
+            score_units(rows, r, m)
+            chosen = first_least(rows.keys, m // rows.unit)
             rows.barred[r, chosen] = np.inf
             for j in range(rows.unit):
                 p, step = chosen * rows.unit + j, start + k + j

@@ -113,13 +113,13 @@ def prune_nm(
 def run_panels(rows, state, panel, found):
     """In every row, fix columns until the panel is full or one is wanted that is not active."""
     steps = found.order.shape[1]
-    scores, chosen = np.empty(rows.barred.shape[1], rows.w.dtype), np.empty(panel, np.int64)
+    chosen = np.empty(panel, np.int64)
     for r in range(len(rows.w)):
         first, step = state.done[r], state.done[r]
         w, U, m = rows.w[r], state.U[r], rows.live[r]
         while step < min(first + panel, steps):
-            score_units(rows, r, m, scores)
-            p = first_least(scores, m)
+            score_units(rows, r, m)
+            p = first_least(rows.keys, m)
             if state.slot[r, p] < 0:
                 break
             rows.barred[r, p] = np.inf
@@ -156,7 +156,7 @@ def bar_full_group(rows, state, r, column):
 @compiled
 def activate(Hinv, system, rows, state, steps, ahead):
     """Let go of what is gone; choose who is active, of every row that is not done."""
-    scores = np.empty(rows.barred.shape[1], dtype=rows.w.dtype)
+    scores = rows.scores
     for r in range(len(rows.w)):
         if state.done[r] == steps:
             continue
@@ -168,8 +168,8 @@ def activate(Hinv, system, rows, state, steps, ahead):
             state.place[r, rows.columns[r, hole[x]]] = hole[x]
             state.slot[r, hole[x]] = state.slot[r, source[x]]
         move_columns(state.U[r, : state.done[r]], source, hole)
-        score_units(rows, r, m, scores)
-        best, soon = first_least(scores, m), ranked(scores[:m], ahead)
+        score_units(rows, r, m)
+        best, soon = first_least(rows.keys, m), ranked(scores[:m], ahead)
         let_go_of_far(state, r, m, scores, ahead, best)
         move_columns(state.active[r, : state.count[r]], source, hole)
         state.kept[r] = state.count[r]

@@ -19,11 +19,10 @@ from numba import njit
 from torch import Tensor
 
 INFINITY = np.inf
-CHUNK = 64  # scores whose least is found together
+CHUNK = 32  # scores that are searched together
 EXACT = {"contract", "nsz"}  # sums in their own order
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=EXACT)
 compiled_sum = njit(nogil=True, cache=True, error_model="numpy", fastmath=EXACT | {"reassoc"})
-compiled_least = njit(nogil=True, cache=True, error_model="numpy", fastmath={"nnan", "nsz"})
 
 
 class Rows(NamedTuple):
@@ -36,6 +35,8 @@ class Rows(NamedTuple):
     barred: np.ndarray  # (rows, d/c) infinite where a unit may not go
     grid: np.ndarray  # (rows, 4) see `elimination.PivotRule`; (rows, 0) to prune
     live: np.ndarray  # (rows,) m of each row
+    scores: np.ndarray  # (d/c,) of the row that is in work
+    keys: np.ndarray  # (d/c,) the same bytes as integers
     unit: int
 
 
@@ -56,7 +57,7 @@ def rows_of(
     grid: Tensor,  # (rows, 4) or (rows, 0)
 ) -> Rows:
     """Rows before their first step; units that are zero already go before all others."""
-    R, d = W.shape
+    (R, d), scores = W.shape, np.empty(W.shape[1] // unit, dtype=W.numpy().dtype)
     tiles = Hinv.view(-1, d // unit, unit, d // unit, unit).diagonal(dim1=1, dim2=3)
     zero = (W == 0).view(R, d // unit, unit).all(2).numpy()
     return Rows(
@@ -67,6 +68,8 @@ def rows_of(
         barred=np.where(zero, -INFINITY, 0.0).astype(W.numpy().dtype),
         grid=grid.numpy(),
         live=np.full(R, d),
+        scores=scores,
+        keys=scores.view(f"i{scores.itemsize}"),
         unit=unit,
     )
 
@@ -75,9 +78,10 @@ def rows_of(
 
 
 @compiled
-def score_units(rows, r, m, scores):
+def score_units(rows, r, m):
     """OBS's score of every unit, or what stands for it; infinite where barred."""
     w, D, floor, barred = rows.w[r], rows.D[r], rows.floor[r], rows.barred[r]
+    scores = rows.scores
     if rows.unit > 1:
         score_blocks(w, D, floor, barred, m // rows.unit, scores)
     elif len(rows.grid[r]):
@@ -124,25 +128,29 @@ def score_blocks(w, D, floor, barred, units, scores):
 
 
 @compiled
-def first_least(scores, count):
-    """Index of the first of the least of `count` scores."""
-    chunk, least = 0, np.inf
+def first_least(keys, count):
+    """Index of the first of the least of `count` scores, which are given by their bits.
+
+    LLVM finds the least of many integers at a time, but not of floating-point numbers. Those are
+    sign and magnitude; with the magnitude of negative ones flipped their order is that of integers.
+    """
+    keys = keys[:count]
+    shift = keys.dtype.type(8 * keys.itemsize - 1)
+    magnitude = keys.dtype.type((np.int64(1) << np.int64(shift)) - 1)
+    least = magnitude
+    for i in range(count):
+        key = keys[i] ^ ((keys[i] >> shift) & magnitude)
+        least = key if key < least else least
+    least ^= (least >> shift) & magnitude
     for first in range(0, count, CHUNK):
-        here = least_of(scores, first, min(first + CHUNK, count))
-        if here < least:
-            chunk, least = first, here
-    for i in range(chunk, count):
-        if scores[i] == least:
-            return i
+        chunk, hits = keys[first : first + CHUNK], 0
+        for i in range(len(chunk)):
+            hits += chunk[i] == least
+        if hits:
+            for i in range(len(chunk)):
+                if chunk[i] == least:
+                    return first + i
     return 0
-
-
-@compiled_least
-def least_of(scores, first, last):
-    least = scores[first]
-    for i in range(first, last):
-        least = min(least, scores[i])
-    return least
 
 
 # -- what a step does ------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ and its libraries divide sums among threads, and so add them up in another order
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -37,14 +39,39 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+class Pool:
+    """Threads that are given work."""
+
+    def __init__(self, executor: ThreadPoolExecutor) -> None:
+        self._executor, self._given = executor, []
+
+    def submit(self, work: Callable[..., Item], *args: object) -> Future[Item]:
+        """Have some thread do it."""
+        self._given.append(self._executor.submit(work, *args))
+        return self._given[-1]
+
+    def end(self, cancel: bool) -> None:
+        """Wait until all is done that was given, or at least begun."""
+        for future in self._given if cancel else ():
+            future.cancel()
+        wait(self._given)
+
+
+@cache
+def executor_of(process: int, threads: int) -> ThreadPoolExecutor:
+    """A process keeps its threads: the first product on a new one costs milliseconds."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
 @contextmanager
-def pool_of(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads on each of which PyTorch uses no others."""
-    before = torch.get_num_threads()
+def pool_of(threads: int) -> Iterator[Pool]:
+    """Threads on each of which PyTorch uses no others; what they are given is done at the end."""
+    before, pool, done = torch.get_num_threads(), Pool(executor_of(os.getpid(), threads)), False
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield pool
+        done = True
     finally:
+        pool.end(cancel=not done)
         torch.set_num_threads(before)  # the workers' setting is also that of threads to come
 
 
@@ -66,7 +93,8 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
                 work(piece)
         return
     with pool_of(min(threads, len(pieces))) as pool:
-        list(pool.map(work, pieces))  # list: so that an exception is raised here
+        for future in [pool.submit(work, piece) for piece in pieces]:
+            future.result()
 
 
 # -- one after the other ---------------------------------------------------------------------------
