@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import chain
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import quant
+from command.cli import UserError
 from engine.distributed import ALONE, World
+from engine.hessian import CHUNK_BYTES
 from engine.memory import default_memory
 from engine.threads import Turns, one_at_a_thread, one_thread, pool_of
 from images.batches import Batches
@@ -88,27 +90,30 @@ def show(
     if first is None:
         return
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    once: set[str] = set()  # layers that are called once: it is the next batch's turn then
+    calls: Counter[str] = Counter()
     if threads > 1:
-        calls, image_bytes = probe(dense, solvers, first[:1])
-        once = {name for name, count in calls.items() if count == 1}
-        room = default_memory(device) // 2 // (len(first) * image_bytes)
-        threads = max(1, min(threads, room))
+        calls, image_bytes = probe(dense, first[:1])
+        batch_bytes = len(first) * image_bytes + 3 * CHUNK_BYTES
+        threads = max(1, min(threads, default_memory(device) // 2 // batch_bytes))
     turns, own = Turns(), threading.local()
 
     def see(name: str, x: Tensor) -> None:
+        if name in own.left and threads > 1:  # the next batch may be at its sums by now
+            raise UserError(f"{name} is called more often for some images than for the first one; "
+                            "set OMP_NUM_THREADS=1")  # fmt: skip
         solvers[name].add_batch(x, wait=lambda: turns.wait(name, own.number))
-        if name in once:
+        if calls[name] == 1:  # so it is the next batch's turn
+            own.left.add(name)
             turns.leave(name, own.number)
 
     def work(number: int, batch: Tensor) -> None:
-        own.number = number
+        own.number, own.left = number, set()
         if not hasattr(own, "model"):
             own.model = twin(dense)
         layers = {name: own.model.get_submodule(name) for name in solvers}
         with torch.inference_mode(), watching(layers, see):
             own.model(batch)
-        for name in solvers.keys() - once:
+        for name in solvers.keys() - own.left:
             turns.leave(name, number)
 
     one_at_a_thread(work, chain([first], images), threads, turns)
@@ -121,9 +126,7 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def probe(
-    model: nn.Module, names: Iterable[str], image: Tensor  # (1, 3, s, s)
-) -> tuple[Counter[str], int]:
+def probe(model: nn.Module, image: Tensor) -> tuple[Counter[str], int]:
     """How often each layer is called, and about how many bytes one image takes at a time."""
     calls, widest = Counter(), 0
 
@@ -131,8 +134,8 @@ def probe(
         nonlocal widest
         calls[name], widest = calls[name] + 1, max(widest, x.nbytes)
 
-    with watching({name: model.get_submodule(name) for name in names}, see):
-        model(image)
+    with watching(find_layers(model), see):
+        model(image)  # (1, 3, s, s)
     return calls, MAPS_AT_A_TIME * widest
 
 
@@ -146,10 +149,13 @@ def activation_grids(
     """A grid for the input of every layer that sees the images."""
     fits: dict[str, Future[quant.Grid]] = {}
     threads = torch.get_num_threads() if images.device.type == "cpu" else 1
+    waiting = threading.Semaphore(2 * threads)  # so that few layers' inputs are kept
     with evaluating(dense), pool_of(threads) as pool, one_thread():
 
         def fit(name: str, x: Tensor) -> None:
+            waiting.acquire()
             fits[name] = pool.submit(quant.fit_activation_grid, x.float(), bits, symmetric, search)
+            fits[name].add_done_callback(lambda _: waiting.release())
 
         with watching(find_layers(dense), fit):
             dense(images)

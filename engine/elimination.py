@@ -159,6 +159,8 @@ def eliminate(
 
     OBC section 4, algorithm 1, for all modes; see the module docstring for the blocked form.
     """
+    if W.shape[2] % (rule.nm[1] or rule.unit):  # compiled code does not check bounds
+        raise ValueError(f"{W.shape[2]} columns are not whole groups or blocks")
     panel = min(panel or panel_width(W.shape[2], rule.unit), steps)
     panel = max(1, panel // rule.unit) * rule.unit
     fits = type(rule) in COMPILED_RULES and W.shape[1] == 1 and W.device.type == "cpu"

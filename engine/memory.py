@@ -78,6 +78,8 @@ def layer_needs(
         row += item * VECTORS_OF_A_LEVEL * d * levels
         matrices = int(item * MATRICES_OF_A_ROW * d * d)
         row, matrix = (row, max(matrix, matrices)) if tasks else (row + matrices, 0)
+    if innermost:  # N:M keeps the u's of all steps (nm_cpu.py)
+        matrix *= 2
     if apart:
         row += 32 * d * d
     return Needs(sums, always, inverting, row, matrix, tasks)

@@ -84,10 +84,10 @@ def prune_nm(
     cap = max(1, min(d, int(IDLE * panel)))
     U, active = W.new_empty(R, steps, d), W.new_empty(R, cap, d)
     old, new = W.new_empty(R, panel, cap), W.new_empty(R, steps, cap)
+    LT, z = W.new_empty(R, steps, steps), W.new_empty(R, steps)
     every = np.tile(np.arange(d, dtype=np.int32), (R, 1))
     state = State(
-        U.numpy(), np.empty((R, steps, steps), dtype=rows.w.dtype),
-        np.empty((R, steps), dtype=rows.w.dtype), active.numpy(), old.numpy(), new.numpy(),
+        U.numpy(), LT.numpy(), z.numpy(), active.numpy(), old.numpy(), new.numpy(),
         holder=np.empty((R, cap), dtype=np.int32), slot=np.full((R, d), -1, dtype=np.int32),
         place=every, zeros=np.zeros((R, d // nm[1]), dtype=np.int32),
         kept=np.zeros(R, dtype=np.int64), count=np.zeros(R, dtype=np.int64),
@@ -204,14 +204,14 @@ def ranked(scores, count):
 
 @compiled
 def let_go_of_far(state, r, m, scores, ahead, best):
-    """If there is little room: those of a large score; all, if there is none for the best."""
+    """If there is little room: those of a large score, so that the best has a place."""
     cap = len(state.holder[r])
     for p in range(m):
         if state.slot[r, p] >= 0:
             state.holder[r, state.slot[r, p]] = p  # it may have moved
-    if state.count[r] + ahead <= cap:
+    if state.count[r] + ahead <= cap or cap >= m:
         return
-    far, count = ranked(scores[:m], cap - ahead), 0
+    far, count = ranked(scores[:m], max(1, cap - ahead)), 0
     for x in range(state.count[r]):
         p = state.holder[r, x]
         if scores[p] <= far and count < cap - 1:

@@ -171,6 +171,7 @@ def measure(dense: nn.Module, task: Task, images: Tensor, widest: int) -> Machin
 def row_seconds(d: int, task: Task, device: torch.device) -> tuple[float, float, float]:
     """A row, an inverse of d×d, and all rows of this measurement together."""
     rows = 64 if task.shared else 2 * torch.get_num_threads()
+    d += -d % (task.nm[1] or task.size)  # groups and blocks are whole
     generator = torch.Generator().manual_seed(0)
     H = torch.full((1, d, d), 0.3, dtype=torch.float64, device=device)
     H.diagonal(dim1=1, dim2=2).add_(1)

@@ -6,10 +6,10 @@ their values are improved here. With M the weights kept at a level and ŵ their 
 
     minimise  E(ŵ) = (ŵ − w) H (ŵ − w)ᵀ / 2  over ŵ_M        (OBC, arXiv 2208.11580, section 3)
 
-by conjugate gradients with the damped inverse as preconditioner, which the Cholesky factor of
-`levels.py` holds for every level at once: (H + λI)_MM⁻¹ = L_MM L_MMᵀ. E falls with every step. No
-step is taken along a direction in which H is below what float32 sums of inputs resolve. Nothing is
-done where H was not damped, nor where the user asked for damping (--rel-damp).
+by conjugate gradients with (H + λI)_MM⁻¹ as preconditioner, which the factors of `levels.py` hold
+for every level. E falls with every step. No step is taken along a direction in which H is below
+what float32 sums of inputs resolve. Nothing is done where H was not damped, nor where the user
+asked for damping (--rel-damp).
 
 Greedy choices on a Hessian of low rank can still end above what no Hessian at all would have
 given. `never_worse` compares the two and keeps, row by row, the better one.

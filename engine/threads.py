@@ -57,22 +57,39 @@ class Pool:
         wait(self._given)
 
 
+of_a_pool = threading.local()  # whether this thread is a worker
+
+
+def work_alone() -> None:
+    """PyTorch uses no other threads on this one."""
+    of_a_pool.worker = True
+    torch.get_num_threads()  # a thread's first operation takes over the process's number: now
+    torch.set_num_threads(1)
+
+
 @cache
-def executor_of(process: int, threads: int) -> ThreadPoolExecutor:
+def executor_of(threads: int) -> ThreadPoolExecutor:
     """A process keeps its threads: the first product on a new one costs milliseconds."""
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(threads, initializer=work_alone)
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=executor_of.cache_clear)
 
 
 @contextmanager
 def pool_of(threads: int) -> Iterator[Pool]:
     """Threads on each of which PyTorch uses no others; what they are given is done at the end."""
-    before, pool, done = torch.get_num_threads(), Pool(executor_of(os.getpid(), threads)), False
+    before = torch.get_num_threads()
+    pool, done = Pool(executor_of(max(threads, before))), False  # which starts as many as it needs
     try:
         yield pool
         done = True
     finally:
-        pool.end(cancel=not done)
-        torch.set_num_threads(before)  # the workers' setting is also that of threads to come
+        try:
+            pool.end(cancel=not done)
+        finally:
+            torch.set_num_threads(before)  # the workers' setting is also that of threads to come
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -87,7 +104,7 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
     """work(slice) for every `size` rows, on as many threads as torch uses."""
     threads = torch.get_num_threads()
     pieces = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
-    if threads == 1 or len(pieces) <= 1:
+    if threads == 1 or len(pieces) <= 1 or hasattr(of_a_pool, "worker"):
         with one_thread():
             for piece in pieces:
                 work(piece)

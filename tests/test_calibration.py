@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from command.cli import UserError
 from engine import calibration
 from engine.calibration import calibrate, probe, show, twin
 from engine.threads import Stopped, Turns, one_at_a_thread
@@ -40,17 +40,17 @@ class Odd(nn.Module):
         return self.last(x)
 
 
-def batches(count: int = 7) -> list[tuple[Tensor, Tensor]]:
+def batches(sign: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Seven; `sign` decides whether the first of them is one that `Odd.sometimes` is for."""
     generator = torch.Generator().manual_seed(0)
-    sizes = [5] * (count - 1) + [2]
-    return [(torch.randn(n, 3, 6, 6, generator=generator), torch.zeros(n)) for n in sizes]
+    sizes = [5] * 6 + [2]
+    return [(sign * torch.randn(n, 3, 6, 6, generator=generator), torch.zeros(n)) for n in sizes]
 
 
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
-    assert not any("Pool" in thread.name for thread in threading.enumerate())
     torch.set_num_threads(before)
 
 
@@ -59,18 +59,19 @@ def model() -> Odd:
     return Odd().eval()
 
 
-def calibrated(dense: nn.Module, number: int) -> dict[str, TrueOBS]:
+def calibrated(dense: nn.Module, number: int, sign: int = 1) -> dict[str, TrueOBS]:
     torch.set_num_threads(number)
     solvers = {name: TrueOBS(layer) for name, layer in find_layers(dense).items()}
-    calibrate(dense, solvers, batches(), CPU)
+    calibrate(dense, solvers, batches(sign), CPU)
     assert torch.get_num_threads() == number
     return solvers
 
 
-def test_sums_are_the_same_to_the_bit_and_those_of_all_images(threads):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_are_the_same_to_the_bit_and_those_of_all_images(sign, threads):
     dense, found = model(), []
     for number in (1, 2, 3, 7):
-        solvers = calibrated(dense, number)
+        solvers = calibrated(dense, number, sign)
         found.append([(s.nsamples, s.gram.matrix()) for s in solvers.values()])
         assert not any(layer._forward_hooks for layer in dense.modules())
     for other in found[1:]:
@@ -79,7 +80,7 @@ def test_sums_are_the_same_to_the_bit_and_those_of_all_images(threads):
     counts = dict(zip(find_layers(dense), [n for n, _ in found[0]], strict=True))
     assert counts["first"] == counts["last"] == 32 and counts["twice"] == 64
     assert counts["never"] == 0 and 0 < counts["sometimes"] < 32
-    seen = torch.cat([images for images, _ in batches()])
+    seen = torch.cat([images for images, _ in batches(sign)])
     x = nn.functional.unfold(seen, 3, padding=1).transpose(1, 2).flatten(0, 1).double()
     torch.testing.assert_close(found[0][0][1][0], x.T @ x, rtol=1e-5, atol=1e-4)
 
@@ -104,14 +105,38 @@ def test_what_images_take_bounds_how_many_batches_go_together(threads, monkeypat
             return x
 
     dense.__class__ = Watched
-    calls, image_bytes = probe(dense, ["first", "twice"], batches()[0][0][:1])
-    assert calls == {"first": 1, "twice": 2} and image_bytes == 6 * 8 * 36 * 4
-    for room, wanted in ((1, 1), (2, 2)):
+    calls, image_bytes = probe(dense, batches()[0][0][:1])
+    assert calls == {"first": 1, "twice": 2, "last": 1} and image_bytes == 6 * 8 * 36 * 4
+    monkeypatch.setattr(calibration, "CHUNK_BYTES", 1000)
+    for room, wanted in ((0, 1), (1, 1), (2, 2)):
         most.clear()
-        monkeypatch.setattr(calibration, "default_memory",
-                            lambda device, room=room: 2 * 5 * image_bytes * room)  # fmt: skip
+        monkeypatch.setattr(calibration, "default_memory", lambda device, room=room:
+                            2 * (5 * image_bytes + 3000) * room)  # fmt: skip
         calibrated(dense, 4)
         assert max(most) == wanted
+
+
+def test_layers_that_no_image_reaches(threads):
+    torch.set_num_threads(2)
+    dense = model()
+    solver = TrueOBS(dense.never)
+    show(dense, {"never": solver}, batches(), CPU)
+    assert solver.nsamples == 0
+
+
+def test_a_layer_that_is_called_more_often_later(threads):
+    """Not in order, with several threads: refused. With one it is no matter."""
+    dense = model()
+
+    class More(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.first(y[:, :3]) if len(x) == 2 else y
+
+    dense.__class__ = More
+    assert calibrated(dense, 1)["first"].nsamples == 34
+    with pytest.raises(UserError, match="first is called more often .* set OMP_NUM_THREADS=1"):
+        calibrated(dense, 2)
 
 
 @pytest.mark.parametrize("number", [1, 3])

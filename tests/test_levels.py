@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -122,13 +124,13 @@ def test_float64_where_float32_does_not_carry(d):
 
 
 def test_halves_are_only_made_where_a_level_asks_for_them():
-    d, H = 20, hessian(20)
+    H = hessian(20)
     inverse, order = damped_inverse(H), orders(1, 20)
     sizes = []
     for gone in (0, 4, 10, 11, 20):
         kept = levels.Kept(inverse, H, torch.tensor([0]), order, torch.tensor([[0], [gone]]))
         sizes.append((kept.gone.size, kept.kept.size))
-    assert sizes == [(0, 0), (4, 0), (10, 0), (0, 9), (0, 0)] and d == 20
+    assert sizes == [(0, 0), (4, 0), (10, 0), (0, 9), (0, 0)]
 
 
 def row_by_row(W: Tensor, inverse: Inverse, H: Tensor, order: Tensor, counts: Tensor) -> Tensor:
@@ -157,6 +159,28 @@ def test_neither_threads_nor_other_rows_change_a_bit(d, together):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_piece_has_one_thread_of_pytorch_whenever_its_own_began():
+    seen = []
+
+    def work(piece: slice) -> None:
+        time.sleep(0.01)  # so that all threads get some
+        in_pieces(lambda _: seen.append(torch.get_num_threads()), 2, 1)
+
+    for pieces in (1, 2, 9):  # some threads begin after others have ended
+        in_pieces(work, pieces, 1)
+    assert set(seen) == {1} and len(seen) == 2 * (1 + 2 + 9)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("rows", [0, 1, 2, 7])
 def test_pieces_are_all_rows_once(rows):
     seen = torch.zeros(rows)
@@ -168,6 +192,7 @@ def test_pieces_are_all_rows_once(rows):
     assert (seen == 1).all()
 
 
+@pytest.mark.usefixtures("threads")
 def test_an_error_in_a_piece_is_raised():
     def work(piece: slice) -> None:
         if piece.start == 3:

@@ -7,7 +7,7 @@ and Hessians come from them as well. Symbols as in trueobs.py; to 1e-9 unless it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -416,6 +416,15 @@ def test_engine_is_the_oracle_for_every_panel_width(name: str, engine: str, pane
         assert_close(trace.weights[r, 0], oracle.weights)
 
 
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """What is read before it was written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
 @pytest.mark.parametrize("tile", [1, 3, 8, 16, D - 1])
 @pytest.mark.parametrize("name", sorted(ENGINE.keys() - {"2:4"}))
 def test_engine_is_the_oracle_for_every_tile(
@@ -431,6 +440,33 @@ def test_engine_is_the_oracle_for_every_tile(
         assert_close(trace.weights[r, 0], oracle.weights)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (7, 8), (4, 4)])
+@pytest.mark.parametrize("d", [240, 512])
+def test_compiled_nm_is_that_in_torch_on_sparse_rows(d: int, n: int, m: int) -> None:
+    """Weights that are zero go first, all with the same score; more columns than may be active."""
+    H, generator = spd(d, 5), torch.Generator().manual_seed(0)
+    W = torch.randn(3, 1, d, dtype=torch.float64, generator=generator)
+    W[:2, :, ::m] = 0
+    inverse = damped_inverse(torch.from_numpy(H)[None], dtype=torch.float64)
+    system, steps = torch.zeros(3, dtype=torch.int64), d // m * n
+    for panel in (16, 96):
+        traces = [run(W, inverse, system, NM(n, m, 3, d, W.device), steps, panel)
+                  for run in (eliminate, eliminate_in_torch)]  # fmt: skip
+        gone = [trace.order.long().sort(1).values for trace in traces]  # zeros go in any order
+        assert torch.equal(*gone)
+        assert_close(traces[0].losses, traces[1].losses)
+        assert_close(traces[0].weights, traces[1].weights)
+
+
+def test_columns_that_are_not_whole_groups_are_refused() -> None:
+    inverse = damped_inverse(torch.eye(10, dtype=torch.float64)[None])
+    W, system = torch.ones(1, 1, 10), torch.tensor([0])
+    for rule in (NM(1, 4, 1, 10, W.device), Blocks(4)):
+        with pytest.raises(ValueError, match="10 columns are not whole groups or blocks"):
+            eliminate(W, inverse, system, rule, 4)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
 @pytest.mark.parametrize(("ahead", "idle"), [(0.3, 0.3), (0.5, 2), (1, 1), (4, 8)])
 def test_nm_is_the_oracle_however_many_columns_are_active(
     ahead: float, idle: float, monkeypatch: pytest.MonkeyPatch
