@@ -3,13 +3,14 @@
 Memory follows from shapes (`memory.py`). Minutes are those of this machine, measured for about two
 seconds (`measure`), as
 
-    images      t₀ + n·t₁            the network and the sums of all layers
+    images      (t₀ + n·t₁) / p      the network and the sums of all layers, p batches at a time
+    reading     n·t₃                 images from their files, in calibration and test
     inverting   c·G·d³               per layer
     rows        (a·d³ + b·d²)·rows   per layer, through a and b at the two nearest sizes measured
     test        n·t₂
 
-With N processes images and rows are divided by N. Not counted: what reading images and writing
-files take beyond the computation.
+With N processes images and rows are divided by N. Not counted: Python's imports, looking for image
+files, fitting grids of activations, and writing files.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from engine.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructu
 from engine.hessian import Gram, Inverse, damped_inverse
 from engine.levels import weights_at
 from engine.memory import Needs, default_memory, in_passes, layer_needs, most_at_a_time
+from engine.threads import one_thread
 from modelutils import evaluating, find_layers
 
 SIZES = (288, 576, 1152, 2304)  # columns that may be measured
@@ -124,11 +126,13 @@ def operations(layer: nn.Module) -> float:
 class Machine:
     """Seconds, as measured here."""
 
-    batch_s: float  # the network and all sums, for every batch
+    batch_s: float  # the network and all sums, for every batch, on one thread
     image_s: float  # … and for every image in it
-    test_s: float  # the network alone, an image
+    test_s: float  # the network alone, an image, on all threads
+    reading_s: float  # an image from its file
     inverting: dict[int, float]  # columns → a matrix
     row: dict[int, float]  # columns → a row
+    batches_at_a_time: int = 1
 
     def row_s(self, d: int) -> float:
         """For a row of d columns: a·d³ + b·d² through the two nearest sizes."""
@@ -156,7 +160,9 @@ def clock(work: Callable[[], object], device: torch.device) -> float:
     return min(times)
 
 
-def measure(dense: nn.Module, task: Task, images: Tensor, widest: int) -> Machine:
+def measure(
+    dense: nn.Module, task: Task, images: Tensor, reading_s: float, widest: int
+) -> Machine:
     """Time a few images, and a few rows at sizes up to `widest` columns, on the images' device."""
     row_s: dict[int, float] = {}
     inverting_s: dict[int, float] = {}
@@ -165,7 +171,8 @@ def measure(dense: nn.Module, task: Task, images: Tensor, widest: int) -> Machin
         if row_s and (size > 2 * widest or 6 * spent_s > PATIENCE_S):
             break
         row_s[size], inverting_s[size], spent_s = row_seconds(size, task, images.device)
-    return Machine(*image_seconds(dense, images), inverting_s, row_s)
+    at_a_time = torch.get_num_threads() if images.device.type == "cpu" else 1
+    return Machine(*image_seconds(dense, images), reading_s, inverting_s, row_s, at_a_time)
 
 
 def row_seconds(d: int, task: Task, device: torch.device) -> tuple[float, float, float]:
@@ -200,23 +207,24 @@ def some_levels(
 
 
 def image_seconds(dense: nn.Module, images: Tensor) -> tuple[float, float, float]:
-    """t₀, t₁ and t₂ of the module docstring."""
+    """t₀ and t₁ (on one thread), and t₂ (on all) of the module docstring."""
     device, sums = images.device, {}
 
     def see(name: str, x: Tensor) -> None:
         gram = Gram(layers[name])
         sums[name] = clock(lambda: gram.add(x), device)
 
-    layers, totals, network = find_layers(dense), {}, {}
+    layers, totals = find_layers(dense), {}
     with evaluating(dense):
-        for count in (1, len(images)):
-            network[count] = clock(lambda n=count: dense(images[:n]), device)
-            with watching(layers, see):
-                dense(images[:count])
-            totals[count] = network[count] + sum(sums.values())
+        test_s = clock(lambda: dense(images), device) / len(images)
+        with one_thread():
+            for count in (1, len(images)):
+                network_s = clock(lambda n=count: dense(images[:n]), device)
+                with watching(layers, see):
+                    dense(images[:count])
+                totals[count] = network_s + sum(sums.values())
     step = max(1, len(images) - 1)
     image_s = max(0.0, totals[len(images)] - totals[1]) / step
-    test_s = network[len(images)] / len(images)
     return max(0.0, totals[1] - image_s), image_s, test_s
 
 
@@ -242,9 +250,10 @@ def estimate(
 ) -> Estimate:
     """Seconds of the run that `plan` describes."""
     shown, batch, test = images
-    calibration_s = len(plan.passes) * (
-        -(-shown // batch) * machine.batch_s + shown * machine.image_s
-    )
+    batches = -(-shown // batch)
+    at_a_time = min(batches, machine.batches_at_a_time)
+    computing_s = (batches * machine.batch_s + shown * machine.image_s) / at_a_time
+    calibration_s = len(plan.passes) * (computing_s + shown * machine.reading_s)
     alone, together = [0.0] * world.size, 0.0
     for name, layer in layers.items():
         rows, d = layer.weight.flatten(1).shape
@@ -254,7 +263,9 @@ def estimate(
         else:
             alone[plan.owners[name]] += own_s + rows * machine.row_s(d)
     return Estimate(
-        calibration_s / world.size, together + max(alone), test * machine.test_s / world.size
+        calibration_s / world.size,
+        together + max(alone),
+        test * (machine.test_s + machine.reading_s) / world.size,
     )
 
 
@@ -290,6 +301,15 @@ def minutes(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.2g} min"
 
 
+def images_to_time(size: int) -> int:
+    """How many images to time: a few large ones, more of small ones.
+
+    >>> images_to_time(224), images_to_time(64), images_to_time(32)
+    (8, 64, 64)
+    """
+    return min(64, max(8, 8 * (224 // size) ** 2))
+
+
 def show_plan(session: Session, compressed: nn.Module, task: Task) -> bool:
     """Log the plan of a run that will be long, or that is asked for by --plan; whether it did."""
     args, world, layers = session.args, session.world, find_layers(compressed)
@@ -298,9 +318,12 @@ def show_plan(session: Session, compressed: nn.Module, task: Task) -> bool:
     work = sum(map(operations, layers.values())) + 1e8 * len(calibration.passes)
     if not args.plan and work < LONG_WORK:
         return False
-    images, _ = next(iter(calibration_batches(session.data, batchsize=8, workers=0)))
+    started, count = time.perf_counter(), images_to_time(session.data.image_size)
+    images, _ = next(iter(calibration_batches(session.data, batchsize=count, workers=0)))
+    reading_s = (time.perf_counter() - started) / len(images)
+    reading_s /= max(1, session.data.workers if args.workers is None else args.workers)
     widest = max(layer.weight[0].numel() for layer in layers.values())
-    machine = measure(session.model, task, images.to(session.device), widest)
+    machine = measure(session.model, task, images.to(session.device), reading_s, widest)
     counts = (len(calibration.passes), args.batchsize, len(session.data.test) * (not task.levels))
     found = estimate(plan, layers, machine, world, counts)
     for line in lines(plan, layers, found, world):
