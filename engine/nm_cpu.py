@@ -156,13 +156,13 @@ def bar_full_group(rows, state, r, column):
 @compiled
 def activate(Hinv, system, rows, state, steps, ahead):
     """Let go of what is gone; choose who is active, of every row that is not done."""
-    scores = rows.scores
+    scores, cap = rows.scores, state.active.shape[1]
     for r in range(len(rows.w)):
         if state.done[r] == steps:
             continue
         source, hole, m = vacancies(rows.barred[r], rows.live[r], 1)
         rows.live[r] = m
-        let_go_of_gone(rows, state, r)
+        let_go(state, r, rows.barred[r], 0, cap)  # what is gone
         move_row(rows, r, source, hole)
         for x in range(len(source)):
             state.place[r, rows.columns[r, hole[x]]] = hole[x]
@@ -170,7 +170,11 @@ def activate(Hinv, system, rows, state, steps, ahead):
         move_columns(state.U[r, : state.done[r]], source, hole)
         score_units(rows, r, m)
         best, soon = first_least(rows.keys, m), ranked(scores[:m], ahead)
-        let_go_of_far(state, r, m, scores, ahead, best)
+        for p in range(m):
+            if state.slot[r, p] >= 0:
+                state.holder[r, state.slot[r, p]] = p  # it may have moved
+        if state.count[r] + ahead > cap and cap < m:  # make room, for the best at least
+            let_go(state, r, scores, ranked(scores[:m], max(1, cap - ahead)), cap - 1)
         move_columns(state.active[r, : state.count[r]], source, hole)
         state.kept[r] = state.count[r]
         moved = np.flatnonzero(rows.columns[r, :m] != np.arange(m))
@@ -182,16 +186,18 @@ def activate(Hinv, system, rows, state, steps, ahead):
 
 
 @compiled
-def let_go_of_gone(rows, state, r):
-    """Of active columns, those that are barred."""
+def let_go(state, r, scores, limit, most):
+    """Of active columns, those whose score is beyond a limit, and those beyond so many."""
     count = 0
     for x in range(state.count[r]):
         p = state.holder[r, x]
-        if rows.barred[r, p] < np.inf:
-            keep(state, r, x, count, p)
-            count += 1
-        else:
+        if scores[p] > limit or count == most:
             state.slot[r, p] = -1
+            continue
+        state.holder[r, count], state.slot[r, p] = p, count
+        if x != count:
+            state.active[r, count] = state.active[r, x]
+        count += 1
     state.count[r] = count
 
 
@@ -200,34 +206,6 @@ def ranked(scores, count):
     """The `count`-th least score."""
     last = min(len(scores), count) - 1
     return np.partition(scores, last)[last]
-
-
-@compiled
-def let_go_of_far(state, r, m, scores, ahead, best):
-    """If there is little room: those of a large score, so that the best has a place."""
-    cap = len(state.holder[r])
-    for p in range(m):
-        if state.slot[r, p] >= 0:
-            state.holder[r, state.slot[r, p]] = p  # it may have moved
-    if state.count[r] + ahead <= cap or cap >= m:
-        return
-    far, count = ranked(scores[:m], max(1, cap - ahead)), 0
-    for x in range(state.count[r]):
-        p = state.holder[r, x]
-        if scores[p] <= far and count < cap - 1:
-            keep(state, r, x, count, p)
-            count += 1
-        else:
-            state.slot[r, p] = -1
-    state.count[r] = count
-
-
-@compiled
-def keep(state, r, x, count, p):
-    """An active column goes from x to `count`."""
-    state.holder[r, count], state.slot[r, p] = p, count
-    if x != count:
-        state.active[r, count] = state.active[r, x]
 
 
 @compiled
