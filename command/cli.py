@@ -42,7 +42,7 @@ from tqdm import tqdm
 from command.process import Terminated, interruptible, reuse_freed_memory
 
 log = logging.getLogger("trueobs")
-GRACE_S = 3.0  # for how long a process that is not the first keeps an error to itself
+GRACE_S = 10.0  # for how long a process that is not the first keeps an error to itself
 
 
 class UserError(Exception):

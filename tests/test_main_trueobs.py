@@ -481,7 +481,7 @@ def test_a_users_model_takes_weights(user_model, command, tmp_path):
 
 def test_little_memory_and_the_same_result(pruned, command, tmp_path):
     path = tmp_path / "rn8_24.pth"
-    words = ["--memory", "0.0188", "--save", path]
+    words = ["--memory", "0.0198", "--save", path]
     done = command("rn8", "digits", "nmprune", *words, *QUICK)
     assert accuracy(done) > 97
     assert same(read(path), read(pruned))
