@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import command.starting  # noqa: E402, F401  # isort: skip
+
+import argparse  # noqa: E402
 
 from command import cli  # noqa: E402
 from command.session import Session  # noqa: E402

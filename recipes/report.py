@@ -10,21 +10,22 @@ error per layer and level, level per layer.
 
 from __future__ import annotations
 
-import command.starting  # noqa: F401  # isort: skip
-
-import argparse
-import math
-import re
 import sys
-from itertools import cycle
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import command.starting  # noqa: E402, F401  # isort: skip
+
+import argparse  # noqa: E402
+import math  # noqa: E402
+import re  # noqa: E402
+from itertools import cycle  # noqa: E402
+
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from budget.profiles import read_profile, read_scores  # noqa: E402
 from command import cli  # noqa: E402

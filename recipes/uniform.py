@@ -8,13 +8,14 @@ TARGET is dense cost / allowed cost.
 
 from __future__ import annotations
 
-import command.starting  # noqa: F401  # isort: skip
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import command.starting  # noqa: E402, F401  # isort: skip
+
+import argparse  # noqa: E402
 
 from budget.costs import CONSTRAINTS, layer_costs  # noqa: E402
 from budget.profiles import write_profile  # noqa: E402

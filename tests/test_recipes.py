@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,10 @@ def test_broken_results_are_one_line(text, message, report, tmp_path):
     status, out, err = report(text, "unstructured", "rn50", "imagenet")
     assert (status, out) == (2, "") and not list(tmp_path.glob("*.png"))
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.py")), ids=lambda x: x.stem)
+def test_a_recipes_script_runs_as_a_program_from_anywhere(script, tmp_path):
+    done = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
