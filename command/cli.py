@@ -28,7 +28,6 @@ import os
 import re
 import stat
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,10 +38,10 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 from tqdm import tqdm
 
-from command.process import Terminated, interruptible, reuse_freed_memory
+from command.process import Terminated, interruptible, reuse_freed_memory, wait_to_be_ended
 
 log = logging.getLogger("trueobs")
-GRACE_S = 10.0  # for how long a process that is not the first keeps an error to itself
+GRACE_S = 3.0  # for how long a process that is not the first keeps an error to itself
 
 
 class UserError(Exception):
@@ -80,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if rank():
-            time.sleep(GRACE_S)
+            wait_to_be_ended(GRACE_S)
         message = re.sub(r"^argument ([^:]+): must", r"\1 must", message)
         self.exit(2, _error_line(message.removeprefix("argument ")))
 
@@ -258,7 +257,7 @@ def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     if rank():
-        time.sleep(GRACE_S)
+        wait_to_be_ended(GRACE_S)
     tqdm.write(_error_line(message), file=sys.stderr, end="")
     return status
 

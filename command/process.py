@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 from command import starting
@@ -41,6 +42,13 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if number in started else handler)
+
+
+def wait_to_be_ended(seconds: float) -> None:
+    """Wait for a signal, which ends this process: one of several, after another has failed."""
+    for number in starting.ENDS:  # they are ignored once a command is over
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(seconds)
 
 
 def reuse_freed_memory() -> None:
