@@ -23,7 +23,12 @@ MOMENTS = 3  # for each signal
 COMMANDS = {  # script and words behind MODEL DATASET
     "nmprune": ("main_trueobs.py", "nmprune", "--save", "rn8_24.pth"),
     "unstr": ("main_trueobs.py", *UNSTR),
+    "quant": ("main_trueobs.py", "quant", "--wbits", "4", "--abits", "4", "--save", "rn8_4w4a.pth"),
+    "struct": ("main_trueobs.py", "struct", "--sparse-dir", "models_struct"),
+    "blocked": ("main_trueobs.py", "blocked", "--sparse-dir", "models_4block"),
     "losses": ("database.py", "unstr", "loss"),
+    "squared": ("database.py", "unstr", "squared"),
+    "eval": ("database.py", "unstr", "eval"),
     "search": ("spdy.py", "2", "unstr"),
     "corrections": ("post_proc.py", "rn8_start.pth", "--bnt", "--save", "rn8_bnt.pth"),
 }
