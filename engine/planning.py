@@ -1,6 +1,6 @@
 """What a run will take, before it starts: passes, who does which layer, memory, minutes.
 
-Memory follows from shapes (`memory.py`). Minutes are those of this machine, measured for about two
+Memory follows from shapes (`memory.py`). Minutes are those of this machine, measured for two to ten
 seconds (`measure`), as
 
     images      (t₀ + n·t₁) / p      the network and the sums of all layers, p batches at a time
@@ -36,8 +36,9 @@ from engine.memory import Needs, default_memory, in_passes, layer_needs, most_at
 from engine.threads import one_thread
 from modelutils import evaluating, find_layers
 
-SIZES = (288, 576, 1152, 2304)  # columns that may be measured
-PATIENCE_S = 1.0  # a measurement that would take longer is not made
+SIZES = (288, 576, 1152, 2304, 4608)  # columns that may be measured: in cache, and beyond it
+INVERTED = 2304  # columns up to which inverting is measured, too; it only grows with d³
+PATIENCE_S = 4.0  # a measurement that would take longer is not made
 LONG_WORK = 3e11  # floating-point operations from which on a run is long: it shows its plan
 
 
@@ -170,20 +171,29 @@ def measure(
     for size in SIZES:
         if row_s and (size > 2 * widest or 6 * spent_s > PATIENCE_S):
             break
-        row_s[size], inverting_s[size], spent_s = row_seconds(size, task, images.device)
+        row_s[size], spent_s = row_seconds(size, task, images.device)
+        if size <= INVERTED:
+            H, _ = problem(size, images.device)
+            inverting_s[size] = clock(lambda H=H: damped_inverse(H), images.device)
     at_a_time = torch.get_num_threads() if images.device.type == "cpu" else 1
     return Machine(*image_seconds(dense, images), reading_s, inverting_s, row_s, at_a_time)
 
 
-def row_seconds(d: int, task: Task, device: torch.device) -> tuple[float, float, float]:
-    """A row, an inverse of d×d, and all rows of this measurement together."""
+def problem(d: int, device: torch.device) -> tuple[Tensor, Inverse]:
+    """H = 1 + a·11ᵀ, of which the inverse, 1 − a/(1 + a·d)·11ᵀ, need not be computed."""
+    H, a = torch.empty(1, d, d, dtype=torch.float64, device=device), 0.3
+    H.fill_(-a / (1 + a * d)).diagonal(dim1=1, dim2=2).add_(1)
+    matrix, none = H.float(), torch.zeros(1, device=device)
+    H.fill_(a).diagonal(dim1=1, dim2=2).add_(1)
+    return H, Inverse(matrix, 1 / H.diagonal(dim1=1, dim2=2).float(), none, none)
+
+
+def row_seconds(d: int, task: Task, device: torch.device) -> tuple[float, float]:
+    """A row, and all rows of this measurement together."""
     rows = 64 if task.shared else 2 * torch.get_num_threads()
     d += -d % (task.nm[1] or task.size)  # groups and blocks are whole
     generator = torch.Generator().manual_seed(0)
-    H = torch.full((1, d, d), 0.3, dtype=torch.float64, device=device)
-    H.diagonal(dim1=1, dim2=2).add_(1)
-    inverse = damped_inverse(H)
-    inverting_s = clock(lambda: damped_inverse(H), device)
+    H, inverse = problem(d, device)
     W = torch.randn(rows, 1, d, generator=generator).to(device)
 
     def work() -> None:
@@ -196,7 +206,7 @@ def row_seconds(d: int, task: Task, device: torch.device) -> tuple[float, float,
             some_levels(weights, inverse, H, system, trace, task.levels)
 
     total_s = clock(work, device)
-    return total_s / rows, inverting_s, total_s
+    return total_s / rows, total_s
 
 
 def some_levels(
