@@ -10,7 +10,8 @@ seconds (`measure`), as
     test        n·t₂
 
 With N processes images and rows are divided by N. Not counted: Python's imports, looking for image
-files, fitting grids of activations, and writing files.
+files, fitting grids of activations, writing files, and what H asks for that has to be damped
+(several inverses, refinement): that is known once H is.
 """
 
 from __future__ import annotations
