@@ -295,27 +295,44 @@ def _damped_inverse(H: Tensor, rel_damp: float, dtype: torch.dtype) -> Inverse:
     """`damped_inverse` of all groups at once."""
     matrix = torch.empty_like(H, dtype=dtype) if len(H) > 1 else None
     damping = H.new_full((len(H),), rel_damp)
-    wanted = torch.arange(len(H), device=H.device)
+    left = torch.ones_like(damping, dtype=torch.bool)
+    least = torch.zeros_like(damping)  # smaller steps of the ladder are known to be in vain
     for step in (0.0, *LADDER):
-        damping[wanted] = rel_damp + step
-        inverse, good = checked_inverse(decoupled(H[wanted], damping[wanted]), dtype)
-        if matrix is None:
-            matrix = inverse.to(dtype)
-        else:
-            matrix[wanted[good]] = inverse[good].to(dtype)
-        del inverse
-        wanted = wanted[~good]
+        wanted = torch.nonzero(left & (least <= step)).flatten()
         if not len(wanted):
+            continue
+        damping[wanted] = rel_damp + step
+        inverse, excess = checked_inverse(decoupled(H[wanted], damping[wanted]), dtype)
+        good = excess < 1
+        if len(H) > 1:
+            matrix[wanted[good]] = inverse[good].to(dtype)
+        elif bool(good):
+            matrix = inverse.to(dtype)
+        del inverse
+        left[wanted[good]] = False
+        # ten times the damping lets a pivot shrink by no less than a tenth of what it did
+        least[wanted] = 0.99 * (rel_damp + step) * excess.nan_to_num(posinf=0.0) - rel_damp
+        if not bool(left.any()):
             break
-        matrix = matrix if len(H) > 1 else None
     else:
         raise SingularHessian("the Hessian holds NaN or infinity: check the calibration images")
     floor = 1 / decoupled_diagonal(H, damping)
     deficit = torch.zeros(len(H), dtype=torch.int64, device=H.device)
-    for g in torch.nonzero(damping > rel_damp).flatten():
-        exact = decoupled(H[g : g + 1].clone(), damping.new_zeros(1))[0]
-        deficit[g] = H.shape[1] - torch.linalg.matrix_rank(exact, hermitian=True, rtol=1e-7)
+    for g in torch.nonzero(damping > rel_damp).flatten().tolist():
+        deficit[g] = rank_deficit(decoupled(H[g : g + 1].clone(), damping.new_zeros(1))[0])
     return Inverse(matrix, floor.to(dtype), damping, deficit)
+
+
+def rank_deficit(H: Tensor) -> int:  # (d, d) float64, positive semidefinite; overwritten
+    """How many eigenvalues of H are below 1e-7 × the Frobenius norm.
+
+    As many as H less so much of the identity has negative ones: by Sylvester's law of inertia those
+    of D in a factorisation LDLᵀ, a third of the work of finding them. A 2×2 block of D has one.
+    """
+    H.diagonal().sub_(1e-7 * torch.linalg.matrix_norm(H))
+    factor, pivots, _ = torch.linalg.ldl_factor_ex(H)
+    negative = (factor.diagonal() < 0) & (pivots > 0)
+    return int(negative.sum()) + int((pivots < 0).sum()) // 2
 
 
 def decoupled(
@@ -355,7 +372,10 @@ def checked_inverse(
     H: Tensor,  # (G, d, d) float64, symmetric; overwritten with the inverses
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(G, d, d) inverses by Cholesky, and (G,) whether each is good enough for `dtype`."""
+    """(G, d, d) inverses by Cholesky, and (G,) how hard they are for `dtype`: below 1 is good.
+
+    That is the most that a pivot shrinks / what is resolved; infinite without a Cholesky factor.
+    """
     diagonal = H.diagonal(dim1=1, dim2=2).clone()
     factor = H.mT  # LAPACK's own layout, in which it works in place
     info = torch.empty(len(H), dtype=torch.int32, device=H.device)
@@ -365,7 +385,7 @@ def checked_inverse(
     factor.diagonal(dim1=1, dim2=2).masked_fill_(~good[:, None], 1)
     torch.cholesky_inverse(factor, out=factor)
     shrink = (diagonal * H.diagonal(dim1=1, dim2=2)).amax(1)
-    return H, good & (shrink < 1e-2 / torch.finfo(dtype).eps)
+    return H, torch.where(good, shrink * (torch.finfo(dtype).eps / 1e-2), torch.inf)
 
 
 def without(

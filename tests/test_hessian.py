@@ -16,7 +16,7 @@ from oracles import Array, conv_columns_oracle, hessian_oracle
 from torch import Tensor, nn
 
 from engine import hessian
-from engine.hessian import LADDER, Gram, SingularHessian, damped_inverse, without
+from engine.hessian import LADDER, Gram, SingularHessian, damped_inverse, rank_deficit, without
 
 TOLERANCE = 1e-9
 
@@ -239,6 +239,35 @@ def test_ladder_takes_the_smallest_step_that_works(dtype: torch.dtype, r: int) -
     assert not any(works(smaller) for smaller in LADDER if smaller < step)
     wanted = np.linalg.inv(H[0].numpy() + step * mean * np.eye(20))
     assert_close(inverse.matrix[0], wanted, 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damping_is_the_smallest_of_the_ladder_also_where_inputs_differ_in_size(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = 10 ** (4 * torch.rand(24, generator=generator, dtype=torch.float64) - 2)
+    x = inputs(18, 24, seed=seed) * size
+    H = x.T @ x
+    step = float(damped_inverse(H[None]).damping)
+    trials = {s: H + s * H.diagonal().mean() * torch.eye(24, dtype=H.dtype) for s in LADDER}
+    shrink = {
+        s: float((trial.diagonal() * torch.linalg.inv(trial).diagonal()).max())
+        for s, trial in trials.items()
+    }
+    limit = 1e-2 / torch.finfo(torch.float32).eps
+    assert step == min(s for s in LADDER if shrink[s] < limit)
+
+
+@pytest.mark.parametrize("spread", [0, 3, 6, 9])
+def test_rank_deficit_is_the_number_of_small_eigenvalues(spread: int) -> None:
+    """Also where 2×2 pivots come up, and where eigenvalues are close to the limit."""
+    generator = torch.Generator().manual_seed(spread)
+    for d in (1, 2, 7, 40):
+        basis, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+        values = 10 ** (-spread * torch.rand(d, generator=generator, dtype=torch.float64))
+        values[d // 2 :: 3] = 0
+        H = (basis * values) @ basis.T
+        small = torch.linalg.eigvalsh(H) < 1e-7 * torch.linalg.matrix_norm(H)
+        assert rank_deficit((H + H.T) / 2) == int(small.sum())
 
 
 def test_only_the_groups_that_need_it_are_damped() -> None:
