@@ -22,7 +22,6 @@ INFINITY = np.inf
 CHUNK = 32  # scores that are searched together
 EXACT = {"contract", "nsz"}  # sums in their own order
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath=EXACT)
-compiled_sum = njit(nogil=True, cache=True, error_model="numpy", fastmath=EXACT | {"reassoc"})
 
 
 class Rows(NamedTuple):
@@ -256,11 +255,3 @@ def move_columns(matrix, source, hole):
     for i in range(len(matrix)):
         for x in range(len(source)):
             matrix[i, hole[x]] = matrix[i, source[x]]
-
-
-@compiled_sum
-def dot(a, b):
-    total = a.dtype.type(0)
-    for i in range(len(a)):
-        total += a[i] * b[i]
-    return total

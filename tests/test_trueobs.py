@@ -440,10 +440,14 @@ def test_engine_is_the_oracle_for_every_tile(
         assert_close(trace.weights[r, 0], oracle.weights)
 
 
+@pytest.mark.parametrize("in_cache", [0, 1 << 40])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (7, 8), (4, 4)])
 @pytest.mark.parametrize("d", [240, 512])
-def test_compiled_nm_is_that_in_torch_on_sparse_rows(d: int, n: int, m: int) -> None:
+def test_compiled_nm_is_that_in_torch_on_sparse_rows(
+    d: int, n: int, m: int, in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights that are zero go first, all with the same score; more columns than may be active."""
+    monkeypatch.setattr(compiled("nm_cpu"), "IN_CACHE", in_cache)
     H, generator = spd(d, 5), torch.Generator().manual_seed(0)
     W = torch.randn(3, 1, d, dtype=torch.float64, generator=generator)
     W[:2, :, ::m] = 0
@@ -467,12 +471,16 @@ def test_columns_that_are_not_whole_groups_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("nan_in_new_memory")
-@pytest.mark.parametrize(("ahead", "idle"), [(0.3, 0.3), (0.5, 2), (1, 1), (4, 8)])
-def test_nm_is_the_oracle_however_many_columns_are_active(
-    ahead: float, idle: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("in_cache", "ahead", "idle"),
+    [(0, 0.3, 0.3), (0, 0.5, 2), (0, 1, 1), (0, 4, 8), (1 << 40, 0, 0)],
+)
+def test_nm_is_the_oracle_however_many_columns_are_made_ahead(
+    in_cache: int, ahead: float, idle: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a single active column at a time to all of them."""
+    """From none, or a single active column at a time, to all of them."""
     module = compiled("nm_cpu")
+    monkeypatch.setattr(module, "IN_CACHE", in_cache)
     monkeypatch.setattr(module, "AHEAD", ahead)
     monkeypatch.setattr(module, "IDLE", idle)
     mode = ENGINE["2:4"]
