@@ -21,9 +21,9 @@ the best to 1 % (float32 may swap near ties). In every row: each column goes onc
 of every four), what went is zero, and quantised weights are on their grid.
 
 Prediction. A step's panel work does not depend on the rule's target, so quantise costs rounding
-more: about 1.1. 2:4 makes a column only when it is about to go: with |C| = d − 2k candidates after
-k steps, Σ k|C| = d³/24 multiply-adds for the d³/6 of unstructured, a quarter where products count
-(d ≥ 2304), and half of the steps, each as dear: 0.4 to 0.6. 4-blocks have a 4×4 solve per unit and
+more: about 1.1. 2:4 makes a column only when it goes, or is about to: with |C| = d − 2k candidates
+after k steps, Σ k|C| = d³/24 multiply-adds for the d³/6 of unstructured, a quarter, and half of the
+steps, each as dear: 0.4 to 0.6. 4-blocks have a 4×4 solve per unit and
 step, a quarter of the steps, and the same products: about 1.1. Unstructured has the flops of a
 Cholesky factorisation, and less than half of them in one long product: about 1.
 """
@@ -254,7 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     add, positive = parser.add_argument, cli.positive_int
     add("--columns", metavar="D", type=positive, nargs="*", default=[576, 1152, 2304],
         help="columns of the layers; none: skip the modes")  # fmt: skip
-    add("--rows", metavar="R", type=positive, default=8, help="rows in a batch")
+    add("--rows", metavar="R", type=positive, default=16, help="rows in a batch")
     add("--limit-columns", metavar="D", type=positive, nargs="*", default=[4608],
         help="columns beside a Cholesky factorisation; none: skip it")  # fmt: skip
     add("--limit-rows", metavar="R", type=positive, default=16, help="rows in a batch there")
