@@ -36,7 +36,8 @@ from engine.calibration import activation_grids, attach_activation_grids
 from engine.checking import compare, fresh_images, measured_errors
 from engine.compression import Compression, Database
 from engine.levels import sparsity_grid
-from engine.planning import Task, show_plan
+from engine.planning import show_plan
+from engine.task import Task
 from images.batches import Batches
 from modelutils import find_layers, other_weights
 
@@ -198,14 +199,14 @@ def run(args: argparse.Namespace) -> None:
     marks = session.fingerprint(build_parser(), start, threads=False)
     records.check_repeat(args.repeat, marks)
     batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
-    if show_plan(session, compressed, task_of(args)) and args.plan:
+    folder = partial_folder(args)
+    if show_plan(session, compressed, task_of(args), folder and folder.parent) and args.plan:
         return world.leave()
     if args.mode == "quant" and args.abits < NO_QUANTISATION:
         images = next(iter(batches))[0].to(session.device)
         grids = activation_grids(dense, images, args.abits, args.asym, not args.aminmax)
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
-    folder = partial_folder(args)
     with open_state(folder, marks, args.restart, world) if folder else Unkept() as state:
         figures = compress(session, compressed, batches, state)
         if args.save:

@@ -29,7 +29,8 @@ if not __package__:  # run by its path, not with -m
 
 from command import cli, records
 from engine.distributed import ALONE, World, join
-from engine.planning import Plan, Task, make_plan
+from engine.planning import Plan, make_plan
+from engine.task import Task
 from trueobs import TrueOBS
 
 RESNET18 = {  # rows, columns: how many such layers

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
+BEGAN = time.monotonic()
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIGINT, SIGTERM = 2, 15
 ENDS = {SIGINT: ("interrupted", 130), SIGTERM: ("terminated", 143)}
@@ -29,6 +31,11 @@ def is_program() -> bool:
     if file is None:  # python -m PACKAGE.COMMAND, while it looks for the command in this package
         return sys.argv[:1] == ["-m"]
     return os.path.dirname(os.path.abspath(file)) in (ROOT, os.path.join(ROOT, "recipes"))
+
+
+def seconds() -> float:
+    """Since this program began; 0 where it is not one of ours."""
+    return time.monotonic() - BEGAN if is_program() else 0.0
 
 
 def end(number: int, frame: object = None) -> None:

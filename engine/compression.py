@@ -30,7 +30,8 @@ from engine.calibration import calibrate
 from engine.distributed import ALONE, World
 from engine.hessian import SingularHessian
 from engine.levelfile import LevelFile
-from engine.planning import Plan, Task, make_plan
+from engine.planning import Plan, make_plan
+from engine.task import Task
 from images.batches import Batches
 from modelutils import find_layers
 from trueobs import TrueOBS
