@@ -99,8 +99,7 @@ class Gram:
         total = self.sums()
         if not isinstance(self.layer, nn.Linear):
             kh = self.layer.kernel_size[0]
-            f = total.shape[1] // kh
-            total = total.view(self.groups, kh, f, kh, f)
+            total = total.view(self.groups, kh, total.shape[1] // kh, kh, -1)
         for place, product in products:
             total[place] += product
 
@@ -294,33 +293,29 @@ def damped_inverse(
 def _damped_inverse(H: Tensor, rel_damp: float, dtype: torch.dtype) -> Inverse:
     """`damped_inverse` of all groups at once."""
     matrix = torch.empty_like(H, dtype=dtype) if len(H) > 1 else None
-    damping = H.new_full((len(H),), rel_damp)
-    left = torch.ones_like(damping, dtype=torch.bool)
-    least = torch.zeros_like(damping)  # smaller steps of the ladder are known to be in vain
+    damping, mean = H.new_full((len(H),), rel_damp), H.diagonal(dim1=1, dim2=2).mean(1)
+    left, least = torch.ones_like(damping, dtype=torch.bool), torch.zeros_like(damping)
     for step in (0.0, *LADDER):
-        wanted = torch.nonzero(left & (least <= step)).flatten()
+        wanted = torch.nonzero(left & (least <= step)).flatten()  # smaller ones are in vain
         if not len(wanted):
             continue
         damping[wanted] = rel_damp + step
-        inverse, excess = checked_inverse(decoupled(H[wanted], damping[wanted]), dtype)
-        good = excess < 1
+        inverse, good, vain = checked_inverse(decoupled(H[wanted], damping[wanted]), dtype)
         if len(H) > 1:
             matrix[wanted[good]] = inverse[good].to(dtype)
         elif bool(good):
             matrix = inverse.to(dtype)
         del inverse
         left[wanted[good]] = False
-        # ten times the damping lets a pivot shrink by no less than a tenth of what it did
-        least[wanted] = 0.99 * (rel_damp + step) * excess.nan_to_num(posinf=0.0) - rel_damp
+        least[wanted] = step + 0.99 * vain / mean[wanted]
         if not bool(left.any()):
             break
     else:
         raise SingularHessian("the Hessian holds NaN or infinity: check the calibration images")
-    floor = 1 / decoupled_diagonal(H, damping)
     deficit = torch.zeros(len(H), dtype=torch.int64, device=H.device)
     for g in torch.nonzero(damping > rel_damp).flatten().tolist():
         deficit[g] = rank_deficit(decoupled(H[g : g + 1].clone(), damping.new_zeros(1))[0])
-    return Inverse(matrix, floor.to(dtype), damping, deficit)
+    return Inverse(matrix, (1 / decoupled_diagonal(H, damping)).to(dtype), damping, deficit)
 
 
 def rank_deficit(H: Tensor) -> int:  # (d, d) float64, positive semidefinite; overwritten
@@ -331,8 +326,7 @@ def rank_deficit(H: Tensor) -> int:  # (d, d) float64, positive semidefinite; ov
     """
     H.diagonal().sub_(1e-7 * torch.linalg.matrix_norm(H))
     factor, pivots, _ = torch.linalg.ldl_factor_ex(H)
-    negative = (factor.diagonal() < 0) & (pivots > 0)
-    return int(negative.sum()) + int((pivots < 0).sum()) // 2
+    return int(((factor.diagonal() < 0) & (pivots > 0)).sum()) + int((pivots < 0).sum()) // 2
 
 
 def decoupled(
@@ -371,10 +365,12 @@ def badly_scaled(H: Tensor) -> bool:  # (G, d, d)
 def checked_inverse(
     H: Tensor,  # (G, d, d) float64, symmetric; overwritten with the inverses
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(G, d, d) inverses by Cholesky, and (G,) how hard they are for `dtype`: below 1 is good.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(G, d, d) A = H⁻¹ by Cholesky; (G,) if good for `dtype`; (G,) how much damping is in vain.
 
-    That is the most that a pivot shrinks / what is resolved; infinite without a Cholesky factor.
+    Good: every pivot shrinks by less, s = H_pp A_pp, than is resolved. More damping δ leaves A_pp
+    at Σ v_i²/(λ_i + δ) ≥ A_pp/(1 + δr) with r = ‖A_:p‖²/A_pp (Jensen): up to (s/resolved − 1)/r it
+    is in vain. H need not be semidefinite: float32 sums of few inputs are not quite.
     """
     diagonal = H.diagonal(dim1=1, dim2=2).clone()
     factor = H.mT  # LAPACK's own layout, in which it works in place
@@ -384,8 +380,12 @@ def checked_inverse(
     factor.masked_fill_(~good[:, None, None], 0)
     factor.diagonal(dim1=1, dim2=2).masked_fill_(~good[:, None], 1)
     torch.cholesky_inverse(factor, out=factor)
-    shrink = (diagonal * H.diagonal(dim1=1, dim2=2)).amax(1)
-    return H, torch.where(good, shrink * (torch.finfo(dtype).eps / 1e-2), torch.inf)
+    shrink, p = (diagonal * H.diagonal(dim1=1, dim2=2)).max(1)
+    excess = shrink * (torch.finfo(dtype).eps / 1e-2)
+    column = H[torch.arange(len(H), device=H.device), p]
+    pivot = column.gather(1, p[:, None])
+    vain = (excess - 1) / ((column / pivot).square().sum(1) * pivot[:, 0])
+    return H, good & (excess < 1), torch.where(good, vain, 0)
 
 
 def without(

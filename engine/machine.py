@@ -8,7 +8,9 @@ with the refinement that follows (`refinement.py`).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -51,13 +53,17 @@ class Machine:
     inverting: dict[int, float]  # columns → a matrix
     row: dict[int, float]  # columns → a row
     refining: dict[int, float] = field(default_factory=dict)  # … and more where H is singular
+    shared: dict[int, float] = field(default_factory=dict)  # columns → what rows share, if any
     batches_at_a_time: int = 1
     writing_s: float = 0.0  # a checkpoint
 
     def row_s(self, d: int, singular: bool = False) -> float:
         """For a row of d columns."""
-        more_s = between(self.refining, d) if singular and self.refining else 0.0
-        return between(self.row, d) + more_s
+        return between(self.row, d) + (between(self.refining, d) if singular else 0.0)
+
+    def system_s(self, d: int, singular: bool = False) -> float:
+        """For an H of d×d, whatever the number of rows."""
+        return self.inverting_s(d, singular) + between(self.shared, d)
 
     def inverting_s(self, d: int, singular: bool = False) -> float:
         nearest = min(self.inverting, key=lambda size: abs(size - d))
@@ -65,7 +71,9 @@ class Machine:
 
 
 def between(measured: dict[int, float], d: int) -> float:
-    """a·d³ + b·d² through the two nearest sizes."""
+    """a·d³ + b·d² through the two nearest sizes; 0 where nothing was measured."""
+    if not measured:
+        return 0.0
     sizes = sorted(sorted(measured, key=lambda size: abs(size - d))[:2])
     if len(sizes) == 1:
         return measured[sizes[0]] * (d / sizes[0]) ** 3
@@ -91,7 +99,7 @@ def measure(
     images: Images,
     reading_s: float,
     task: Task,
-    widest: int,  # columns
+    widest: int,  # columns; 0: no layer can be compressed
     singular: bool,  # whether some layer's H is
     folder: Path | None,  # where results go
 ) -> Machine:
@@ -99,20 +107,27 @@ def measure(
     device = next(dense.parameters()).device
     row: dict[int, float] = {}
     refining: dict[int, float] = {}
+    shared: dict[int, float] = {}
     inverting: dict[int, float] = {}
+    rows = 64 if task.shared else 2 * torch.get_num_threads()
     spent_s = 0.0
-    for size in SIZES:
+    for size in SIZES if widest else ():
         if row and (size > 2 * widest or 6 * spent_s > PATIENCE_S):
             break
-        row[size], spent_s = row_seconds(size, task, device)
+        eliminating_s, levels_s = rows_seconds(rows, size, task, device)
+        spent_s = eliminating_s + levels_s
+        row[size] = (levels_s if task.shared else spent_s) / rows
+        if task.shared:
+            shared[size] = eliminating_s
         if task.refines and singular:
-            refining[size] = max(0.0, row_seconds(size, task, device, singular=True)[0] - row[size])
+            _, refined_s = rows_seconds(rows, size, task, device, singular=True)
+            refining[size] = max(0.0, refined_s - levels_s) / rows
         if size <= INVERTED:
             H, _ = problem(size, device)
             inverting[size] = clock(lambda H=H: damped_inverse(H), device)
     at_a_time = torch.get_num_threads() if device.type == "cpu" else 1
     writing_s = writing_seconds(dense, folder) if folder else 0.0
-    return Machine(images, reading_s, inverting, row, refining, at_a_time, writing_s)
+    return Machine(images, reading_s, inverting, row, refining, shared, at_a_time, writing_s)
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -127,27 +142,29 @@ def problem(d: int, device: torch.device) -> tuple[Tensor, Inverse]:
     return H, Inverse(matrix, 1 / H.diagonal(dim1=1, dim2=2).float(), none, none)
 
 
-def row_seconds(
-    d: int, task: Task, device: torch.device, singular: bool = False
+def rows_seconds(
+    rows: int, d: int, task: Task, device: torch.device, singular: bool = False
 ) -> tuple[float, float]:
-    """A row, and all rows of this measurement together."""
-    rows = 64 if task.shared else 2 * torch.get_num_threads()
+    """So many rows: their elimination, and their weights at the levels."""
     d += -d % (task.nm[1] or task.size)  # groups and blocks are whole
     generator = torch.Generator().manual_seed(0)
     H, inverse = problem(d, device)
-    W = torch.randn(rows, 1, d, generator=generator).to(device)
+    shape = (1, rows, d) if task.shared else (rows, 1, d)
+    W = torch.randn(shape, generator=generator).to(device)
+    system = torch.zeros(len(W), dtype=torch.int64, device=device)
+    traces: list[Trace] = []
 
     def work() -> None:
-        shared = task.shared
-        system = torch.zeros(1 if shared else rows, dtype=torch.int64, device=device)
-        weights = W.view(1, rows, d) if shared else W
         rule = task.rule(rows, d, device)
-        trace = eliminate(weights, inverse, system, rule, task.steps(d))
-        if task.levels or singular:
-            some_levels(weights, inverse, H, system, trace, task.levels, singular)
+        with one_thread() if task.shared else nullcontext():  # as `prepare_struct` does
+            traces.append(eliminate(W, inverse, system, rule, task.steps(d)))
 
-    total_s = clock(work, device)
-    return total_s / rows, total_s
+    eliminating_s, levels_s = clock(work, device), 0.0
+    if task.levels or singular:
+        levels_s = clock(
+            lambda: some_levels(W, inverse, H, system, traces[0], task.levels, singular), device
+        )
+    return eliminating_s, levels_s
 
 
 def some_levels(
@@ -178,13 +195,13 @@ def some_levels(
 
 def image_seconds(dense: nn.Module, images: Tensor) -> Images:
     """Show a few images, on their device, to the network."""
-    device, sums, positions = images.device, {}, {}
+    device, sums, positions = images.device, Counter(), Counter()
 
     def see(name: str, x: Tensor) -> None:
         layer, gram = layers[name], Gram(layers[name])
-        sums[name] = clock(lambda: gram.add(x), device)
+        sums[name] += clock(lambda: gram.add(x), device)
         conv = isinstance(layer, nn.Conv2d)
-        positions[name] = prod(output_size(layer, padded(layer, x)) if conv else x.shape[1:-1])
+        positions[name] += prod(output_size(layer, padded(layer, x)) if conv else x.shape[1:-1])
 
     layers, totals = find_layers(dense), {}
     with evaluating(dense):
@@ -192,6 +209,8 @@ def image_seconds(dense: nn.Module, images: Tensor) -> Images:
         with one_thread():
             for count in (1, len(images)):
                 network_s = clock(lambda n=count: dense(images[:n]), device)
+                sums.clear()
+                positions.clear()
                 with watching(layers, see):
                     dense(images[:count])
                 totals[count] = network_s + sum(sums.values())

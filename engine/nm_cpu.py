@@ -50,11 +50,11 @@ from engine.panel_cpu import (
 
 AHEAD = 1.25  # × panel: so many columns are active at least
 IDLE = 2.5  # × panel: so many at most
-IN_CACHE = 3 << 20  # bytes of all u's of a row; no more than a third of them is alive at a time
+IN_CACHE = 3 << 20  # bytes of all u's of a row; of small groups a third is alive at a time
 
 
 class Left(NamedTuple):
-    """What a few rows have beside `Rows`."""
+    """What the left-looking steps of a few rows keep beside `Rows`."""
 
     U: np.ndarray  # (rows, k, d)
     L: np.ndarray  # (rows, k, k)

@@ -2,11 +2,12 @@
 
 Memory follows from shapes (`memory.py`). Minutes are those of this machine (`machine.py`), as
 
-    start       what has passed since this process began: imports, looking for image files
-    images      (t₀ + n·t₁) / p      the network and the sums of all layers, p batches at a time
+    start       what has passed since this process began: imports, looking for images, measuring
+    images      (b·t₀ + n·t₁) / p    the network and all sums, for b batches, p of them at a time
     reading     n·t₃                 images from their files, in calibration and test
     inverting   c·G·d³               per layer
-    rows        (a·d³ + b·d²)·rows   per layer, through a and b at the two nearest sizes measured
+    rows        (a·d³ + b·d²)·rows   per layer, through a and b at the two nearest sizes measured;
+                                     where rows share one elimination, that for each of the G
     writing     2·n·t₄               checkpoints, and before each what it is made of
     test        n·t₂
 
@@ -106,19 +107,29 @@ class Work:
     files: int  # checkpoints
 
 
+def compressible(
+    layers: Mapping[str, nn.Module], images: Images, task: Task
+) -> dict[str, nn.Module]:
+    """Layers that are not left dense."""
+    return {
+        name: layer for name, layer in layers.items()
+        if name in images.positions and task.whole(layer.weight[0].numel())
+    }  # fmt: skip
+
+
 def singular_layers(
     layers: Mapping[str, nn.Module], images: Images, shown: int, damped: bool
 ) -> set[str]:
     """Layers that see fewer patches than they have columns; none where all are damped anyway."""
     return {
         name for name, layer in layers.items()
-        if not damped and shown * images.positions.get(name, 0) < layer.weight[0].numel()
+        if not damped and shown * images.positions[name] < layer.weight[0].numel()
     }  # fmt: skip
 
 
 def estimate(
     plan: Plan,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module],  # those that are not left dense
     singular: set[str],
     machine: Machine,
     world: World,
@@ -126,14 +137,14 @@ def estimate(
 ) -> Estimate:
     """Seconds of the run that `plan` describes."""
     batches = -(-work.shown // work.batch)
-    at_a_time = min(batches, machine.batches_at_a_time)
+    at_a_time = min(-(-batches // world.size), machine.batches_at_a_time)
     images, reading_s = machine.images, machine.reading_s
     computing_s = (batches * images.batch_s + work.shown * images.image_s) / at_a_time
     calibration_s = len(plan.passes) * (computing_s + work.shown * reading_s)
     alone, together = [0.0] * world.size, 0.0
     for name, layer in layers.items():
         rows, d = layer.weight.flatten(1).shape
-        own_s = machine.inverting_s(d, name in singular) * getattr(layer, "groups", 1)
+        own_s = machine.system_s(d, name in singular) * getattr(layer, "groups", 1)
         rows_s = rows * machine.row_s(d, name in singular)
         if plan.owners[name] is None:
             together += own_s + rows_s / world.size
@@ -199,12 +210,13 @@ def show_plan(
     reading_s = (time.perf_counter() - started) / len(some)
     reading_s /= max(1, session.data.workers if args.workers is None else args.workers)
     images = image_seconds(session.model, some.to(session.device))
-    singular = singular_layers(layers, images, shown, damped=args.rel_damp > 0)
-    widest = max(layer.weight[0].numel() for layer in layers.values())
+    able = compressible(layers, images, task)
+    singular = singular_layers(able, images, shown, damped=args.rel_damp > 0)
+    widest = max((layer.weight[0].numel() for layer in able.values()), default=0)
     machine = measure(session.model, images, reading_s, task, widest, bool(singular), folder)
     files = (task.levels or 1) if folder else 0
     work = Work(shown, args.batchsize, len(session.data.test) * (not task.levels), files)
-    found = estimate(plan, layers, singular, machine, world, work)
+    found = estimate(plan, able, singular, machine, world, work)
     for line in lines(plan, layers, found, world):
         cli.print_result(line) if args.plan else log.info(line)
     return True

@@ -34,7 +34,7 @@ class Task:
             levels=levels,
             innermost=mode in ("nmprune", "blocked"),
             shared=mode == "struct",
-            size={"blocked": args.blocked_size, "struct": 8}.get(mode, 1),
+            size={"blocked": args.blocked_size, "struct": 8}.get(mode, 1),  # 8: about kh·kw
             nm=(args.prunen, args.prunem) if mode == "nmprune" else (0, 0),
             quantise=mode == "quant",
         )
@@ -47,6 +47,10 @@ class Task:
         if self.nm[1]:
             return NM(*self.nm, rows, d, device)
         return Blocks(self.size) if self.size > 1 else Unstructured()
+
+    def whole(self, d: int) -> bool:
+        """Whether d columns are whole groups or blocks; else a layer stays dense."""
+        return self.shared or d % (self.nm[1] or self.size) == 0
 
     def steps(self, d: int) -> int:
         """Columns that go, of d."""

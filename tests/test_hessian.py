@@ -241,20 +241,30 @@ def test_ladder_takes_the_smallest_step_that_works(dtype: torch.dtype, r: int) -
     assert_close(inverse.matrix[0], wanted, 1e-6)
 
 
+@pytest.mark.parametrize("rel_damp", [0.0, 1e-15, 1e-8, 1e-6])
 @pytest.mark.parametrize("seed", range(8))
-def test_damping_is_the_smallest_of_the_ladder_also_where_inputs_differ_in_size(seed: int) -> None:
+def test_damping_is_the_smallest_of_the_ladder_that_works(seed: int, rel_damp: float) -> None:
+    """Also where inputs differ in size, and where sums in float32 are not quite semidefinite."""
     generator = torch.Generator().manual_seed(seed)
-    size = 10 ** (4 * torch.rand(24, generator=generator, dtype=torch.float64) - 2)
-    x = inputs(18, 24, seed=seed) * size
-    H = x.T @ x
-    step = float(damped_inverse(H[None]).damping)
-    trials = {s: H + s * H.diagonal().mean() * torch.eye(24, dtype=H.dtype) for s in LADDER}
-    shrink = {
-        s: float((trial.diagonal() * torch.linalg.inv(trial).diagonal()).max())
-        for s, trial in trials.items()
-    }
+    for d, size in ((2, 1), (4, 1), (24, 4), (150, 1)):
+        x = inputs(max(1, d * 2 // 3), d, seed=seed)
+        x = (x * 10 ** (size * torch.rand(d, generator=generator, dtype=x.dtype))).float()
+        for H in ((x.T @ x).double(), x.double().T @ x.double()):
+            H = (H + H.T) / 2
+            assert float(damped_inverse(H[None], rel_damp).damping) == smallest(H, rel_damp)
+
+
+def smallest(H: Tensor, rel_damp: float) -> float:
+    """Damping, by trying every step in turn."""
     limit = 1e-2 / torch.finfo(torch.float32).eps
-    assert step == min(s for s in LADDER if shrink[s] < limit)
+    for step in (0.0, *LADDER):
+        trial = H + (rel_damp + step) * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+        factor, info = torch.linalg.cholesky_ex(trial)
+        if info == 0:
+            shrink = trial.diagonal() * torch.cholesky_inverse(factor).diagonal()
+            if float(shrink.max()) < limit:
+                return rel_damp + step
+    raise AssertionError("no step of the ladder works")
 
 
 @pytest.mark.parametrize("spread", [0, 3, 6, 9])

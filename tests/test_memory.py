@@ -61,9 +61,14 @@ def test_too_little_memory_is_one_line(capsys):
     assert line.count("\n") == 1
 
 
-def test_a_plan_is_told_and_nothing_done(tmp_path, capsys):
-    words = ["rn8", "digits", "nmprune", "--save", str(tmp_path / "x.pth"), "--noaug", "--plan"]
-    assert main_trueobs.main(words) == 0
+@pytest.mark.parametrize("words", [
+    "nmprune", "nmprune --save {}/x.pth", "nmprune --prunem 1000000 --save {}/none/x.pth",
+    "unstr --sparse-dir {}/none/of/these",
+])  # fmt: skip
+def test_a_plan_is_told_and_nothing_done(words, tmp_path, capsys):
+    """Also without a place for results, with one to be made, and where no layer can be pruned."""
+    words = words.format(tmp_path).split()
+    assert main_trueobs.main(["rn8", "digits", *words, "--noaug", "--plan"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 3 and all(line.startswith("plan: ") for line in out)
     assert not list(tmp_path.iterdir())

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from engine.distributed import ALONE
+from engine.distributed import ALONE, World
 from engine.hessian import damped_inverse
 from engine.machine import Images, Machine, image_seconds, measure, problem, writing_seconds
-from engine.planning import Work, estimate, make_plan, singular_layers
+from engine.planning import Work, compressible, estimate, make_plan, singular_layers
 from engine.task import Task
 
 CPU = torch.device("cpu")
@@ -39,6 +39,24 @@ def test_a_singular_hessian_costs_several_inverses_and_the_refinement():
     assert machine.row_s(576) == 0.5 and machine.row_s(576, singular=True) == 0.75
 
 
+def test_what_rows_share_is_counted_once_for_each_group():
+    machine = Machine(Images(), 0, {72: 1.0}, {72: 0.5}, shared={72: 10.0})
+    layers = {"grouped": nn.Conv2d(32, 64, 3, groups=4)}
+    plan = make_plan(layers, Task(levels=3, size=9, shared=True), 1.0, ALONE)
+    found = estimate(plan, layers, set(), machine, ALONE, Work(8, 4, 10, 3))
+    assert found.layers_s == pytest.approx(4 * (1 + 10) + 64 * 0.5)
+
+
+@pytest.mark.parametrize(("size", "wanted_s"), [(1, 3.0), (2, 1.5), (4, 1.5)])
+def test_no_more_batches_go_at_a_time_than_a_process_has(size: int, wanted_s: float) -> None:
+    """Four batches of two images: 1 s each, and 0.25 s an image; two at a time, if there are."""
+    machine = Machine(Images(batch_s=1, image_s=0.25), 0, {9: 1.0}, {9: 1.0}, batches_at_a_time=2)
+    layers, world = {"one": nn.Conv2d(1, 8, 3)}, World(size=size)
+    plan = make_plan(layers, Task(), 1.0, ALONE)
+    found = estimate(plan, {}, set(), machine, world, Work(8, 2, 0, 0))
+    assert found.calibration_s == wanted_s
+
+
 class Net(nn.Module):
     """9 columns and 16 positions, 72 and 4, 32 and 1."""
 
@@ -62,6 +80,26 @@ def test_layers_that_see_too_few_patches_are_singular():
         assert not singular_layers(layers, images, shown, damped=True)
 
 
+def test_layers_that_stay_dense_are_not_counted():
+    net = Net()
+    net.never = nn.Linear(4, 4)
+    layers = dict(net.named_children())
+    images = image_seconds(net, torch.randn(3, 1, 4, 4))
+    called = {"one", "two", "three"}
+    for task in (Task(), Task(quantise=True), Task(levels=3, size=8, shared=True)):
+        assert compressible(layers, images, task).keys() == called
+    for task in (Task(nm=(2, 4), innermost=True), Task(levels=3, size=4, innermost=True)):
+        assert compressible(layers, images, task).keys() == {"two", "three"}
+    task = Task(nm=(2, 1 << 20), innermost=True)
+    assert not compressible(layers, images, task)
+    assert not measure(net, images, 1e-3, task, 0, False, None).row  # nor is one that large made
+
+
+def test_a_layer_that_is_called_twice_sees_twice_as_many_patches():
+    net = nn.Sequential(conv := nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), conv)
+    assert image_seconds(net, torch.randn(3, 2, 4, 4)).positions == {"0": 32}
+
+
 @pytest.mark.parametrize("task", [
     Task(), Task(nm=(2, 4), innermost=True), Task(levels=3), Task(quantise=True),
     Task(levels=3, size=4, innermost=True), Task(levels=3, size=9, shared=True),
@@ -73,6 +111,7 @@ def test_every_mode_is_measured_and_adds_up(task: Task, tmp_path: Path) -> None:
     machine = measure(net, images, 1e-3, task, 72, True, tmp_path / "missing")
     assert machine.row.keys() == {288} and machine.writing_s > 0
     assert bool(machine.refining) == (not task.quantise)
+    assert bool(machine.shared) == task.shared
     plan, work = make_plan(layers, task, 1.0, ALONE), Work(8, 4, 10, 3)
     found = estimate(plan, layers, {"two"}, machine, ALONE, work)
     assert found.writing_s == 2 * 3 * machine.writing_s

@@ -441,8 +441,8 @@ def test_engine_is_the_oracle_for_every_tile(
 
 
 @pytest.mark.parametrize("in_cache", [0, 1 << 40])
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (7, 8), (4, 4)])
-@pytest.mark.parametrize("d", [240, 512])
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (7, 8), (4, 4), (0, 4)])
+@pytest.mark.parametrize("d", [8, 240, 512])
 def test_compiled_nm_is_that_in_torch_on_sparse_rows(
     d: int, n: int, m: int, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
