@@ -1,9 +1,9 @@
 """`TrueOBS`: one layer, its Hessian, and the modes of compression that OBC offers for it.
 
-Frantar, Singh, Alistarh, arXiv 2208.11580. The mathematics is in `hessian.py` (H and its inverse)
-and `elimination.py` (the greedy elimination and its pivot rules); here they meet a layer: rows are
-split into batches that fit in memory, groups of a convolution get their own H, and results go back
-into the layer's shape. Where several processes share a layer (`distributed.py`), each eliminates
+Frantar, Singh, Alistarh, arXiv 2208.11580. The mathematics is in `hessian.py`, `inverse.py` and
+`elimination.py` (the greedy elimination, its pivot rules); here they meet a layer: rows are split
+into batches that fit in memory, groups of a convolution have their own H, results go back into the
+layer's shape. Where several processes share a layer (`distributed.py`), each eliminates
 its own rows; order, losses and weights are then put together, so that all know them all.
 
     symbol  variable    shape       meaning
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from engine.distributed import ALONE, World
 from engine.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
-from engine.hessian import Gram, Inverse, alive_inputs, badly_scaled, damped_inverse, without
+from engine.hessian import Gram
+from engine.inverse import Inverse, alive_inputs, badly_scaled, damped_inverse, without
 from engine.levels import Undamped, completed, first_counts, weights_at
 from engine.memory import Needs, batches_of, default_memory, layer_needs
 from engine.refinement import never_worse, row_errors
@@ -327,12 +328,11 @@ class TrueOBS:
         Yields their numbers (R,) and (levels, R, *weight.shape[1:]). For those who cannot hold all
         levels of a layer in memory.
         """
-        if self._prepared is None:
+        if (prepared := self._prepared) is None:
             raise ValueError("call prepare_unstr() or prepare_blocked() before asking for levels")
-        problem, trace, size = self._prepared.problem, self._prepared.trace, self._prepared.size
-        counts = first_counts(trace.losses, sparsities, size)  # (levels, systems)
-        apart, wanted, order = self._prepared.apart, None, trace.order
-        if self._prepared.shared:
+        problem, apart, order, wanted = prepared.problem, prepared.apart, prepared.trace.order, None
+        counts = first_counts(prepared.trace.losses, sparsities, prepared.size)  # (levels, systems)
+        if prepared.shared:
             yield from self._shared_parts(problem, order, counts, ~apart)
             of_row = self._group(torch.arange(self.rows, device=counts.device))
             order, counts, wanted = order[of_row], counts[:, of_row], apart

@@ -52,7 +52,7 @@ from benchmarks.timing import PeakMemory, against, seconds
 from command import cli
 from database import write_levels
 from engine.compression import Database
-from engine.hessian import damped_inverse
+from engine.inverse import damped_inverse
 from engine.levelfile import LevelFile
 from engine.levels import sparsity_grid
 from engine.memory import default_memory

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from command import cli, records
 from engine import devices
-from engine.hessian import Inverse, damped_inverse
+from engine.inverse import Inverse, damped_inverse
 
 Work = Callable[[], object]
 

@@ -62,3 +62,12 @@ def reuse_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
         mallopt(trim_threshold, 512 << 20)
+
+
+def give_back_freed_memory() -> None:
+    """Hand memory that was freed back to the system, on glibc; elsewhere this does nothing.
+
+    Pieces of it that are too small for the next matrix would add to what the process takes.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 import quant
 from command.cli import UserError, log
+from command.process import give_back_freed_memory
 from command.resuming import Entry, Unkept, file_of
 from engine.calibration import calibrate
 from engine.distributed import ALONE, World
-from engine.hessian import SingularHessian
+from engine.inverse import SingularHessian
 from engine.levelfile import LevelFile
 from engine.planning import Plan, make_plan
 from engine.task import Task
@@ -249,6 +250,7 @@ class Compression:
         if missing := {name: solver for name, solver in solvers.items() if name not in known}:
             device = next(self.dense.parameters()).device
             calibrate(self.dense, missing, batches, device, self.world, self.args.shards)
+            give_back_freed_memory()
         for name, solver in missing.items() if self.world.first else ():
             self.cache.save(name, {"total": solver.gram.sums()}, {"nsamples": solver.nsamples})
         return solvers

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from engine.compiled import compiled
-from engine.hessian import Inverse
+from engine.inverse import Inverse
 
 INFINITY = float("inf")
 

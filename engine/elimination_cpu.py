@@ -43,7 +43,7 @@ from engine.panel_cpu import (
     target,
     vacancies,
 )
-from engine.threads import CACHE_BYTES, in_pieces, rows_of_a_piece
+from engine.threads import CACHE_BYTES, Spare, in_pieces, rows_of_a_piece
 
 
 def eliminate_rows(
@@ -61,15 +61,16 @@ def eliminate_rows(
     R, d = W.shape
     order = torch.empty(R, steps, dtype=torch.int64)
     losses, weights = W.new_empty(R, steps), torch.empty_like(W)
-    Hinv, grid = Hinv.contiguous(), grid.contiguous()
+    Hinv, grid, spare = Hinv.contiguous(), grid.contiguous(), Spare(W)
 
     def work(part: slice) -> None:
         rows = rows_of(W[part], Hinv, floor, system[part], unit, grid[part])
         found = Found(order[part].numpy(), losses[part].numpy(), weights[part].numpy())
         if nm[1]:
-            prune_nm(W[part], rows, Hinv, system[part], nm, panel, found)
+            prune_nm(W[part], rows, Hinv, system[part], nm, panel, spare, found)
         else:
-            Task(rows, Hinv, system[part], panel).run(found)
+            with spare.lent("A", len(rows.w), d, d) as A:
+                Task(rows, Hinv, system[part], panel, A).run(found)
 
     in_pieces(work, R, rows_of_a_piece(R, d * d * W.element_size()))
     return order, losses, weights
@@ -89,11 +90,14 @@ def tile_of(d: int) -> int:
 class Task:
     """A few rows on their way through all panels."""
 
-    def __init__(self, rows: Rows, Hinv: Tensor, system: Tensor, panel: int) -> None:
+    def __init__(
+        self, rows: Rows, Hinv: Tensor, system: Tensor, panel: int, room: Tensor
+    ) -> None:
         R, d = rows.w.shape
         self.rows, self.Hinv, self.system, self.panel = rows, Hinv, system, panel
         self.U = Hinv.new_empty(R, panel, d)
         self.tile = tile_of(d)
+        self.room = room  # (rows, d, d)
         self.A: Tensor | None = None  # made at the first flush: until then all share the inverse
 
     def run(self, found: Found) -> None:
@@ -122,13 +126,12 @@ class Task:
 
     def own_copy(self) -> Tensor:  # (rows, d, d)
         """An inverse for each row, as far as it is stored."""
-        R, d = self.rows.w.shape
-        own = self.Hinv.new_empty(R, d, d)
-        for A, g in zip(own, self.system.tolist(), strict=True):
+        d = self.rows.w.shape[1]
+        for A, g in zip(self.room, self.system.tolist(), strict=True):
             for first in range(0, d, self.tile):
                 last = min(first + self.tile, d)
                 A[first:last, :last] = self.Hinv[g, first:last, :last]
-        return own
+        return self.room
 
 
 # -- compiled --------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from engine.compiled import compiled
-from engine.hessian import Inverse
+from engine.inverse import Inverse
 from engine.refinement import refined, times
 from engine.threads import in_pieces, one_thread
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from command import cli
 from engine.calibration import watching
 from engine.elimination import Trace, eliminate
-from engine.hessian import Gram, Inverse, damped_inverse, output_size, padded
+from engine.hessian import Gram, output_size, padded
+from engine.inverse import Inverse, damped_inverse
 from engine.levels import Undamped, completed, weights_at
 from engine.task import Task
 from engine.threads import one_thread

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from command.cli import UserError
+from command.process import give_back_freed_memory
 from engine.elimination import bytes_per_system, bytes_per_task
-from engine.hessian import TOGETHER
+from engine.inverse import TOGETHER
 
 MATRICES_OF_A_ROW = 1.5  # d×d, while a row's weights at many levels are made
 VECTORS_OF_A_LEVEL = 5  # of d, likewise
@@ -131,5 +132,10 @@ def default_memory(device: torch.device) -> int:
 
 
 def batches_of(rows: Tensor, count: int) -> Iterator[Tensor]:
-    """Row numbers, `count` at a time; nothing if there are none."""
-    return iter(rows.split(count) if len(rows) else ())
+    """Row numbers, `count` at a time; nothing if there are none.
+
+    What a batch has freed is handed back: in pieces too small for the next one it would only add.
+    """
+    for batch in rows.split(count) if len(rows) else ():
+        yield batch
+        give_back_freed_memory()

@@ -30,6 +30,7 @@ what the elimination has computed (L the u's at P, z its moves), so that
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ from engine.panel_cpu import (
     subtract_panel,
     vacancies,
 )
+from engine.threads import Spare
 
 AHEAD = 1.25  # × panel: so many columns are active at least
 IDLE = 2.5  # × panel: so many at most
@@ -86,30 +88,44 @@ def prune_nm(
     system: Tensor,  # (rows,)
     nm: tuple[int, int],
     panel: int,
+    spare: Spare,
     found: Found,
 ) -> None:
     """Run a few rows from the first step to the last."""
     (R, steps), d = found.order.shape, W.shape[1]
-    U, L, z = W.new_empty(R, steps, d), W.new_empty(R, steps, steps), W.new_empty(R, steps)
-    left = Left(
-        U.numpy(), L.numpy(), z.numpy(),
-        place=np.tile(np.arange(d, dtype=np.int32), (R, 1)),
-        zeros=np.zeros((R, d // nm[1]), dtype=np.int32), n=nm[0], group=nm[1],
-    )  # fmt: skip
-    if steps * d * W.element_size() <= IN_CACHE:
-        prune_in_cache(Hinv.numpy(), system.numpy(), rows, left, panel, found)
-    else:
-        prune_ahead(Hinv, system.numpy(), rows, left, U, panel, found)
-    write_without(W.numpy(), Hinv.numpy(), system.numpy(), left, found)
+    cap = max(1, min(d, int(IDLE * panel)))
+    in_cache = steps * d * W.element_size() <= IN_CACHE
+    with ExitStack() as stack:
+        U, L, z = (stack.enter_context(spare.lent(name, R, steps, *rest))
+                   for name, rest in (("U", (d,)), ("L", (steps,)), ("z", ())))  # fmt: skip
+        left = Left(
+            U.numpy(), L.numpy(), z.numpy(),
+            place=np.tile(np.arange(d, dtype=np.int32), (R, 1)),
+            zeros=np.zeros((R, d // nm[1]), dtype=np.int32), n=nm[0], group=nm[1],
+        )  # fmt: skip
+        if in_cache:
+            prune_in_cache(Hinv.numpy(), system.numpy(), rows, left, panel, found)
+        else:
+            active = stack.enter_context(spare.lent("active", R, cap, d))
+            new = stack.enter_context(spare.lent("new", R, steps, cap))
+            prune_ahead(Hinv, system.numpy(), rows, left, U, (active, new), panel, found)
+        write_without(W.numpy(), Hinv.numpy(), system.numpy(), left, found)
 
 
 def prune_ahead(
-    Hinv: Tensor, system: np.ndarray, rows: Rows, left: Left, U: Tensor, panel: int, found: Found
+    Hinv: Tensor,
+    system: np.ndarray,
+    rows: Rows,
+    left: Left,
+    U: Tensor,  # that of `left`
+    room: tuple[Tensor, Tensor],  # for `active` and `new`
+    panel: int,
+    found: Found,
 ) -> None:
     """All steps of a few rows, whose columns are made ahead."""
-    R, steps, d = U.shape
-    cap = max(1, min(d, int(IDLE * panel)))
-    active, old, new = (U.new_empty(R, n, m) for n, m in ((cap, d), (panel, cap), (steps, cap)))
+    (R, steps, d), (active, new) = U.shape, room
+    cap = active.shape[1]
+    old = U.new_empty(R, panel, cap)
     kept, count, first, done = np.zeros((4, R), dtype=np.int64)
     holder, slot = np.empty((R, cap), dtype=np.int32), np.full((R, d), -1, dtype=np.int32)
     ahead = Ahead(

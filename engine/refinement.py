@@ -1,6 +1,6 @@
 """The last word on weights whose Hessian is hard: H as it is, not as it was damped.
 
-Where H is not positive definite, or nearly so, `hessian.py` damps it: the elimination works with
+Where H is not positive definite, or nearly so, `inverse.py` damps it: the elimination works with
 H + λI, and the weights it leaves are best for that, not for H. Which weights stay is settled then;
 their values are improved here. With M the weights kept at a level and ŵ their values,
 

@@ -7,6 +7,7 @@ and its libraries divide sums among threads, and so add them up in another order
     in_pieces(work, rows, size)       rows that have nothing to do with each other
     one_at_a_thread(work, items, …)   pieces that come one after the other, such as batches of
                                       images; what they add up, they add `in_turn`
+    Spare()                           the memory that a piece works in, for the next one
     one_thread()                      a small thing that shall not depend on threads either
 """
 
@@ -22,6 +23,7 @@ from functools import cache
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 Wait = Callable[[], None]  # returns once it is the caller's turn
@@ -112,6 +114,30 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
     with pool_of(min(threads, len(pieces))) as pool:
         for future in [pool.submit(work, piece) for piece in pieces]:
             future.result()
+
+
+class Spare:
+    """Memory that pieces of work hand on to each other: as many buffers as work at a time.
+
+    Large ones that are freed and asked for again lie elsewhere in memory, or fill with small ones,
+    and what a process takes grows from piece to piece.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, self._free = like, {}
+
+    @contextmanager
+    def lent(self, name: str, *shape: int) -> Iterator[Tensor]:
+        """A tensor to be written to; those of a name differ in their first size only."""
+        free = self._free.setdefault(name, deque())
+        try:
+            buffer = free.pop()
+        except IndexError:
+            buffer = None
+        if buffer is None or len(buffer) < shape[0]:
+            buffer = self._like.new_empty(shape)
+        yield buffer[: shape[0]]
+        free.append(buffer)
 
 
 # -- one after the other ---------------------------------------------------------------------------

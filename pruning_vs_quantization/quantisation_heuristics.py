@@ -18,7 +18,7 @@ import torch
 
 from engine.elimination import Quantise, eliminate
 from engine.elimination_cpu import compiled
-from engine.hessian import alive_inputs, damped_inverse
+from engine.inverse import alive_inputs, damped_inverse
 from pruning_vs_quantization.proof import Reals
 from pruning_vs_quantization.quantisation_problem import QuantisationProblem
 

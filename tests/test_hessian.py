@@ -16,7 +16,8 @@ from oracles import Array, conv_columns_oracle, hessian_oracle
 from torch import Tensor, nn
 
 from engine import hessian
-from engine.hessian import LADDER, Gram, SingularHessian, damped_inverse, rank_deficit, without
+from engine.hessian import Gram
+from engine.inverse import LADDER, SingularHessian, damped_inverse, rank_deficit, without
 
 TOLERANCE = 1e-9
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine import levels
 from engine.elimination import Unstructured, eliminate
-from engine.hessian import Inverse, damped_inverse
+from engine.inverse import Inverse, damped_inverse
 from engine.levels import BLOCK, Leading, factorise, first_counts, gathered, weights_at
 from engine.threads import in_pieces, rows_of_a_piece
 

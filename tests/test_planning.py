@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.distributed import ALONE, World
-from engine.hessian import damped_inverse
+from engine.inverse import damped_inverse
 from engine.machine import Images, Machine, image_seconds, measure, problem, writing_seconds
 from engine.planning import Work, compressible, estimate, make_plan, singular_layers
 from engine.task import Task

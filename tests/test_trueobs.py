@@ -48,7 +48,7 @@ from engine.elimination import (
     eliminate,
     eliminate_in_torch,
 )
-from engine.hessian import damped_inverse
+from engine.inverse import damped_inverse
 from engine.levels import first_counts
 from quant import Grid, fit_weight_grid
 from trueobs import TrueOBS
