@@ -2,7 +2,8 @@
 
 Memory follows from shapes (`memory.py`). Minutes are those of this machine (`machine.py`), as
 
-    start       what has passed since this process began: imports, looking for images, measuring
+    start       what has passed since this process began: imports, looking for images; and
+                measuring, if the run measures, too
     images      (b·t₀ + n·t₁) / p    the network and all sums, for b batches, p of them at a time
     reading     n·t₃                 images from their files, in calibration and test
     inverting   c·G·d³               per layer
@@ -99,8 +100,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run shows, tests and writes."""
+    """What a run has begun with, and what it shows, tests and writes."""
 
+    start_s: float
     shown: int  # images, in calibration
     batch: int  # of them
     test: int  # images
@@ -151,7 +153,7 @@ def estimate(
         else:
             alone[plan.owners[name]] += own_s + rows_s
     return Estimate(
-        starting.seconds(),
+        work.start_s,
         calibration_s / world.size,
         together + max(alone),
         2 * work.files * machine.writing_s,
@@ -203,8 +205,10 @@ def show_plan(
     args, world, layers = session.args, session.world, find_layers(compressed)
     plan = make_plan(layers, task, args.memory, world)
     shown = len(session.calibration(nrounds=args.nrounds).passes)
-    if not args.plan and sum(map(operations, layers.values())) + 1e8 * shown < LONG_WORK:
+    long = sum(map(operations, layers.values())) + 1e8 * shown >= LONG_WORK
+    if not (long or args.plan):
         return False
+    start_s = starting.seconds()
     started, count = time.perf_counter(), images_to_time(session.data.image_size)
     some, _ = next(iter(calibration_batches(session.data, batchsize=count, workers=0)))
     reading_s = (time.perf_counter() - started) / len(some)
@@ -215,7 +219,8 @@ def show_plan(
     widest = max((layer.weight[0].numel() for layer in able.values()), default=0)
     machine = measure(session.model, images, reading_s, task, widest, bool(singular), folder)
     files = (task.levels or 1) if folder else 0
-    work = Work(shown, args.batchsize, len(session.data.test) * (not task.levels), files)
+    test = 0 if task.levels else len(session.data.test)
+    work = Work(starting.seconds() if long else start_s, shown, args.batchsize, test, files)
     found = estimate(plan, able, singular, machine, world, work)
     for line in lines(plan, layers, found, world):
         cli.print_result(line) if args.plan else log.info(line)

@@ -43,7 +43,7 @@ def test_what_rows_share_is_counted_once_for_each_group():
     machine = Machine(Images(), 0, {72: 1.0}, {72: 0.5}, shared={72: 10.0})
     layers = {"grouped": nn.Conv2d(32, 64, 3, groups=4)}
     plan = make_plan(layers, Task(levels=3, size=9, shared=True), 1.0, ALONE)
-    found = estimate(plan, layers, set(), machine, ALONE, Work(8, 4, 10, 3))
+    found = estimate(plan, layers, set(), machine, ALONE, Work(1.0, 8, 4, 10, 3))
     assert found.layers_s == pytest.approx(4 * (1 + 10) + 64 * 0.5)
 
 
@@ -53,7 +53,7 @@ def test_no_more_batches_go_at_a_time_than_a_process_has(size: int, wanted_s: fl
     machine = Machine(Images(batch_s=1, image_s=0.25), 0, {9: 1.0}, {9: 1.0}, batches_at_a_time=2)
     layers, world = {"one": nn.Conv2d(1, 8, 3)}, World(size=size)
     plan = make_plan(layers, Task(), 1.0, ALONE)
-    found = estimate(plan, {}, set(), machine, world, Work(8, 2, 0, 0))
+    found = estimate(plan, {}, set(), machine, world, Work(0.0, 8, 2, 0, 0))
     assert found.calibration_s == wanted_s
 
 
@@ -112,7 +112,7 @@ def test_every_mode_is_measured_and_adds_up(task: Task, tmp_path: Path) -> None:
     assert machine.row.keys() == {288} and machine.writing_s > 0
     assert bool(machine.refining) == (not task.quantise)
     assert bool(machine.shared) == task.shared
-    plan, work = make_plan(layers, task, 1.0, ALONE), Work(8, 4, 10, 3)
+    plan, work = make_plan(layers, task, 1.0, ALONE), Work(1.0, 8, 4, 10, 3)
     found = estimate(plan, layers, {"two"}, machine, ALONE, work)
     assert found.writing_s == 2 * 3 * machine.writing_s
     assert found.calibration_s >= 8e-3 and found.test_s >= 10e-3 and found.layers_s > 0
