@@ -16,6 +16,7 @@ level.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,8 +41,10 @@ Scores = dict[str, dict[str, float]]  # layer → level → value
 def distinct_levels(db: Database, layer: str, dense: nn.Module) -> dict[str, list[str]]:
     """One level of each set of equal ones → all levels of the set; those equal to dense: ""."""
     sets: dict[str, list[str]] = {content_hash(dense.state_dict()): [""]}
-    for level in db.levels:
-        sets.setdefault(content_hash(db.layer(layer, level)), []).append(level)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        hashes = pool.map(lambda level: content_hash(db.layer(layer, level)), db.levels)
+    for level, of_level in zip(db.levels, hashes, strict=True):
+        sets.setdefault(of_level, []).append(level)
     return {names[0]: names for names in sets.values()}
 
 
