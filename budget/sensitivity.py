@@ -16,7 +16,6 @@ level.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from command.cli import log
 from command.fingerprints import content_hash
 from command.resuming import Notes, Unkept
+from engine.threads import in_pieces
 from modelutils import evaluating, placed
 from networks.tracing import Resumable, Whole, runner
 from quant import put_layer
@@ -41,10 +41,15 @@ Scores = dict[str, dict[str, float]]  # layer → level → value
 def distinct_levels(db: Database, layer: str, dense: nn.Module) -> dict[str, list[str]]:
     """One level of each set of equal ones → all levels of the set; those equal to dense: ""."""
     sets: dict[str, list[str]] = {content_hash(dense.state_dict()): [""]}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        hashes = pool.map(lambda level: content_hash(db.layer(layer, level)), db.levels)
-    for level, of_level in zip(db.levels, hashes, strict=True):
-        sets.setdefault(of_level, []).append(level)
+    hashes = {}
+
+    def work(part: slice) -> None:
+        for level in db.levels[part]:
+            hashes[level] = content_hash(db.layer(layer, level))
+
+    in_pieces(work, len(db.levels), 1)
+    for level in db.levels:
+        sets.setdefault(hashes[level], []).append(level)
     return {names[0]: names for names in sets.values()}
 
 

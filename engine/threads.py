@@ -7,7 +7,7 @@ and its libraries divide sums among threads, and so add them up in another order
     in_pieces(work, rows, size)       rows that have nothing to do with each other
     one_at_a_thread(work, items, …)   pieces that come one after the other, such as batches of
                                       images; what they add up, they add `in_turn`
-    Spare()                           the memory that a piece works in, for the next one
+    Spare(like)                       the memory that a piece works in, for the next one
     one_thread()                      a small thing that shall not depend on threads either
 """
 
@@ -128,7 +128,10 @@ class Spare:
 
     @contextmanager
     def lent(self, name: str, *shape: int) -> Iterator[Tensor]:
-        """A tensor to be written to; those of a name differ in their first size only."""
+        """A tensor to be written to; those of a name differ in their first size only.
+
+        It holds what was left in it. Where the work fails it is not handed on.
+        """
         free = self._free.setdefault(name, deque())
         try:
             buffer = free.pop()

@@ -8,7 +8,7 @@ an Intel Xeon), while the columns that a product needs are few. The same sums in
 
 The products are oneDNN's, too: twice as fast as MKL's on an AMD EPYC (220 against 110 Gflop/s a
 core). Weights that stay are packed for it once; those that change are a 1×1 convolution's, with the
-columns as its pixels.
+columns as its pixels, where their number has a divisor that makes images of a good size.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from engine.hessian import output_size, padded
 
 PIXELS = 16  # of the input map per pixel of a stride, at most: about those of the output map
 COLUMNS = 512  # C·kh·kw, at least: narrower convolutions lose more by copying than they gain
+OF_AN_IMAGE = range(32, 3, -1)  # columns, best first; a single one takes twice MKL's time
+IMAGES = 16  # at least; PyTorch on one thread leaves fewer to MKL
 
 
 def is_small(module: nn.Module, x: object) -> bool:
@@ -66,10 +68,14 @@ def product(
     """seen · kernelᵀ + b as a map."""
     kernel = kernel.flatten(1)
     columns = seen.reshape(-1, kernel.shape[1])
-    pixels = next(n for n in (16, 8, 4, 2, 1) if len(columns) % n == 0)  # some in every image
-    image = columns.view(-1, pixels, 1, kernel.shape[1]).permute(0, 3, 1, 2)
-    y = F.conv2d(image, kernel[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*seen.shape[:3], -1).permute(0, 3, 1, 2)
+    count = len(columns)
+    pixels = next((n for n in OF_AN_IMAGE if count % n == 0 and count >= IMAGES * n), None)
+    if pixels:
+        image = columns.view(-1, pixels, 1, kernel.shape[1]).permute(0, 3, 1, 2)
+        y = F.conv2d(image, kernel[:, :, None, None], bias).permute(0, 2, 3, 1)
+    else:
+        y = F.linear(columns, kernel, bias)
+    return y.reshape(*seen.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 class Packed:

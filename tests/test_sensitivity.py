@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budget import sensitivity
+from command.fingerprints import content_hash
 from database import Database
 from networks import tracing
 from networks.vision import torchvision
@@ -157,6 +158,28 @@ def test_equal_levels_run_once() -> None:
     stem.weight.data += 1
     sets = sensitivity.distinct_levels(db, "stem", stem)
     assert sets == {"": [""], "0000": ["0000", "1000"], "3000": ["3000"]}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_levels_are_hashed_on_one_thread_each(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or n threads would have n of PyTorch's own each."""
+    db, seen, before = levels_of(model_of("residual")), [], torch.get_num_threads()
+
+    def hashed(tensors: dict[str, Tensor]) -> str:
+        seen.append(torch.get_num_threads())
+        return content_hash(tensors)
+
+    monkeypatch.setattr(sensitivity, "content_hash", hashed)
+    torch.set_num_threads(threads)
+    try:
+        sets = sensitivity.distinct_levels(db, "stem", model_of("residual").stem)
+        assert seen == [threads] + [1] * len(db.levels)  # the dense layer is hashed first
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(level for of in sets.values() for level in of if level) == db.levels
 
 
 def test_prior_is_quadratic_and_alike_for_all_layers() -> None:

@@ -45,6 +45,17 @@ def test_the_same_as_the_convolution(kind, size, layout):
     torch.testing.assert_close(call(), conv(x), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 37, 74, 96, 127])
+def test_any_number_of_columns(count, bias):
+    """Primes, too, which no number of pixels in an image divides."""
+    conv = nn.Conv2d(64, 32, 3, bias=bias).requires_grad_(False)
+    x = torch.randn(count, 64, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert is_small(conv, x)
+    for y in (on_same_input(conv, x)(), SmallMaps(conv)(x)):
+        torch.testing.assert_close(y, conv(x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("module", [
     nn.Conv2d(256, 8, 3, padding=1, groups=2),
     nn.Conv2d(256, 8, 1),  # a product already

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -50,6 +51,7 @@ from engine.elimination import (
 )
 from engine.inverse import damped_inverse
 from engine.levels import first_counts
+from engine.threads import Spare
 from quant import Grid, fit_weight_grid
 from trueobs import TrueOBS
 
@@ -417,8 +419,16 @@ def test_engine_is_the_oracle_for_every_panel_width(name: str, engine: str, pane
 
 
 @pytest.fixture
-def nan_in_new_memory() -> Iterator[None]:
-    """What is read before it was written shows."""
+def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is read before it was written shows, in memory that is handed on, too."""
+    lent = Spare.lent
+
+    @contextmanager
+    def with_nan(spare: Spare, name: str, *shape: int) -> Iterator[Tensor]:
+        with lent(spare, name, *shape) as buffer:
+            yield buffer.fill_(torch.nan)
+
+    monkeypatch.setattr(Spare, "lent", with_nan)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
