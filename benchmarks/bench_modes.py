@@ -23,9 +23,9 @@ of every four), what went is zero, and quantised weights are on their grid.
 Prediction. A step's panel work does not depend on the rule's target, so quantise costs rounding
 more: about 1.1. 2:4 makes a column only when it goes, or is about to: with |C| = d − 2k candidates
 after k steps, Σ k|C| = d³/24 multiply-adds for the d³/6 of unstructured, a quarter, and half of the
-steps, each as dear: 0.4 to 0.6. 4-blocks have a 4×4 solve per unit and
-step, a quarter of the steps, and the same products: about 1.1. Unstructured has the flops of a
-Cholesky factorisation, and less than half of them in one long product: about 1.
+steps, each as dear: 0.4 to 0.6. 4-blocks have a 4×4 solve per unit and step, a quarter of the
+steps, and the same products: about 1.1. Unstructured has the flops of a Cholesky factorisation, and
+less than half of them in one long product: about 1.
 """
 
 from __future__ import annotations

@@ -1,10 +1,19 @@
 """H⁻¹, where H is positive definite as far as can be told, and what is done where it is not.
 
-ExactOBS divides by pivots of H⁻¹ all the way (OBC, arXiv 2208.11580, section 4). Hessians of real
-layers are singular more often than not: inputs that are always zero, fewer patches than columns,
-channels that copy each other. Here inputs that are always zero are set apart, and H is damped by
-the smallest step of `LADDER` with which the precision of the elimination resolves every pivot. The
-rank deficit is counted, so that a log can state it.
+    A = (H + δ·mean(diag H)·1)⁻¹        δ: the least of 0, 10⁻⁸, 10⁻⁷ … 1 with
+                                         max_p (A⁻¹)_pp A_pp < 0.01 / ε
+
+ExactOBS divides by pivots of A all the way (OBC, arXiv 2208.11580, section 4); a pivot begins at
+A_pp and ends no lower than 1/(A⁻¹)_pp, and ε, the precision of the elimination, has to resolve that.
+Layers see fewer patches than they have columns, or channels that copy each other: H is singular
+then. Inputs that are always zero are set apart before. The rank deficit is counted, for the log.
+Deviation: OBC adds an unscaled identity.
+
+    symbol  variable  shape      meaning
+    H                 (G, d, d)  of G groups of a layer, float64
+    A       matrix    (G, d, d)  its inverse, in the precision of the elimination
+    δ       damping   (G,)
+            floor     (G, d)     1/(A⁻¹)_pp
 """
 
 from __future__ import annotations

@@ -93,8 +93,6 @@ def prune_nm(
 ) -> None:
     """Run a few rows from the first step to the last."""
     (R, steps), d = found.order.shape, W.shape[1]
-    cap = max(1, min(d, int(IDLE * panel)))
-    in_cache = steps * d * W.element_size() <= IN_CACHE
     with ExitStack() as stack:
         U, L, z = (stack.enter_context(spare.lent(name, R, steps, *rest))
                    for name, rest in (("U", (d,)), ("L", (steps,)), ("z", ())))  # fmt: skip
@@ -103,9 +101,10 @@ def prune_nm(
             place=np.tile(np.arange(d, dtype=np.int32), (R, 1)),
             zeros=np.zeros((R, d // nm[1]), dtype=np.int32), n=nm[0], group=nm[1],
         )  # fmt: skip
-        if in_cache:
+        if steps * d * W.element_size() <= IN_CACHE:
             prune_in_cache(Hinv.numpy(), system.numpy(), rows, left, panel, found)
         else:
+            cap = max(1, min(d, int(IDLE * panel)))
             active = stack.enter_context(spare.lent("active", R, cap, d))
             new = stack.enter_context(spare.lent("new", R, steps, cap))
             prune_ahead(Hinv, system.numpy(), rows, left, U, (active, new), panel, found)
