@@ -3,8 +3,8 @@
     A = (H + δ·mean(diag H)·1)⁻¹        δ: the least of 0, 10⁻⁸, 10⁻⁷ … 1 with
                                          max_p (A⁻¹)_pp A_pp < 0.01 / ε
 
-ExactOBS divides by pivots of A all the way (OBC, arXiv 2208.11580, section 4); a pivot begins at
-A_pp and ends no lower than 1/(A⁻¹)_pp, and ε, the precision of the elimination, has to resolve that.
+ExactOBS divides by pivots of A all the way (OBC, arXiv 2208.11580, section 4). A pivot begins at
+A_pp and ends no lower than 1/(A⁻¹)_pp; ε, the precision of the elimination, has to resolve that.
 Layers see fewer patches than they have columns, or channels that copy each other: H is singular
 then. Inputs that are always zero are set apart before. The rank deficit is counted, for the log.
 Deviation: OBC adds an unscaled identity.
