@@ -19,229 +19,20 @@ off its tensors.
 
 from __future__ import annotations
 
-import command.starting  # noqa: F401  # isort: skip
+import obc.toolkit.starting  # noqa: F401  # isort: skip
 
 import argparse
-import os
-import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor, nn
-
-import quant
-from budget import sensitivity
-from budget.costs import unit_cost
-from budget.profiles import read_profile, score_file, write_scores
-from command import cli, records
-from command.cli import UserError, log, save_checkpoint, sync_folder
-from command.fingerprints import bytes_hash, content_hash
-from command.resuming import Notes, Unkept, open_state, state_folder
-from command.session import Session, images_hash
-from engine.levelfile import LevelFile
-from networks.checkpoints import check_finite, load_checkpoint
-from quant import put_layer
-
-SPARSITY = r"\d{4}"
-KINDS = {  # folders, and how levels are named
-    "mixed": (("models_quant", "models_nm_quant"), r"(\d+_)?\d+w\d+a"),
-    "4block": (("models_4block",), SPARSITY),
-    "unstr": (("models_unstr",), SPARSITY),
-    "4block_8w8a": (("models_4block_8w8a",), SPARSITY),
-}
-SUFFIXES = (".pth", ".safetensors")
-
-
-def model_tag(model: str) -> str:
-    """MODEL as a part of file names: for path/to/file.py:function, the function.
-
-    >>> model_tag("nets/mine.py:small_net"), model_tag("rn18")
-    ('small_net', 'rn18')
-    """
-    return model.rpartition(":")[2]
-
-
-def level_name(sparsity: float) -> str:
-    """A sparsity in [0, 1) as a level's name.
-
-    >>> level_name(0.19)
-    '1900'
-    """
-    return f"{round(sparsity * 10_000):04d}"
-
-
-def level_names(sparsities: Sequence[float]) -> list[str]:
-    """The names of a grid of sparsities; raises UserError if two would get the same one."""
-    names = [level_name(sparsity) for sparsity in sparsities]
-    if "10000" in names:
-        raise UserError("a sparsity above 0.9999 has no name; choose a smaller --max-sparsity")
-    if len(set(names)) < len(names):
-        raise UserError(
-            "levels less than 0.0001 apart have the same name; choose a larger --delta-sparse"
-        )
-    return names
-
-
-def stray_levels(folder: Path, model: str, names: Sequence[str]) -> list[Path]:
-    """Level files of the model that are not of this grid: they would be mixed in."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
-    levels = {path: path.stem.removeprefix(f"{model}_") for path in found}
-    return [p for p, lv in levels.items() if re.fullmatch(SPARSITY, lv) and lv not in names]
-
-
-# -- writing ---------------------------------------------------------------------------------------
-
-
-def write_levels(
-    folder: Path,
-    model: str,
-    sparsities: Sequence[float],
-    tensors: Mapping[str, Tensor],  # whatever is in no layer comes from them
-    layers: Mapping[str, LevelFile],
-) -> list[Path]:
-    """Write the level files, a level at a time; they appear, whole, when all are made."""
-    names = [f"{model}_{level}.pth" for level in level_names(sparsities)]
-    made = next(iter(layers.values())).path.parent / "levels"
-    for index, name in enumerate(names):
-        weights = {f"{layer}.weight": file.read(index) for layer, file in layers.items()}
-        save_checkpoint({**tensors, **weights}, made / name)
-    for name in names:  # all at once, as far as a file system can
-        os.replace(made / name, folder / name)
-    sync_folder(folder)
-    return [folder / name for name in names]
-
-
-# -- reading ---------------------------------------------------------------------------------------
-
-
-class Database:
-    """The levels of a model's layers, mapped from their files."""
-
-    def __init__(self, kind: str, model: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.kind, self.model, self.states = kind, model, states
-        self.sound: set[tuple[str, str]] = set()  # layers and levels known to be finite
-        suffix = ".weight"
-        self.layers = [
-            key.removesuffix(suffix)
-            for key, tensor in next(iter(states.values())).items()
-            if key.endswith(suffix) and tensor.ndim in (2, 4)
-        ]
-        if not self.layers:
-            raise UserError(f"no layers in the {kind} database of {model}")
-        by_name = all(level.isdecimal() for level in states)  # sparsities
-        self.levels = sorted(states) if by_name else sorted(states, key=self._size, reverse=True)
-
-    @classmethod
-    def open(cls, kind: str, model: str, prefix: str | Path = "") -> Database:
-        """Map all level files of `model` in the folders of `kind` below `prefix`.
-
-        Raises UserError where there are none, or where they are not of one and the same model.
-        """
-        folders, pattern = KINDS[kind]
-        files: dict[str, Path] = {}
-        for folder in folders:
-            for path in sorted((Path(prefix) / folder).glob(f"{glob_safe(model)}_*")):
-                level = path.stem.removeprefix(f"{model}_")
-                if path.suffix in SUFFIXES and re.fullmatch(pattern, level):
-                    files[level] = path
-        if not files:
-            where = " and ".join(str(Path(prefix) / folder) for folder in folders)
-            raise UserError(
-                f"no {kind} database of {model} in {where}: make one with main_trueobs.py (README)"
-            )
-        states = {level: load_checkpoint(path, finite=False) for level, path in files.items()}
-        names = list(files)
-        for level in names[1:]:
-            check_same_model(files[names[0]], states[names[0]], files[level], states[level])
-        return cls(kind, model, states)
-
-    def _size(self, level: str) -> float:
-        """What a level makes of the largest layer's BOPs, to put levels in order."""
-        layer = max(self.layers, key=lambda name: self.states[level][f"{name}.weight"].numel())
-        return unit_cost(self.layer(layer, level), self.kind, "bops")
-
-    def layer(self, layer: str, level: str) -> dict[str, Tensor]:
-        """A layer's tensors at a level, by their names in the layer (`weight`, `bias`, grids)."""
-        if level not in self.states:
-            raise UserError(f"no level {level} in the {self.kind} database of {self.model}")
-        state, start = self.states[level], f"{layer}."
-        if f"{layer}.weight" not in state:
-            raise UserError(f"no layer {layer} in the {self.kind} database of {self.model}")
-        found = {key: state[key] for key in state if key.startswith(start)}
-        if (layer, level) not in self.sound:
-            check_finite(found, f"{self.kind} database of {self.model}, level {level}")
-            self.sound.add((layer, level))
-        return {key.removeprefix(start): tensor for key, tensor in found.items()}
-
-    @cached_property
-    def hash(self) -> str:
-        """A hash of all layers at all levels; reads them all."""
-        return bytes_hash(f"{layer} {level} {content_hash(self.layer(layer, level))}".encode()
-                          for layer in self.layers for level in self.levels)  # fmt: skip
-
-    def stitch(self, model: nn.Module, profile: Mapping[str, str]) -> None:
-        """Put each layer of `profile` (layer → level) into the model at its level, in place."""
-        layers = dict(model.named_modules())
-        left = [name for name in self.layers if name not in profile]
-        if left and len(profile) > 1:
-            log.warning("%d layers are not in the profile and stay dense: %s …", len(left), left[0])
-        for name, level in profile.items():
-            tensors = self.layer(name, level)
-            check_layer(name, layers.get(name), tensors["weight"], self.kind)
-            put_layer(layers[name], tensors)
-
-    def check(self, model: nn.Module) -> None:
-        """Raise a UserError unless the database's layers are those of the model.
-
-        Other matrices in the files, such as embeddings, are no layers from then on.
-        """
-        layers = dict(model.named_modules())
-        self.layers = [
-            name
-            for name in self.layers
-            if isinstance(layers.get(name), (nn.Conv2d, nn.Linear, type(None)))
-        ]
-        for name in self.layers:
-            weight = self.states[self.levels[0]][f"{name}.weight"]
-            check_layer(name, layers.get(name), weight, self.kind)
-
-
-def check_layer(name: str, layer: nn.Module | None, weight: Tensor, kind: str) -> None:
-    """Raise a UserError unless the model's `layer` can take this weight."""
-    found = "not in the model" if layer is None else f"{tuple(layer.weight.shape)} in the model"
-    if layer is None or layer.weight.shape != weight.shape:
-        raise UserError(
-            f"layer {name} is {tuple(weight.shape)} in the {kind} database but {found}: "
-            "a database of another model?"
-        )
-
-
-def check_same_model(
-    path: Path, state: Mapping[str, Tensor], other: Path, others: Mapping[str, Tensor]
-) -> None:
-    """Raise a UserError unless the layers of two level files have the same names and shapes."""
-    shapes, other_shapes = (
-        {key: tuple(tensor.shape) for key, tensor in tensors.items() if tensor.ndim > 1}
-        for tensors in (state, others)
-    )
-    grids = f".{quant.WEIGHT_GRID}."  # whether a layer is quantised may differ from level to level
-    for key in sorted(shapes.keys() | other_shapes.keys()):
-        if grids not in key and shapes.get(key) != other_shapes.get(key):
-            raise UserError(
-                f"{other}: {key} is {other_shapes.get(key, 'missing')}, but {path} has "
-                f"{shapes.get(key, 'none')}: not levels of one model"
-            )
-
-
-def glob_safe(text: str) -> str:
-    """`text` with the characters that mean something to a glob escaped."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
+from obc.inputs import files
+from obc.solver.errors import UserError, log
+from obc.toolkit import cli, records, sensitivity
+from obc.toolkit.leveldb import KINDS, Database, model_tag
+from obc.toolkit.profiles import read_profile, score_file, write_scores
+from obc.toolkit.resume import Notes, Unkept, open_state, state_folder
+from obc.toolkit.session import Session, images_hash
 
 # -- the command -----------------------------------------------------------------------------------
 
@@ -252,9 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_resume_options(parser)
     parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=" ".join(KINDS))
     parser.add_argument(
-        "action", metavar="ACTION", choices=["loss", "squared", "spdy", "stitch", "eval"],
+        "action",
+        metavar="ACTION",
+        choices=["loss", "squared", "spdy", "stitch", "eval"],
         help="loss, squared, spdy: write scores; stitch, eval: measure accuracy",
-    )  # fmt: skip
+    )
     parser.add_argument("--prefix", metavar="DIR", default=".", help="where models_unstr/ etc. are")
     parser.add_argument("--profile", metavar="FILE", help="profile to stitch (stitch)")
     parser.add_argument("--score_path", metavar="DIR", default="scores", help="folder of scores")
@@ -264,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 def write_errors(args: argparse.Namespace, db: Database, session: Session) -> None:
     """Measure errors per layer and level and write them where spdy.py looks for them."""
     path, started = score_file(args.score_path, db.model, db.kind, args.action), time.perf_counter()
-    cli.check_writable(path)
+    files.check_writable(path)
     marks = session.fingerprint(build_parser(), {"database": db.hash})
     records.check_repeat(args.repeat, marks)
     world = session.world
@@ -278,8 +71,9 @@ def write_errors(args: argparse.Namespace, db: Database, session: Session) -> No
             with notes.kept():
                 scores = measure[args.action](session.model, db, batches, session.device, notes)
         seconds = time.perf_counter() - started
-        records.write_run(path.with_suffix(".json"), "database.py", args,
-                          fingerprint=marks, seconds=seconds)  # fmt: skip
+        records.write_run(
+            path.with_suffix(".json"), "database.py", args, fingerprint=marks, seconds=seconds
+        )
         write_scores(path, scores)
         state.finish()
     cli.print_result(f"{len(scores)} layers at {len(db.levels)} levels: {path}")
@@ -311,8 +105,11 @@ def open_evaluation(db: Database, session: Session) -> Unkept:
     try:
         return open_state(folder, marks, args.restart, session.world)
     except OSError as error:
-        log.warning("%s: cannot be written (%s): an interrupt would lose what is evaluated",
-                    folder, error.strerror)  # fmt: skip
+        log.warning(
+            "%s: cannot be written (%s): an interrupt would lose what is evaluated",
+            folder,
+            error.strerror,
+        )
         return Unkept()
 
 

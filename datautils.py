@@ -36,10 +36,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from command.cli import UserError, log
-from images.batches import Batches, Passes, normalise, tell_skipped
-from images.imagefiles import BadImage, FileImages, damaged, list_images, subfolders
-from networks.vision import torchvision
+from obc.inputs.batches import Batches, Passes, normalise, tell_skipped
+from obc.inputs.images import BadImage, FileImages, damaged, list_images, subfolders
+from obc.inputs.vision import torchvision
+from obc.solver.errors import UserError, log
 
 DATASETS = ("imagenet", "cifar10", "digits", "folder")
 DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  # pixels
@@ -94,7 +94,8 @@ class View:
         """A random view; draws from PyTorch's global generator, as torchvision's transforms do."""
         if self.crops:
             box = torchvision.transforms.RandomResizedCrop.get_params(
-                image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+                image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)
+            )
             size = [self.size, self.size]
             image = torchvision.transforms.functional.resized_crop(image, *box, size)
         else:
@@ -181,8 +182,10 @@ def load_data(
     large = name in ("imagenet", "folder")
     view = View(size, crops=large, flips=name != "digits")
     workers = min(MAX_WORKERS, os.cpu_count() or 1) if large else 0
-    chosen = {"training": (train, _choose(len(train), nsamples, seed, name)),
-              "test": (test, range(len(test)))}
+    chosen = {
+        "training": (train, _choose(len(train), nsamples, seed, name)),
+        "test": (test, range(len(test))),
+    }
     calibration, tested = (
         ImageSet(source, view, _readable(source, wanted, part, workers, skip_bad_images))
         for part, (source, wanted) in chosen.items()
@@ -193,8 +196,9 @@ def load_data(
 def _choose(total: int, wanted: int, seed: int, name: str) -> list[int]:
     """`wanted` of `total` images in random order; if there are fewer, all, with a warning."""
     if wanted > total:
-        log.warning("%s has %d training images: calibrating on all of them, not on %d",
-                    name, total, wanted)
+        log.warning(
+            "%s has %d training images: calibrating on all of them, not on %d", name, total, wanted
+        )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return order[:wanted].tolist()
 
@@ -220,8 +224,10 @@ def _digits() -> tuple[ArrayImages, ArrayImages, list[str]]:
         images, labels, test = stored["images"], stored["labels"], stored["test"]
     grey = np.rint(images * (255 / 16)).astype(np.uint8)  # published as counts 0 … 16
     pixels = np.repeat(grey[..., None], 3, axis=3)
-    train_set, test_set = (ArrayImages(np.ascontiguousarray(pixels[part]), labels[part].tolist())
-                           for part in (~test, test))
+    train_set, test_set = (
+        ArrayImages(np.ascontiguousarray(pixels[part]), labels[part].tolist())
+        for part in (~test, test)
+    )
     return train_set, test_set, [str(digit) for digit in range(10)]
 
 
@@ -244,12 +250,17 @@ def _cifar_batches(root: Path) -> Path | None:
 
 def _cifar_arrays(root: Path) -> tuple[ArrayImages, ArrayImages, list[str]]:
     try:
-        train, test = (torchvision.datasets.CIFAR10(str(root), train=part, download=False)
-                       for part in (True, False))
+        train, test = (
+            torchvision.datasets.CIFAR10(str(root), train=part, download=False)
+            for part in (True, False)
+        )
     except (RuntimeError, OSError, EOFError) as error:
         raise UserError(f"{root / CIFAR_BATCHES}: {error}") from None
-    return (ArrayImages(train.data, train.targets), ArrayImages(test.data, test.targets),
-            list(train.classes))
+    return (
+        ArrayImages(train.data, train.targets),
+        ArrayImages(test.data, test.targets),
+        list(train.classes),
+    )
 
 
 def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
@@ -257,8 +268,10 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
     test_names = ("val", "test") if name == "cifar10" else ("val",)
     present = [part for part in test_names if (root / part).is_dir()]
     if not (root / "train").is_dir() or not present:
-        raise UserError(f"{root}: needs train/<class>/ and {'/<class>/ or '.join(test_names)}"
-                        "/<class>/ with images; pass --datapath DIR")
+        raise UserError(
+            f"{root}: needs train/<class>/ and {'/<class>/ or '.join(test_names)}"
+            "/<class>/ with images; pass --datapath DIR"
+        )
     test_folder = root / present[0]
     listed = {folder: subfolders(folder) for folder in (root / "train", test_folder)}
     train_classes, test_classes = listed.values()
@@ -266,10 +279,17 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
     if train_classes != test_classes:
         if set(classes) not in (train_classes, test_classes):
             odd = sorted(train_classes ^ test_classes)[0]
-            raise UserError(f"{root}: train/ and {test_folder.name}/ have different classes "
-                            f"({odd} is in one of them only)")
-        log.warning("%s: train/ has %d classes, %s/ has %d", root, len(train_classes),
-                    test_folder.name, len(test_classes))
+            raise UserError(
+                f"{root}: train/ and {test_folder.name}/ have different classes "
+                f"({odd} is in one of them only)"
+            )
+        log.warning(
+            "%s: train/ has %d classes, %s/ has %d",
+            root,
+            len(train_classes),
+            test_folder.name,
+            len(test_classes),
+        )
     train, test = (list_images(folder, names, classes) for folder, names in listed.items())
     return train, test, classes
 

@@ -13,7 +13,7 @@ others; the result is saved; and, for the modes that yield one model, its accura
 
 from __future__ import annotations
 
-import command.starting  # noqa: F401  # isort: skip
+import obc.toolkit.starting  # noqa: F401  # isort: skip
 
 import argparse
 import copy
@@ -26,20 +26,21 @@ from typing import Any
 from torch import Tensor, nn
 
 import quant
-from command import cli, records
-from command.cli import UserError, log
-from command.fingerprints import content_hash
-from command.resuming import Cache, Unkept, open_state, state_folder
-from command.session import Session, load_compressed
-from database import level_names, model_tag, stray_levels, write_levels
-from engine.calibration import activation_grids, attach_activation_grids
-from engine.checking import compare, fresh_images, measured_errors
-from engine.compression import Compression, Database
-from engine.levels import sparsity_grid
-from engine.planning import show_plan
-from engine.task import Task
-from images.batches import Batches
 from modelutils import find_layers, other_weights
+from obc.inputs import files
+from obc.inputs.batches import Batches
+from obc.solver.errors import UserError, log
+from obc.solver.levels import sparsity_grid
+from obc.toolkit import cli, records
+from obc.toolkit.calibrate import activation_grids, attach_activation_grids
+from obc.toolkit.checking import compare, fresh_images, measured_errors
+from obc.toolkit.compress import Compression, Database
+from obc.toolkit.fingerprints import content_hash
+from obc.toolkit.leveldb import level_names, model_tag, stray_levels, write_levels
+from obc.toolkit.planning import show_plan
+from obc.toolkit.resume import Cache, Unkept, open_state, state_folder
+from obc.toolkit.session import Session, load_compressed
+from obc.toolkit.task import Task
 
 NO_QUANTISATION = 32  # bits
 CALIBRATION_OPTIONS = ("seed", "nrounds", "noaug", "batchsize", "shards")
@@ -59,20 +60,34 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_common_options(parser)
     cli.add_resume_options(parser)
     parser.add_argument(
-        "mode", metavar="MODE", choices=["quant", "nmprune", *SPARSITY_GRIDS],
+        "mode",
+        metavar="MODE",
+        choices=["quant", "nmprune", *SPARSITY_GRIDS],
         help="quant, nmprune, unstr, struct or blocked",
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
     add("--save", metavar="FILE", help="where quant and nmprune save the compressed model")
-    add("--shards", metavar="N", type=cli.positive_int,
-        help="sum Hessians as N processes of torchrun would (default: as many as there are)")
+    add(
+        "--shards",
+        metavar="N",
+        type=cli.positive_int,
+        help="sum Hessians as N processes of torchrun would (default: as many as there are)",
+    )
     add("--plan", action="store_true", help="print what the run needs and how long it takes; stop")
-    add("--rel-damp", metavar="F", type=cli.nonnegative_float, default=0.0,
-        help="fraction of mean(diag H) added to the diagonal of H")  # fmt: skip
+    add(
+        "--rel-damp",
+        metavar="F",
+        type=cli.nonnegative_float,
+        default=0.0,
+        help="fraction of mean(diag H) added to the diagonal of H",
+    )
     add("--cache", metavar="DIR", help="keep calibrated Hessians here, for later runs to share")
-    add("--check", action="store_true",
-        help="measure every layer's squared error again, on calibration and on fresh images")
+    add(
+        "--check",
+        action="store_true",
+        help="measure every layer's squared error again, on calibration and on fresh images",
+    )
     group = parser.add_argument_group("quant")
     group.add_argument("--wbits", type=cli.bits, default=32, help="bits of weights, 1-16; 32: none")
     group.add_argument("--abits", type=cli.bits, default=32, help="bits of activations; 32: none")
@@ -120,9 +135,9 @@ def check_options(args: argparse.Namespace) -> None:
     if args.save:
         if Path(args.save).suffix not in CHECKPOINT_SUFFIXES:
             raise UserError(f"--save {args.save}: name a file in {' '.join(CHECKPOINT_SUFFIXES)}")
-        cli.check_writable(args.save)
+        files.check_writable(args.save)
     if record := record_file(args):
-        cli.check_writable(record)
+        files.check_writable(record)
 
 
 def check_belonging(args: argparse.Namespace) -> None:
@@ -210,12 +225,19 @@ def run(args: argparse.Namespace) -> None:
     with open_state(folder, marks, args.restart, world) if folder else Unkept() as state:
         figures = compress(session, compressed, batches, state)
         if args.save:
-            cli.save_checkpoint(compressed.state_dict(), args.save)
+            files.save_checkpoint(compressed.state_dict(), args.save)
         accuracy = None if args.sparse_dir else session.accuracy(compressed)
         if record := record_file(args):
             seconds = time.perf_counter() - started
-            records.write_run(record, "main_trueobs.py", args, fingerprint=marks, seconds=seconds,
-                              top1=accuracy, **figures)  # fmt: skip
+            records.write_run(
+                record,
+                "main_trueobs.py",
+                args,
+                fingerprint=marks,
+                seconds=seconds,
+                top1=accuracy,
+                **figures,
+            )
         state.finish()
     if accuracy is not None:
         cli.print_result(f"top-1 {accuracy:.2f}")
@@ -256,17 +278,30 @@ def compress(
         database = Database(grid, partial_folder(args))
         if not database.folder.is_dir():
             raise UserError(f"{args.sparse_dir}: has to be a folder that all processes share")
-    before = {name: layer.weight.detach().clone()
-              for name, layer in find_layers(compressed).items() if args.check}  # fmt: skip
+    before = {
+        name: layer.weight.detach().clone()
+        for name, layer in find_layers(compressed).items()
+        if args.check
+    }
     with open_cache(session) as cache:
         task = Compression(session.model, compressed, args, state, cache, database, world)
         layers = [asdict(report) for report in task.run(batches)]
     if args.check:
-        check(session, batches, layers, {name: before[name] - weight.to(session.device)
-                                         for name, weight in task.results.items()})  # fmt: skip
+        check(
+            session,
+            batches,
+            layers,
+            {
+                name: before[name] - weight.to(session.device)
+                for name, weight in task.results.items()
+            },
+        )
     if database and world.first:
-        made = {name: database.file(name, layer.weight)
-                for name, layer in find_layers(compressed).items() if not task.reports[name].dense}
+        made = {
+            name: database.file(name, layer.weight)
+            for name, layer in find_layers(compressed).items()
+            if not task.reports[name].dense
+        }
         tag, folder = model_tag(args.model), Path(args.sparse_dir)
         files = write_levels(folder, tag, database.sparsities, compressed.state_dict(), made)
         cli.print_result(f"{len(files)} levels in {args.sparse_dir}")
@@ -278,8 +313,12 @@ def tell_other_weights(model: nn.Module) -> None:
     if others := other_weights(model):
         share = sum(others.values()) / sum(p.numel() for p in model.parameters())
         first, more = next(iter(others)), f" and {len(others) - 1} more" if len(others) > 1 else ""
-        log.info("left dense, in no Conv2d or Linear: %s%s (%.2g %% of all parameters)",
-                 first, more, 100 * share)
+        log.info(
+            "left dense, in no Conv2d or Linear: %s%s (%.2g %% of all parameters)",
+            first,
+            more,
+            100 * share,
+        )
 
 
 def check(
@@ -293,8 +332,10 @@ def check(
     data, what = fresh_images(session.data, args.seed)
     others = replace(session, data=data).calibration(augment=not args.noaug)
     log.info("checking on the calibration images and on %s", what)
-    measured, fresh = (measured_errors(session.model, changes, images, session.device)
-                       for images in (batches, others))  # fmt: skip
+    measured, fresh = (
+        measured_errors(session.model, changes, images, session.device)
+        for images in (batches, others)
+    )
     for report in layers:
         if (name := report["name"]) in changes:
             report["checked_error"], report["fresh_error"] = measured[name], fresh[name]

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from command.cli import UserError
-from engine.distributed import ALONE, World
-from networks.checkpoints import load_checkpoint, load_state
-from networks.cifar_resnets import CifarResNet
-from networks.tracing import folded
-from networks.vision import make_importable, torchvision
+from obc.inputs.checkpoints import load_checkpoint, load_state
+from obc.inputs.cifar_resnets import CifarResNet
+from obc.inputs.tracing import folded
+from obc.inputs.vision import make_importable, torchvision
+from obc.solver.distributed import ALONE, World
+from obc.solver.errors import UserError
 from quant import ACTIVATION_GRID, WEIGHT_GRID
 
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
@@ -101,10 +101,7 @@ def _build(name: str, state: Mapping[str, Any], **options: int) -> nn.Module:
 
 
 def _with_weights(
-    name: str,
-    path: str | os.PathLike[str],
-    dataset: str,
-    classes: int | None,
+    name: str, path: str | os.PathLike[str], dataset: str, classes: int | None
 ) -> nn.Module:
     """The model with the weights in the file `path` and as many classes as they have."""
     state = _dense_checkpoint(path)
@@ -122,8 +119,10 @@ def _with_weights(
 
 def _check_classes(what: str, found: int, dataset: str, classes: int | None) -> None:
     if classes is not None and found != classes:
-        raise UserError(f"{what} {found} classes, but {dataset} has {classes}; "
-                        "pass --weights FILE made for this dataset")
+        raise UserError(
+            f"{what} {found} classes, but {dataset} has {classes}; "
+            "pass --weights FILE made for this dataset"
+        )
 
 
 def _pretrained(name: str, dataset: str, classes: int | None) -> nn.Module:
@@ -140,8 +139,9 @@ def _pretrained(name: str, dataset: str, classes: int | None) -> nn.Module:
     try:
         return torchvision.models.get_model(full, weights=weights)
     except (OSError, RuntimeError) as error:  # no network, no such page, not what was expected
-        raise UserError(f"{name}: its weights cannot be downloaded ({error}); "
-                        "pass --weights FILE") from None
+        raise UserError(
+            f"{name}: its weights cannot be downloaded ({error}); pass --weights FILE"
+        ) from None
 
 
 def _from_file(name: str) -> nn.Module:
@@ -192,8 +192,11 @@ def _dense_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All convolutions and linear layers by name, in order of registration."""
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, (nn.Conv2d, nn.Linear))}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
 
 
 def check_layers(model: nn.Module, name: str) -> None:
@@ -202,23 +205,32 @@ def check_layers(model: nn.Module, name: str) -> None:
     for layer, module in find_layers(model).items():
         weight = module._parameters.get("weight")
         if weight is None:  # weight norm, spectral norm and their like compute it
-            raise UserError(f"{name}: the weight of {layer} is computed from other tensors (weight "
-                            "norm?); put a plain weight in its place first: see "
-                            "torch.nn.utils.parametrize.remove_parametrizations")
+            raise UserError(
+                f"{name}: the weight of {layer} is computed from other tensors (weight "
+                "norm?); put a plain weight in its place first: see "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
         if is_lazy(weight):
-            raise UserError(f"{name}: {layer} has no weight yet (a lazy layer); "
-                            "run the model on an image before it is returned")
+            raise UserError(
+                f"{name}: {layer} has no weight yet (a lazy layer); "
+                "run the model on an image before it is returned"
+            )
         other = owners.setdefault(id(weight), layer)
         if other != layer:
-            raise UserError(f"{name}: {other} and {layer} share one weight, which cannot be "
-                            "compressed for both; use one module twice, or give each its own")
+            raise UserError(
+                f"{name}: {other} and {layer} share one weight, which cannot be "
+                "compressed for both; use one module twice, or give each its own"
+            )
 
 
 def other_weights(model: nn.Module) -> dict[str, int]:
     """Sizes, by name, of the matrices and larger tensors that are in no layer to compress."""
     ours = {id(layer.weight) for layer in find_layers(model).values()}
-    return {name: parameter.numel() for name, parameter in model.named_parameters()
-            if parameter.squeeze().ndim > 1 and id(parameter) not in ours}
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.squeeze().ndim > 1 and id(parameter) not in ours
+    }
 
 
 @contextmanager
@@ -248,10 +260,7 @@ def placed(images: Tensor, device: torch.device) -> Tensor:
 
 
 def _outputs(
-    model: nn.Module,
-    batches: Batches,
-    device: torch.device,
-    task: str,
+    model: nn.Module, batches: Batches, device: torch.device, task: str
 ) -> Iterator[tuple[Tensor, Tensor]]:  # logits (n, classes), labels (n,)
     model.to(device)
     with evaluating(model):
@@ -261,8 +270,10 @@ def _outputs(
             if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
                 raise UserError("the model does not return class scores of shape (images, classes)")
             if int(labels.max()) >= logits.shape[1]:
-                raise UserError(f"the model tells {logits.shape[1]} classes apart, but there is "
-                                f"an image of class {int(labels.max())}, counted from 0")
+                raise UserError(
+                    f"the model tells {logits.shape[1]} classes apart, but there is "
+                    f"an image of class {int(labels.max())}, counted from 0"
+                )
             yield logits, labels.to(device)
 
 

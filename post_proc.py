@@ -23,7 +23,7 @@ new augmentation. Statistics correction takes the first N of them, never augment
 
 from __future__ import annotations
 
-import command.starting  # noqa: F401  # isort: skip
+import obc.toolkit.starting  # noqa: F401  # isort: skip
 
 import argparse
 import copy
@@ -37,18 +37,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from budget.profiles import read_profile
-from command import cli, records
-from command.cli import UserError, log
-from command.fingerprints import content_hash
-from command.resuming import Unkept, open_state, state_folder
-from command.session import Session, load_compressed
-from database import KINDS, Database, model_tag
 from datautils import calibration_batches
 from modelutils import find_layers
+from obc.inputs import files
+from obc.solver.errors import UserError, log
+from obc.toolkit import cli, records
+from obc.toolkit.corrections import batchnorm_tune, statistics_correction
+from obc.toolkit.fingerprints import content_hash
+from obc.toolkit.leveldb import KINDS, Database, model_tag
+from obc.toolkit.profiles import read_profile
+from obc.toolkit.resume import Unkept, open_state, state_folder
+from obc.toolkit.session import Session, load_compressed
+from obc.toolkit.training import finetune, global_adaprune, train_vectors
 from quant import put_layer
-from tuning.corrections import batchnorm_tune, statistics_correction
-from tuning.retraining import finetune, global_adaprune, train_vectors
 
 DEPENDENT = {  # option: the correction that it belongs to
     "statcorr_samples": "statcorr",
@@ -74,11 +75,20 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("corrections of statistics")
     add = group.add_argument
     add("--bnt", action="store_true", help="batch-norm tuning")
-    add("--bnt-batches", metavar="N", type=cli.positive_int, default=100,
-        help="batches that batch norms are tuned on")  # fmt: skip
+    add(
+        "--bnt-batches",
+        metavar="N",
+        type=cli.positive_int,
+        default=100,
+        help="batches that batch norms are tuned on",
+    )
     add("--statcorr", action="store_true", help="match norm outputs' statistics to the dense ones")
-    add("--statcorr-samples", metavar="N", type=cli.positive_int,
-        help="images that statistics are taken of, one batch (default: --nsamples)")  # fmt: skip
+    add(
+        "--statcorr-samples",
+        metavar="N",
+        type=cli.positive_int,
+        help="images that statistics are taken of, one batch (default: --nsamples)",
+    )
     group = parser.add_argument_group("corrections by training")
     add = group.add_argument
     add("--gap", action="store_true", help="global AdaPrune: match all layers' outputs at once")
@@ -87,10 +97,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--finetune", action="store_true", help="train all parameters on the labels")
     add("--finetune-mse", action="store_true", help="… on the dense logits instead")
     for name, epochs, lr in (("gap", 100, 1e-5), ("lintune", 100, 1e-4), ("finetune", 2, 1e-5)):
-        add(f"--{name}-epochs", metavar="N", type=cli.positive_int, default=epochs,
-            help="passes over the calibration images")  # fmt: skip
-        add(f"--{name}-lr", metavar="F", type=cli.positive_float, default=lr,
-            help="Adam's learning rate")  # fmt: skip
+        add(
+            f"--{name}-epochs",
+            metavar="N",
+            type=cli.positive_int,
+            default=epochs,
+            help="passes over the calibration images",
+        )
+        add(
+            f"--{name}-lr",
+            metavar="F",
+            type=cli.positive_float,
+            default=lr,
+            help="Adam's learning rate",
+        )
     return parser
 
 
@@ -106,7 +126,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.save:
         if Path(args.save).suffix == ".json":
             raise UserError(f"--save {args.save}: .json is for the record; name a .pth")
-        cli.check_writable(args.save)
+        files.check_writable(args.save)
 
 
 # -- the model and its images ----------------------------------------------------------------------
@@ -153,8 +173,15 @@ class Epochs:
         order = torch.randperm(len(chosen), generator=generator).tolist()
         images = replace(data.calibration, chosen=[chosen[index] for index in order])
         shuffled = replace(data, calibration=images)
-        return iter(calibration_batches(shuffled, batchsize=args.batchsize, workers=args.workers,
-                                        augment=not args.noaug, seed=seed))  # fmt: skip
+        return iter(
+            calibration_batches(
+                shuffled,
+                batchsize=args.batchsize,
+                workers=args.workers,
+                augment=not args.noaug,
+                seed=seed,
+            )
+        )
 
 
 def statistics_images(session: Session) -> Tensor:  # (N, 3, s, s)
@@ -162,8 +189,10 @@ def statistics_images(session: Session) -> Tensor:  # (N, 3, s, s)
     available = len(session.data.calibration)
     wanted = session.args.statcorr_samples or available
     if wanted > available:
-        raise UserError(f"--statcorr-samples {wanted} is more than the {available} calibration "
-                        "images; pass --nsamples")  # fmt: skip
+        raise UserError(
+            f"--statcorr-samples {wanted} is more than the {available} calibration "
+            "images; pass --nsamples"
+        )
     workers = session.args.workers
     images, _ = next(iter(calibration_batches(session.data, batchsize=wanted, workers=workers)))
     return images
@@ -206,14 +235,24 @@ def corrections(
         "bnt": tune_batchnorms,
         "statcorr": lambda: statistics_correction(*models, statistics_images(session), device),
         "lintune": lambda: train_vectors(
-            *models, Epochs(session), device, args.lintune_epochs, args.lintune_lr,
-            cross_entropy=args.lintune_loss, state=state,
+            *models,
+            Epochs(session),
+            device,
+            args.lintune_epochs,
+            args.lintune_lr,
+            cross_entropy=args.lintune_loss,
+            state=state,
         ),
         "finetune": lambda: finetune(
-            *models, Epochs(session), device, args.finetune_epochs, args.finetune_lr,
-            cross_entropy=not args.finetune_mse, state=state,
+            *models,
+            Epochs(session),
+            device,
+            args.finetune_epochs,
+            args.finetune_lr,
+            cross_entropy=not args.finetune_mse,
+            state=state,
         ),
-    }  # fmt: skip
+    }
 
 
 def correct(session: Session, model: nn.Module, state: Unkept) -> list[StepReport]:
@@ -250,7 +289,7 @@ def run(args: argparse.Namespace) -> None:
     with open_state(folder, marks, args.restart, session.world) if folder else Unkept() as state:
         reports = correct(session, model, state)
         if args.save:
-            cli.save_checkpoint(model.state_dict(), args.save)
+            files.save_checkpoint(model.state_dict(), args.save)
         accuracy = session.accuracy(model)
         if args.save:
             records.write_run(

@@ -1,6 +1,6 @@
 """`post_proc.py` under the name that OBC's own recipes use."""
 
-import command.starting  # noqa: F401  # isort: skip
+import obc.toolkit.starting  # noqa: F401  # isort: skip
 
 from post_proc import main
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from engine.threads import in_pieces
+from obc.solver.threads import in_pieces
 
 SHRINK_FACTORS = tuple((100 - i) / 100 for i in range(80))  # 1.00, 0.99, … 0.21
 ERROR_POWER = 2.4

@@ -16,7 +16,7 @@ batches (`corrections.py`). Deviation from OBC: moving averages over 100 batches
 
 from __future__ import annotations
 
-import command.starting  # noqa: F401  # isort: skip
+import obc.toolkit.starting  # noqa: F401  # isort: skip
 
 import argparse
 import copy
@@ -32,18 +32,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from budget import dp, profiles
-from budget.costs import CONSTRAINTS, layer_costs
-from budget.search import Problem, State, make_problem, picks_key, search
-from command import cli
-from command.cli import UserError, log
-from command.fingerprints import content_hash
-from command.records import check_repeat, repeated, write_run
-from command.resuming import Unkept, open_state, state_folder
-from command.session import Session
-from database import KINDS, Database, model_tag
 from modelutils import mean_loss, placed
-from tuning.corrections import batchnorm_averages, correct_statistics, norm_moments
+from obc.inputs import files
+from obc.solver import dp
+from obc.solver.errors import UserError, log
+from obc.solver.search import Problem, State, make_problem, picks_key, search
+from obc.toolkit import cli, profiles
+from obc.toolkit.corrections import batchnorm_averages, correct_statistics, norm_moments
+from obc.toolkit.costs import CONSTRAINTS, layer_costs
+from obc.toolkit.fingerprints import content_hash
+from obc.toolkit.leveldb import KINDS, Database, model_tag
+from obc.toolkit.records import check_repeat, repeated, write_run
+from obc.toolkit.resume import Unkept, open_state, state_folder
+from obc.toolkit.session import Session
 
 ERRORS = ("squared", "loss", "spdy")
 DEFAULT_CONSTRAINTS = {"mixed": "bops", "4block": "flops", "unstr": "flops", "4block_8w8a": "bops"}
@@ -69,13 +70,18 @@ class Evaluator:
         if args.statcorr:
             first = world.share(self.batches[0][0].cpu() if world.first else None)
             first = placed(first, device) if device.type == "cpu" else first
-            self.correct = partial(correct_statistics, images=first, device=device,
-                                   wanted=norm_moments(session.model, first, device))
+            self.correct = partial(
+                correct_statistics,
+                images=first,
+                device=device,
+                wanted=norm_moments(session.model, first, device),
+            )
         elif args.nobatchnorm:
             self.correct = lambda model: None
         else:
             self.correct = partial(
-                batchnorm_averages, batches=self.batches, device=device, world=world)
+                batchnorm_averages, batches=self.batches, device=device, world=world
+            )
 
     def __call__(self, profile: Mapping[str, str]) -> float:
         model = copy.deepcopy(self.session.model)
@@ -89,8 +95,10 @@ def fingerprint(
 ) -> dict[str, str]:
     """All that a profile depends on; of the database itself only if there is a search in it."""
     tables = {"scores": problem.errors, "costs": problem.costs}
-    contents = {name: content_hash({str(i): torch.as_tensor(x) for i, x in enumerate(table)})
-                for name, table in tables.items()}
+    contents = {
+        name: content_hash({str(i): torch.as_tensor(x) for i, x in enumerate(table)})
+        for name, table in tables.items()
+    }
     if not args.dp:
         contents["database"] = db.hash
     return session.fingerprint(build_parser(), contents)
@@ -104,23 +112,42 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_common_options(parser)
     cli.add_resume_options(parser)
     add = parser.add_argument
-    add("target", metavar="TARGET", type=cli.positive_float,
-        help="how many times less the layers shall cost than at 32 bits and dense")
+    add(
+        "target",
+        metavar="TARGET",
+        type=cli.positive_float,
+        help="how many times less the layers shall cost than at 32 bits and dense",
+    )
     add("database", metavar="DATABASE", choices=list(KINDS), help=" ".join(KINDS))
     add("--dp", action="store_true", help="one solve of the dynamic programme, no search")
     add("--errors", choices=ERRORS, default="loss", help="scores of database.py to add up")
-    add("--constr", choices=CONSTRAINTS,
+    add(
+        "--constr",
+        choices=CONSTRAINTS,
         help="what the target is about (default: flops for unstr and 4block, bops for mixed and "
-             "4block_8w8a, timingsq with --timings)")
+        "4block_8w8a, timingsq with --timings)",
+    )
     add("--timings", metavar="FILE", help="seconds per layer and level, for timingsq")
-    add("--dpbuckets", metavar="N", type=cli.positive_int, default=dp.BUCKETS,
-        help="steps that the budget is divided into")
-    add("--nobatchnorm", action="store_true",
-        help="evaluate without re-estimating the batch norms' statistics")
+    add(
+        "--dpbuckets",
+        metavar="N",
+        type=cli.positive_int,
+        default=dp.BUCKETS,
+        help="steps that the budget is divided into",
+    )
+    add(
+        "--nobatchnorm",
+        action="store_true",
+        help="evaluate without re-estimating the batch norms' statistics",
+    )
     add("--statcorr", action="store_true", help="evaluate after statistics correction instead")
     add("--score", metavar="FILE", help="score this profile instead of making one")
-    add("--prefix", metavar="DIR", default=".",
-        help="where models_unstr/ etc. are and where the profile goes")
+    add(
+        "--prefix",
+        metavar="DIR",
+        default=".",
+        help="where models_unstr/ etc. are and where the profile goes",
+    )
     add("--score_path", metavar="DIR", default="scores", help="folder of scores")
     return parser
 
@@ -130,7 +157,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.score and args.dp:
         raise UserError("--score FILE scores a profile, --dp makes one: choose")
     args.constr = args.constr or (
-        "timingsq" if args.timings else DEFAULT_CONSTRAINTS[args.database])
+        "timingsq" if args.timings else DEFAULT_CONSTRAINTS[args.database]
+    )
     if (args.constr == "timingsq") != bool(args.timings):
         raise UserError("--timings FILE goes with --constr timingsq, which needs it")
 
@@ -151,8 +179,10 @@ def read_problem(args: argparse.Namespace, db: Database, session: Session) -> Pr
     """Costs and scores of the database."""
     path = profiles.score_file(args.score_path, db.model, db.kind, args.errors)
     if not path.exists():
-        raise UserError(f"{path}: no such file; make it with python database.py {args.model} "
-                        f"{args.dataset} {args.database} {args.errors}")
+        raise UserError(
+            f"{path}: no such file; make it with python database.py {args.model} "
+            f"{args.dataset} {args.database} {args.errors}"
+        )
     costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
     scores = profiles.read_scores(path)
     return make_problem(db.levels, costs, scores, path, args.target, args.dpbuckets)
@@ -166,8 +196,12 @@ def run_search(
     state = State(**entry.figures) if entry else State.start(len(problem.levels), args.seed)
     if entry:
         log.info("resuming: after %d candidates", state.candidates)
-    return search(problem, lambda picks: evaluator(problem.profile(picks)), state,
-                  lambda state: kept.save(SEARCH, {}, asdict(state)))
+    return search(
+        problem,
+        lambda picks: evaluator(problem.profile(picks)),
+        state,
+        lambda state: kept.save(SEARCH, {}, asdict(state)),
+    )
 
 
 def open_search(
@@ -185,8 +219,14 @@ def report(problem: Problem, picks: list[int]) -> dict[str, float]:
     reached = problem.dense / cost if cost else math.inf
     for line in (f"target {problem.target:g}", f"reached {reached:.4f}", f"objective {error:.6g}"):
         cli.print_result(line)
-    return {"target": problem.target, "reached": reached, "dense_cost": problem.dense,
-            "budget": problem.budget, "cost": cost, "objective": error}
+    return {
+        "target": problem.target,
+        "reached": reached,
+        "dense_cost": problem.dense,
+        "budget": problem.budget,
+        "cost": cost,
+        "objective": error,
+    }
 
 
 def score(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> None:
@@ -209,9 +249,14 @@ def choose(
             plain = picks_key(choice.levels)
             state = run_search(args, problem, evaluator, kept)
             choice = problem.solve(state.coefficients)
-            found = {"loss": state.loss, "dp_loss": state.losses[plain],
-                     "candidates": state.candidates, "evaluations": len(state.losses),
-                     "coefficients": state.coefficients, "history": state.history}
+            found = {
+                "loss": state.loss,
+                "dp_loss": state.losses[plain],
+                "candidates": state.candidates,
+                "evaluations": len(state.losses),
+                "coefficients": state.coefficients,
+                "history": state.history,
+            }
         figures = report(problem, choice.levels)
         figures |= {"discretisation_error": choice.gap, "bucket": choice.bucket, **found}
         cli.print_result(f"discretisation error at most {choice.gap:.3g}")
@@ -230,15 +275,17 @@ def write_record(
 ) -> None:
     """Arguments, environment and figures of the run, as JSON beside the profile."""
     rows = zip(problem.profile(picks).items(), problem.costs, problem.errors, picks, strict=True)
-    layers = [{"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
-              for (layer, level), cost, error, pick in rows]
+    layers = [
+        {"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
+        for (layer, level), cost, error, pick in rows
+    ]
     write_run(profile_file(args).with_suffix(".json"), "spdy.py", args, **figures, layers=layers)
 
 
 def run(args: argparse.Namespace) -> None:
     check_options(args)
     if not args.score:
-        cli.check_writable(profile_file(args))
+        files.check_writable(profile_file(args))
     db = Database.open(args.database, model_tag(args.model), args.prefix)
     session = Session.of(args)
     db.check(session.model)

@@ -24,14 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.distributed import ALONE, World
-from engine.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
-from engine.hessian import Gram
-from engine.inverse import Inverse, alive_inputs, badly_scaled, damped_inverse, without
-from engine.levels import Undamped, completed, first_counts, weights_at
-from engine.memory import Needs, batches_of, default_memory, layer_needs
-from engine.refinement import never_worse, row_errors
-from engine.threads import Wait, at_once, one_thread
+from obc.solver.distributed import ALONE, World
+from obc.solver.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
+from obc.solver.hessian import Gram
+from obc.solver.inverse import Inverse, alive_inputs, badly_scaled, damped_inverse, without
+from obc.solver.levels import Undamped, completed, first_counts, weights_at
+from obc.solver.memory import Needs, batches_of, default_memory, layer_needs
+from obc.solver.refinement import never_worse, row_errors
+from obc.solver.threads import Wait, at_once, one_thread
 from quant import Grid
 
 log = logging.getLogger("trueobs")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from command.cli import atomic_write
+from obc.inputs.files import atomic_write
 
 TEST_IMAGES = 360
 
@@ -25,8 +25,9 @@ def main() -> int:
 
     digits = load_digits()
     labels = digits.target.astype(np.uint8)
-    _, chosen = train_test_split(np.arange(len(labels)), test_size=TEST_IMAGES,
-                                 stratify=labels, random_state=0)
+    _, chosen = train_test_split(
+        np.arange(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=0
+    )
     test = np.zeros(len(labels), dtype=bool)
     test[chosen] = True
     with atomic_write(Path(__file__).with_name("digits.npz")) as file:

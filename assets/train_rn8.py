@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from command import cli
 from datautils import calibration_batches, load_data, test_batches
 from modelutils import CIFAR_BLOCKS, CifarResNet, evaluate
+from obc.inputs import files
+from obc.toolkit import cli
 
 BATCH_SIZE = 64  # images
 PEAK_RATE = 0.1
@@ -31,10 +32,12 @@ def train(epochs: int, seed: int) -> tuple[CifarResNet, float]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = CifarResNet(CIFAR_BLOCKS["rn8"], classes=len(digits.classes)).train()
-    batches = calibration_batches(digits, batchsize=BATCH_SIZE, nrounds=epochs, augment=True,
-                                  seed=seed)
-    optimizer = torch.optim.SGD(model.parameters(), PEAK_RATE, momentum=0.9, nesterov=True,
-                                weight_decay=WEIGHT_DECAY)
+    batches = calibration_batches(
+        digits, batchsize=BATCH_SIZE, nrounds=epochs, augment=True, seed=seed
+    )
+    optimizer = torch.optim.SGD(
+        model.parameters(), PEAK_RATE, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=len(batches))
     for images, labels in batches:
         optimizer.zero_grad()
@@ -47,19 +50,29 @@ def train(epochs: int, seed: int) -> tuple[CifarResNet, float]:
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m assets.train_rn8", description="Train rn8 on the digits.")
-    parser.add_argument("--epochs", metavar="N", type=cli.positive_int, default=60,
-                        help="passes over the training images")
-    parser.add_argument("--seed", metavar="N", type=cli.nonnegative_int, default=0,
-                        help="seed of initial weights, order and augmentation")
+    parser.add_argument(
+        "--epochs",
+        metavar="N",
+        type=cli.positive_int,
+        default=60,
+        help="passes over the training images",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=cli.nonnegative_int,
+        default=0,
+        help="seed of initial weights, order and augmentation",
+    )
     shipped = Path(__file__).with_name("rn8_digits.pth")
     parser.add_argument("--save", metavar="FILE", default=shipped, help="where the weights go")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    cli.check_writable(args.save)
+    files.check_writable(args.save)
     model, accuracy = train(args.epochs, args.seed)
-    cli.save_checkpoint(model.state_dict(), args.save)
+    files.save_checkpoint(model.state_dict(), args.save)
     cli.print_result(f"top-1 {accuracy:.2f}")
 
 

@@ -39,9 +39,10 @@ from tqdm import tqdm
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import cli, records
 from datautils import calibration_batches, load_data
 from modelutils import find_layers, get_model
+from obc.inputs import files
+from obc.toolkit import cli, records
 from pruning_vs_quantization.layer_methods import pruned, quantised
 from pruning_vs_quantization.layer_problem import (
     Subproblem,
@@ -122,9 +123,7 @@ def solved(
         "nodes": record.nodes,
         "own_gap_db": decibels(record.errors[OWN[kind]] / record.error),
         "limit_gap_db": decibels(record.error / record.lower) if record.lower > 0 else None,
-        "relaxation_gap_db": (
-            decibels(record.error / relaxed) if relaxed > 0 else None
-        ),
+        "relaxation_gap_db": (decibels(record.error / relaxed) if relaxed > 0 else None),
     }
 
 
@@ -173,17 +172,32 @@ def comma_separated(results: list[dict[str, Any]]) -> list[str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="bench_bounds.py", description=__doc__.splitlines()[0])
     add, positive = parser.add_argument, cli.positive_int
-    add("--data", metavar="DIR", type=Path, default=Path("../shared/data"),
-        help="where the networks' weights are")
+    add(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        default=Path("../shared/data"),
+        help="where the networks' weights are",
+    )
     add("--images", metavar="DIR", required=True, help="CIFAR-10: train/ and val/")
     add("--networks", choices=list(NETWORKS), nargs="+", default=list(NETWORKS), help="of them")
     add("--bits", metavar="B", type=positive, nargs="+", default=[8, 4, 3, 2], help="bit widths")
     add("--channels", metavar="N", type=positive, default=2, help="output channels of each layer")
     add("--chunks", metavar="N", type=positive, default=3, help="chunks of each channel")
-    add("--time-limit", metavar="S", type=cli.positive_float, default=10.0,
-        help="seconds of one core for a search")  # fmt: skip
-    add("--relax-every", metavar="N", type=positive, default=1,
-        help="solve the relaxation of every N-th subproblem")  # fmt: skip
+    add(
+        "--time-limit",
+        metavar="S",
+        type=cli.positive_float,
+        default=10.0,
+        help="seconds of one core for a search",
+    )
+    add(
+        "--relax-every",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="solve the relaxation of every N-th subproblem",
+    )
     add("--nsamples", metavar="N", type=positive, default=64, help="images")
     add("--seed", metavar="N", type=cli.nonnegative_int, default=0, help="of the images")
     add("--out", metavar="FILE", help="record of every subproblem, machine and versions, as JSON")
@@ -192,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     if args.out:
-        cli.check_writable(args.out)
+        files.check_writable(args.out)
     torch.set_num_threads(1)
     results = []
     for network in args.networks:

@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from benchmarks import timing
 from benchmarks.networks import Batches, layout_of, random_images, random_model
 from benchmarks.timing import against, alternating
-from command import cli
-from engine.calibration import calibrate, watching
 from modelutils import evaluating, find_layers
+from obc.solver import errors
+from obc.toolkit import cli
+from obc.toolkit.calibrate import calibrate, watching
 from trueobs import TrueOBS
 
 GOAL, SAME = 2.5, 1e-6
@@ -78,10 +79,11 @@ class Plain:
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         self.layers = layers
         self.totals = {
-            name: torch.zeros(2 * [layer.weight[0].numel()], dtype=torch.float64,
-                              device=layer.weight.device)
+            name: torch.zeros(
+                2 * [layer.weight[0].numel()], dtype=torch.float64, device=layer.weight.device
+            )
             for name, layer in layers.items()
-        }  # fmt: skip
+        }
 
     def see(self, name: str, inputs: Tensor) -> None:
         x = unfolded(self.layers[name], inputs)
@@ -124,10 +126,15 @@ class Bench:
 
 def measure(args: argparse.Namespace, device: torch.device) -> Result:
     model = random_model(args.model, args.seed, device)
-    odd = [x for x in find_layers(model).values()
-           if getattr(x, "groups", 1) > 1 or isinstance(getattr(x, "padding", 0), str)]  # fmt: skip
+    odd = [
+        x
+        for x in find_layers(model).values()
+        if getattr(x, "groups", 1) > 1 or isinstance(getattr(x, "padding", 0), str)
+    ]
     if odd:
-        raise cli.UserError(f"{args.model} has grouped convolutions: no plain way is written here")
+        raise errors.UserError(
+            f"{args.model} has grouped convolutions: no plain way is written here"
+        )
     batches = random_images(args.images, args.image_size, args.batchsize, args.seed)
     warm = Bench(model, batches[:1])
     for work in (warm.ours, warm.plain, warm.forward):
@@ -179,8 +186,11 @@ def run(args: argparse.Namespace) -> None:
     result = measure(args, device)
     cli.print_result(HEADER)
     cli.print_result(table_row(result))
-    faults = [f"{name}: H differs by {value:.2g}" for name, value in result.difference.items()
-              if not value <= SAME]  # fmt: skip
+    faults = [
+        f"{name}: H differs by {value:.2g}"
+        for name, value in result.difference.items()
+        if not value <= SAME
+    ]
     timing.finish(args, "bench_calibration.py", [result], faults)
 
 

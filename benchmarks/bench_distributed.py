@@ -27,16 +27,27 @@ from torch import nn
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import cli, records
-from engine.distributed import ALONE, World, join
-from engine.planning import Plan, make_plan
-from engine.task import Task
+from obc.solver import errors
+from obc.solver.distributed import ALONE, World, join
+from obc.toolkit import cli, records
+from obc.toolkit.planning import Plan, make_plan
+from obc.toolkit.task import Task
 from trueobs import TrueOBS
 
 RESNET18 = {  # rows, columns: how many such layers
-    (64, 147): 1, (64, 576): 4, (128, 576): 1, (128, 1152): 3, (128, 64): 1, (256, 1152): 1,
-    (256, 2304): 3, (256, 128): 1, (512, 2304): 1, (512, 4608): 3, (512, 256): 1, (1000, 512): 1,
-}  # fmt: skip
+    (64, 147): 1,
+    (64, 576): 4,
+    (128, 576): 1,
+    (128, 1152): 3,
+    (128, 64): 1,
+    (256, 1152): 1,
+    (256, 2304): 3,
+    (256, 128): 1,
+    (512, 2304): 1,
+    (512, 4608): 3,
+    (512, 256): 1,
+    (1000, 512): 1,
+}
 
 
 def make_layers(part: int, shrink: int) -> dict[str, nn.Linear]:
@@ -97,7 +108,7 @@ def check(plan: Plan, layers: dict[str, nn.Linear], world: World) -> int:
             alone.prepare_unstr()
             same = torch.equal(together.trace.order, alone.trace.order)
             if not (same and torch.equal(together.Losses, alone.Losses)):
-                raise cli.UserError(f"{name}: not what one process finds")
+                raise errors.UserError(f"{name}: not what one process finds")
     return len(divided)
 
 

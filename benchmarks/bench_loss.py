@@ -42,12 +42,12 @@ from torch import Tensor, nn
 from benchmarks import timing
 from benchmarks.networks import Batches, layout_of, random_images, random_model
 from benchmarks.timing import against, alternating
-from budget import sensitivity
-from command import cli
-from command.session import Session
-from database import Database, level_names, model_tag
 from main_trueobs import SPARSITY_GRIDS, sparsity_grid
 from modelutils import evaluating, find_layers
+from obc.solver import errors
+from obc.toolkit import cli, sensitivity
+from obc.toolkit.leveldb import Database, level_names, model_tag
+from obc.toolkit.session import Session
 
 GOAL, SAME = 2.5, 1e-4
 
@@ -96,7 +96,7 @@ def magnitude_database(model: nn.Module, name: str, levels: int) -> Database:
     """All layers at `levels` sparsities, the smallest weights of each layer gone."""
     grid = sparsity_grid(*SPARSITY_GRIDS["unstr"])
     if levels > len(grid):
-        raise cli.UserError(f"--levels {levels} is more than the grid's {len(grid)}")
+        raise errors.UserError(f"--levels {levels} is more than the grid's {len(grid)}")
     last = max(1, levels - 1)
     sparsities = [grid[round(k * (len(grid) - 1) / last)] for k in range(levels)]
     dense = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -145,18 +145,28 @@ def as_a_command(args: argparse.Namespace) -> argparse.Namespace:
     """The common options of a command on the same model and images."""
     parser = cli.Parser()
     cli.add_common_options(parser)
-    words = [args.model, args.dataset, "--nsamples", str(args.images), "--workers", "0",
-             "--batchsize", str(args.batchsize), "--device", args.device, "--seed", str(args.seed),
-             "--noaug"]  # fmt: skip
+    words = [
+        args.model,
+        args.dataset,
+        "--nsamples",
+        str(args.images),
+        "--workers",
+        "0",
+        "--batchsize",
+        str(args.batchsize),
+        "--device",
+        args.device,
+        "--seed",
+        str(args.seed),
+        "--noaug",
+    ]
     for option in ("weights", "datapath", "image_size"):
         if (value := getattr(args, option)) is not None:
             words += ["--" + option.replace("_", "-"), str(value)]
     return parser.parse_args(words)
 
 
-def subject(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[nn.Module, Batches, Database]:
+def subject(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Batches, Database]:
     """The model, its images and the database, as the options have them."""
     if args.dataset:
         session = Session.of(as_a_command(args))
@@ -250,18 +260,27 @@ def build_parser() -> argparse.ArgumentParser:
     add("--levels", metavar="N", type=positive, default=45, help="of the database made up")
     add("--images", metavar="N", type=positive, default=128, help="in all")
     add("--batchsize", metavar="N", type=positive, default=128, help="images per batch")
-    add("--image-size", metavar="N", type=positive,
-        help="pixels (default: the dataset's; 64 without one)")  # fmt: skip
-    add("--plain-share", metavar="F", type=cli.positive_float, default=0.05,
-        help="share of all pairs of layer and level that the plain way is timed on")  # fmt: skip
+    add(
+        "--image-size",
+        metavar="N",
+        type=positive,
+        help="pixels (default: the dataset's; 64 without one)",
+    )
+    add(
+        "--plain-share",
+        metavar="F",
+        type=cli.positive_float,
+        default=0.05,
+        help="share of all pairs of layer and level that the plain way is timed on",
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     if args.plain_share > 1:
-        raise cli.UserError(f"--plain-share must be at most 1; got {args.plain_share:g}")
+        raise errors.UserError(f"--plain-share must be at most 1; got {args.plain_share:g}")
     if not args.dataset and (args.weights or args.datapath):
-        raise cli.UserError("--weights and --datapath go with --dataset")
+        raise errors.UserError("--weights and --datapath go with --dataset")
     device = timing.start(args)
     result = measure(args, device)
     cli.print_result(HEADER)

@@ -24,10 +24,10 @@ from torch import nn
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import cli, records
-from command.process import give_back_freed_memory
-from engine.levelfile import LevelFile
-from engine.memory import layer_needs
+from obc.solver.allocator import give_back_freed_memory
+from obc.solver.memory import layer_needs
+from obc.toolkit import cli, records
+from obc.toolkit.levelfile import LevelFile
 from trueobs import TrueOBS
 
 LEVELS = [1 - 0.9**k for k in range(44)] + [0.99]
@@ -100,8 +100,10 @@ def run(args: argparse.Namespace) -> None:
     results = [measure(*case) for case in CASES]
     cli.print_result("| rows | d | budget, MB | peak, MB | peak / budget |\n|---|---|---|---|---|")
     for it in results:
-        cli.print_result(f"| {it.rows} | {it.columns} | {it.budget:.0f} | {it.peak:.0f} "
-                         f"| {it.peak / it.budget:.2f} |")  # fmt: skip
+        cli.print_result(
+            f"| {it.rows} | {it.columns} | {it.budget:.0f} | {it.peak:.0f} "
+            f"| {it.peak / it.budget:.2f} |"
+        )
     if args.out:
         record = {
             "command": "benchmarks/bench_memory.py",

@@ -41,8 +41,9 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.timing import Problem, against, alternating, make_problem
-from command import cli
-from engine.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
+from obc.solver import errors
+from obc.solver.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
+from obc.toolkit import cli
 from quant import Grid, fit_weight_grid
 
 BITS, ZEROS, GROUP, BLOCK = 4, 2, 4, 4
@@ -252,11 +253,23 @@ def limit_row(result: Limit) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = timing.build_parser("bench_modes.py", __doc__.splitlines()[0])
     add, positive = parser.add_argument, cli.positive_int
-    add("--columns", metavar="D", type=positive, nargs="*", default=[576, 1152, 2304],
-        help="columns of the layers; none: skip the modes")  # fmt: skip
+    add(
+        "--columns",
+        metavar="D",
+        type=positive,
+        nargs="*",
+        default=[576, 1152, 2304],
+        help="columns of the layers; none: skip the modes",
+    )
     add("--rows", metavar="R", type=positive, default=16, help="rows in a batch")
-    add("--limit-columns", metavar="D", type=positive, nargs="*", default=[4608],
-        help="columns beside a Cholesky factorisation; none: skip it")  # fmt: skip
+    add(
+        "--limit-columns",
+        metavar="D",
+        type=positive,
+        nargs="*",
+        default=[4608],
+        help="columns beside a Cholesky factorisation; none: skip it",
+    )
     add("--limit-rows", metavar="R", type=positive, default=16, help="rows in a batch there")
     add("--check-steps", metavar="N", type=positive, default=64, help="steps the textbook follows")
     add("--check-rows", metavar="N", type=positive, default=2, help="in so many rows")
@@ -266,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     for d in args.columns:
         if d % max(GROUP, BLOCK):
-            raise cli.UserError(f"--columns {d} must be a multiple of {max(GROUP, BLOCK)}")
+            raise errors.UserError(f"--columns {d} must be a multiple of {max(GROUP, BLOCK)}")
     device = timing.start(args)
     results: list[Modes | Limit] = []
     for header, columns, measure, row in (

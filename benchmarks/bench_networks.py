@@ -49,15 +49,16 @@ from torch import Tensor, nn
 from benchmarks import bench_trueobs, timing
 from benchmarks.networks import random_model
 from benchmarks.timing import PeakMemory, against, seconds
-from command import cli
-from database import write_levels
-from engine.compression import Database
-from engine.inverse import damped_inverse
-from engine.levelfile import LevelFile
-from engine.levels import sparsity_grid
-from engine.memory import default_memory
 from main_trueobs import SPARSITY_GRIDS
 from modelutils import find_layers
+from obc.solver import errors
+from obc.solver.inverse import damped_inverse
+from obc.solver.levels import sparsity_grid
+from obc.solver.memory import default_memory
+from obc.toolkit import cli
+from obc.toolkit.compress import Database
+from obc.toolkit.leveldb import write_levels
+from obc.toolkit.levelfile import LevelFile
 from quant import fit_weight_grid
 from trueobs import TrueOBS
 
@@ -116,8 +117,16 @@ def real_layer(like: nn.Module, share: float, device: torch.device, seed: int) -
     if isinstance(like, nn.Linear):
         layer = nn.Linear(like.in_features, rows, bias=False, device="meta")
     else:
-        layer = nn.Conv2d(like.in_channels, rows, like.kernel_size, like.stride, like.padding,
-                          groups=like.groups, bias=False, device="meta")  # fmt: skip
+        layer = nn.Conv2d(
+            like.in_channels,
+            rows,
+            like.kernel_size,
+            like.stride,
+            like.padding,
+            groups=like.groups,
+            bias=False,
+            device="meta",
+        )
     layer = layer.to_empty(device=device)
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(layer.weight.shape, generator=generator) * (2 / d) ** 0.5
@@ -163,8 +172,10 @@ def solve(solver: TrueOBS, mode: str, levels: list[float], file: LevelFile | Non
     if mode == "unstr":
         solver.prepare_unstr()
         device = solver.layer.weight.device
-        return sum(seconds(lambda part=part: file.write(*part), device)
-                   for part in solver.level_parts(levels))  # fmt: skip
+        return sum(
+            seconds(lambda part=part: file.write(*part), device)
+            for part in solver.level_parts(levels)
+        )
     solver.quantizer = fit_weight_grid(solver.layer.weight.detach().flatten(1), BITS)
     solver.quantize()
     return 0.0
@@ -242,9 +253,17 @@ class Bench:
             check, faults = check_grid(layer.weight.detach(), solver, dense)
         solver.free()
         return Layer(
-            name, len(like.weight), solver.columns, len(layer.weight), times, inverse_s, write_s,
-            peak_bytes, check, [f"{name}: {fault}" for fault in faults],
-        )  # fmt: skip
+            name,
+            len(like.weight),
+            solver.columns,
+            len(layer.weight),
+            times,
+            inverse_s,
+            write_s,
+            peak_bytes,
+            check,
+            [f"{name}: {fault}" for fault in faults],
+        )
 
 
 # -- the whole -------------------------------------------------------------------------------------
@@ -285,7 +304,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
     """All layers, with a line of the table each; the last entry is the whole."""
     shapes = find_layers(random_model(args.model, 0, torch.device("meta")))
     if args.rows_fraction < 1 and any(getattr(x, "groups", 1) > 1 for x in shapes.values()):
-        raise cli.UserError(f"{args.model} has grouped convolutions: --rows-fraction 1 only")
+        raise errors.UserError(f"{args.model} has grouped convolutions: --rows-fraction 1 only")
     bench = Bench(args, device, folder)
     bench.warm_up()
     cli.print_result(LAYERS_HEADER)
@@ -339,22 +358,35 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="rn18, rn50, another of torchvision's, or rn8 … rn110")
     add("mode", metavar="MODE", choices=["unstr", "quant"], help="unstr or quant")
-    add("--rows-fraction", metavar="F", type=cli.positive_float, default=1.0,
-        help="share of each layer's rows that is timed; the rest is extrapolated")  # fmt: skip
-    add("--memory", metavar="GB", type=cli.positive_float,
-        help="as of main_trueobs.py (default: from what is free)")  # fmt: skip
+    add(
+        "--rows-fraction",
+        metavar="F",
+        type=cli.positive_float,
+        default=1.0,
+        help="share of each layer's rows that is timed; the rest is extrapolated",
+    )
+    add(
+        "--memory",
+        metavar="GB",
+        type=cli.positive_float,
+        help="as of main_trueobs.py (default: from what is free)",
+    )
     add("--scratch", metavar="DIR", help="where the database goes for a while (default: /tmp)")
-    add("--peak-tflops", metavar="F", type=cli.positive_float,
-        help="fp32 peak of the GPU (default: from its clock)")  # fmt: skip
+    add(
+        "--peak-tflops",
+        metavar="F",
+        type=cli.positive_float,
+        help="fp32 peak of the GPU (default: from its clock)",
+    )
     add("--textbook", action="store_true", help="bench_trueobs.py at d = 2304 as well")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     if args.rows_fraction > 1:
-        raise cli.UserError(f"--rows-fraction must be at most 1; got {args.rows_fraction:g}")
+        raise errors.UserError(f"--rows-fraction must be at most 1; got {args.rows_fraction:g}")
     if args.scratch and not Path(args.scratch).is_dir():
-        raise cli.UserError(f"--scratch {args.scratch}: no such folder")
+        raise errors.UserError(f"--scratch {args.scratch}: no such folder")
     device = timing.start(args)
     with tempfile.TemporaryDirectory(prefix="bench_networks", dir=args.scratch) as folder:
         results = measure(args, device, Path(folder))

@@ -49,8 +49,9 @@ if not __package__:  # run by its path, not with -m
 
 from benchmarks import timing
 from benchmarks.timing import Problem, alternating, make_problem, seconds
-from command import cli
-from engine.elimination import Trace, Unstructured, eliminate
+from obc.solver import errors
+from obc.solver.elimination import Trace, Unstructured, eliminate
+from obc.toolkit import cli
 
 WHOLE_ROW = 576  # columns up to which float64 checks every step
 
@@ -228,20 +229,36 @@ def table_row(result: Result) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = timing.build_parser("bench_trueobs.py", __doc__.splitlines()[0])
     add, positive = parser.add_argument, cli.positive_int
-    add("--columns", metavar="D", type=positive, nargs="+", default=[576, 1152, 2304],
-        help="columns of the layers")  # fmt: skip
+    add(
+        "--columns",
+        metavar="D",
+        type=positive,
+        nargs="+",
+        default=[576, 1152, 2304],
+        help="columns of the layers",
+    )
     add("--rows", metavar="R", type=positive, default=32, help="rows in a batch, for both")
-    add("--points", metavar="N", type=positive, default=4,
-        help="places in the trace at which the textbook loop is timed")  # fmt: skip
+    add(
+        "--points",
+        metavar="N",
+        type=positive,
+        default=4,
+        help="places in the trace at which the textbook loop is timed",
+    )
     add("--burst", metavar="N", type=positive, default=8, help="steps timed at each")
-    add("--check-steps", metavar="N", type=positive, default=256,
-        help=f"steps compared with float64, above {WHOLE_ROW} columns")  # fmt: skip
+    add(
+        "--check-steps",
+        metavar="N",
+        type=positive,
+        default=256,
+        help=f"steps compared with float64, above {WHOLE_ROW} columns",
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     if min(args.columns) < args.burst:
-        raise cli.UserError(f"--burst {args.burst} is more than --columns {min(args.columns)}")
+        raise errors.UserError(f"--burst {args.burst} is more than --columns {min(args.columns)}")
     device = timing.start(args)
     results = []
     for d in args.columns:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from command import cli
 from modelutils import CIFAR_BLOCKS, TORCHVISION_ALIASES, CifarResNet
-from networks.vision import torchvision
+from obc.inputs.vision import torchvision
+from obc.solver import errors
 
 CLASSES = 1000  # ImageNet's
 
@@ -23,8 +23,9 @@ def random_model(name: str, seed: int, device: torch.device) -> nn.Module:
     full = TORCHVISION_ALIASES.get(name, name)
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in CIFAR_BLOCKS and full not in known:
-        raise cli.UserError(f"unknown model {name}; choose rn18, rn50, another of torchvision's, "
-                            "or rn8 … rn110")
+        raise errors.UserError(
+            f"unknown model {name}; choose rn18, rn50, another of torchvision's, or rn8 … rn110"
+        )
     made_on = device if device.type == "meta" else torch.device("cpu")
     with torch.random.fork_rng(devices=[]), made_on:
         torch.manual_seed(seed)

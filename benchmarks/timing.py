@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from command import cli, records
-from engine import devices
-from engine.inverse import Inverse, damped_inverse
+from obc.inputs import files
+from obc.solver import devices, errors
+from obc.solver.inverse import Inverse, damped_inverse
+from obc.toolkit import cli, records
 
 Work = Callable[[], object]
 
@@ -45,7 +46,7 @@ def build_parser(prog: str, description: str, repeats: int = 5) -> argparse.Argu
 def start(args: argparse.Namespace) -> torch.device:
     """Check --out and --device before any work."""
     if args.out:
-        cli.check_writable(args.out)
+        files.check_writable(args.out)
     return devices.resolve_device(args.device)
 
 
@@ -65,7 +66,9 @@ def finish(
         }
         records.write_record(args.out, record)
     if faults:
-        raise cli.UserError(f"wrong answers, so these times are worth nothing: {'; '.join(faults)}")
+        raise errors.UserError(
+            f"wrong answers, so these times are worth nothing: {'; '.join(faults)}"
+        )
 
 
 def against(value: float, goal: float | None, most: bool = True, digits: str = ".2f") -> str:

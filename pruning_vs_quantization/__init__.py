@@ -13,4 +13,4 @@ sparsity 1 − b/16, which loses less: on weight tensors, on layer outputs, afte
 | report                          | one page of whatever has been run                 |
 """
 
-import command.starting  # noqa: F401
+import obc.toolkit.starting  # noqa: F401

@@ -11,9 +11,9 @@ import logging
 
 from torch import nn
 
-from command.cli import UserError
 from modelutils import get_model, load_checkpoint, load_state
-from networks.vision import torchvision
+from obc.inputs.vision import torchvision
+from obc.solver.errors import UserError
 from pruning_vs_quantization.plots import study_package
 
 SUFFIX = "_quantized"
@@ -40,8 +40,10 @@ def network_name(architecture: str) -> str:
     """
     name = architecture.removesuffix(SUFFIX)
     if not name or name == architecture:
-        raise UserError(f"--architecture {architecture}: must be a model's name and {SUFFIX}, "
-                        f"as in resnet18{SUFFIX}")  # fmt: skip
+        raise UserError(
+            f"--architecture {architecture}: must be a model's name and {SUFFIX}, "
+            f"as in resnet18{SUFFIX}"
+        )
     return name
 
 
@@ -67,7 +69,8 @@ def _downloaded(timm, name: str) -> nn.Module:
         return timm.create_model(TIMM_NAMES[name], pretrained=True)
     except (OSError, RuntimeError) as error:  # no network, no such page
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{name}: its weights cannot be downloaded ({reason}); "
-                        "pass --weights FILE") from None
+        raise UserError(
+            f"{name}: its weights cannot be downloaded ({reason}); pass --weights FILE"
+        ) from None
     finally:
         hub.setLevel(level)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import quant
-from command.cli import log
+from obc.solver.errors import log
 
 LAYERS = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # and what is derived from them, such as timm's
@@ -59,8 +59,12 @@ def layers_before_norms(model: nn.Module) -> dict[str, str]:
 
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
-    return (isinstance(layer, LAYERS) and isinstance(norm, NORMS)
-            and norm.affine and norm.running_mean is not None)  # fmt: skip
+    return (
+        isinstance(layer, LAYERS)
+        and isinstance(norm, NORMS)
+        and norm.affine
+        and norm.running_mean is not None
+    )
 
 
 @torch.no_grad()

@@ -60,8 +60,7 @@ def _towards(
     high: float,
     free: Flags,
 ) -> tuple[Reals, int]:
-    """The furthest point between x and target in the box, and the coordinate that stops it or −1.
-    """
+    """The furthest point from x to target in the box; the coordinate that stops it or −1."""
     move = target - x
     room = np.where(move > 0, high - x, low - x)
     share = np.full(len(x), np.inf)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import quant
-from command.cli import UserError, log
 from modelutils import find_layers
+from obc.solver.errors import UserError, log
 from pruning_vs_quantization.expected_error import DENSE_BITS
 from pruning_vs_quantization.first_and_last import first_and_last
 from pruning_vs_quantization.learned_steps import LearnedStep
@@ -93,8 +93,9 @@ def run_compressed(model: nn.Module, images: Tensor) -> Tensor:  # (n, classes)
     """The logits; raises UserError if the model does not return class scores."""
     logits = functional_call(model, effective_weights(model), (images,))
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise UserError("in training mode the model does not return class scores of shape "
-                        "(images, classes)")  # fmt: skip
+        raise UserError(
+            "in training mode the model does not return class scores of shape (images, classes)"
+        )
     return logits
 
 
@@ -106,8 +107,9 @@ def deployed(model: nn.Module, dense: nn.Module) -> nn.Module:
     plain.load_state_dict(state | effective_weights(model))
     layers = find_layers(model)
     for name, layer in find_layers(plain).items():
-        of_weight, of_input = (getattr(layers[name], kind, None)
-                               for kind in (WEIGHT_STEP, INPUT_STEP))  # fmt: skip
+        of_weight, of_input = (
+            getattr(layers[name], kind, None) for kind in (WEIGHT_STEP, INPUT_STEP)
+        )
         if of_weight is not None:
             quant.set_weight_grid(layer, of_weight.grid(len(layer.weight)))
         if of_input is not None:

@@ -106,8 +106,13 @@ class Density(Distribution):
         while 2 * self.half_moment(0, np.float64(high)) < share and high < self.end:
             high = min(2 * high, self.end)
         find = study_package("scipy.optimize").brentq
-        return find(lambda t: 2 * float(self.half_moment(0, np.float64(t))) - share, 0, high,
-                    xtol=1e-15, rtol=1e-14)  # fmt: skip
+        return find(
+            lambda t: 2 * float(self.half_moment(0, np.float64(t))) - share,
+            0,
+            high,
+            xtol=1e-15,
+            rtol=1e-14,
+        )
 
 
 def _strata(count: int) -> Reals:  # (count,), in (0, 1)

@@ -254,4 +254,5 @@ def crossing(
 
     find = study_package("scipy.optimize").brentq
     return StudentT.with_tail(
-        math.exp(find(advantage, math.log(heavy), math.log(light), xtol=1e-6)), tail)
+        math.exp(find(advantage, math.log(heavy), math.log(light), xtol=1e-6)), tail
+    )

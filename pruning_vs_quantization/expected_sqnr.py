@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from command import cli
+from obc.solver import errors
+from obc.toolkit import cli
 from pruning_vs_quantization import expected_error, plots, study_files
 from pruning_vs_quantization.distributions import (
     TAIL,
@@ -34,8 +35,9 @@ CURVE_DEGREES = np.geomspace(30, 1.2, 25).tolist()  # of freedom: light tails to
 
 def densities(tail: float) -> dict[str, Density]:
     """The rows of the table."""
-    student = {f"Student-t, ν = {degrees:g}": StudentT.with_tail(degrees, tail)
-               for degrees in (3.0, 1.5)}
+    student = {
+        f"Student-t, ν = {degrees:g}": StudentT.with_tail(degrees, tail) for degrees in (3.0, 1.5)
+    }
     return {"uniform": Uniform(), "Gaussian": Gaussian(), "Laplace": Laplace()} | student
 
 
@@ -88,15 +90,18 @@ def sampled_sqnr_db(
     pruned = round(len(values) * expected_error.sparsity_of(bits))
     smallest = np.partition(abs(values), pruned)[:pruned]
     power = float(np.square(values).sum())
-    return (expected_error.sqnr_db(power, float(np.square(values - quantised).sum())),
-            expected_error.sqnr_db(power, float(np.square(smallest).sum())))
+    return (
+        expected_error.sqnr_db(power, float(np.square(values - quantised).sum())),
+        expected_error.sqnr_db(power, float(np.square(smallest).sum())),
+    )
 
 
 def largest_disagreement_db(args: argparse.Namespace, figures: dict[str, Any]) -> float:
     """Between closed forms and samples, over all densities and bit widths, of either method."""
     generator, largest = np.random.default_rng(args.seed), 0.0
-    for name, density in tqdm(densities(args.tail).items(), desc="samples", leave=False,
-                              disable=None):  # fmt: skip
+    for name, density in tqdm(
+        densities(args.tail).items(), desc="samples", leave=False, disable=None
+    ):
         values = density.sample(args.samples, generator)
         for width, expected in figures["densities"][name]["bits"].items():
             sampled = sampled_sqnr_db(density, int(width), expected["step"], args.balanced, values)
@@ -112,9 +117,12 @@ def rounded(value: float, digits: int) -> float:
 
 def table(figures: dict[str, Any], bits: list[int]) -> str:
     """The figures as Markdown, SQNR in dB."""
-    lines = ["| density | excess kurtosis | SQNR (dB) of | "
-             + " | ".join(f"{width} bits" for width in bits) + " |",
-             "|---|---|---|" + "---|" * len(bits)]  # fmt: skip
+    lines = [
+        "| density | excess kurtosis | SQNR (dB) of | "
+        + " | ".join(f"{width} bits" for width in bits)
+        + " |",
+        "|---|---|---|" + "---|" * len(bits),
+    ]
     for name, of in figures["densities"].items():
         for label, key in (("quantising", "quant_sqnr"), ("pruning", "pruning_sqnr")):
             values = " | ".join(f"{of['bits'][str(width)][key]:.2f}" for width in bits)
@@ -126,8 +134,9 @@ def table(figures: dict[str, Any], bits: list[int]) -> str:
 def draw_sqnr(figures: dict[str, Any], bits: list[int]) -> Any:
     """SQNR against bits, a panel per density."""
     found = figures["densities"]
-    figure, axes = plots.new_figure(1, len(found), width=2.1 * len(found), height=3.0,
-                                    sharey=True, squeeze=False)  # fmt: skip
+    figure, axes = plots.new_figure(
+        1, len(found), width=2.1 * len(found), height=3.0, sharey=True, squeeze=False
+    )
     for each, (name, of) in zip(axes[0], found.items(), strict=True):
         for label, key, colour, marker in (
             ("quantisation", "quant_sqnr", plots.QUANTISATION_COLOUR, "o"),
@@ -150,19 +159,27 @@ def draw_kurtosis(figures: dict[str, Any], bits: list[int]) -> Any:
     axes.axhline(0, color=plots.NEUTRAL_COLOUR, linewidth=0.8)
     for width in sorted(bits):
         of = figures["kurtosis"][str(width)]
-        axes.plot(of["kurtosis"], of["advantage_db"], color=plots.bit_colour(width),
-                  label=f"{width} bits")
+        axes.plot(
+            of["kurtosis"], of["advantage_db"], color=plots.bit_colour(width), label=f"{width} bits"
+        )
         if of["crossing"] is not None:
             axes.plot(of["crossing"], 0, plots.bit_marker(width), color=plots.bit_colour(width))
-            axes.annotate(f"{of['crossing']:.1f}", (of["crossing"], 0), (3, 6),
-                          textcoords="offset points", fontsize=9,
-                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+            axes.annotate(
+                f"{of['crossing']:.1f}",
+                (of["crossing"], 0),
+                (3, 6),
+                textcoords="offset points",
+                fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
     axes.set_xscale("log")
     axes.set_xlim(0.3)
     axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="excess kurtosis of a truncated Student-t density",
-             ylabel="quantisation − pruning, SQNR (dB)")
+    axes.set(
+        xlabel="excess kurtosis of a truncated Student-t density",
+        ylabel="quantisation − pruning, SQNR (dB)",
+    )
     plots.draw_legend(axes)
     return figure
 
@@ -170,15 +187,22 @@ def draw_kurtosis(figures: dict[str, Any], bits: list[int]) -> Any:
 def run(args: argparse.Namespace) -> None:
     bits = sorted(set(args.bits), reverse=True)
     if args.tail <= 0:
-        raise cli.UserError("--tail must be above 0: an uncut Student-t has no kurtosis")
-    settings = {"bits": bits, "balanced": args.balanced, "tail": args.tail,
-                "samples": args.samples, "seed": args.seed}  # fmt: skip
+        raise errors.UserError("--tail must be above 0: an uncut Student-t has no kurtosis")
+    settings = {
+        "bits": bits,
+        "balanced": args.balanced,
+        "tail": args.tail,
+        "samples": args.samples,
+        "seed": args.seed,
+    }
     path = args.out / "expected_sqnr.json"
     figures = study_files.finished(path, settings, args.restart)
     if figures is None:
         figures = {
-            "densities": {name: density_figures(density, bits, args.balanced)
-                          for name, density in densities(args.tail).items()},
+            "densities": {
+                name: density_figures(density, bits, args.balanced)
+                for name, density in densities(args.tail).items()
+            },
             "kurtosis": kurtosis_figures(bits, args.balanced, args.tail),
         }
         if args.samples:
@@ -195,20 +219,34 @@ def report(figures: dict[str, Any], bits: list[int], samples: int) -> None:
     for width in sorted(bits):
         of = figures["kurtosis"][str(width)]
         if of["crossing"] is not None:
-            cli.print_result(f"{width} bits: pruning wins from an excess kurtosis of "
-                             f"{of['crossing']:.2f} (ν = {of['crossing_degrees']:.2f})")
+            cli.print_result(
+                f"{width} bits: pruning wins from an excess kurtosis of "
+                f"{of['crossing']:.2f} (ν = {of['crossing_degrees']:.2f})"
+            )
     if "largest_disagreement_db" in figures:
-        cli.print_result(f"largest disagreement with {samples} samples: "
-                         f"{figures['largest_disagreement_db']:.4f} dB")
+        cli.print_result(
+            f"largest disagreement with {samples} samples: "
+            f"{figures['largest_disagreement_db']:.4f} dB"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="expected_sqnr", description=__doc__.splitlines()[0])
     study_files.add_grid_options(parser)
-    parser.add_argument("--tail", metavar="F", type=cli.fraction, default=TAIL,
-                        help="share of a Student-t density that is cut off")
-    parser.add_argument("--samples", metavar="N", type=cli.nonnegative_int, default=0,
-                        help="check against so many numbers drawn from each density")
+    parser.add_argument(
+        "--tail",
+        metavar="F",
+        type=cli.fraction,
+        default=TAIL,
+        help="share of a Student-t density that is cut off",
+    )
+    parser.add_argument(
+        "--samples",
+        metavar="N",
+        type=cli.nonnegative_int,
+        default=0,
+        help="check against so many numbers drawn from each density",
+    )
     study_files.add_study_options(parser, "expected_sqnr", device=False)
     return parser
 

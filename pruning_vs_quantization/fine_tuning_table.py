@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from budget.profiles import read_lines
-from command import cli
-from command.cli import UserError
+from obc.solver import errors
+from obc.solver.errors import UserError
+from obc.toolkit.profiles import read_lines
 from pruning_vs_quantization.expected_error import DENSE_BITS, sparsity_percent
 from pruning_vs_quantization.plots import (
     PRUNING_COLOUR,
@@ -31,9 +31,11 @@ from pruning_vs_quantization.study_files import read_result
 QUANTISED, PRUNED, OBQ, EXACT = "quantised", "pruned", "OBQ", "ExactOBS"
 TITLE_WIDTH = 70  # characters that fit above the picture
 COLUMNS = {  # method: heading
-    QUANTISED: "quantised, trained", PRUNED: "pruned, trained",
-    OBQ: "OBQ, BN tuning", EXACT: "ExactOBS, BN tuning",
-}  # fmt: skip
+    QUANTISED: "quantised, trained",
+    PRUNED: "pruned, trained",
+    OBQ: "OBQ, BN tuning",
+    EXACT: "ExactOBS, BN tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,23 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
             continue
         size = _size(settings)
         if size is None:
-            cli.log.info("%s: not a comparison at equal size, left out", path)
+            errors.log.info("%s: not a comparison at equal size, left out", path)
             continue
-        found.append(Result(*size, figures["top1"], settings["seed"], figures["seconds"],
-                            figures["bits_per_weight"], _training(settings, figures)))  # fmt: skip
+        found.append(
+            Result(
+                *size,
+                figures["top1"],
+                settings["seed"],
+                figures["seconds"],
+                figures["bits_per_weight"],
+                _training(settings, figures),
+            )
+        )
     if not found:
-        raise UserError(f"{folder}: no trained {architecture} on {dataset} in it; run "
-                        "train-compressed first, or name another --out")  # fmt: skip
+        raise UserError(
+            f"{folder}: no trained {architecture} on {dataset} in it; run "
+            "train-compressed first, or name another --out"
+        )
     return found
 
 
@@ -80,8 +92,10 @@ def _size(settings: dict[str, Any]) -> tuple[str, float] | None:
 
 def _training(settings: dict[str, Any], figures: dict[str, Any]) -> str:
     epochs = settings["max_epochs"]
-    return (f"{epochs} epoch{'s' * (epochs > 1)} of {figures['training_images']} images in batches "
-            f"of {settings['batch_size']}, learning rate {settings['learning_rate']:g}")
+    return (
+        f"{epochs} epoch{'s' * (epochs > 1)} of {figures['training_images']} images in batches "
+        f"of {settings['batch_size']}, learning rate {settings['learning_rate']:g}"
+    )
 
 
 def conditions(results: Iterable[Result]) -> str:
@@ -93,7 +107,8 @@ def conditions(results: Iterable[Result]) -> str:
     if len(methods) == 1:
         return f"trained for {next(iter(methods))}"
     return "not all trained alike: " + "; ".join(
-        f"{' and '.join(names)} for {training}" for training, names in methods.items())
+        f"{' and '.join(names)} for {training}" for training, names in methods.items()
+    )
 
 
 def untrained_results(path: Path) -> list[Result]:
@@ -103,8 +118,10 @@ def untrained_results(path: Path) -> list[Result]:
         try:
             found.append(Result(words[0], float(words[1]), float(words[-1])))
         except (ValueError, IndexError):
-            raise UserError(f"{path}, line {number}: expected method, bits, reached, top-1; "
-                            "did a command before it fail?") from None  # fmt: skip
+            raise UserError(
+                f"{path}, line {number}: expected method, bits, reached, top-1; "
+                "did a command before it fail?"
+            ) from None
         if words[0] not in (OBQ, EXACT):
             raise UserError(f"{path}, line {number}: {words[0]} is neither {OBQ} nor {EXACT}")
     return found
@@ -113,8 +130,10 @@ def untrained_results(path: Path) -> list[Result]:
 def markdown(results: Iterable[Result]) -> str:
     """The table, largest size first."""
     results = list(results)
-    lines = ["| bits | sparsity | " + " | ".join(COLUMNS.values()) + " | seeds | minutes a run |",
-             "|---" * (len(COLUMNS) + 4) + "|"]  # fmt: skip
+    lines = [
+        "| bits | sparsity | " + " | ".join(COLUMNS.values()) + " | seeds | minutes a run |",
+        "|---" * (len(COLUMNS) + 4) + "|",
+    ]
     for bits in sorted({result.bits for result in results}, reverse=True):
         row = [result for result in results if result.bits == bits]
         cells = [_accuracy([one.top1 for one in row if one.method == method]) for method in COLUMNS]
@@ -144,9 +163,11 @@ def draw(results: Iterable[Result], title: str, stem: Path) -> None:
     results = list(results)
     figure, axes = new_figure()
     styles = {
-        QUANTISED: (QUANTISATION_COLOUR, "-", "o"), PRUNED: (PRUNING_COLOUR, "-", "s"),
-        OBQ: (QUANTISATION_COLOUR, ":", "o"), EXACT: (PRUNING_COLOUR, ":", "s"),
-    }  # fmt: skip
+        QUANTISED: (QUANTISATION_COLOUR, "-", "o"),
+        PRUNED: (PRUNING_COLOUR, "-", "s"),
+        OBQ: (QUANTISATION_COLOUR, ":", "o"),
+        EXACT: (PRUNING_COLOUR, ":", "s"),
+    }
     sizes = sorted({result.bits for result in results})
     for method, (colour, line, marker) in styles.items():
         points: dict[float, list[float]] = {}
@@ -155,12 +176,19 @@ def draw(results: Iterable[Result], title: str, stem: Path) -> None:
                 points.setdefault(one.bits, []).append(one.top1)
         means = [sum(values) / len(values) for values in points.values()]
         if points:
-            axes.plot(list(points), means, color=colour, linestyle=line, marker=marker,
-                      label=COLUMNS[method])  # fmt: skip
+            axes.plot(
+                list(points),
+                means,
+                color=colour,
+                linestyle=line,
+                marker=marker,
+                label=COLUMNS[method],
+            )
     labels = [f"{bits:g}\n{sparsity_percent(bits)}" for bits in sizes]
     axes.set_xticks(sizes, labels)
-    axes.set(xlabel="bits a weight, and the sparsity of FP16 weights of that size",
-             ylabel="top-1 (%)")  # fmt: skip
+    axes.set(
+        xlabel="bits a weight, and the sparsity of FP16 weights of that size", ylabel="top-1 (%)"
+    )
     axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
     draw_legend(axes)
     save_figure(figure, stem)

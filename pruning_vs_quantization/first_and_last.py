@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import nn
 
-from command.cli import save_checkpoint
-from command.session import load_compressed
 from modelutils import find_layers
+from obc.inputs.files import save_checkpoint
+from obc.toolkit.session import load_compressed
 from quant import put_layer
 
 

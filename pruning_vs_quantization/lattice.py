@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.elimination_cpu import compiled
+from obc.solver.elimination_cpu import compiled
 from pruning_vs_quantization.proof import Flags, Reals
 
 DELTA = 0.99  # of Lovász's condition

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from tqdm import tqdm
 
-from engine.calibration import watching
-from engine.hessian import Gram
 from modelutils import evaluating
+from obc.solver.hessian import Gram
+from obc.toolkit.calibrate import watching
 from pruning_vs_quantization.expected_error import best_step, integer_codes
 from pruning_vs_quantization.proof import Reals
 from pruning_vs_quantization.tensor_sqnr import Histogram
@@ -90,9 +90,7 @@ def rows_and_chunks(
 
 
 def subproblems(
-    layer: Layer,
-    wanted: Iterable[tuple[int, Chunk]],
-    moments: Mapping[Chunk, Reals],
+    layer: Layer, wanted: Iterable[tuple[int, Chunk]], moments: Mapping[Chunk, Reals]
 ) -> list[Subproblem]:
     """The subproblems of a layer, its weights with their inputs' second moments."""
     W = layer.weight.detach().double().flatten(1).cpu().numpy()
@@ -158,9 +156,17 @@ def _narrow(layer: Layer, channels: int) -> Layer:
     if isinstance(layer, nn.Linear):
         return skip_init(nn.Linear, channels, 1, bias=False, device=device)
     return skip_init(
-        nn.Conv2d, channels, 1, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-        bias=False, padding_mode=layer.padding_mode, device=device,
-    )  # fmt: skip
+        nn.Conv2d,
+        channels,
+        1,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        bias=False,
+        padding_mode=layer.padding_mode,
+        device=device,
+    )
 
 
 def second_moments(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from command.cli import UserError, log
+from obc.solver.errors import UserError, log
 from pruning_vs_quantization.expected_error import sparsity_percent
 from pruning_vs_quantization.plots import (
     PRUNING_COLOUR,
@@ -46,8 +46,17 @@ INCHES_A_LAYER, INCHES_A_PANEL = 0.28, 2.3
 def header(kind: str) -> str:
     """The head of the Markdown table; SQNRs and gaps in dB."""
     *others, own = HEURISTICS[kind].values()
-    names = ["layer", "bits", "proven optimal", *others, own, "best found", "limit",
-             f"{own} below optimum: mean", "worst"]  # fmt: skip
+    names = [
+        "layer",
+        "bits",
+        "proven optimal",
+        *others,
+        own,
+        "best found",
+        "limit",
+        f"{own} below optimum: mean",
+        "worst",
+    ]
     return "| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|"
 
 
@@ -58,8 +67,11 @@ def table_row(figures: Mapping[str, Any]) -> str:
     if summary is None:
         return f"{start} no output" + " |" * (len(HEURISTICS[kind]) + 5)
     unproven = "≥ " if summary["proven"] < summary["subproblems"] else ""
-    values = [*(summary["sqnr"][name] for name in HEURISTICS[kind]),
-              summary["sqnr_best"], summary["sqnr_limit"]]  # fmt: skip
+    values = [
+        *(summary["sqnr"][name] for name in HEURISTICS[kind]),
+        summary["sqnr_best"],
+        summary["sqnr_limit"],
+    ]
     gaps = [summary["own_gap_mean"], summary["own_gap_worst"]]
     texts = [*map(_decibels, values), *(unproven + _decibels(gap) for gap in gaps)]
     return f"{start} {summary['proven']} of {summary['subproblems']} | {' | '.join(texts)} |"
@@ -93,11 +105,15 @@ def draw(
         return
     for axes, bits in zip(panels[:, 0], widths, strict=True):
         for kind in HEURISTICS:
-            _draw_intervals(axes, kind, {
-                shown.index(layer): summary
-                for (b, layer, k), summary in results.items()
-                if (b, k) == (bits, kind) and layer in shown
-            })  # fmt: skip
+            _draw_intervals(
+                axes,
+                kind,
+                {
+                    shown.index(layer): summary
+                    for (b, layer, k), summary in results.items()
+                    if (b, k) == (bits, kind) and layer in shown
+                },
+            )
         axes.set_ylabel("SQNR (dB)", fontsize=9)
         axes.set_title(f"{bits} bits, {sparsity_percent(bits)} sparsity", fontsize=10)
     panels[-1, 0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=8)
@@ -127,10 +143,23 @@ def _draw_intervals(axes: Any, kind: str, summaries: Mapping[int, Mapping[str, A
         if best is None:  # no error at all
             continue
         label = number == 0
-        axes.plot(place + shift, best, marker, color=colour, markersize=4.5,
-                  label=f"{kind}: best to proven limit" if label else None)  # fmt: skip
+        axes.plot(
+            place + shift,
+            best,
+            marker,
+            color=colour,
+            markersize=4.5,
+            label=f"{kind}: best to proven limit" if label else None,
+        )
         if limit is not None:
             axes.vlines(place + shift, best, limit, color=colour, linewidth=2)
         if own is not None:
-            axes.plot(place + shift, own, "o", color=colour, markersize=4, fillstyle="none",
-                      label=HEURISTICS[kind][summary["own"]] if label else None)  # fmt: skip
+            axes.plot(
+                place + shift,
+                own,
+                "o",
+                color=colour,
+                markersize=4,
+                fillstyle="none",
+                label=HEURISTICS[kind][summary["own"]] if label else None,
+            )

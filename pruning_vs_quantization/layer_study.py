@@ -33,11 +33,12 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from command import cli
-from command.cli import UserError, log
-from command.session import Session
-from database import model_tag
 from modelutils import find_layers
+from obc.inputs import files
+from obc.solver.errors import UserError, log
+from obc.toolkit import cli
+from obc.toolkit.leveldb import model_tag
+from obc.toolkit.session import Session
 from pruning_vs_quantization.expected_error import sqnr_db
 from pruning_vs_quantization.layer_methods import Record, pruned, quantised
 from pruning_vs_quantization.layer_options import settle
@@ -80,9 +81,15 @@ def quantiser(
     def solve(sub: Subproblem) -> Record:
         seed = [args.seed, bits, sub.row, sub.chunk.start]
         return quantised(
-            sub.G, sub.w, float(steps[sub.row]), bits, args.balanced, args.method,
-            limits_of(args), np.random.default_rng(seed),
-        )  # fmt: skip
+            sub.G,
+            sub.w,
+            float(steps[sub.row]),
+            bits,
+            args.balanced,
+            args.method,
+            limits_of(args),
+            np.random.default_rng(seed),
+        )
 
     return solve
 
@@ -126,8 +133,9 @@ def layer_figures(
         if args.verbose_solvers:
             log.info("%s", solver_line(name, bits, records[-1]))
     if silent:
-        log.info("%s: %d of %d chunks left out, their output is always zero",
-                 name, silent, len(parts))  # fmt: skip
+        log.info(
+            "%s: %d of %d chunks left out, their output is always zero", name, silent, len(parts)
+        )
     return {
         "kind": study.kind,
         "layer": name,
@@ -218,7 +226,7 @@ def _earlier(
     study: Study, args: argparse.Namespace, common: Mapping[str, Any], name: str, bits: int
 ) -> dict[str, Any] | None:
     path = result_path(args, study, name, bits)
-    cli.check_writable(path)
+    files.check_writable(path)
     return finished(path, {**common, "layer": name, "bits": bits}, args.restart)
 
 
@@ -228,8 +236,18 @@ def result_path(args: argparse.Namespace, study: Study, name: str, bits: int) ->
 
 def settings(study: Study, args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Everything that a layer's figures depend on."""
-    names = ("model", "dataset", "nsamples", "opt_dim", "num_output_channels", "num_chunks",
-             "method", "time_limit", "node_limit", *study.settings)  # fmt: skip
+    names = (
+        "model",
+        "dataset",
+        "nsamples",
+        "opt_dim",
+        "num_output_channels",
+        "num_chunks",
+        "method",
+        "time_limit",
+        "node_limit",
+        *study.settings,
+    )
     chosen = {name: getattr(args, name) for name in names}
     return chosen | {
         "image_size": session.data.image_size,

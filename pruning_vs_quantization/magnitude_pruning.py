@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from command.cli import log
 from modelutils import find_layers
+from obc.solver.errors import log
 from pruning_vs_quantization.first_and_last import first_and_last
 
 MASK = "pruning_mask"  # a buffer of each pruned layer, bool, the weight's shape; False: zero
@@ -90,8 +90,12 @@ class GradualPruning:
         """Give each layer that is to be pruned a mask, and say which are not."""
         for name, layer in find_layers(model).items():
             if self.tile and layer.weight.shape[1] % self.tile:
-                log.info("%s left dense: %d input channels are not a multiple of --tile-size %d",
-                         name, layer.weight.shape[1], self.tile)
+                log.info(
+                    "%s left dense: %d input channels are not a multiple of --tile-size %d",
+                    name,
+                    layer.weight.shape[1],
+                    self.tile,
+                )
             else:
                 layer.register_buffer(MASK, torch.ones_like(layer.weight, dtype=torch.bool))
         self.update(model, 0)
@@ -100,7 +104,8 @@ class GradualPruning:
         """Whether masks change when `step` steps have been done."""
         since = step - self.schedule.first_step
         return step == self.schedule.last_step or (
-            step < self.schedule.last_step and since >= 0 and since % self.every == 0)
+            step < self.schedule.last_step and since >= 0 and since % self.every == 0
+        )
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -27,11 +27,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from command import cli
-from command.records import write_record
-from command.session import check_model
-from database import model_tag
 from datautils import DATASETS
+from obc.inputs import files
+from obc.solver import errors
+from obc.toolkit import cli
+from obc.toolkit.leveldb import model_tag
+from obc.toolkit.records import write_record
+from obc.toolkit.session import check_model
 from pruning_vs_quantization.architectures import dense_network, network_name
 from pruning_vs_quantization.batchnorm_folding import folded
 from pruning_vs_quantization.fine_tuning_table import (
@@ -58,16 +60,28 @@ from pruning_vs_quantization.training_options import (
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="pruning_vs_quantization.main", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    train = commands.add_parser("train-compressed", help="fine-tune a quantised or pruned network",
-                                description="Fine-tune a network, quantised or pruned.")
+    train = commands.add_parser(
+        "train-compressed",
+        help="fine-tune a quantised or pruned network",
+        description="Fine-tune a network, quantised or pruned.",
+    )
     add_training_options(train)
     train.set_defaults(run=train_compressed)
     table = commands.add_parser("table", help="the runs of a folder beside each other")
     add_network(table)
-    table.add_argument("--untrained", metavar="FILE", type=Path,
-                       help="lines method, bits, reached, top-1 of networks without training")
-    table.add_argument("--out", metavar="DIR", type=Path, default=PLOTS_DATA / "fine_tuning",
-                       help="folder with the runs, and for the table")  # fmt: skip
+    table.add_argument(
+        "--untrained",
+        metavar="FILE",
+        type=Path,
+        help="lines method, bits, reached, top-1 of networks without training",
+    )
+    table.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=PLOTS_DATA / "fine_tuning",
+        help="folder with the runs, and for the table",
+    )
     table.set_defaults(run=make_table)
     ends = commands.add_parser("first-last", help="first and last layer from another network")
     add_network(ends)
@@ -92,7 +106,7 @@ def train_compressed(args: argparse.Namespace) -> None:
     device, settings = training_device(args), training_settings(args)
     stem = args.out / run_name(args)
     result = stem.with_name(f"{stem.name}.json")
-    cli.check_writable(result)
+    files.check_writable(result)
     figures = finished(result, settings, args.restart)
     state = stem.with_name(f"{stem.name}.state")
     if figures is None:
@@ -111,9 +125,15 @@ def train_compressed(args: argparse.Namespace) -> None:
 def started(args: argparse.Namespace, device: torch.device) -> Training:
     """Images, dense network and all else that a run begins with."""
     images = TrainingData.load(
-        args.dataset, args.images_dir, args.image_size, args.train_samples,
-        args.batch_size, args.augment, args.seed, args.num_workers,
-    )  # fmt: skip
+        args.dataset,
+        args.images_dir,
+        args.image_size,
+        args.train_samples,
+        args.batch_size,
+        args.augment,
+        args.seed,
+        args.num_workers,
+    )
     classes = len(images.data.classes)
     with seeded(args.seed, torch.device("cpu")):  # a model of the user's own may start at random
         dense = dense_network(args.architecture, args.dataset, args.weights, classes)
@@ -138,11 +158,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def save_networks(stem: Path, plain: nn.Module) -> None:
     """Write <stem>.pth, and <stem>_folded.pth if the network can be folded."""
-    cli.save_checkpoint(plain.state_dict(), stem.with_name(f"{stem.name}.pth"))
+    files.save_checkpoint(plain.state_dict(), stem.with_name(f"{stem.name}.pth"))
     without_norms = folded(plain)
     if without_norms is not None:
         path = stem.with_name(f"{stem.name}_folded.pth")
-        cli.save_checkpoint(without_norms.state_dict(), path)
+        files.save_checkpoint(without_norms.state_dict(), path)
 
 
 def make_table(args: argparse.Namespace) -> None:
@@ -152,8 +172,12 @@ def make_table(args: argparse.Namespace) -> None:
         results += untrained_results(args.untrained)
     name = model_tag(network_name(args.architecture))
     stem, text = args.out / f"table_{name}_{args.dataset}", markdown(results)
-    record = {"architecture": args.architecture, "dataset": args.dataset,
-              "conditions": conditions(results), "results": as_records(results)}  # fmt: skip
+    record = {
+        "architecture": args.architecture,
+        "dataset": args.dataset,
+        "conditions": conditions(results),
+        "results": as_records(results),
+    }
     write_record(stem.with_name(f"{stem.name}.json"), record)
     draw(results, f"{name} on {args.dataset}, {record['conditions']}", stem)
     cli.print_result(f"{text}\n\n{record['conditions']}")
@@ -161,10 +185,10 @@ def make_table(args: argparse.Namespace) -> None:
 
 def exchange_first_and_last(args: argparse.Namespace) -> None:
     """A network with the first and the last layer of a milder one."""
-    cli.check_writable(args.save)
+    files.check_writable(args.save)
     dense = dense_network(args.architecture, args.dataset, args.weights)
     replace_first_and_last(dense, args.strong, args.mild, args.save)
-    cli.log.info("%s: first and last layer from %s", args.save, args.mild)
+    errors.log.info("%s: first and last layer from %s", args.save, args.mild)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -24,7 +24,6 @@ from urllib.request import Request, urlopen
 import torch
 from torch import nn
 
-from command.cli import UserError
 from modelutils import (
     CIFAR_BLOCKS,
     SHIPPED_WEIGHTS,
@@ -33,7 +32,8 @@ from modelutils import (
     load_checkpoint,
     load_state,
 )
-from networks.vision import torchvision
+from obc.inputs.vision import torchvision
+from obc.solver.errors import UserError
 
 TASKS = ("detection", "segmentation", "video")  # submodules of torchvision.models, beside itself
 ANSWER_SECONDS, STALL_SECONDS = 10, 60  # for a server to answer at all; for a download to go on
@@ -42,8 +42,10 @@ ANSWER_SECONDS, STALL_SECONDS = 10, 60  # for a server to answer at all; for a d
 def zoo_names() -> dict[str, list[str]]:
     """torchvision's models by task; classification first."""
     modules = [torchvision.models, *(getattr(torchvision.models, task) for task in TASKS)]
-    return {task: torchvision.models.list_models(module=module)
-            for task, module in zip(("classification", *TASKS), modules, strict=True)}
+    return {
+        task: torchvision.models.list_models(module=module)
+        for task, module in zip(("classification", *TASKS), modules, strict=True)
+    }
 
 
 def pretrained(name: str) -> Any:

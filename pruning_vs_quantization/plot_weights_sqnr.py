@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from command import cli
-from command.cli import UserError, log
+from obc.solver.errors import UserError, log
+from obc.toolkit import cli
 from pruning_vs_quantization import plots, study_files
 
 FILE_NAME = re.compile(r"(?P<model>.+)_(?P<bits>\d+)_bits_mse\.json")
@@ -63,16 +63,28 @@ def draw(points: Points, corrected: bool = False) -> Any:
     count = sum(map(len, points.values()))
     for bits, of_width in points.items():
         label = f"{bits} bits: {pruning_wins(of_width)} of {len(of_width)}"
-        axes.plot([x for x, _ in of_width], [y for _, y in of_width], plots.bit_marker(bits),
-                  color=plots.bit_colour(bits), alpha=0.6 if count < 2000 else 0.3,
-                  markersize=5 if count < 2000 else 3, markeredgewidth=0, label=label)
+        axes.plot(
+            [x for x, _ in of_width],
+            [y for _, y in of_width],
+            plots.bit_marker(bits),
+            color=plots.bit_colour(bits),
+            alpha=0.6 if count < 2000 else 0.3,
+            markersize=5 if count < 2000 else 3,
+            markeredgewidth=0,
+            label=label,
+        )
     highest = 1.04 * max(max(point) for of_width in points.values() for point in of_width)
     axes.plot([0, highest], [0, highest], color=plots.NEUTRAL_COLOUR, linewidth=0.8)
-    axes.set(xlim=(0, highest), ylim=(0, highest), aspect="equal",
-             xlabel="SQNR of pruning" + (", zeros matched" if corrected else "") + " (dB)",
-             ylabel="SQNR of quantisation (dB)")
-    plots.draw_legend(axes, "tensors on which\npruning is better",
-                      loc="lower right", markerscale=1.2)  # fmt: skip
+    axes.set(
+        xlim=(0, highest),
+        ylim=(0, highest),
+        aspect="equal",
+        xlabel="SQNR of pruning" + (", zeros matched" if corrected else "") + " (dB)",
+        ylabel="SQNR of quantisation (dB)",
+    )
+    plots.draw_legend(
+        axes, "tensors on which\npruning is better", loc="lower right", markerscale=1.2
+    )
     return figure
 
 
@@ -83,19 +95,32 @@ def run(args: argparse.Namespace) -> None:
     name = "weights_sqnr_corrected" if args.corrected else "weights_sqnr"
     plots.save_figure(draw(points, args.corrected), (args.out or args.folder) / name)
     for bits, of_width in points.items():
-        cli.print_result(f"{bits} bits: pruning better in {pruning_wins(of_width)} of "
-                         f"{len(of_width)} tensors")
+        cli.print_result(
+            f"{bits} bits: pruning better in {pruning_wins(of_width)} of {len(of_width)} tensors"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="plot_weights_sqnr", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path,
-                        default=study_files.PLOTS_DATA / "weights_sqnr",
-                        help="where the JSON files are")
-    parser.add_argument("--corrected", action="store_true",
-                        help="pruning with the zeros of the quantised tensor matched too")
-    parser.add_argument("--out", metavar="DIR", type=Path,
-                        help="folder of weights_sqnr.png and .pdf (default: FOLDER)")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        type=Path,
+        default=study_files.PLOTS_DATA / "weights_sqnr",
+        help="where the JSON files are",
+    )
+    parser.add_argument(
+        "--corrected",
+        action="store_true",
+        help="pruning with the zeros of the quantised tensor matched too",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="folder of weights_sqnr.png and .pdf (default: FOLDER)",
+    )
     return parser
 
 

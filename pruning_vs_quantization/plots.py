@@ -17,8 +17,9 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import cli
-from command.cli import UserError
+from obc.inputs import files
+from obc.solver import errors
+from obc.solver.errors import UserError
 from pruning_vs_quantization.study_files import HIGHEST_BITS, LOWEST_BITS
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ def draw_legend(axes: Axes, title: str | None = None, **options: Any) -> None:
 def save_figure(figure: Figure, stem: Path) -> None:
     """Write <stem>.png and <stem>.pdf."""
     for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
-        with cli.atomic_write(stem.with_name(f"{stem.name}.{kind}")) as file:
+        with files.atomic_write(stem.with_name(f"{stem.name}.{kind}")) as file:
             figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
-    cli.log.info("picture: %s.png and .pdf", stem)
+    errors.log.info("picture: %s.png and .pdf", stem)
 
 
 def png_bytes(figure: Figure) -> bytes:

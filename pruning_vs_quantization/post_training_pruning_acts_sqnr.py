@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from command import cli
+from obc.toolkit import cli
 from pruning_vs_quantization import layer_options
 from pruning_vs_quantization.layer_study import PRUNING
 from pruning_vs_quantization.layer_study import run as run_study

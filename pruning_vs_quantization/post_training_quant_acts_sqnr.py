@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from command import cli
+from obc.toolkit import cli
 from pruning_vs_quantization import layer_options
 from pruning_vs_quantization.layer_study import QUANTISATION
 from pruning_vs_quantization.layer_study import run as run_study

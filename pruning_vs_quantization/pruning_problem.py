@@ -29,8 +29,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.elimination import Unstructured, eliminate
-from engine.inverse import alive_inputs, damped_inverse
+from obc.solver.elimination import Unstructured, eliminate
+from obc.solver.inverse import alive_inputs, damped_inverse
 from pruning_vs_quantization.proof import Flags, Reals
 
 RANK = 1e-12  # relative; below, a direction of G_KK counts as missing

@@ -31,18 +31,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from command import cli, records
-from command.cli import UserError, log
-from database import model_tag
-from engine.devices import resolve_device
 from modelutils import CIFAR_BLOCKS, TORCHVISION_ALIASES, find_layers
+from obc.solver.devices import resolve_device
+from obc.solver.errors import UserError, log
+from obc.toolkit import cli, records
+from obc.toolkit.leveldb import model_tag
 from pruning_vs_quantization import study_files
-from pruning_vs_quantization.model_zoo import (
-    Downloads,
-    load_model,
-    weights_identity,
-    zoo_names,
-)
+from pruning_vs_quantization.model_zoo import Downloads, load_model, weights_identity, zoo_names
 from pruning_vs_quantization.tensor_sqnr import Histogram, tensor_figures
 
 COLUMNS = ("model", "bits", "tensors", "quantising", "pruning", "corrected", "pruning better in")
@@ -89,10 +84,7 @@ class Folder:
 
 
 def model_figures(
-    model: nn.Module,
-    bits: list[int],
-    balanced: bool,
-    device: torch.device,
+    model: nn.Module, bits: list[int], balanced: bool, device: torch.device
 ) -> dict[int, dict[str, dict[str, Any]]]:  # bits → layer → figures
     """Both methods on each Conv2d and Linear tensor. Raises UserError for weights in vain."""
     figures: dict[int, dict[str, dict[str, Any]]] = {width: {} for width in bits}
@@ -113,18 +105,25 @@ def log_coverage(name: str, model: nn.Module) -> None:
     layers = find_layers(model)
     seen = sum(layer.weight.numel() for layer in layers.values())
     others = sum(parameter.numel() for parameter in model.parameters()) - seen
-    log.info("%s: %d tensors of %s weights; left out, since no weight of a Conv2d or Linear: %s "
-             "parameters", name, len(layers), f"{seen:,}", f"{others:,}")  # fmt: skip
+    log.info(
+        "%s: %d tensors of %s weights; left out, since no weight of a Conv2d or Linear: %s "
+        "parameters",
+        name,
+        len(layers),
+        f"{seen:,}",
+        f"{others:,}",
+    )
 
 
 def rows(folder: Path, model: str, bits: list[int]) -> Iterator[str]:
     """The table's lines for a model: medians over its tensors, dB."""
     for width in bits:
         layers = study_files.read_json(result_path(folder, model, width)).values()
-        medians = [median(layer[key] for layer in layers)
-                   for key in ("quant_sqnr", "pruning_sqnr", "pruning_sqnr_corrected")]
-        worse = sum(finite(layer["pruning_sqnr"]) > finite(layer["quant_sqnr"])
-                    for layer in layers)  # fmt: skip
+        medians = [
+            median(layer[key] for layer in layers)
+            for key in ("quant_sqnr", "pruning_sqnr", "pruning_sqnr_corrected")
+        ]
+        worse = sum(finite(layer["pruning_sqnr"]) > finite(layer["quant_sqnr"]) for layer in layers)
         texts = " | ".join(f"{value:.2f}" for value in medians)
         yield f"| {model} | {width} | {len(layers)} | {texts} | {worse} |"
 
@@ -151,14 +150,18 @@ def wanted_models(args: argparse.Namespace) -> list[str]:
         if ".py:" not in name and name not in known:
             known |= {full for names in zoo_names().values() for full in names}
             if name not in known:
-                raise UserError(f"unknown model {name}; torchvision's names, rn18, rn20, … or "
-                                "path/to/file.py:function")
+                raise UserError(
+                    f"unknown model {name}; torchvision's names, rn18, rn20, … or "
+                    "path/to/file.py:function"
+                )
     models = list(dict.fromkeys(args.models))
     tags = [model_tag(name) for name in models]
     for name, tag in zip(models, tags, strict=True):
         if tags.count(tag) > 1:
-            raise UserError(f"{name}: another model's files would be called {tag} too; "
-                            "run them with different --out")
+            raise UserError(
+                f"{name}: another model's files would be called {tag} too; "
+                "run them with different --out"
+            )
     return models
 
 
@@ -166,10 +169,18 @@ def run(args: argparse.Namespace) -> None:
     device, models = resolve_device(args.device), wanted_models(args)
     bits = sorted(set(args.bits), reverse=True)
     folder, downloads, skipped = Folder(args.out), Downloads(), []
-    settings = {name: {"model": name, "weights": weights_identity(name, args.weights),
-                       "balanced": args.balanced} for name in models}  # fmt: skip
-    missing = {name: bits if args.restart else folder.missing(name, settings[name], bits)
-               for name in models}  # fmt: skip
+    settings = {
+        name: {
+            "model": name,
+            "weights": weights_identity(name, args.weights),
+            "balanced": args.balanced,
+        }
+        for name in models
+    }
+    missing = {
+        name: bits if args.restart else folder.missing(name, settings[name], bits)
+        for name in models
+    }
     cli.print_result("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
     for name in tqdm(models, desc="models", leave=False, disable=None):
         if missing[name]:
@@ -191,20 +202,28 @@ def run(args: argparse.Namespace) -> None:
         for row in rows(args.out, name, bits):
             cli.print_result(row)
     if len(skipped) == len(models):
-        raise UserError("no model's weights could be had; download them, or pass "
-                        "--models MODEL --weights FILE")
+        raise UserError(
+            "no model's weights could be had; download them, or pass --models MODEL --weights FILE"
+        )
     if skipped:
         log.warning("%d of %d models skipped", len(skipped), len(models))
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="quant_pruning_weights_sqnr", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", metavar="MODEL", nargs="+",
-                        help="torchvision's names, rn18, rn20, …, or path/to/file.py:function "
-                             "(default: torchvision's whole zoo)")
-    parser.add_argument("--weights", metavar="FILE",
-                        help="weights of the one model that --models names "
-                             "(default: torchvision's, or the shipped)")
+    parser.add_argument(
+        "--models",
+        metavar="MODEL",
+        nargs="+",
+        help="torchvision's names, rn18, rn20, …, or path/to/file.py:function "
+        "(default: torchvision's whole zoo)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="weights of the one model that --models names "
+        "(default: torchvision's, or the shipped)",
+    )
     study_files.add_grid_options(parser)
     study_files.add_study_options(parser, "weights_sqnr")
     return parser

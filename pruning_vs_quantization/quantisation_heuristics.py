@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from engine.elimination import Quantise, eliminate
-from engine.elimination_cpu import compiled
-from engine.inverse import alive_inputs, damped_inverse
+from obc.solver.elimination import Quantise, eliminate
+from obc.solver.elimination_cpu import compiled
+from obc.solver.inverse import alive_inputs, damped_inverse
 from pruning_vs_quantization.proof import Reals
 from pruning_vs_quantization.quantisation_problem import QuantisationProblem
 

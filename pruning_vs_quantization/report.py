@@ -13,9 +13,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from command import cli
-from command.cli import UserError
 from modelutils import TORCHVISION_ALIASES
+from obc.inputs import files
+from obc.solver import errors
+from obc.solver.errors import UserError
+from obc.toolkit import cli
 from pruning_vs_quantization import study_files
 from pruning_vs_quantization.report_page import (
     COMMANDS,
@@ -40,26 +42,40 @@ def page_title(sections: list[Section]) -> str:
 def run(args: argparse.Namespace) -> None:
     sections = gather(args.folder, args.model)
     if not sections or (args.model and all(section.part == "densities" for section in sections)):
-        raise UserError(f"{args.folder}: nothing of the study in it"
-                        + (f" for {args.model}" if args.model else "")
-                        + f"; begin with {COMMANDS['weights']}")  # fmt: skip
+        raise UserError(
+            f"{args.folder}: nothing of the study in it"
+            + (f" for {args.model}" if args.model else "")
+            + f"; begin with {COMMANDS['weights']}"
+        )
     title, out = page_title(sections), args.out or args.folder
-    for name, page in (("report.md", markdown_page(title, sections)),
-                       ("report.html", html_page(title, sections))):  # fmt: skip
-        with cli.atomic_write(out / name) as file:
+    for name, page in (
+        ("report.md", markdown_page(title, sections)),
+        ("report.html", html_page(title, sections)),
+    ):
+        with files.atomic_write(out / name) as file:
             file.write(page.encode())
     cli.print_result(f"{markdown_table(summary_table(sections))}\n\n{answer(sections)}")
-    cli.log.info("page: %s", out / "report.html")
+    errors.log.info("page: %s", out / "report.html")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="report", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", metavar="FOLDER", nargs="?", type=Path, default=study_files.PLOTS_DATA,
-        help="below it a folder for each part that has been run")
+    add(
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        type=Path,
+        default=study_files.PLOTS_DATA,
+        help="below it a folder for each part that has been run",
+    )
     add("--model", metavar="MODEL", help="only this one's results (default: all there are)")
-    add("--out", metavar="DIR", type=Path, help="where report.html and report.md go "
-                                                "(default: FOLDER)")  # fmt: skip
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where report.html and report.md go (default: FOLDER)",
+    )
     return parser
 
 

@@ -17,17 +17,19 @@ from html import escape
 
 from pruning_vs_quantization.expected_error import sparsity_percent
 
-QUESTION = ("b-bit weights take the room of 16-bit weights of which a share of b/16 is kept. "
-            "Which of the two loses less?")  # fmt: skip
+QUESTION = (
+    "b-bit weights take the room of 16-bit weights of which a share of b/16 is kept. "
+    "Which of the two loses less?"
+)
 LEGEND = "Quantisation − pruning: above 0, quantisation loses less."
 EVEN = {"dB": 0.1, "points": 0.3}  # points: the standard error of a difference on 10,000 images
 COMMANDS = {  # part: what to run for it, in the order of the answer's weight
     "densities": "python -m pruning_vs_quantization.expected_sqnr",
     "weights": "python -m pruning_vs_quantization.quant_pruning_weights_sqnr --models MODEL",
     "layer outputs": "python -m pruning_vs_quantization.post_training_quant_acts_sqnr "
-                     "quant-bounds-data-opt … and post_training_pruning_acts_sqnr …",
+    "quant-bounds-data-opt … and post_training_pruning_acts_sqnr …",
     "fine-tuning": "python -m pruning_vs_quantization.main train-compressed … and … table …",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,11 @@ class Table:
     @classmethod
     def parse(cls, text: str) -> Table:
         """From Markdown."""
-        lines = [[cell.strip() for cell in line.strip().strip("|").split("|")]
-                 for line in text.splitlines() if line.strip()]  # fmt: skip
+        lines = [
+            [cell.strip() for cell in line.strip().strip("|").split("|")]
+            for line in text.splitlines()
+            if line.strip()
+        ]
         return cls(lines[0], lines[2:])
 
 
@@ -100,9 +105,11 @@ def dissent(sections: list[Section]) -> str:
     """Where an earlier part says otherwise than the last."""
     last, found = sections[-1], []
     for section in sections[:-1]:
-        bits = [f"{bits:g} bits ({signed(gap, section.unit)})" for bits, gap in section.gaps.items()
-                if bits in last.gaps
-                and better(gap, section.unit) != better(last.gaps[bits], last.unit)]
+        bits = [
+            f"{bits:g} bits ({signed(gap, section.unit)})"
+            for bits, gap in section.gaps.items()
+            if bits in last.gaps and better(gap, section.unit) != better(last.gaps[bits], last.unit)
+        ]
         if bits:
             found.append(f"{section.part}, {section.subject}, at {listed(bits)}")
     if found:
@@ -120,12 +127,20 @@ def summary_table(sections: list[Section]) -> Table:
     sections = [section for section in sections if section.gaps]
     sizes = sorted({bits for section in sections for bits in section.gaps}, reverse=True)
     head = ["bits", "sparsity", *(section.title for section in sections)]
-    return Table(head, [
-        [f"{bits:g}", sparsity_percent(bits),
-         *(signed(section.gaps.get(bits), section.unit) if bits in section.gaps else "–"
-           for section in sections)]
-        for bits in sizes
-    ])  # fmt: skip
+    return Table(
+        head,
+        [
+            [
+                f"{bits:g}",
+                sparsity_percent(bits),
+                *(
+                    signed(section.gaps.get(bits), section.unit) if bits in section.gaps else "–"
+                    for section in sections
+                ),
+            ]
+            for bits in sizes
+        ],
+    )
 
 
 # -------------------------------------------------------------------------------------- the page
@@ -159,18 +174,25 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 
 
 def html_table(table: Table) -> str:
-    columns = [[row[i] for row in table.rows if row[i] not in ("", "–")]
-               for i in range(len(table.head))]  # fmt: skip
-    words = [bool(column) and not any(cell.lstrip("+-−≥ ")[:1] in "0123456789∞" for cell in column)
-             for column in columns]  # fmt: skip
+    columns = [
+        [row[i] for row in table.rows if row[i] not in ("", "–")] for i in range(len(table.head))
+    ]
+    words = [
+        bool(column) and not any(cell.lstrip("+-−≥ ")[:1] in "0123456789∞" for cell in column)
+        for column in columns
+    ]
 
     def cells(row: list[str], tag: str) -> str:
-        return "".join(f'<{tag}{" class=text" * text}>{escape(cell)}</{tag}>'
-                       for cell, text in zip(row, words, strict=True))  # fmt: skip
+        return "".join(
+            f"<{tag}{' class=text' * text}>{escape(cell)}</{tag}>"
+            for cell, text in zip(row, words, strict=True)
+        )
 
     rows = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
-    text = (f"<div class=wide><table>\n<thead><tr>{cells(table.head, 'th')}</tr></thead>\n"
-            f"<tbody>\n{rows}\n</tbody></table></div>")  # fmt: skip
+    text = (
+        f"<div class=wide><table>\n<thead><tr>{cells(table.head, 'th')}</tr></thead>\n"
+        f"<tbody>\n{rows}\n</tbody></table></div>"
+    )
     if table.folded:
         return f"<details><summary>{escape(table.folded)}</summary>{text}</details>"
     return text
@@ -178,19 +200,26 @@ def html_table(table: Table) -> str:
 
 def html_picture(caption: str, png: bytes) -> str:
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return (f'<figure><img alt="{escape(caption)}" src="{source}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>")  # fmt: skip
+    return (
+        f'<figure><img alt="{escape(caption)}" src="{source}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
 
 
 def html_page(title: str, sections: list[Section]) -> str:
     """The whole page, pictures inside."""
     parts = []
     for section in sections:
-        parts += [f"<h2>{escape(section.title)}</h2>", f"<p>{escape(section.text)}</p>",
-                  *map(html_table, section.tables),
-                  *(html_picture(*picture) for picture in section.pictures)]  # fmt: skip
-    missing = "".join(f"<p>Not run: {part}. <code>{escape(command)}</code></p>"
-                      for part, command in not_run(sections))  # fmt: skip
+        parts += [
+            f"<h2>{escape(section.title)}</h2>",
+            f"<p>{escape(section.text)}</p>",
+            *map(html_table, section.tables),
+            *(html_picture(*picture) for picture in section.pictures),
+        ]
+    missing = "".join(
+        f"<p>Not run: {part}. <code>{escape(command)}</code></p>"
+        for part, command in not_run(sections)
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -213,9 +242,13 @@ def markdown_table(table: Table) -> str:
 
 def markdown_page(title: str, sections: list[Section]) -> str:
     """The same without pictures."""
-    parts = [f"# {title}", QUESTION, f"**{answer(sections)}**",
-             markdown_table(summary_table(sections)),
-             LEGEND]  # fmt: skip
+    parts = [
+        f"# {title}",
+        QUESTION,
+        f"**{answer(sections)}**",
+        markdown_table(summary_table(sections)),
+        LEGEND,
+    ]
     for section in sections:
         parts += [f"## {section.title}", section.text, *map(markdown_table, section.tables)]
     parts += [f"Not run: {part}. `{command}`" for part, command in not_run(sections)]
@@ -223,5 +256,8 @@ def markdown_page(title: str, sections: list[Section]) -> str:
 
 
 def not_run(sections: list[Section]) -> list[tuple[str, str]]:
-    return [(part, command) for part, command in COMMANDS.items()
-            if all(section.part != part for section in sections)]  # fmt: skip
+    return [
+        (part, command)
+        for part, command in COMMANDS.items()
+        if all(section.part != part for section in sections)
+    ]

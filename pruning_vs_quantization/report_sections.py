@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from command.cli import UserError
-from database import model_tag
 from modelutils import TORCHVISION_ALIASES
+from obc.solver.errors import UserError
+from obc.toolkit.leveldb import model_tag
 from pruning_vs_quantization import expected_sqnr, plot_weights_sqnr, plots, study_files
 from pruning_vs_quantization.expected_error import sparsity_percent
 from pruning_vs_quantization.fine_tuning_table import PRUNED, QUANTISED, Result, markdown
@@ -37,9 +37,10 @@ def gather(folder: Path, model: str | None) -> list[Section]:
         try:
             sections += of(folder, model)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder}: a result of the part {part} is not as its command writes "
-                            f"it ({type(error).__name__}: {error}); run it again with --restart"
-                            ) from None  # fmt: skip
+            raise UserError(
+                f"{folder}: a result of the part {part} is not as its command writes "
+                f"it ({type(error).__name__}: {error}); run it again with --restart"
+            ) from None
     return sections
 
 
@@ -57,21 +58,33 @@ def densities(folder: Path, model: str | None) -> Iterator[Section]:  # of no mo
     settings, figures = study_files.read_result(path)
     bits = settings["bits"]
     gaussian = figures["densities"]["Gaussian"]["bits"]
-    crossings = [f"{of['crossing']:.1f} at {width} bits"
-                 for width, of in sorted(figures["kurtosis"].items()) if of["crossing"] is not None]
+    crossings = [
+        f"{of['crossing']:.1f} at {width} bits"
+        for width, of in sorted(figures["kurtosis"].items())
+        if of["crossing"] is not None
+    ]
     text = "Closed-form expected errors, each grid with its range of least error. "
-    text += ("Heavy tails favour pruning: on truncated Student-t densities it starts to win at an "
-             f"excess kurtosis of {', '.join(crossings)}." if crossings else
-             "Pruning starts to win at none of the kurtoses looked at.")  # fmt: skip
+    text += (
+        "Heavy tails favour pruning: on truncated Student-t densities it starts to win at an "
+        f"excess kurtosis of {', '.join(crossings)}."
+        if crossings
+        else "Pruning starts to win at none of the kurtoses looked at."
+    )
     yield Section(
-        "densities", "a Gaussian", "dB",
+        "densities",
+        "a Gaussian",
+        "dB",
         {int(width): of["quant_sqnr"] - of["pruning_sqnr"] for width, of in gaussian.items()},
-        text, [Table.parse(expected_sqnr.table(figures, bits))],
-        [("Expected SQNR of densities",
-          plots.png_bytes(expected_sqnr.draw_sqnr(figures, bits))),
-         ("How much quantisation is ahead, against kurtosis",
-          plots.png_bytes(expected_sqnr.draw_kurtosis(figures, bits)))],
-    )  # fmt: skip
+        text,
+        [Table.parse(expected_sqnr.table(figures, bits))],
+        [
+            ("Expected SQNR of densities", plots.png_bytes(expected_sqnr.draw_sqnr(figures, bits))),
+            (
+                "How much quantisation is ahead, against kurtosis",
+                plots.png_bytes(expected_sqnr.draw_kurtosis(figures, bits)),
+            ),
+        ],
+    )
 
 
 @dataclass(frozen=True)
@@ -108,28 +121,66 @@ def weights(folder: Path, model: str | None) -> Iterator[Section]:
         by_bits.setdefault(tensor.bits, []).append(tensor)
     rows = []
     for bits, of in by_bits.items():
-        medians = [statistics.median(tensor.figures[key] for tensor in of)
-                   for key in ("quant_sqnr", "pruning_sqnr")]  # fmt: skip
+        medians = [
+            statistics.median(tensor.figures[key] for tensor in of)
+            for key in ("quant_sqnr", "pruning_sqnr")
+        ]
         worse = sum(tensor.gap < 0 for tensor in of)
-        rows.append([f"{bits}", sparsity_percent(bits), f"{len(of)}",
-                     *(f"{value:.2f}" for value in medians), f"{worse}"])  # fmt: skip
+        rows.append(
+            [
+                f"{bits}",
+                sparsity_percent(bits),
+                f"{len(of)}",
+                *(f"{value:.2f}" for value in medians),
+                f"{worse}",
+            ]
+        )
     closest = sorted(found, key=lambda tensor: tensor.gap)[:CLOSEST]
-    points = {bits: [(t.figures["pruning_sqnr"], t.figures["quant_sqnr"]) for t in of]
-              for bits, of in by_bits.items()}  # fmt: skip
+    points = {
+        bits: [(t.figures["pruning_sqnr"], t.figures["quant_sqnr"]) for t in of]
+        for bits, of in by_bits.items()
+    }
     yield Section(
-        "weights", models[0] if len(models) == 1 else f"{len(models)} models", "dB",
+        "weights",
+        models[0] if len(models) == 1 else f"{len(models)} models",
+        "dB",
         {bits: statistics.median(tensor.gap for tensor in of) for bits, of in by_bits.items()},
         f"Every Conv2d and Linear tensor of {', '.join(models)}, rounded to FP16; one grid for a "
         "tensor, with the range of least squared error, against magnitude pruning. The second "
         "table names the tensors on which pruning comes closest.",
-        [Table(["bits", "sparsity", "tensors", "quantising, median dB", "pruning, median dB",
-                "pruning better in"], rows),
-         Table(["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"],
-               [[t.model, t.layer, f"{t.bits}", f"{t.figures['sample_kurtosis']:.1f}",
-                 signed(t.gap, "dB")] for t in closest])],
-        [("A dot per tensor; above the diagonal quantisation loses less",
-          plots.png_bytes(plot_weights_sqnr.draw(points)))],
-    )  # fmt: skip
+        [
+            Table(
+                [
+                    "bits",
+                    "sparsity",
+                    "tensors",
+                    "quantising, median dB",
+                    "pruning, median dB",
+                    "pruning better in",
+                ],
+                rows,
+            ),
+            Table(
+                ["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"],
+                [
+                    [
+                        t.model,
+                        t.layer,
+                        f"{t.bits}",
+                        f"{t.figures['sample_kurtosis']:.1f}",
+                        signed(t.gap, "dB"),
+                    ]
+                    for t in closest
+                ],
+            ),
+        ],
+        [
+            (
+                "A dot per tensor; above the diagonal quantisation loses less",
+                plots.png_bytes(plot_weights_sqnr.draw(points)),
+            )
+        ],
+    )
 
 
 def layer_outputs(folder: Path, model: str | None) -> Iterator[Section]:
@@ -142,9 +193,11 @@ def layer_outputs(folder: Path, model: str | None) -> Iterator[Section]:
             of = layers.setdefault((figures["layer"], figures["bits"]), {})
             of[figures["kind"]] = figures["summary"]
     for (name, dataset), layers in networks.items():
-        both = {key: (of["quantisation"], of["pruning"])
-                for key, of in sorted(layers.items(), key=lambda item: in_order(*item[0]))
-                if len(of) == 2}  # fmt: skip
+        both = {
+            key: (of["quantisation"], of["pruning"])
+            for key, of in sorted(layers.items(), key=lambda item: in_order(*item[0]))
+            if len(of) == 2
+        }
         if not both:
             continue
         by_bits: dict[int, list[Pair]] = {}
@@ -152,15 +205,19 @@ def layer_outputs(folder: Path, model: str | None) -> Iterator[Section]:
             by_bits[bits] = [pair for key, pair in both.items() if key[1] == bits]
         pictures = sorted((folder / "layer_outputs").glob(f"{model_tag(name)}_layer_outputs.png"))
         yield Section(
-            "layer outputs", f"{name} on {dataset}", "dB",
+            "layer outputs",
+            f"{name} on {dataset}",
+            "dB",
             {bits: median_gap(of) for bits, of in by_bits.items()},
             "The best solutions of the layers' least-squares problems on real inputs; nothing can "
             "pass their limits. One side is proven better where its best passes the other's "
             "limit. Below optimum: what the toolkit's own answer loses to the best one, mean.",
             [output_table(by_bits), layer_table(both)],
-            [("From the best solution found to the proven limit, by layer", path.read_bytes())
-             for path in pictures],
-        )  # fmt: skip
+            [
+                ("From the best solution found to the proven limit, by layer", path.read_bytes())
+                for path in pictures
+            ],
+        )
 
 
 def in_order(layer: str, bits: int) -> tuple[list[str | int], int]:
@@ -188,17 +245,39 @@ def output_table(by_bits: dict[int, list[Pair]]) -> Table:
     """A row per bit width."""
     rows = []
     for bits, of in by_bits.items():
-        proven = [sum(sqnr_of(ours, "sqnr_best") > sqnr_of(theirs, "sqnr_limit")
-                      for ours, theirs in pairs)
-                  for pairs in (of, [(pruned, quantised) for quantised, pruned in of])]
-        own = [statistics.fmean(summary["own_gap_mean"] or 0.0 for summary in side)
-               for side in zip(*of, strict=True)]
-        rows.append([f"{bits}", sparsity_percent(bits), f"{len(of)}",
-                     signed(median_gap(of), "dB"), *map(str, proven),
-                     *(f"{value:.2f} dB" for value in own)])
-    return Table(["bits", "sparsity", "layers", "quantisation − pruning, median",
-                  "quantisation proven better in", "pruning proven better in",
-                  "OBQ below optimum", "ExactOBS below optimum"], rows)  # fmt: skip
+        proven = [
+            sum(
+                sqnr_of(ours, "sqnr_best") > sqnr_of(theirs, "sqnr_limit") for ours, theirs in pairs
+            )
+            for pairs in (of, [(pruned, quantised) for quantised, pruned in of])
+        ]
+        own = [
+            statistics.fmean(summary["own_gap_mean"] or 0.0 for summary in side)
+            for side in zip(*of, strict=True)
+        ]
+        rows.append(
+            [
+                f"{bits}",
+                sparsity_percent(bits),
+                f"{len(of)}",
+                signed(median_gap(of), "dB"),
+                *map(str, proven),
+                *(f"{value:.2f} dB" for value in own),
+            ]
+        )
+    return Table(
+        [
+            "bits",
+            "sparsity",
+            "layers",
+            "quantisation − pruning, median",
+            "quantisation proven better in",
+            "pruning proven better in",
+            "OBQ below optimum",
+            "ExactOBS below optimum",
+        ],
+        rows,
+    )
 
 
 def layer_table(both: dict[tuple[str, int], Pair]) -> Table:
@@ -206,17 +285,37 @@ def layer_table(both: dict[tuple[str, int], Pair]) -> Table:
     rows = []
     for (layer, bits), pair in both.items():
         proven, of = (sum(side[key] for side in pair) for key in ("proven", "subproblems"))
-        rows.append([layer, f"{bits}", f"{proven} of {of}", *map(interval, pair),
-                     signed(output_gap(*pair), "dB"), *map(own_gap, pair)])  # fmt: skip
-    return Table(["layer", "bits", "proven optimal", "quantised, dB", "pruned, dB",
-                  "quantisation − pruning", "OBQ below optimum, dB", "ExactOBS below optimum, dB"],
-                 rows, folded="Layer by layer")  # fmt: skip
+        rows.append(
+            [
+                layer,
+                f"{bits}",
+                f"{proven} of {of}",
+                *map(interval, pair),
+                signed(output_gap(*pair), "dB"),
+                *map(own_gap, pair),
+            ]
+        )
+    return Table(
+        [
+            "layer",
+            "bits",
+            "proven optimal",
+            "quantised, dB",
+            "pruned, dB",
+            "quantisation − pruning",
+            "OBQ below optimum, dB",
+            "ExactOBS below optimum, dB",
+        ],
+        rows,
+        folded="Layer by layer",
+    )
 
 
 def interval(summary: dict[str, Any]) -> str:
     """From the best SQNR found to the limit, in dB."""
-    ends = [f"{sqnr_of(summary, key):.2f}".replace("inf", "∞")
-            for key in ("sqnr_best", "sqnr_limit")]  # fmt: skip
+    ends = [
+        f"{sqnr_of(summary, key):.2f}".replace("inf", "∞") for key in ("sqnr_best", "sqnr_limit")
+    ]
     return " … ".join(dict.fromkeys(ends))
 
 
@@ -236,14 +335,21 @@ def fine_tuning(folder: Path, model: str | None) -> Iterator[Section]:
             continue
         results = [Result(**one) for one in record["results"]]
         means = {method: mean_top1(results, method) for method in (QUANTISED, PRUNED)}
-        gaps = {bits: means[QUANTISED][bits] - means[PRUNED][bits]
-                for bits in sorted(means[QUANTISED], reverse=True) if bits in means[PRUNED]}
+        gaps = {
+            bits: means[QUANTISED][bits] - means[PRUNED][bits]
+            for bits in sorted(means[QUANTISED], reverse=True)
+            if bits in means[PRUNED]
+        }
         picture = path.with_suffix(".png")
         yield Section(
-            "fine-tuning", f"{name} on {record['dataset']}", "points", gaps,
-            f"Top-1 in percent; {record['conditions']}.", [Table.parse(markdown(results))],
+            "fine-tuning",
+            f"{name} on {record['dataset']}",
+            "points",
+            gaps,
+            f"Top-1 in percent; {record['conditions']}.",
+            [Table.parse(markdown(results))],
             [("Top-1 against size", picture.read_bytes())] if picture.exists() else [],
-        )  # fmt: skip
+        )
 
 
 def mean_top1(results: list[Result], method: str) -> dict[float, float]:

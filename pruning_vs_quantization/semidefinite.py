@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from command.cli import log
+from obc.solver.errors import log
 from pruning_vs_quantization.plots import study_package
 
 

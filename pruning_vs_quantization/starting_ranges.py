@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from engine.calibration import watching
 from modelutils import evaluating
-from tuning.corrections import placed
+from obc.toolkit.calibrate import watching
+from obc.toolkit.corrections import placed
 
 METHODS = ("MSE", "minmax")
 LADDER = tuple(0.97**i for i in range(175))  # from 1 to 1/200
@@ -59,8 +59,9 @@ def least_squares_step(
     high: Tensor,  # (rows, 1)
 ) -> Tensor:  # (rows, 1)
     """The step of least squared error, per row, as in the module docstring; 1 for zeros."""
-    longest = 2 * torch.maximum(x.amax(1, keepdim=True) / high.clamp(min=1),
-                                x.amin(1, keepdim=True) / low.clamp(max=-1))  # fmt: skip
+    longest = 2 * torch.maximum(
+        x.amax(1, keepdim=True) / high.clamp(min=1), x.amin(1, keepdim=True) / low.clamp(max=-1)
+    )
     longest = torch.where(longest > 0, longest, torch.ones_like(longest))
     sample = x[:, :: max(1, x.shape[1] // LADDER_SAMPLE)]
     best, least = longest, torch.full_like(longest, torch.inf, dtype=torch.float64)
@@ -84,8 +85,10 @@ def improved(
 ) -> tuple[Tensor, Tensor]:  # both (rows, 1)
     """The best step for the codes that a step gives, and the squared error with those codes."""
     codes = torch.round(x / step).clamp_(low, high)
-    x_codes, codes_codes, x_x = ((a * b).sum(1, keepdim=True, dtype=torch.float64)
-                                 for a, b in ((x, codes), (codes, codes), (x, x)))  # fmt: skip
+    x_codes, codes_codes, x_x = (
+        (a * b).sum(1, keepdim=True, dtype=torch.float64)
+        for a, b in ((x, codes), (codes, codes), (x, x))
+    )
     better = x_codes / codes_codes.clamp(min=1)  # codes_codes is a whole number
     found = (better > 0) & torch.isfinite(better)
     error = torch.where(found, x_x - x_codes * better, torch.inf)

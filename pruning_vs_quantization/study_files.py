@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from command import cli, records
-from command.cli import UserError, log
+from obc.solver.errors import UserError, log
+from obc.toolkit import cli, records
 
 PLOTS_DATA = Path("plots_data")  # below it a folder for each part
 LOWEST_BITS, HIGHEST_BITS = 2, 8  # that are compared with pruning: half to an eighth of 16 bits
@@ -37,8 +37,13 @@ def add_study_options(
     """Add the options of every part: --out (plots_data/<part>), --seed, --device, --restart."""
     group = parser.add_argument_group("options of every part of the study")
     add = group.add_argument
-    add("--out", metavar="DIR", type=Path, default=PLOTS_DATA / part,
-        help="folder for results and pictures, made if it is missing")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=PLOTS_DATA / part,
+        help="folder for results and pictures, made if it is missing",
+    )
     add("--seed", metavar="N", type=cli._seed, default=0, help="seed of every random choice")
     if device:
         add("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="where to compute")
@@ -47,19 +52,27 @@ def add_study_options(
 
 def add_grid_options(parser: argparse.ArgumentParser) -> None:
     """Add what says which grids are compared: --bits, --balanced."""
-    parser.add_argument("--bits", metavar="B", type=_bit_width, nargs="+",
-                        default=list(range(HIGHEST_BITS, LOWEST_BITS - 1, -1)),
-                        help="bit widths; pruning leaves a share of bits/16")
-    parser.add_argument("--balanced", action="store_true",
-                        help="grids of 2^b - 1 levels, as many below 0 as above "
-                             "(default: all 2^b, one more below)")
+    parser.add_argument(
+        "--bits",
+        metavar="B",
+        type=_bit_width,
+        nargs="+",
+        default=list(range(HIGHEST_BITS, LOWEST_BITS - 1, -1)),
+        help="bit widths; pruning leaves a share of bits/16",
+    )
+    parser.add_argument(
+        "--balanced",
+        action="store_true",
+        help="grids of 2^b - 1 levels, as many below 0 as above (default: all 2^b, one more below)",
+    )
 
 
 def _bit_width(text: str) -> int:
     value = cli.positive_int(text)
     if not LOWEST_BITS <= value <= HIGHEST_BITS:
         raise argparse.ArgumentTypeError(
-            f"must be from {LOWEST_BITS} to {HIGHEST_BITS}; got {text}")
+            f"must be from {LOWEST_BITS} to {HIGHEST_BITS}; got {text}"
+        )
     return value
 
 

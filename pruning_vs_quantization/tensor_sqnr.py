@@ -36,12 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pruning_vs_quantization.distributions import Distribution, Reals
-from pruning_vs_quantization.expected_error import (
-    DENSE_BITS,
-    best_step,
-    integer_codes,
-    sqnr_db,
-)
+from pruning_vs_quantization.expected_error import DENSE_BITS, best_step, integer_codes, sqnr_db
 
 PIECE = 1 << 24  # weights that are counted at a time
 NO_ERROR = 1e-28  # of the weights' power: what float64 makes of an error of nothing
@@ -53,8 +48,9 @@ class Histogram(Distribution):
     def __init__(self, values: Reals, counts: NDArray[np.int64]) -> None:
         self.values, self.counts = values, counts  # (m,) ascending and distinct; (m,)
         self.size = int(counts.sum())
-        self._sums = [np.concatenate([[0.0], np.cumsum(counts * values**order)])
-                      for order in (0, 1, 2)]  # fmt: skip
+        self._sums = [
+            np.concatenate([[0.0], np.cumsum(counts * values**order)]) for order in (0, 1, 2)
+        ]
 
     @classmethod
     def of(
@@ -96,8 +92,11 @@ class Histogram(Distribution):
     def pruned_error(self, kept: int) -> float:
         """The mean squared error of leaving the `kept` largest magnitudes and no others."""
         order = np.argsort(abs(self.values), kind="stable")
-        lost = np.clip(self.size - kept - np.cumsum(self.counts[order]) + self.counts[order],
-                       0, self.counts[order])  # fmt: skip
+        lost = np.clip(
+            self.size - kept - np.cumsum(self.counts[order]) + self.counts[order],
+            0,
+            self.counts[order],
+        )
         return float(lost @ self.values[order] ** 2) / self.size
 
 
@@ -117,8 +116,11 @@ class TensorFigures:
     def as_json(self) -> dict[str, float | str | None]:
         """Values by name; those that JSON cannot hold are None, and `reason` says why."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        reasons = [f"{name}: {_reason(value)}" for name, value in values.items()
-                   if not math.isfinite(value)]  # fmt: skip
+        reasons = [
+            f"{name}: {_reason(value)}"
+            for name, value in values.items()
+            if not math.isfinite(value)
+        ]
         record = {name: value if math.isfinite(value) else None for name, value in values.items()}
         return record | ({"reason": "; ".join(reasons)} if reasons else {})
 

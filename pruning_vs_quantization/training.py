@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from command.cli import UserError, log
 from modelutils import evaluate, find_layers
+from obc.solver.errors import UserError, log
+from obc.toolkit.corrections import BatchNorm, placed
 from pruning_vs_quantization import compressed_model as compressed
 from pruning_vs_quantization import oscillations
 from pruning_vs_quantization.learned_steps import learned_steps
@@ -40,7 +41,6 @@ from pruning_vs_quantization.starting_ranges import input_grids
 from pruning_vs_quantization.training_images import TrainingData
 from pruning_vs_quantization.training_state import Progress, load_training, save_training
 from spdy import batchnorm_averages
-from tuning.corrections import BatchNorm, placed
 
 Optimisers = list[torch.optim.Optimizer]
 STEPS_BETWEEN_MASKS, MASKS = 100, 20  # at most, at least
@@ -59,8 +59,14 @@ def compressed_network(
         compressed.quantise_weights(model, bits, args.per_channel, args.weight_quant_method)
     if args.act_quant:
         bits = compressed.layer_bits(model, args.n_bits_act)
-        grids = input_grids(dense, find_layers(dense), bits, args.act_quant_method,
-                            images.plain(args.num_est_batches), device)  # fmt: skip
+        grids = input_grids(
+            dense,
+            find_layers(dense),
+            bits,
+            args.act_quant_method,
+            images.plain(args.num_est_batches),
+            device,
+        )
         compressed.quantise_inputs(model, grids)
     if args.oscillations_freeze_threshold:
         oscillations.start_tracking(model)
@@ -71,8 +77,9 @@ def pruning_plan(args: argparse.Namespace, steps_per_epoch: int) -> GradualPruni
     """How to prune, if at all."""
     if args.prune_method == "none":
         return None
-    first, last = (epoch * steps_per_epoch for epoch in (args.prune_epoch_start,
-                                                         args.prune_last_epoch))  # fmt: skip
+    first, last = (
+        epoch * steps_per_epoch for epoch in (args.prune_epoch_start, args.prune_last_epoch)
+    )
     every = args.delta_t or max(1, min(STEPS_BETWEEN_MASKS, (last - first) // MASKS))
     schedule = CubicSchedule(args.s_i, args.s_f, first, last)
     return GradualPruning(schedule, every, args.first_last_sparsity, args.tile_size)
@@ -93,8 +100,10 @@ def make_optimisers(args: argparse.Namespace, model: nn.Module) -> Optimisers:
         groups.append(_group(steps, args.learning_rate, args.quant_weight_decay))
         return [_optimiser(args, args.optimizer, groups)]
     of_steps = _group(steps, args.quant_learning_rate, args.quant_weight_decay)
-    return [_optimiser(args, args.optimizer, groups),
-            _optimiser(args, args.quant_optimizer, [of_steps])]  # fmt: skip
+    return [
+        _optimiser(args, args.optimizer, groups),
+        _optimiser(args, args.quant_optimizer, [of_steps]),
+    ]
 
 
 def _group(parameters: list[Tensor], rate: float, weight_decay: float) -> dict[str, Any]:
@@ -140,8 +149,9 @@ class Training:
         self.progress = Progress()
         norms = any(isinstance(module, BatchNorm) for module in dense.modules())
         if args.reestimate_bn_stats and not norms:
-            raise UserError("--reestimate-bn-stats: this model has no batch norm; "
-                            "pass --no-reestimate-bn-stats")  # fmt: skip
+            raise UserError(
+                "--reestimate-bn-stats: this model has no batch norm; pass --no-reestimate-bn-stats"
+            )
 
     def run(self, state: Path, settings: dict[str, Any]) -> nn.Module:
         """Train all epochs that are left; the plain network that was learned.
@@ -180,8 +190,10 @@ class Training:
         progress.epochs += 1
         progress.seconds += entry["seconds"]
         progress.history.append(entry)
-        line = (f"epoch {progress.epochs} of {self.args.max_epochs}  {entry['seconds']:.1f} s  "
-                f"loss {loss:.4f}  top-1 {entry['top1']:.2f}  sparsity {entry['sparsity']:.4f}")
+        line = (
+            f"epoch {progress.epochs} of {self.args.max_epochs}  {entry['seconds']:.1f} s  "
+            f"loss {loss:.4f}  top-1 {entry['top1']:.2f}  sparsity {entry['sparsity']:.4f}"
+        )
         log.info(line + (f"  frozen {entry['frozen']:.4f}" if "frozen" in entry else ""))
         return plain
 
@@ -196,8 +208,9 @@ class Training:
                 bar.update()
         loss = float(total) / steps
         if not math.isfinite(loss):
-            raise UserError(f"the loss is not finite in epoch {number + 1}; "
-                            "pass a smaller --learning-rate")  # fmt: skip
+            raise UserError(
+                f"the loss is not finite in epoch {number + 1}; pass a smaller --learning-rate"
+            )
         return loss
 
     def _step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:  # the loss

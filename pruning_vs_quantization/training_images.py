@@ -110,8 +110,10 @@ class TrainingData:
         total = len(data.calibration.source)
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
         data = replace(data, calibration=replace(data.calibration, chosen=order[:count]))
-        sets = [Pixels.of(images, batchsize) if fits_in_memory(images) else None
-                for images in (data.calibration, data.test)]  # fmt: skip
+        sets = [
+            Pixels.of(images, batchsize) if fits_in_memory(images) else None
+            for images in (data.calibration, data.test)
+        ]
         return cls(data, batchsize, augment, seed, workers, *sets)
 
     @property
@@ -142,8 +144,15 @@ class TrainingData:
         chosen = self.data.calibration.chosen
         images = replace(self.data.calibration, chosen=[chosen[index] for index in order])
         shuffled = replace(self.data, calibration=images)
-        return iter(calibration_batches(shuffled, batchsize=self.batchsize, augment=self.augment,
-                                        seed=seed, workers=self.workers))  # fmt: skip
+        return iter(
+            calibration_batches(
+                shuffled,
+                batchsize=self.batchsize,
+                augment=self.augment,
+                seed=seed,
+                workers=self.workers,
+            )
+        )
 
     def plain(self, batches: int) -> Batches:
         """Some training batches, not augmented, always the same; fewer if there are not as many."""
@@ -152,8 +161,9 @@ class TrainingData:
             return Pixels(self.train.images[:count], self.train.labels[:count], self.batchsize)
         calibration = self.data.calibration
         some = replace(calibration, chosen=calibration.chosen[:count])
-        return calibration_batches(replace(self.data, calibration=some), batchsize=self.batchsize,
-                                   workers=self.workers)  # fmt: skip
+        return calibration_batches(
+            replace(self.data, calibration=some), batchsize=self.batchsize, workers=self.workers
+        )
 
     def test_batches(self) -> Batches:
         """All test images."""

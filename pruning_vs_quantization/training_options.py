@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from command import cli
-from command.cli import UserError
-from database import model_tag
 from datautils import DATASETS
-from engine.devices import resolve_device
+from obc.solver.devices import resolve_device
+from obc.solver.errors import UserError
+from obc.toolkit import cli
+from obc.toolkit.leveldb import model_tag
 from pruning_vs_quantization.architectures import network_name
 from pruning_vs_quantization.schedules import FORMS, learning_rate_schedule
 from pruning_vs_quantization.starting_ranges import METHODS
@@ -19,8 +19,15 @@ from pruning_vs_quantization.study_files import add_study_options
 
 OPTIMISERS = ("SGD", "Adam", "AdamW")
 NOT_SETTINGS = {  # what the figures do not hang on
-    "command", "run", "out", "restart", "device", "cuda", "num_workers", "tb_logging_dir",
-}  # fmt: skip
+    "command",
+    "run",
+    "out",
+    "restart",
+    "device",
+    "cuda",
+    "num_workers",
+    "tb_logging_dir",
+}
 
 
 def bits(text: str) -> int:
@@ -42,8 +49,7 @@ def momentum(text: str) -> float:
 def switch(group: Any, name: str, default: bool | None, text: str) -> None:
     """Add --name and --no-name."""
     off = " (default: off)" if default is False else ""
-    option = group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction,
-                                help=text + off)  # fmt: skip
+    option = group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text + off)
     option.default = default  # given above, Python before 3.13 would tell of it a second time
 
 
@@ -57,31 +63,54 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     switch(group, "cuda", None, "as --device cuda; --no-cuda: as --device cpu")
     switch(group, "deterministic", False, "only algorithms that give the same bits every time")
-    group.add_argument("--tb-logging-dir", metavar="DIR", help="where to log for TensorBoard "
-                       "(default: nowhere)")  # fmt: skip
+    group.add_argument(
+        "--tb-logging-dir", metavar="DIR", help="where to log for TensorBoard (default: nowhere)"
+    )
     add_study_options(parser, "fine_tuning")
 
 
 def _add_network(group: Any) -> None:
     add = group.add_argument
-    add("--architecture", metavar="NAME_quantized", required=True,
+    add(
+        "--architecture",
+        metavar="NAME_quantized",
+        required=True,
         help="resnet18_quantized resnet50_quantized mobilenet_v2_quantized "
-             "efficientnet_lite_quantized, or any MODEL of main_trueobs.py and _quantized")
+        "efficientnet_lite_quantized, or any MODEL of main_trueobs.py and _quantized",
+    )
     add("--dataset", choices=DATASETS, default="imagenet", help="what to train on")
-    add("--images-dir", metavar="DIR", help="folder with train/ and val/ "
-        "(default: ../imagenet, ../cifar10; digits needs none)")
-    add("--weights", metavar="FILE",
-        help="dense weights to start from (default: those to download, or the shipped)")
-    add("--image-size", metavar="N", type=cli.positive_int,
+    add(
+        "--images-dir",
+        metavar="DIR",
+        help="folder with train/ and val/ (default: ../imagenet, ../cifar10; digits needs none)",
+    )
+    add(
+        "--weights",
+        metavar="FILE",
+        help="dense weights to start from (default: those to download, or the shipped)",
+    )
+    add(
+        "--image-size",
+        metavar="N",
+        type=cli.positive_int,
         help="side of the network's input in pixels "
-             "(default: imagenet and folder 224, cifar10 32, digits 16)")
-    add("--train-samples", metavar="N", type=cli.positive_int,
-        help="training images, chosen by --seed (default: all)")
+        "(default: imagenet and folder 224, cifar10 32, digits 16)",
+    )
+    add(
+        "--train-samples",
+        metavar="N",
+        type=cli.positive_int,
+        help="training images, chosen by --seed (default: all)",
+    )
     switch(group, "augment", True, "random crops or shifts, and flips, of training images")
     add("--noaug", dest="augment", action="store_false", help="the same as --no-augment")
-    add("--num-workers", metavar="N", type=cli.nonnegative_int,
+    add(
+        "--num-workers",
+        metavar="N",
+        type=cli.nonnegative_int,
         help="processes that decode images (default: 0 for cifar10 and digits, which are decoded "
-             "once, otherwise one per core, 8 at most)")
+        "once, otherwise one per core, 8 at most)",
+    )
 
 
 def _add_training(group: Any) -> None:
@@ -89,18 +118,36 @@ def _add_training(group: Any) -> None:
     add("--max-epochs", metavar="N", type=cli.positive_int, default=20, help="passes over images")
     add("--batch-size", metavar="N", type=cli.positive_int, default=128, help="images per batch")
     add("--optimizer", choices=OPTIMISERS, default="SGD", help="of weights, biases and norms")
-    add("--learning-rate", metavar="F", type=cli.positive_float, default=1e-2,
-        help="at the start")
-    add("--learning-rate-schedule", metavar="SCHEDULE", type=learning_rate_schedule,
-        default="cosine", help=f"{FORMS}. The number of a cosine is the learning rate at the end "
-        "(0.01 × --learning-rate without it), of the others the factor")
+    add("--learning-rate", metavar="F", type=cli.positive_float, default=1e-2, help="at the start")
+    add(
+        "--learning-rate-schedule",
+        metavar="SCHEDULE",
+        type=learning_rate_schedule,
+        default="cosine",
+        help=f"{FORMS}. The number of a cosine is the learning rate at the end "
+        "(0.01 × --learning-rate without it), of the others the factor",
+    )
     add("--momentum", metavar="F", type=cli.fraction, default=0.9, help="of SGD")
-    add("--weight-decay", metavar="F", type=cli.nonnegative_float, default=1e-4,
-        help="of the optimiser")
-    switch(group, "reestimate-bn-stats", False,
-           "collect the running statistics of batch norms anew before each evaluation")
-    add("--reestimate-bn-batches", metavar="N", type=cli.positive_int, default=50,
-        help="training batches, not augmented, that they are averages of")
+    add(
+        "--weight-decay",
+        metavar="F",
+        type=cli.nonnegative_float,
+        default=1e-4,
+        help="of the optimiser",
+    )
+    switch(
+        group,
+        "reestimate-bn-stats",
+        False,
+        "collect the running statistics of batch norms anew before each evaluation",
+    )
+    add(
+        "--reestimate-bn-batches",
+        metavar="N",
+        type=cli.positive_int,
+        default=50,
+        help="training batches, not augmented, that they are averages of",
+    )
 
 
 def _add_quantisation(group: Any) -> None:
@@ -110,51 +157,123 @@ def _add_quantisation(group: Any) -> None:
     add("--n-bits", metavar="B", type=bits, default=4, help="bits of weights, 2 to 16")
     add("--n-bits-act", metavar="B", type=bits, help="bits of inputs (default: as --n-bits)")
     switch(group, "per-channel", False, "a step for each output channel, not for each layer")
-    add("--weight-quant-method", choices=METHODS, default="MSE",
-        help="range of weights at the start: of least squared error, or from least to greatest")
+    add(
+        "--weight-quant-method",
+        choices=METHODS,
+        default="MSE",
+        help="range of weights at the start: of least squared error, or from least to greatest",
+    )
     add("--act-quant-method", choices=METHODS, default="MSE", help="the same of inputs")
-    add("--num-est-batches", metavar="N", type=cli.positive_int, default=1,
-        help="batches that ranges of inputs are found on")
+    add(
+        "--num-est-batches",
+        metavar="N",
+        type=cli.positive_int,
+        default=1,
+        help="batches that ranges of inputs are found on",
+    )
     switch(group, "sep-quant-optimizer", True, "an optimiser of their own for the steps")
     add("--quant-optimizer", choices=OPTIMISERS, default="Adam", help="which")
-    add("--quant-learning-rate", metavar="F", type=cli.positive_float, default=1e-5,
-        help="its learning rate at the start; follows the same schedule")
-    add("--quant-weight-decay", metavar="F", type=cli.nonnegative_float, default=0.0,
-        help="weight decay of the steps, whichever optimiser they have")
+    add(
+        "--quant-learning-rate",
+        metavar="F",
+        type=cli.positive_float,
+        default=1e-5,
+        help="its learning rate at the start; follows the same schedule",
+    )
+    add(
+        "--quant-weight-decay",
+        metavar="F",
+        type=cli.nonnegative_float,
+        default=0.0,
+        help="weight decay of the steps, whichever optimiser they have",
+    )
 
 
 def _add_pruning(group: Any) -> None:
     add = group.add_argument
-    add("--prune-method", choices=("none", "zhu_gupta"), default="none",
-        help="zhu_gupta: gradual magnitude pruning, sparsity along a cubic")
+    add(
+        "--prune-method",
+        choices=("none", "zhu_gupta"),
+        default="none",
+        help="zhu_gupta: gradual magnitude pruning, sparsity along a cubic",
+    )
     add("--s-i", metavar="S", type=cli.fraction, default=0.0, help="sparsity at the start")
-    add("--s-f", metavar="S", type=cli.fraction,
-        help="sparsity at the end (default: 0.75, or of the pattern)")
-    add("--prune-epoch-start", metavar="E", type=cli.nonnegative_int, default=0,
-        help="epochs done when pruning begins")
-    add("--prune-last-epoch", metavar="E", type=cli.positive_int,
-        help="epochs done when the last weights go (default: three quarters of --max-epochs)")
-    add("--delta-t", metavar="N", type=cli.positive_int,
-        help="steps between masks (default: 100, or a twentieth of the pruning if that is less)")
-    add("--tile-size", metavar="T", type=cli.positive_int,
-        help="prune in tiles of T weights along input channels (default: no pattern)")
+    add(
+        "--s-f",
+        metavar="S",
+        type=cli.fraction,
+        help="sparsity at the end (default: 0.75, or of the pattern)",
+    )
+    add(
+        "--prune-epoch-start",
+        metavar="E",
+        type=cli.nonnegative_int,
+        default=0,
+        help="epochs done when pruning begins",
+    )
+    add(
+        "--prune-last-epoch",
+        metavar="E",
+        type=cli.positive_int,
+        help="epochs done when the last weights go (default: three quarters of --max-epochs)",
+    )
+    add(
+        "--delta-t",
+        metavar="N",
+        type=cli.positive_int,
+        help="steps between masks (default: 100, or a twentieth of the pruning if that is less)",
+    )
+    add(
+        "--tile-size",
+        metavar="T",
+        type=cli.positive_int,
+        help="prune in tiles of T weights along input channels (default: no pattern)",
+    )
     add("--zeros-per-tile", metavar="Z", type=cli.positive_int, help="zeros in each of them")
-    add("--first-last-sparsity", metavar="S", type=cli.fraction, default=0.5,
-        help="most that the first and the last layer are pruned; 0.5 is the size of 8 bits")
+    add(
+        "--first-last-sparsity",
+        metavar="S",
+        type=cli.fraction,
+        default=0.5,
+        help="most that the first and the last layer are pruned; 0.5 is the size of 8 bits",
+    )
 
 
 def _add_oscillations(group: Any) -> None:
     add = group.add_argument
-    add("--oscillations-dampen-weight", metavar="F", type=cli.nonnegative_float, default=0.0,
-        help="weight in the loss of latent weights' squared distance to the grid; 0: none")
-    add("--oscillations-dampen-weight-final", metavar="F", type=cli.nonnegative_float,
-        help="the same at the end, reached along a cosine (default: the same)")
-    add("--oscillations-freeze-threshold", metavar="F", type=cli.nonnegative_float, default=0.0,
-        help="oscillations per step above which a weight is frozen; 0: never")
-    add("--oscillations-freeze-threshold-final", metavar="F", type=cli.positive_float,
-        help="the same at the end, reached along a cosine (default: the same)")
-    add("--oscillations-freeze-ema-momentum", metavar="F", type=momentum, default=0.01,
-        help="of the moving averages of frequency and code")
+    add(
+        "--oscillations-dampen-weight",
+        metavar="F",
+        type=cli.nonnegative_float,
+        default=0.0,
+        help="weight in the loss of latent weights' squared distance to the grid; 0: none",
+    )
+    add(
+        "--oscillations-dampen-weight-final",
+        metavar="F",
+        type=cli.nonnegative_float,
+        help="the same at the end, reached along a cosine (default: the same)",
+    )
+    add(
+        "--oscillations-freeze-threshold",
+        metavar="F",
+        type=cli.nonnegative_float,
+        default=0.0,
+        help="oscillations per step above which a weight is frozen; 0: never",
+    )
+    add(
+        "--oscillations-freeze-threshold-final",
+        metavar="F",
+        type=cli.positive_float,
+        help="the same at the end, reached along a cosine (default: the same)",
+    )
+    add(
+        "--oscillations-freeze-ema-momentum",
+        metavar="F",
+        type=momentum,
+        default=0.01,
+        help="of the moving averages of frequency and code",
+    )
 
 
 # -- what argparse cannot see by itself ----------------------------------------------------------
@@ -165,8 +284,10 @@ def check_training_options(args: argparse.Namespace) -> None:
     network_name(args.architecture)
     schedule, rate = args.learning_rate_schedule, args.learning_rate
     if schedule.kind == "cosine" and schedule.value is not None and schedule.value > rate:
-        raise UserError(f"--learning-rate-schedule: the cosine ends at {schedule.value:g}, above "
-                        f"--learning-rate {rate:g}")  # fmt: skip
+        raise UserError(
+            f"--learning-rate-schedule: the cosine ends at {schedule.value:g}, above "
+            f"--learning-rate {rate:g}"
+        )
     if args.prune_method != "none":
         _check_pruning(args)
     elif args.tile_size or args.zeros_per_tile or args.s_f is not None:
@@ -201,9 +322,11 @@ def _check_pruning(args: argparse.Namespace) -> None:
     if args.prune_last_epoch is None:
         args.prune_last_epoch = max(args.prune_epoch_start + 1, 3 * args.max_epochs // 4)
     if not args.prune_epoch_start < args.prune_last_epoch <= args.max_epochs:
-        raise UserError(f"--prune-last-epoch {args.prune_last_epoch} must be above "
-                        f"--prune-epoch-start {args.prune_epoch_start} and at most --max-epochs "
-                        f"{args.max_epochs}")  # fmt: skip
+        raise UserError(
+            f"--prune-last-epoch {args.prune_last_epoch} must be above "
+            f"--prune-epoch-start {args.prune_epoch_start} and at most --max-epochs "
+            f"{args.max_epochs}"
+        )
 
 
 def training_device(args: argparse.Namespace) -> torch.device:

@@ -3,7 +3,7 @@
     path ─▶ {"settings": JSON text, "epochs": done, "seconds", "history": a record per epoch,
              "model": state dict, "optimisers": state dicts, "random": states of the generators}
 
-Written whole after every epoch (cli.atomic_write), read with `weights_only=True`. A run that was
+Written whole after every epoch (files.atomic_write), read with `weights_only=True`. A run that was
 killed begins again at the epoch it was in, with the same bits in every tensor; order and
 augmentation of its images hang on the epoch (training_images.py), learning rates and sparsities on
 the number of steps done.
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from command import cli
-from command.cli import UserError
+from obc.inputs import files
+from obc.solver.errors import UserError
 from pruning_vs_quantization.study_files import check_same_settings
 
 
@@ -54,7 +54,7 @@ def save_training(
     }
     buffer = io.BytesIO()  # onto a full disk, torch.save would hide the OSError in C++'s own
     torch.save(content, buffer)
-    with cli.atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 
@@ -81,8 +81,9 @@ def load_training(
     except (UserError, PermissionError):
         raise  # for cli.guarded
     except Exception:  # from arbitrary bytes an unpickler can raise anything
-        raise UserError(f"{path}: not a whole state of training; delete it, or pass --restart"
-                        ) from None  # fmt: skip
+        raise UserError(
+            f"{path}: not a whole state of training; delete it, or pass --restart"
+        ) from None
 
 
 def random_states() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # 4-block sparsity with 8-bit weights and activations at 4× and 5× (OBC, table 2). The database is a
 # 4-block one, each level of it quantised. The paper's targets are about measured time: name a file
-# of your seconds, TIMINGS=FILE (format: budget/costs.py). Without, they are about BOPs.
+# of your seconds, TIMINGS=FILE (format: obc/toolkit/costs.py). Without, they are about BOPs.
 # Usage: recipes/block8.sh MODEL DATASET [common options]            SEARCH=0: without the search
 source "$(dirname "$0")/common.sh"
 source "$ROOT/recipes/nonuniform.sh"

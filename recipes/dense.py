@@ -1,6 +1,6 @@
 """The accuracy of the dense model, which all others are compared with.
 
-    python recipes/dense.py MODEL DATASET
+python recipes/dense.py MODEL DATASET
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import command.starting  # noqa: E402, F401  # isort: skip
+import obc.toolkit.starting  # noqa: E402, F401  # isort: skip
 
 import argparse  # noqa: E402
 
-from command import cli  # noqa: E402
-from command.session import Session  # noqa: E402
+from obc.toolkit import cli  # noqa: E402
+from obc.toolkit.session import Session  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import command.starting  # noqa: E402, F401  # isort: skip
+import obc.toolkit.starting  # noqa: E402, F401  # isort: skip
 
 import argparse  # noqa: E402
 import math  # noqa: E402
@@ -27,17 +27,22 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from budget.profiles import read_profile, read_scores  # noqa: E402
-from command import cli  # noqa: E402
-from command.cli import UserError  # noqa: E402
+from obc.inputs import files
+from obc.solver import errors
+from obc.solver.errors import UserError  # noqa: E402
+from obc.toolkit import cli  # noqa: E402
+from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
 
 DENSE = "dense"  # the method of the line that tells the dense model's accuracy
 
 LEAST_ERROR = 1e-6  # smaller ones, and negative ones, are drawn like it
 COSTS = {  # axis of the picture
-    "params": "times fewer weights", "bits": "times fewer bits", "flops": "times fewer FLOPs",
-    "bops": "times fewer BOPs", "timingsq": "times less time",
-}  # fmt: skip
+    "params": "times fewer weights",
+    "bits": "times fewer bits",
+    "flops": "times fewer FLOPs",
+    "bops": "times fewer BOPs",
+    "timingsq": "times less time",
+}
 
 # Top-1 on ImageNet with torchvision's IMAGENET1K_V1 weights (OBC, arXiv 2208.11580); mixed and
 # unstructured figures of ResNet-18 and -34 are read off plots, ±0.05.
@@ -79,8 +84,10 @@ def read_results(path: Path) -> list[tuple[str, str, str, float]]:
             method, target, reached, top1 = line.split("\t")
             results.append((method, target, reached, float(top1)))
         except ValueError:
-            raise UserError(f"{path}, line {number}: expected method, target, reached, top-1; "
-                            "did a command before it fail?") from None  # fmt: skip
+            raise UserError(
+                f"{path}, line {number}: expected method, target, reached, top-1; "
+                "did a command before it fail?"
+            ) from None
     if not results:
         raise UserError(f"{path}: no results in it")
     return results
@@ -138,8 +145,10 @@ def draw_errors(args: argparse.Namespace) -> None:
     """Error of each layer at each level, as a map in logarithmic colour."""
     scores = read_scores(args.scores)
     levels = list(next(iter(scores.values())))
-    values = [[math.log10(max(of.get(lv, math.nan), LEAST_ERROR)) for lv in levels]
-              for of in scores.values()]  # fmt: skip
+    values = [
+        [math.log10(max(of.get(lv, math.nan), LEAST_ERROR)) for lv in levels]
+        for of in scores.values()
+    ]
     figure, axes = plt.subplots(figsize=(8, 2.2 + 0.2 * len(scores)), layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_yticks(range(len(scores)), list(scores), fontsize=7)
@@ -184,10 +193,10 @@ def profile_label(path: Path) -> str:
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    with cli.atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
-    cli.log.info("picture: %s", path)
+    errors.log.info("picture: %s", path)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,15 +13,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import command.starting  # noqa: E402, F401  # isort: skip
+import obc.toolkit.starting  # noqa: E402, F401  # isort: skip
 
 import argparse  # noqa: E402
 
-from budget.costs import CONSTRAINTS, layer_costs  # noqa: E402
-from budget.profiles import write_profile  # noqa: E402
-from command import cli  # noqa: E402
-from command.session import Session  # noqa: E402
-from database import KINDS, Database, model_tag  # noqa: E402
+from obc.inputs import files
+from obc.solver import errors
+from obc.toolkit import cli  # noqa: E402
+from obc.toolkit.costs import CONSTRAINTS, layer_costs  # noqa: E402
+from obc.toolkit.leveldb import KINDS, Database, model_tag  # noqa: E402
+from obc.toolkit.profiles import write_profile  # noqa: E402
+from obc.toolkit.session import Session  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,8 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="TARGET", type=cli.positive_float, help="dense / allowed")
     parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=" ".join(KINDS))
     parser.add_argument("--constr", choices=CONSTRAINTS, default="flops", help="what to count")
-    parser.add_argument("--prefix", metavar="DIR", default=".", help="where models_unstr/ etc. are "
-                        "and where the profile goes")  # fmt: skip
+    parser.add_argument(
+        "--prefix",
+        metavar="DIR",
+        default=".",
+        help="where models_unstr/ etc. are and where the profile goes",
+    )
     parser.add_argument("--timings", metavar="FILE", help="measured seconds, for timingsq")
     parser.add_argument("--output", metavar="FILE", help="where the profile goes instead")
     return parser
@@ -41,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     tag = model_tag(args.model)
     name = f"{tag}_{args.kind}_{100 * args.target:.10g}x_uniform.txt"
     path = args.output or Path(args.prefix) / name
-    cli.check_writable(path)
+    files.check_writable(path)
     db = Database.open(args.kind, tag, args.prefix)
     session = Session.of(args)
     db.check(session.model)
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     allowed = [level for level in db.levels if total[level] * args.target <= dense]
     if not allowed:
         best = dense / min(total.values())
-        raise cli.UserError(f"no level reaches {args.target:g}x; the most is {best:.2f}x")
+        raise errors.UserError(f"no level reaches {args.target:g}x; the most is {best:.2f}x")
     level = max(allowed, key=total.__getitem__)
     write_profile(path, dict.fromkeys(db.layers, level))
     for line in (f"level {level}", f"reached {dense / total[level]:.4f}", f"profile {path}"):

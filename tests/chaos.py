@@ -39,29 +39,68 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import torch  # noqa: E402
 from warm import Warm, warm_server  # noqa: E402
 
-from budget.profiles import read_profile, read_scores  # noqa: E402
-from command.records import read_record  # noqa: E402
 from modelutils import load_checkpoint  # noqa: E402
+from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
+from obc.toolkit.records import read_record  # noqa: E402
 from pruning_vs_quantization.study_files import read_result  # noqa: E402
 
 QUICK = ["--nsamples", "32", "--batchsize", "32", "--noaug", "--device", "cpu"]
 PIPELINE = {  # command: script, words behind MODEL DATASET
-    "database": ("main_trueobs.py", "unstr", "--sparse-dir", "models_unstr", "--min-sparsity",
-                 "0.3", "--max-sparsity", "0.9", "--delta-sparse", "0.6"),
+    "database": (
+        "main_trueobs.py",
+        "unstr",
+        "--sparse-dir",
+        "models_unstr",
+        "--min-sparsity",
+        "0.3",
+        "--max-sparsity",
+        "0.9",
+        "--delta-sparse",
+        "0.6",
+    ),
     "losses": ("database.py", "unstr", "loss"),
     "dp": ("spdy.py", "2", "unstr", "--dp"),
     "search": ("spdy.py", "3", "unstr", "--nobatchnorm", "--dpbuckets", "100"),
-    "corrected": ("post_proc.py", "rn8_unstr_200x_dp.txt", "--database", "unstr", "--bnt",
-                  "--bnt-batches", "5", "--save", "rn8_corrected.pth"),
-    "trained": ("-m", "pruning_vs_quantization.main", "train-compressed", "--architecture",
-                "rn8_quantized", "--dataset", "digits", "--no-act-quant", "--n-bits", "4",
-                "--max-epochs", "3", "--train-samples", "256", "--batch-size", "64", "--no-cuda",
-                "--out", "trained"),
-}  # fmt: skip
+    "corrected": (
+        "post_proc.py",
+        "rn8_unstr_200x_dp.txt",
+        "--database",
+        "unstr",
+        "--bnt",
+        "--bnt-batches",
+        "5",
+        "--save",
+        "rn8_corrected.pth",
+    ),
+    "trained": (
+        "-m",
+        "pruning_vs_quantization.main",
+        "train-compressed",
+        "--architecture",
+        "rn8_quantized",
+        "--dataset",
+        "digits",
+        "--no-act-quant",
+        "--n-bits",
+        "4",
+        "--max-epochs",
+        "3",
+        "--train-samples",
+        "256",
+        "--batch-size",
+        "64",
+        "--no-cuda",
+        "--out",
+        "trained",
+    ),
+}
 TROUBLES = 4  # at most, in a run
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
-STATUSES = {"SIGKILL": (-signal.SIGKILL,), "SIGTERM": (143, -signal.SIGTERM),
-            "SIGINT": (130, -signal.SIGINT)}  # fmt: skip
+STATUSES = {
+    "SIGKILL": (-signal.SIGKILL,),
+    "SIGTERM": (143, -signal.SIGTERM),
+    "SIGINT": (130, -signal.SIGINT),
+}
 KINDS = (*SIGNALS, "full", "limited", "damaged")
 PATIENCE = 12  # times that a command is given again
 
@@ -126,9 +165,13 @@ class Course:
 
     def damage(self) -> None:
         """Another byte somewhere in what is kept for resuming."""
-        kept = [path for path in sorted(self.folder.rglob("*"))
-                if (path.suffix == ".state" or is_hidden(path, self.folder))
-                and path.is_file() and path.stat().st_size]  # fmt: skip
+        kept = [
+            path
+            for path in sorted(self.folder.rglob("*"))
+            if (path.suffix == ".state" or is_hidden(path, self.folder))
+            and path.is_file()
+            and path.stat().st_size
+        ]
         if kept:
             path = self.rng.choice(kept)
             content = bytearray(path.read_bytes())
@@ -159,8 +202,9 @@ def is_hidden(path: Path, folder: Path) -> bool:
 
 
 def visible(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*"))
-            if path.is_file() and not is_hidden(path, folder)]  # fmt: skip
+    return [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and not is_hidden(path, folder)
+    ]
 
 
 def check_files(folder: Path) -> None:
@@ -198,8 +242,9 @@ def results(folder: Path) -> dict[str, bytes | object]:
     found: dict[str, bytes | object] = {}
     for path in visible(folder):
         name = str(path.relative_to(folder))
-        found[name] = figures(json.loads(path.read_bytes())) if path.suffix == ".json" \
-            else path.read_bytes()
+        found[name] = (
+            figures(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
+        )
     return found
 
 
@@ -230,9 +275,10 @@ def undisturbed(warm: Warm, folder: Path) -> tuple[dict[str, bytes | object], di
 def mounted(folder: Path) -> bool:
     """Make `folder` a small file system, if that is allowed."""
     words = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
-    return shutil.which("mount") is not None and not subprocess.run(
-        words, capture_output=True
-    ).returncode
+    return (
+        shutil.which("mount") is not None
+        and not subprocess.run(words, capture_output=True).returncode
+    )
 
 
 def one_run(course: Course, expected: dict[str, bytes | object]) -> None:
@@ -246,8 +292,11 @@ def one_run(course: Course, expected: dict[str, bytes | object]) -> None:
             course.command(name)
         found = results(course.folder)
         if found != expected:
-            parted = [name for name in expected.keys() | found.keys()
-                      if expected.get(name) != found.get(name)]  # fmt: skip
+            parted = [
+                name
+                for name in expected.keys() | found.keys()
+                if expected.get(name) != found.get(name)
+            ]
             raise Broken(f"other results: {', '.join(sorted(parted))}")
     finally:
         if on_disk:
@@ -264,8 +313,15 @@ def chaos(runs: int, seed: int, say=lambda line: None) -> tuple[Counter, list[st
         for number in range(runs):
             rng = random.Random(f"{seed} {number}")
             kind = KINDS[number % len(KINDS)]
-            course = Course(warm, Path(top, f"run{number}"), Path(top, "stderr"), rng, kind,
-                            seconds, left=rng.randint(1, TROUBLES))  # fmt: skip
+            course = Course(
+                warm,
+                Path(top, f"run{number}"),
+                Path(top, "stderr"),
+                rng,
+                kind,
+                seconds,
+                left=rng.randint(1, TROUBLES),
+            )
             try:
                 one_run(course, expected)
                 good[kind] += 1
@@ -285,8 +341,10 @@ def main() -> int:
     started = time.monotonic()
     good, broken = chaos(args.runs, args.seed, lambda line: sys.stderr.write(line + "\n"))
     troubles = good.pop("troubles", 0)
-    sys.stdout.write(f"{good.total()} of {args.runs} runs as if nothing had been, "
-                     f"{troubles} troubles ({dict(good)}), {time.monotonic() - started:.0f} s\n")
+    sys.stdout.write(
+        f"{good.total()} of {args.runs} runs as if nothing had been, "
+        f"{troubles} troubles ({dict(good)}), {time.monotonic() - started:.0f} s\n"
+    )
     sys.stdout.writelines(f"{line}\n" for line in broken)
     return int(bool(broken))
 

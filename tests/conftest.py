@@ -13,7 +13,9 @@ import pytest
 import torch
 from warm import Warm, warm_server
 
-os.environ.setdefault("MKL_CBWR", "AUTO")  # as command/starting.py asks for, where a test does not
+os.environ.setdefault(
+    "MKL_CBWR", "AUTO"
+)  # as obc/toolkit/starting.py asks for, where a test does not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

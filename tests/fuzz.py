@@ -38,12 +38,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "tests" / "corpus"
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
-from budget.profiles import read_profile, read_scores  # noqa: E402
-from command.cli import UserError  # noqa: E402
-from command.fingerprints import content_hash, text_hash  # noqa: E402
-from command.records import read_record  # noqa: E402
-from command.resuming import FINGERPRINT, State  # noqa: E402
-from networks.checkpoints import load_checkpoint, load_state  # noqa: E402
+from obc.inputs.checkpoints import load_checkpoint, load_state  # noqa: E402
+from obc.solver.errors import UserError  # noqa: E402
+from obc.toolkit.fingerprints import content_hash, text_hash  # noqa: E402
+from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
+from obc.toolkit.records import read_record  # noqa: E402
+from obc.toolkit.resume import FINGERPRINT, State  # noqa: E402
 from pruning_vs_quantization.training_state import (  # noqa: E402
     Progress,
     load_training,
@@ -91,13 +91,24 @@ layer1.0.conv1
 """
 PROFILE = b"0000 conv1\n1900 layer1.0.conv1\n24_4w4a layer1.0.conv2\n"
 TIMINGS = b"conv1\n0.5 dense\n0.25 0000\n0 1900\nfc\n3 dense\n2e-3 0000\n1.5 1900\n"
-RECORD = json.dumps({
-    "command": "main_trueobs.py", "seconds": 1.5, "top1": 98.61,
-    "arguments": {"model": "rn8", "dataset": "digits", "seed": 0, "nsamples": 1024, "noaug": True},
-    "environment": {"python": "3.11", "cores": 2, "git": None},
-    "fingerprint": {"--seed": "0", "weights": "00" * 16},
-    "layers": [{"name": "conv1", "shape": [16, 3, 3, 3], "squared_error": 0.5, "dense": False}],
-}, indent=2).encode()  # fmt: skip
+RECORD = json.dumps(
+    {
+        "command": "main_trueobs.py",
+        "seconds": 1.5,
+        "top1": 98.61,
+        "arguments": {
+            "model": "rn8",
+            "dataset": "digits",
+            "seed": 0,
+            "nsamples": 1024,
+            "noaug": True,
+        },
+        "environment": {"python": "3.11", "cores": 2, "git": None},
+        "fingerprint": {"--seed": "0", "weights": "00" * 16},
+        "layers": [{"name": "conv1", "shape": [16, 3, 3, 3], "squared_error": 0.5, "dense": False}],
+    },
+    indent=2,
+).encode()
 MARKS = {"MODEL": "rn8", "--seed": "0", "dense weights": "0123456789abcdef" * 2}
 TENSORS = {"weight": torch.arange(6.0).view(2, 3), "grid.scale": torch.ones(2, 1)}
 FIGURES = json.dumps({"loss": 0.25, "line": "conv1", "levels": [1, 2]})
@@ -136,8 +147,9 @@ def flip(data: bytearray, rng: Random) -> bytearray:
 
 def overwrite(data: bytearray, rng: Random) -> bytearray:
     start = int(rng.integers(len(data)))
-    piece = rng.choice(np.array([0, 1, 9, 10, 32, 34, 48, 127, 128, 255], np.uint8),
-                       size=rng.integers(1, 9))  # fmt: skip
+    piece = rng.choice(
+        np.array([0, 1, 9, 10, 32, 34, 48, 127, 128, 255], np.uint8), size=rng.integers(1, 9)
+    )
     data[start : start + len(piece)] = piece.tobytes()
     return data
 
@@ -182,14 +194,67 @@ def blind(data: bytes, rng: Random) -> bytes:
 
 # -- mutations that know the format ----------------------------------------------------------------
 
-NUMBERS = ["nan", "-nan", "inf", "-Infinity", "NaN", "1e999", "-1e999", "1e-999", "0x10", "1_000",
-           "١٢", "³", "０", "-0", "+1", "1.", ".5", "1e", "--1", "9" * 30, "9" * 5000, "null",
-           "true", "0" * 400 + "1", "1,5", ""]  # fmt: skip
-WORDS = ["", "\x00", "\ud800", "\u202e", "\x1b[2J", "..", "../../etc/passwd", "a" * 10_000,
-         "\u2028", "__class__", "%s%n", "{0}", "conv1", "weight", "\\u0000", "\r", "\ufeff"]
-JUNK = [lambda: None, lambda: [], lambda: {}, lambda: True, lambda: -1, lambda: 2**70,
-        lambda: 1e300, lambda: "x", lambda: [[]] * 3, lambda: {"a": {"b": []}},
-        lambda: float("inf"), lambda: "\ud800"]  # fmt: skip
+NUMBERS = [
+    "nan",
+    "-nan",
+    "inf",
+    "-Infinity",
+    "NaN",
+    "1e999",
+    "-1e999",
+    "1e-999",
+    "0x10",
+    "1_000",
+    "١٢",
+    "³",
+    "０",
+    "-0",
+    "+1",
+    "1.",
+    ".5",
+    "1e",
+    "--1",
+    "9" * 30,
+    "9" * 5000,
+    "null",
+    "true",
+    "0" * 400 + "1",
+    "1,5",
+    "",
+]
+WORDS = [
+    "",
+    "\x00",
+    "\ud800",
+    "\u202e",
+    "\x1b[2J",
+    "..",
+    "../../etc/passwd",
+    "a" * 10_000,
+    "\u2028",
+    "__class__",
+    "%s%n",
+    "{0}",
+    "conv1",
+    "weight",
+    "\\u0000",
+    "\r",
+    "\ufeff",
+]
+JUNK = [
+    lambda: None,
+    lambda: [],
+    lambda: {},
+    lambda: True,
+    lambda: -1,
+    lambda: 2**70,
+    lambda: 1e300,
+    lambda: "x",
+    lambda: [[]] * 3,
+    lambda: {"a": {"b": []}},
+    lambda: float("inf"),
+    lambda: "\ud800",
+]
 
 
 def pick(rng: Random, choices: list) -> object:
@@ -329,13 +394,15 @@ TARGETS = {
     ),
     "record": Target(read_record, "record.json", (RECORD,), (json_values,)),
     "fingerprint": Target(
-        read_fingerprint, FINGERPRINT, (json.dumps([MARKS, text_hash(MARKS)]).encode(),),
+        read_fingerprint,
+        FINGERPRINT,
+        (json.dumps([MARKS, text_hash(MARKS)]).encode(),),
         (json_values, signed_marks),
     ),
     "entry": Target(
         read_entry, "entry.safetensors", (good_entry(),), (header_values, signed_figures)
     ),
-}  # fmt: skip
+}
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -364,7 +431,7 @@ def one_line(error: UserError, path: Path) -> bool:
 
 
 def outcome(target: Target, data: bytes, folder: Path) -> str:
-    """"read" or "refused" if all is well, else what went wrong."""
+    """ "read" or "refused" if all is well, else what went wrong."""
     path = folder / target.name
     path.write_bytes(data)
     signal.signal(signal.SIGPROF, _too_slow)

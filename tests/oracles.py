@@ -103,9 +103,7 @@ def hessian_oracle(
 
 
 def _pad_before_after(
-    kernel: tuple[int, int],
-    padding: tuple[int, int] | str,
-    dilation: tuple[int, int],
+    kernel: tuple[int, int], padding: tuple[int, int] | str, dilation: tuple[int, int]
 ) -> list[tuple[int, int]]:
     """Padding (before, after) of height and width; an odd 'same' total puts the rest after."""
     if padding == "valid":

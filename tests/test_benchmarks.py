@@ -72,10 +72,13 @@ def test_table_and_record_are_whole(
     assert all(len(row) == len(table[0]) for table in found for row in table)
     assert sum(len(table) - 1 for table in found) == len(record["results"])
     times = [
-        values for result in record["results"] for key, value in result.items()
+        values
+        for result in record["results"]
+        for key, value in result.items()
         for values in (value.values() if isinstance(value, dict) else [value])
-        if key.endswith("_s") or key == "seconds_a_row" if isinstance(values, list)
-    ]  # fmt: skip
+        if key.endswith("_s") or key == "seconds_a_row"
+        if isinstance(values, list)
+    ]
     assert times and all(len(of) == 2 and min(of) > 0 for of in times)
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
@@ -135,18 +138,43 @@ def losses_off(*words: object) -> dict:
 ELIMINATE, SOLVE = bench_modes.eliminate, bench_networks.solve
 CALIBRATE, LOSSES = bench_calibration.calibrate, bench_loss.sensitivity.losses
 WRONG = {
-    "another order": ("modes", "benchmarks.bench_modes.eliminate", reversed_order,
-                      "unstructured at d = 32: a choice is"),
-    "zeros missing": ("modes", "benchmarks.bench_modes.eliminate", weights_off,
-                      "groups have other than 2 zeros"),
-    "no optimum": ("unstr", "benchmarks.bench_networks.solve", off_by_a_percent,
-                   "kept weights are no optimum"),
-    "nearest": ("quant", "benchmarks.bench_networks.solve", nearest,
-                "times the error of rounding to nearest"),
-    "a batch less": ("calibration", "benchmarks.bench_calibration.calibrate",
-                     without_the_last_batch, "conv1: H differs by"),
-    "other losses": ("loss", "budget.sensitivity.losses", losses_off, "losses differ by 0.002"),
-}  # fmt: skip
+    "another order": (
+        "modes",
+        "benchmarks.bench_modes.eliminate",
+        reversed_order,
+        "unstructured at d = 32: a choice is",
+    ),
+    "zeros missing": (
+        "modes",
+        "benchmarks.bench_modes.eliminate",
+        weights_off,
+        "groups have other than 2 zeros",
+    ),
+    "no optimum": (
+        "unstr",
+        "benchmarks.bench_networks.solve",
+        off_by_a_percent,
+        "kept weights are no optimum",
+    ),
+    "nearest": (
+        "quant",
+        "benchmarks.bench_networks.solve",
+        nearest,
+        "times the error of rounding to nearest",
+    ),
+    "a batch less": (
+        "calibration",
+        "benchmarks.bench_calibration.calibrate",
+        without_the_last_batch,
+        "conv1: H differs by",
+    ),
+    "other losses": (
+        "loss",
+        "obc.toolkit.sensitivity.losses",
+        losses_off,
+        "losses differ by 0.002",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -1,4 +1,4 @@
-"""calibration.py, threads.py: batches go through the model together, and are added in order."""
+"""calibrate.py, threads.py: batches go through the model together, and are added in order."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from command.cli import UserError
-from engine import calibration
-from engine.calibration import calibrate, probe, show, twin
-from engine.threads import Stopped, Turns, one_at_a_thread
 from modelutils import find_layers
+from obc.solver.errors import UserError
+from obc.solver.threads import Stopped, Turns, one_at_a_thread
+from obc.toolkit import calibrate as calibration
+from obc.toolkit.calibrate import calibrate, probe, show, twin
 from trueobs import TrueOBS
 
 CPU = torch.device("cpu")
@@ -75,8 +75,9 @@ def test_sums_are_the_same_to_the_bit_and_those_of_all_images(sign, threads):
         found.append([(s.nsamples, s.gram.matrix()) for s in solvers.values()])
         assert not any(layer._forward_hooks for layer in dense.modules())
     for other in found[1:]:
-        assert all(a == b and torch.equal(x, y)
-                   for (a, x), (b, y) in zip(found[0], other, strict=True))  # fmt: skip
+        assert all(
+            a == b and torch.equal(x, y) for (a, x), (b, y) in zip(found[0], other, strict=True)
+        )
     counts = dict(zip(find_layers(dense), [n for n, _ in found[0]], strict=True))
     assert counts["first"] == counts["last"] == 32 and counts["twice"] == 64
     assert counts["never"] == 0 and 0 < counts["sometimes"] < 32
@@ -86,7 +87,7 @@ def test_sums_are_the_same_to_the_bit_and_those_of_all_images(sign, threads):
 
 
 def test_large_products_wait_for_their_turn(threads, monkeypatch):
-    monkeypatch.setattr("engine.hessian.WAITING_BYTES", 0)
+    monkeypatch.setattr("obc.solver.hessian.WAITING_BYTES", 0)
     dense = model()
     one, three = calibrated(dense, 1), calibrated(dense, 3)
     assert all(torch.equal(one[name].gram.matrix(), three[name].gram.matrix()) for name in one)
@@ -110,8 +111,11 @@ def test_what_images_take_bounds_how_many_batches_go_together(threads, monkeypat
     monkeypatch.setattr(calibration, "CHUNK_BYTES", 1000)
     for room, wanted in ((0, 1), (1, 1), (2, 2)):
         most.clear()
-        monkeypatch.setattr(calibration, "default_memory", lambda device, room=room:
-                            2 * (5 * image_bytes + 3000) * room)  # fmt: skip
+        monkeypatch.setattr(
+            calibration,
+            "default_memory",
+            lambda device, room=room: 2 * (5 * image_bytes + 3000) * room,
+        )
         calibrated(dense, 4)
         assert max(most) == wanted
 

@@ -13,8 +13,10 @@ def test_trouble_changes_nothing():
     assert good["troubles"] >= 3 and good.total() - good["troubles"] == len(KINDS)
 
 
-@pytest.mark.parametrize(("text", "status"), [
-    ("Traceback (most recent call last):\n", 1), ("", 2), ("error: a\nerror: b\n", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [("Traceback (most recent call last):\n", 1), ("", 2), ("error: a\nerror: b\n", 2)],
+)
 def test_what_would_be_broken_is_noticed(text, status):
     with pytest.raises(Broken):
         check_said(text, status)

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 import database
 import main_trueobs
-from command.cli import UserError, save_checkpoint
 from modelutils import CifarResNet
-from networks.checkpoints import load_checkpoint, load_state
+from obc.inputs.checkpoints import load_checkpoint, load_state
+from obc.inputs.files import save_checkpoint
+from obc.solver.errors import UserError
 
 QUICK = ["--nsamples", "8", "--noaug", "--device", "cpu"]
 
@@ -45,21 +46,28 @@ def eight_bits() -> torch.Tensor:
 WEIGHT = "layer1.0.conv1.weight"
 
 
-@pytest.mark.parametrize(("key", "tensor", "words"), [
-    (WEIGHT, torch.zeros(16, 16, 3, 3, dtype=torch.complex64), "is complex64, should be floating"),
-    (WEIGHT, torch.zeros(16, 16, 3, 3, dtype=torch.bool), "is bool, should be floating"),
-    (WEIGHT, torch.zeros(16, 16, 3, 3, dtype=torch.int8), "is int8, should be floating"),
-    (WEIGHT, eight_bits(), "is quantised (qint8)"),
-    (WEIGHT, torch.zeros(16, 16, 3, 3).to_sparse(), "is sparse_coo"),
-    (WEIGHT, torch.zeros(16, 16, 3, 3, device="meta"), "is without values"),
-    (WEIGHT, torch.full((16, 16, 3, 3), float("nan")), "has NaN or infinite values"),
-    (WEIGHT, torch.full((16, 16, 3, 3), -float("inf")), "has NaN or infinite values"),
-    (WEIGHT, torch.zeros(16, 16, 3, 3).bfloat16() + float("nan"), "has NaN or infinite values"),
-    (WEIGHT, torch.zeros(16, 16, 3), "is (16, 16, 3), should be (16, 16, 3, 3)"),
-    (WEIGHT, torch.zeros(1).expand(10**6, 10**6), "claim 4,000,000,"),
-    ("bn1.num_batches_tracked", torch.tensor(1 + 2j), "is complex64, should be integer"),
-    ("\x1b[2Jevil\nkey", torch.zeros(1), "unexpected ?[2Jevil key"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "tensor", "words"),
+    [
+        (
+            WEIGHT,
+            torch.zeros(16, 16, 3, 3, dtype=torch.complex64),
+            "is complex64, should be floating",
+        ),
+        (WEIGHT, torch.zeros(16, 16, 3, 3, dtype=torch.bool), "is bool, should be floating"),
+        (WEIGHT, torch.zeros(16, 16, 3, 3, dtype=torch.int8), "is int8, should be floating"),
+        (WEIGHT, eight_bits(), "is quantised (qint8)"),
+        (WEIGHT, torch.zeros(16, 16, 3, 3).to_sparse(), "is sparse_coo"),
+        (WEIGHT, torch.zeros(16, 16, 3, 3, device="meta"), "is without values"),
+        (WEIGHT, torch.full((16, 16, 3, 3), float("nan")), "has NaN or infinite values"),
+        (WEIGHT, torch.full((16, 16, 3, 3), -float("inf")), "has NaN or infinite values"),
+        (WEIGHT, torch.zeros(16, 16, 3, 3).bfloat16() + float("nan"), "has NaN or infinite values"),
+        (WEIGHT, torch.zeros(16, 16, 3), "is (16, 16, 3), should be (16, 16, 3, 3)"),
+        (WEIGHT, torch.zeros(1).expand(10**6, 10**6), "claim 4,000,000,"),
+        ("bn1.num_batches_tracked", torch.tensor(1 + 2j), "is complex64, should be integer"),
+        ("\x1b[2Jevil\nkey", torch.zeros(1), "unexpected ?[2Jevil key"),
+    ],
+)
 def test_odd_tensors(key, tensor, words, tmp_path, capsys):
     path = tmp_path / "x.pth"
     torch.save(state_with(key, tensor), path)
@@ -137,17 +145,31 @@ def entry(shape, start, stop, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
-@pytest.mark.parametrize("content", [
-    safetensors_file({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),  # overlap
-    safetensors_file({"a": entry([10**12], 0, 4 * 10**12)}, bytes(8)),
-    safetensors_file({"a": entry([2**62, 8], 0, 8)}, bytes(8)),
-    safetensors_file({"a": entry([2], 0, 8)}, bytes(8), length=2**62),
-    safetensors_file(b"[" * 100_000, bytes(8)),
-    safetensors_file({"a": entry([2], 0, 8, "X9")}, bytes(8)),
-    safetensors_file({"a": entry([-2], 0, 8)}, bytes(8)),
-    safetensors_file({"a": entry([2], 0, 8)}, bytes(100)),
-    safetensors_file(b'{"a": 1', b""),
-], ids=["overlap", "huge", "overflow", "long header", "nested", "dtype", "negative", "more", "cut"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors_file({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)),  # overlap
+        safetensors_file({"a": entry([10**12], 0, 4 * 10**12)}, bytes(8)),
+        safetensors_file({"a": entry([2**62, 8], 0, 8)}, bytes(8)),
+        safetensors_file({"a": entry([2], 0, 8)}, bytes(8), length=2**62),
+        safetensors_file(b"[" * 100_000, bytes(8)),
+        safetensors_file({"a": entry([2], 0, 8, "X9")}, bytes(8)),
+        safetensors_file({"a": entry([-2], 0, 8)}, bytes(8)),
+        safetensors_file({"a": entry([2], 0, 8)}, bytes(100)),
+        safetensors_file(b'{"a": 1', b""),
+    ],
+    ids=[
+        "overlap",
+        "huge",
+        "overflow",
+        "long header",
+        "nested",
+        "dtype",
+        "negative",
+        "more",
+        "cut",
+    ],
+)
 def test_wrong_safetensors(content, tmp_path, capsys):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
@@ -205,8 +227,9 @@ def test_a_broken_level_of_a_database_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = CifarResNet(1).state_dict()
     save_checkpoint(state, "models_unstr/rn8_0000.pth")
-    save_checkpoint(state | {WEIGHT: torch.full((16, 16, 3, 3), float("nan"))},
-                    "models_unstr/rn8_5000.pth")  # fmt: skip
+    save_checkpoint(
+        state | {WEIGHT: torch.full((16, 16, 3, 3), float("nan"))}, "models_unstr/rn8_5000.pth"
+    )
     assert database.main(["rn8", "digits", "unstr", "eval", *QUICK]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and WEIGHT in error and "5000" in error

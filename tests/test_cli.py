@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command import cli, records
-from engine import devices
+from obc.inputs import files
+from obc.solver import devices, errors
+from obc.toolkit import cli, records
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,9 +37,21 @@ def make_parser() -> cli.Parser:
 
 def test_defaults_of_the_common_options():
     args = make_parser().parse_args(["rn18", "imagenet"])
-    expected = {"model": "rn18", "dataset": "imagenet", "weights": None, "datapath": None,
-                "image_size": None, "seed": 0, "nsamples": 1024, "batchsize": 128, "workers": None,
-                "nrounds": None, "noaug": False, "device": "auto", "memory": None}
+    expected = {
+        "model": "rn18",
+        "dataset": "imagenet",
+        "weights": None,
+        "datapath": None,
+        "image_size": None,
+        "seed": 0,
+        "nsamples": 1024,
+        "batchsize": 128,
+        "workers": None,
+        "nrounds": None,
+        "noaug": False,
+        "device": "auto",
+        "memory": None,
+    }
     assert {name: getattr(args, name) for name in expected} == expected
 
 
@@ -47,26 +60,42 @@ def test_help_names_every_option_with_its_default(capsys):
         make_parser().parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for option in ("--weights", "--datapath", "--image-size", "--seed", "--nsamples", "--batchsize",
-                   "--workers", "--nrounds", "--noaug", "--device", "--memory"):
+    for option in (
+        "--weights",
+        "--datapath",
+        "--image-size",
+        "--seed",
+        "--nsamples",
+        "--batchsize",
+        "--workers",
+        "--nrounds",
+        "--noaug",
+        "--device",
+        "--memory",
+    ):
         assert option in text
     assert "(default: 1024)" in text and "(default: 128)" in text and "(default: auto)" in text
     assert "None" not in text and "False" not in text
 
 
-@pytest.mark.parametrize(("words", "line"), [
-    (["--nsamples", "0"], "error: --nsamples must be a whole number from 1; got 0"),
-    (["--batchsize", "1.5"], "error: --batchsize must be a whole number from 1; got 1.5"),
-    (["--workers", "-1"], "error: --workers must be a whole number from 0; got -1"),
-    (["--seed", "x"], "error: --seed must be a whole number from 0; got x"),
-    (["--seed", str(2**64)], f"error: --seed must be below 2^63; got {2**64}"),
-    (["--memory", "nan"], "error: --memory must be a number above 0; got nan"),
-    (["--memory", "0"], "error: --memory must be a number above 0; got 0"),
-    (["--max-sparsity", "95"],
-     "error: --max-sparsity must be in [0, 1); got 95. Did you mean 0.95?"),
-    (["--max-sparsity", "1"], "error: --max-sparsity must be in [0, 1); got 1"),
-    (["--nsample", "4"], "error: unrecognized arguments: --nsample 4"),
-])
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--nsamples", "0"], "error: --nsamples must be a whole number from 1; got 0"),
+        (["--batchsize", "1.5"], "error: --batchsize must be a whole number from 1; got 1.5"),
+        (["--workers", "-1"], "error: --workers must be a whole number from 0; got -1"),
+        (["--seed", "x"], "error: --seed must be a whole number from 0; got x"),
+        (["--seed", str(2**64)], f"error: --seed must be below 2^63; got {2**64}"),
+        (["--memory", "nan"], "error: --memory must be a number above 0; got nan"),
+        (["--memory", "0"], "error: --memory must be a number above 0; got 0"),
+        (
+            ["--max-sparsity", "95"],
+            "error: --max-sparsity must be in [0, 1); got 95. Did you mean 0.95?",
+        ),
+        (["--max-sparsity", "1"], "error: --max-sparsity must be in [0, 1); got 1"),
+        (["--nsample", "4"], "error: unrecognized arguments: --nsample 4"),
+    ],
+)
 def test_a_wrong_option_is_one_line_and_status_2(words, line, capsys):
     with pytest.raises(SystemExit) as stop:
         make_parser().parse_args(["rn18", "imagenet", *words])
@@ -78,23 +107,32 @@ def test_missing_positionals_are_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         make_parser().parse_args([])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == \
-        "error: the following arguments are required: MODEL, DATASET\n"
+    assert (
+        capsys.readouterr().err == "error: the following arguments are required: MODEL, DATASET\n"
+    )
 
 
-@pytest.mark.parametrize(("gpus", "text", "expected"), [
-    (0, "auto", "cpu"), (0, "cpu", "cpu"), (2, "auto", "cuda:0"), (2, "cuda", "cuda:0"),
-    (2, "cuda:1", "cuda:1"), (2, "cpu", "cpu"),
-    (0, "cuda", "--device cuda: this PyTorch sees no GPU; use --device cpu"),
-    (2, "cuda:2", "--device cuda:2: there are 2 GPUs"),
-    (2, "gpu", "--device must be auto, cpu, cuda or cuda:N; got gpu"),
-    (2, "cuda:", "--device must be"), (2, "cuda:-1", "--device must be"),
-])
+@pytest.mark.parametrize(
+    ("gpus", "text", "expected"),
+    [
+        (0, "auto", "cpu"),
+        (0, "cpu", "cpu"),
+        (2, "auto", "cuda:0"),
+        (2, "cuda", "cuda:0"),
+        (2, "cuda:1", "cuda:1"),
+        (2, "cpu", "cpu"),
+        (0, "cuda", "--device cuda: this PyTorch sees no GPU; use --device cpu"),
+        (2, "cuda:2", "--device cuda:2: there are 2 GPUs"),
+        (2, "gpu", "--device must be auto, cpu, cuda or cuda:N; got gpu"),
+        (2, "cuda:", "--device must be"),
+        (2, "cuda:-1", "--device must be"),
+    ],
+)
 def test_resolve_device(gpus, text, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     if expected.startswith("--"):
-        with pytest.raises(cli.UserError) as caught:
+        with pytest.raises(errors.UserError) as caught:
             devices.resolve_device(text)
         assert str(caught.value).startswith(expected)
     else:
@@ -104,19 +142,34 @@ def test_resolve_device(gpus, text, expected, monkeypatch):
 # -------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(("error", "status", "line"), [
-    (cli.UserError("no such layer;\n use conv1"), 2, "error: no such layer; use conv1"),
-    (OSError(errno.ENOSPC, "No space left on device", "a.pth"), 2,
-     "error: a.pth: No space left on device"),
-    (PermissionError(errno.EACCES, "Permission denied", "b.pth"), 2,
-     "error: b.pth: Permission denied"),
-    (KeyboardInterrupt(), 130, "error: interrupted"),
-    (MemoryError(), 2, "error: out of memory; pass a smaller --memory or --batchsize"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 2,
-     "error: the GPU ran out of memory; pass a smaller --memory or --batchsize"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2,
-     "error: out of memory; pass a smaller --memory or --batchsize"),
-])
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (errors.UserError("no such layer;\n use conv1"), 2, "error: no such layer; use conv1"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.pth"),
+            2,
+            "error: a.pth: No space left on device",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "b.pth"),
+            2,
+            "error: b.pth: Permission denied",
+        ),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (MemoryError(), 2, "error: out of memory; pass a smaller --memory or --batchsize"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            2,
+            "error: the GPU ran out of memory; pass a smaller --memory or --batchsize",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            2,
+            "error: out of memory; pass a smaller --memory or --batchsize",
+        ),
+    ],
+)
 def test_guarded_turns_an_error_into_one_line(error, status, line, capsys):
     def body(_args):
         raise error
@@ -126,8 +179,9 @@ def test_guarded_turns_an_error_into_one_line(error, status, line, capsys):
 
 
 def test_guarded_passes_the_arguments_and_returns_0(capsys):
-    assert cli.guarded(lambda args: cli.print_result(f"top-1 {args.x}"),
-                       argparse.Namespace(x=5)) == 0
+    assert (
+        cli.guarded(lambda args: cli.print_result(f"top-1 {args.x}"), argparse.Namespace(x=5)) == 0
+    )
     assert capsys.readouterr() == ("top-1 5\n", "")
 
 
@@ -140,12 +194,19 @@ def test_guarded_lets_programming_errors_through():
 
 
 def test_a_reader_that_leaves_early_is_no_traceback():
-    code = ("import sys, argparse\nfrom command import cli\n"
-            "def body(args):\n"
-            "    for i in range(100000): cli.print_result(str(i))\n"
-            "sys.exit(cli.guarded(body, argparse.Namespace()))")
-    done = subprocess.run(f"{sys.executable} -c '{code}' | head -1", shell=True, cwd=ROOT,
-                          text=True, capture_output=True)
+    code = (
+        "import sys, argparse\nfrom obc.toolkit import cli\n"
+        "def body(args):\n"
+        "    for i in range(100000): cli.print_result(str(i))\n"
+        "sys.exit(cli.guarded(body, argparse.Namespace()))"
+    )
+    done = subprocess.run(
+        f"{sys.executable} -c '{code}' | head -1",
+        shell=True,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
     assert done.stdout == "0\n"
     assert done.stderr == "error: standard output was closed before all was written\n"
 
@@ -164,7 +225,7 @@ def test_logging_goes_to_stderr_once(capsys):
 def test_atomic_write_replaces_at_the_end_only(tmp_path):
     path = tmp_path / "x.bin"
     path.write_bytes(b"old")
-    with cli.atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
@@ -175,7 +236,7 @@ def test_atomic_write_replaces_at_the_end_only(tmp_path):
 def test_atomic_write_leaves_nothing_of_a_failure(tmp_path, error):
     path = tmp_path / "x.bin"
     path.write_bytes(b"old")
-    with pytest.raises(type(error)), cli.atomic_write(path) as file:
+    with pytest.raises(type(error)), files.atomic_write(path) as file:
         file.write(b"half")
         raise error
     assert path.read_bytes() == b"old"
@@ -187,7 +248,7 @@ def test_atomic_write_obeys_the_umask_and_follows_links(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     before = os.umask(0o027)
     try:
-        with cli.atomic_write(tmp_path / "link") as file:
+        with files.atomic_write(tmp_path / "link") as file:
             file.write(b"new")
     finally:
         os.umask(before)
@@ -196,45 +257,51 @@ def test_atomic_write_obeys_the_umask_and_follows_links(tmp_path):
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("write", [
-    cli.check_writable, lambda path: cli.save_checkpoint({"a": torch.zeros(1)}, path)])
+@pytest.mark.parametrize(
+    "write", [files.check_writable, lambda path: files.save_checkpoint({"a": torch.zeros(1)}, path)]
+)
 def test_what_is_not_a_regular_file_is_never_replaced(write, tmp_path):
-    with pytest.raises(cli.UserError, match="is a directory; name a file"):
+    with pytest.raises(errors.UserError, match="is a directory; name a file"):
         write(tmp_path)
-    with pytest.raises(cli.UserError, match="/dev/null: is not a regular file"):
+    with pytest.raises(errors.UserError, match="/dev/null: is not a regular file"):
         write("/dev/null")
 
 
 def test_check_writable_makes_nothing_and_atomic_write_makes_the_parent(tmp_path):
     path = tmp_path / "models_nm" / "deep" / "rn18_24.pth"
-    cli.check_writable(path)
+    files.check_writable(path)
     assert os.listdir(tmp_path) == []
-    with cli.atomic_write(path) as file:
+    with files.atomic_write(path) as file:
         file.write(b"x")
     assert path.read_bytes() == b"x"
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(cli.UserError, match="cannot be written"):
-        cli.check_writable(tmp_path / "file" / "x.pth")
-    with pytest.raises(cli.UserError, match="cannot be written"):
-        cli.check_writable(tmp_path / ("x" * 300))
+    with pytest.raises(errors.UserError, match="cannot be written"):
+        files.check_writable(tmp_path / "file" / "x.pth")
+    with pytest.raises(errors.UserError, match="cannot be written"):
+        files.check_writable(tmp_path / ("x" * 300))
 
 
 def test_check_writable_in_a_folder_without_permission(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("the superuser may write anywhere")
     tmp_path.chmod(0o500)
-    with pytest.raises(cli.UserError, match="cannot be written"):
-        cli.check_writable(tmp_path / "x.pth")
+    with pytest.raises(errors.UserError, match="cannot be written"):
+        files.check_writable(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_checkpoints_hold_plain_small_tensors(tmp_path, suffix):
     base = torch.arange(100_000.0)
     shared = torch.ones(2, 3)
-    state = {"view": base[10:12], "transposed": shared.t(), "twice": shared,
-             "parameter": torch.nn.Parameter(torch.full((2,), 7.0)), "count": torch.tensor(3)}
+    state = {
+        "view": base[10:12],
+        "transposed": shared.t(),
+        "twice": shared,
+        "parameter": torch.nn.Parameter(torch.full((2,), 7.0)),
+        "count": torch.tensor(3),
+    }
     path = tmp_path / f"x{suffix}"
-    cli.save_checkpoint(state, path)
+    files.save_checkpoint(state, path)
     read = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
     assert read.keys() == state.keys()
     for name, tensor in state.items():
@@ -245,7 +312,7 @@ def test_checkpoints_hold_plain_small_tensors(tmp_path, suffix):
 
 def test_a_checkpoint_takes_tensors_only(tmp_path):
     with pytest.raises(TypeError, match="epoch is a int"):
-        cli.save_checkpoint({"epoch": 3}, tmp_path / "x.pth")
+        files.save_checkpoint({"epoch": 3}, tmp_path / "x.pth")
     assert os.listdir(tmp_path) == []
 
 
@@ -256,8 +323,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, suffix, capsy
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        status = cli.guarded(lambda _: cli.save_checkpoint({"a": torch.ones(200_000)}, path),
-                             argparse.Namespace())
+        status = cli.guarded(
+            lambda _: files.save_checkpoint({"a": torch.ones(200_000)}, path), argparse.Namespace()
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2
@@ -267,14 +335,33 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, suffix, capsy
 
 def test_records_are_strict_json(tmp_path):
     path = tmp_path / "run.json"
-    records.write_record(path, {
-        "nan": math.nan, "inf": [1.5, -math.inf], 3: (1, 2), "path": Path("a/b"),
-        "numpy": np.float32(0.5), "array": np.array([1.0, math.nan]), "device": torch.device("cpu"),
-        "tensor": torch.tensor([2, 3]), "args": argparse.Namespace(seed=0), "none": None,
-    })
+    records.write_record(
+        path,
+        {
+            "nan": math.nan,
+            "inf": [1.5, -math.inf],
+            3: (1, 2),
+            "path": Path("a/b"),
+            "numpy": np.float32(0.5),
+            "array": np.array([1.0, math.nan]),
+            "device": torch.device("cpu"),
+            "tensor": torch.tensor([2, 3]),
+            "args": argparse.Namespace(seed=0),
+            "none": None,
+        },
+    )
     assert json.loads(path.read_text()) == {
-        "nan": None, "inf": [1.5, None], "3": [1, 2], "path": "a/b", "numpy": 0.5,
-        "array": [1.0, None], "device": "cpu", "tensor": [2, 3], "args": {"seed": 0}, "none": None}
+        "nan": None,
+        "inf": [1.5, None],
+        "3": [1, 2],
+        "path": "a/b",
+        "numpy": 0.5,
+        "array": [1.0, None],
+        "device": "cpu",
+        "tensor": [2, 3],
+        "args": {"seed": 0},
+        "none": None,
+    }
     with pytest.raises(TypeError):
         records.write_record(path, {"x": object()})
     assert json.loads(path.read_text())["3"] == [1, 2]

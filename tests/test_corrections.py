@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from command.cli import UserError
 from datautils import calibration_batches, load_data
 from modelutils import CifarResNet, find_layers, get_model
-from networks.vision import torchvision
+from obc.inputs.vision import torchvision
+from obc.solver.errors import UserError
+from obc.toolkit.corrections import batchnorm_tune, norm_moments, placed, statistics_correction
+from obc.toolkit.training import finetune, global_adaprune, train_vectors
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
-from tuning.corrections import batchnorm_tune, norm_moments, placed, statistics_correction
-from tuning.retraining import finetune, global_adaprune, train_vectors
 
 CPU = torch.device("cpu")
 LayerNorm2d = torchvision.models.convnext.LayerNorm2d
@@ -304,7 +304,8 @@ def train(name: str, model: nn.Module, dense: nn.Module, batches, lr: float = 1e
 ALL = {name: partial(train, name) for name in TRAININGS} | {
     "bnt": lambda model, dense, batches: batchnorm_tune(model, batches, CPU, 5),
     "statcorr": lambda model, dense, batches: statistics_correction(
-        model, dense, batches[0][0], CPU),
+        model, dense, batches[0][0], CPU
+    ),
 }
 
 
@@ -374,8 +375,11 @@ def test_global_adaprune_reports_the_mean_relative_error_of_all_layers(compresse
 def test_lintune_moves_vectors_only(compressed, dense, batches):
     before = copy.deepcopy(compressed.state_dict())
     train("lintune", compressed, dense, batches)
-    changed = {key for key, tensor in compressed.state_dict().items()
-               if not torch.equal(tensor, before[key])}  # fmt: skip
+    changed = {
+        key
+        for key, tensor in compressed.state_dict().items()
+        if not torch.equal(tensor, before[key])
+    }
     vectors = {name for name, parameter in compressed.named_parameters() if parameter.ndim == 1}
     assert changed == vectors
     with pytest.raises(UserError, match="no biases"):
@@ -385,8 +389,9 @@ def test_lintune_moves_vectors_only(compressed, dense, batches):
 def test_gradients_pass_through_activation_grids(dense, batches, images):
     """The first layer learns although its only way to the loss is through a grid."""
     torch.manual_seed(0)
-    wide = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Flatten(),
-                         nn.Linear(8 * 14 * 14, 10)).eval()  # fmt: skip
+    wide = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 14 * 14, 10)
+    ).eval()
     model = perturbed(wide)
     with torch.no_grad():
         set_activation_grid(model[3], fit_activation_grid(model[1](model[0](images)), 3))

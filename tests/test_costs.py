@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from budget.costs import layer_costs, layer_flops, share_left
-from command.cli import UserError
-from database import Database
-from networks.vision import torchvision
+from obc.inputs.vision import torchvision
+from obc.solver.errors import UserError
+from obc.toolkit.costs import layer_costs, layer_flops
+from obc.toolkit.leveldb import Database, share_left
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
 
 COUNTED = [
@@ -73,9 +73,11 @@ def test_costs_are_the_definitions() -> None:
         costs = layer_costs(db, net, shape, constr)
         assert costs.dense == dense
         assert costs.levels["conv"] == {
-            "8w8a": dense["conv"], "4w4a": dense["conv"], "24_4w4a": dense["conv"] / 2,
+            "8w8a": dense["conv"],
+            "4w4a": dense["conv"],
+            "24_4w4a": dense["conv"] / 2,
             "3w32a": dense["conv"],
-        }  # fmt: skip
+        }
     bops = layer_costs(db, net, shape, "bops")
     assert bops.dense["conv"] == 32 * flops["conv"]
     assert [bops.dense["conv"] / bops.levels["conv"][lv] for lv in db.levels] == [1, 4, 8, 16]
@@ -83,8 +85,11 @@ def test_costs_are_the_definitions() -> None:
     bits = layer_costs(db, net, shape, "bits")
     assert bits.dense["conv"] == 32 * params["conv"]
     assert bits.levels["conv"] == {
-        "8w8a": 8 * 288, "4w4a": 4 * 288, "24_4w4a": 2 * 288, "3w32a": 3 * 288
-    }  # fmt: skip
+        "8w8a": 8 * 288,
+        "4w4a": 4 * 288,
+        "24_4w4a": 2 * 288,
+        "3w32a": 3 * 288,
+    }
 
 
 def test_timings_come_from_a_file(tmp_path: Path) -> None:

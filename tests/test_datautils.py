@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import datautils
-from command.cli import UserError
 from datautils import calibration_batches, load_data
 from datautils import test_batches as batches_of_tests
-from images.batches import MEAN, STD
+from obc.inputs.batches import MEAN, STD
+from obc.solver.errors import UserError
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:
@@ -69,8 +69,9 @@ def test_digits_at_their_own_size_are_the_published_pixels():
     images, _ = gather(batches_of_tests(digits))
     with np.load(datautils.DIGITS_FILE) as stored:
         published = stored["images"][stored["test"]]
-    assert torch.equal((pixels_of(images)[:, 0] * 16 / 255).round().to(torch.uint8),
-                       torch.from_numpy(published))
+    assert torch.equal(
+        (pixels_of(images)[:, 0] * 16 / 255).round().to(torch.uint8), torch.from_numpy(published)
+    )
 
 
 def test_digits_need_no_path(caplog):
@@ -97,8 +98,10 @@ def test_a_subset_does_not_depend_on_the_order_of_the_file_system(folder, tmp_pa
         target = mirrored / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    both = [gather(calibration_batches(load_data("folder", datapath=root, nsamples=5)))
-            for root in (folder, mirrored)]
+    both = [
+        gather(calibration_batches(load_data("folder", datapath=root, nsamples=5)))
+        for root in (folder, mirrored)
+    ]
     assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1])
 
 
@@ -124,15 +127,17 @@ def test_passes_repeat_without_augmentation_and_are_sized():
 
 def test_more_workers_than_cores_are_nothing_to_warn_of(recwarn):
     data = load_data("digits", nsamples=4)
-    images, _ = gather(calibration_batches(data, nrounds=1, batchsize=2,
-                                           workers=os.cpu_count() + 1))  # fmt: skip
+    images, _ = gather(
+        calibration_batches(data, nrounds=1, batchsize=2, workers=os.cpu_count() + 1)
+    )
     assert len(images) == 4 and not recwarn.list
 
 
 @pytest.mark.parametrize(("name", "size"), [("digits", 16), ("folder", 24)])
 def test_augmentation_depends_on_seed_pass_and_index_alone(name, size, folder):
-    data = load_data(name, datapath=folder if name == "folder" else None, image_size=size,
-                     nsamples=12)
+    data = load_data(
+        name, datapath=folder if name == "folder" else None, image_size=size, nsamples=12
+    )
 
     def views(**changes):
         options = {"batchsize": 5, "nrounds": 2, "augment": True, "seed": 3, "workers": 0}
@@ -160,8 +165,11 @@ def test_small_images_are_shifted_on_a_black_ground_and_mirrored_but_digits_are_
             shifts = {}
             for turned, original in ((False, pixels), (True, pixels[:, ::-1])):
                 padded = np.pad(original, ((4, 4), (4, 4), (0, 0)))
-                shifts |= {padded[y:y + 32, x:x + 32].tobytes(): turned
-                           for y in range(9) for x in range(9)}
+                shifts |= {
+                    padded[y : y + 32, x : x + 32].tobytes(): turned
+                    for y in range(9)
+                    for x in range(9)
+                }
             assert view.tobytes() in shifts
             turned = shifts[view.tobytes()]
             assert flips or not turned
@@ -170,26 +178,32 @@ def test_small_images_are_shifted_on_a_black_ground_and_mirrored_but_digits_are_
 
 
 def test_the_test_view_of_photographs_is_torchvisions(folder):
-    from networks.vision import torchvision
+    from obc.inputs.vision import torchvision
 
     data = load_data("folder", datapath=folder, image_size=28)
     transforms = torchvision.transforms
-    reference = transforms.Compose([
-        transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD)])
+    reference = transforms.Compose(
+        [
+            transforms.Resize(32),
+            transforms.CenterCrop(28),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
     with Image.open(folder / "val" / "cat" / "0.png") as image:
         assert torch.allclose(data.test[0][0], reference(image.convert("RGB")), atol=1e-6)
 
 
 def test_other_sizes_are_resized_with_antialiasing():
-    from networks.vision import torchvision
+    from obc.inputs.vision import torchvision
 
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     source = datautils.ArrayImages(pixels[None], [0])
     for size in (20, 64):
         image, _ = datautils.ImageSet(source, datautils.View(size, False, True), [0])[0]
         exact = torchvision.transforms.functional.resize(
-            torch.from_numpy(pixels).permute(2, 0, 1).float(), [size, size], antialias=True)
+            torch.from_numpy(pixels).permute(2, 0, 1).float(), [size, size], antialias=True
+        )
         assert (pixels_of(image) - exact).abs().max() < 1.01  # PIL rounds after each direction
 
 
@@ -226,10 +240,11 @@ def test_classes_of_the_two_parts(folder, caplog):
 @pytest.fixture
 def cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """torchvision's files with 10 + 2 images; the checksums of the real ones are not asked for."""
-    from networks.vision import torchvision
+    from obc.inputs.vision import torchvision
 
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity",
-                        lambda path, _md5=None: Path(path).is_file())
+    monkeypatch.setattr(
+        torchvision.datasets.cifar, "check_integrity", lambda path, _md5=None: Path(path).is_file()
+    )
     base = tmp_path / "cifar-10-batches-py"
     base.mkdir()
     rng = np.random.default_rng(0)

@@ -12,10 +12,11 @@ import pytest
 import database
 import main_trueobs
 import spdy
-from budget.profiles import read_profile, read_scores
-from command import cli, resuming
-from command.records import read_record
 from modelutils import load_checkpoint
+from obc.inputs import files
+from obc.toolkit import resume
+from obc.toolkit.profiles import read_profile, read_scores
+from obc.toolkit.records import read_record
 
 QUICK = ["--nsamples", "32", "--batchsize", "32", "--noaug", "--device", "cpu"]
 UNSTR = ["unstr", "--sparse-dir", "models_unstr", "--min-sparsity", "0.5", "--delta-sparse", "0.6"]
@@ -51,9 +52,12 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     """A file system of its own, of 8 MB; the working folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if shutil.which("mount") is None or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True
-    ).returncode:  # fmt: skip
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a file system takes a superuser")
     monkeypatch.chdir(folder)
     yield folder
@@ -112,7 +116,7 @@ def test_a_folder_that_vanishes(name, tmp_path, capsys, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    save, saved = resuming.State.save, []
+    save, saved = resume.State.save, []
 
     def then_gone(state, key, *rest):
         saved.append(key)
@@ -121,7 +125,7 @@ def test_a_folder_that_vanishes(name, tmp_path, capsys, monkeypatch):
         return save(state, key, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(resuming.State, "save", then_gone)
+        patch.setattr(resume.State, "save", then_gone)
         check_refused(run(name), capsys, "start it again")
     assert not visible(work)
     assert run(name) == 0 and visible(work)
@@ -130,7 +134,7 @@ def test_a_folder_that_vanishes(name, tmp_path, capsys, monkeypatch):
 def test_a_file_that_cannot_be_renamed_leaves_nothing(tmp_path, monkeypatch):
     """The folder goes between the last byte and the rename."""
     path = tmp_path / "deep" / "x.bin"
-    with pytest.raises(OSError) as caught, cli.atomic_write(path) as file:
+    with pytest.raises(OSError) as caught, files.atomic_write(path) as file:
         file.write(b"new")
         shutil.rmtree(path.parent)
     assert str(caught.value.filename) == str(path)

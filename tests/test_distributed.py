@@ -12,7 +12,7 @@ import torch
 
 import database
 import main_trueobs
-from engine.distributed import ALONE, World, deal
+from obc.solver.distributed import ALONE, World, deal
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--nsamples", "64", "--batchsize", "16", "--noaug", "--device", "cpu"]
@@ -29,9 +29,12 @@ def torchrun(folder: Path, script: str, *words: str) -> subprocess.CompletedProc
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*line, str(ROOT / script), *words],
-        cwd=folder, capture_output=True, text=True, timeout=240,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -124,16 +127,16 @@ FAILING = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import main_trueobs, trueobs
-from command import cli
-from engine import compression
+from obc.solver import errors
+from obc.toolkit import compress
 
 class Failing(trueobs.TrueOBS):
     def quantize(self):
-        if cli.rank() == 1:
-            raise cli.UserError("this one fails")
+        if errors.rank() == 1:
+            raise errors.UserError("this one fails")
         super().quantize()
 
-compression.TrueOBS = Failing
+compress.TrueOBS = Failing
 sys.exit(main_trueobs.main())
 """
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag
 
-from budget import dp
+from obc.solver import dp
 
 TOLERANCE = 1e-9  # sums of errors in another order
 
@@ -35,8 +35,13 @@ def integer_programme(costs, errors, budget):
     """A lower bound on the least error, and an error that is reached."""
     one_level = LinearConstraint(block_diag([np.ones((1, len(c))) for c in costs]), 1, 1)
     within = LinearConstraint(np.concatenate(costs)[None], -np.inf, budget)
-    found = milp(np.concatenate(errors), integrality=1, bounds=Bounds(0, 1),
-                 constraints=[one_level, within], options={"mip_rel_gap": 1e-8, "time_limit": 30})
+    found = milp(
+        np.concatenate(errors),
+        integrality=1,
+        bounds=Bounds(0, 1),
+        constraints=[one_level, within],
+        options={"mip_rel_gap": 1e-8, "time_limit": 30},
+    )
     return found.mip_dual_bound, found.fun
 
 
@@ -60,8 +65,11 @@ layer = st.lists(st.tuples(costs_of_a_layer, errors_of_a_layer), min_size=1, max
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(layer, min_size=1, max_size=4), st.floats(0, 1.2),
-       st.integers(1, 40) | st.just(dp.BUCKETS))
+@given(
+    st.lists(layer, min_size=1, max_size=4),
+    st.floats(0, 1.2),
+    st.integers(1, 40) | st.just(dp.BUCKETS),
+)
 def test_within_the_printed_error_of_exhaustive_search(layers, share, buckets):
     costs = [[c for c, _ in levels] for levels in layers]
     errors = [[e for _, e in levels] for levels in layers]
@@ -84,8 +92,14 @@ def test_within_the_printed_error_of_exhaustive_search(layers, share, buckets):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.tuples(st.integers(0, 30), st.integers(-5, 5)), min_size=2, max_size=4),
-                min_size=1, max_size=4), st.integers(1, 60))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 30), st.integers(-5, 5)), min_size=2, max_size=4),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(1, 60),
+)
 def test_exact_and_cheapest_where_every_cost_is_whole_buckets(layers, spare):
     costs = [np.array([c for c, _ in levels], float) for levels in layers]
     errors = [np.array([e for _, e in levels], float) for levels in layers]
@@ -103,8 +117,10 @@ def geometric(rng):
     """Costs as of a sparse database, errors that grow with sparsity, not quite convex."""
     density = 0.9 ** np.arange(40)
     costs = [size * density for size in rng.lognormal(0, 1.5, 50)]
-    errors = [scale * (1 - density) ** rng.uniform(1, 4) + rng.normal(0, 1e-4, 40)
-              for scale in rng.lognormal(-3, 1, 50)]
+    errors = [
+        scale * (1 - density) ** rng.uniform(1, 4) + rng.normal(0, 1e-4, 40)
+        for scale in rng.lognormal(-3, 1, 50)
+    ]
     return costs, errors
 
 
@@ -182,10 +198,16 @@ def test_a_level_without_a_finite_error_is_never_chosen(bad):
         dp.solve([[1.0], [1.0, 1.0]], [[0.0], [bad, bad]], 10.0)
 
 
-@pytest.mark.parametrize(("costs", "errors", "budget"), [
-    ([[1.0]], [[1.0], [1.0]], 1.0), ([[1.0, 2.0]], [[1.0]], 1.0), ([[-1.0]], [[1.0]], 1.0),
-    ([[math.inf]], [[1.0]], 1.0), ([[1.0]], [[1.0]], math.nan),
-])
+@pytest.mark.parametrize(
+    ("costs", "errors", "budget"),
+    [
+        ([[1.0]], [[1.0], [1.0]], 1.0),
+        ([[1.0, 2.0]], [[1.0]], 1.0),
+        ([[-1.0]], [[1.0]], 1.0),
+        ([[math.inf]], [[1.0]], 1.0),
+        ([[1.0]], [[1.0]], math.nan),
+    ],
+)
 def test_nonsense_is_refused(costs, errors, budget):
     with pytest.raises(ValueError):
         dp.solve(costs, errors, budget)

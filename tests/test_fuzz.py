@@ -51,15 +51,19 @@ def test_the_fuzzer_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise module.UserError("broken")
 
     monkeypatch.setattr(module, "SECONDS", 1)
-    for read, end in ((lambda path: path.no_such_name, "AttributeError"),
-                      (hangs, "slower"), (speechless, "refused in other"),
-                      (vague, "refused in other")):  # fmt: skip
+    for read, end in (
+        (lambda path: path.no_such_name, "AttributeError"),
+        (hangs, "slower"),
+        (speechless, "refused in other"),
+        (vague, "refused in other"),
+    ):
         assert outcome(Target(read, "x", (b"x",), (blind,)), b"x", tmp_path).startswith(end)
 
 
 def test_a_seed_makes_the_same_cases() -> None:
     import numpy as np
 
-    first, again = ([blind(b"0123456789" * 9, np.random.default_rng(5)) for _ in range(9)]
-                    for _ in range(2))  # fmt: skip
+    first, again = (
+        [blind(b"0123456789" * 9, np.random.default_rng(5)) for _ in range(9)] for _ in range(2)
+    )
     assert first == again and len(BLIND) >= 7

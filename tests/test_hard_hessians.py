@@ -130,6 +130,8 @@ def test_a_row_that_rounds_better_to_nearest_is_rounded_to_nearest() -> None:
     obs.quantize()
     nearest = obs.quantizer(W)
     for row in range(len(W)):
-        errors = [float((x.double() @ (weight[row] - W[row]).double()).square().sum())
-                  for weight in (obs.layer.weight.detach(), nearest)]
+        errors = [
+            float((x.double() @ (weight[row] - W[row]).double()).square().sum())
+            for weight in (obs.layer.weight.detach(), nearest)
+        ]
         assert errors[0] <= errors[1] * (1 + 1e-9)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from oracles import Array, conv_columns_oracle, hessian_oracle
 from torch import Tensor, nn
 
-from engine import hessian
-from engine.hessian import Gram
-from engine.inverse import LADDER, SingularHessian, damped_inverse, rank_deficit, without
+from obc.solver import hessian
+from obc.solver.errors import SingularHessian
+from obc.solver.hessian import Gram
+from obc.solver.inverse import LADDER, damped_inverse, rank_deficit, without
 
 TOLERANCE = 1e-9
 
@@ -177,8 +178,16 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, tuple[int, ...]]:
     reach = zip(pairs["dilation"], pairs["kernel"], strict=True)
     size = [max(4, d * (k - 1) + 1) + draw(st.integers(0, 4)) for d, k in reach]
     channels = groups * draw(st.integers(1, 2))
-    layer = nn.Conv2d(channels, groups, pairs["kernel"], pairs["stride"], padding,
-                      pairs["dilation"], groups, padding_mode=mode)
+    layer = nn.Conv2d(
+        channels,
+        groups,
+        pairs["kernel"],
+        pairs["stride"],
+        padding,
+        pairs["dilation"],
+        groups,
+        padding_mode=mode,
+    )
     return layer, (draw(st.integers(1, 3)), channels, *size)
 
 

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 import main_trueobs
-from command.cli import UserError
 from datautils import calibration_batches, load_data
 from datautils import test_batches as batches_of_tests
-from images.imagefiles import damaged, decoded, quick_flaw
+from obc.inputs.images import damaged, decoded, quick_flaw
+from obc.solver.errors import UserError
 
 KINDS = ("jpg", "png", "webp", "bmp", "tiff", "ppm")
 OWN_MODEL = """
@@ -42,8 +42,12 @@ def bomb() -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
 
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-            + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))  # fmt: skip
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.fixture
@@ -88,8 +92,9 @@ def test_bytes_after_the_end_do_no_harm(kind, tmp_path):
     assert quick_flaw(str(path)) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", bytes(3000), bomb()],
-                         ids=["empty", "text", "zeros", "bomb"])  # fmt: skip
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", bytes(3000), bomb()], ids=["empty", "text", "zeros", "bomb"]
+)
 def test_what_is_no_image(content, tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(content)
@@ -115,10 +120,29 @@ def test_many_files_are_looked_at_by_several_processes(tmp_path):
 
 
 def command(folder: Path, *words: str) -> int:
-    return main_trueobs.main([
-        f"{folder}/own.py:net", "folder", "nmprune", "--prunem", "3", "--prunen", "1", "--noaug",
-        "--datapath", str(folder), "--image-size", "24", "--workers", "0", "--device", "cpu",
-        "--batchsize", "5", *words])  # fmt: skip
+    return main_trueobs.main(
+        [
+            f"{folder}/own.py:net",
+            "folder",
+            "nmprune",
+            "--prunem",
+            "3",
+            "--prunen",
+            "1",
+            "--noaug",
+            "--datapath",
+            str(folder),
+            "--image-size",
+            "24",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            "--batchsize",
+            "5",
+            *words,
+        ]
+    )
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -134,8 +158,11 @@ def test_a_damaged_file_stops_the_command_at_once(part, folder, capsys):
 
 
 def test_skipped_files_are_counted(folder, capsys):
-    bad = [folder / "train" / "dog" / "1.jpg", folder / "train" / "cat" / "5.jpg",
-           folder / "val" / "cat" / "0.jpg"]  # fmt: skip
+    bad = [
+        folder / "train" / "dog" / "1.jpg",
+        folder / "train" / "cat" / "5.jpg",
+        folder / "val" / "cat" / "0.jpg",
+    ]
     bad[0].write_bytes(b"")
     bad[1].write_bytes(bomb())
     bad[2].write_bytes(bad[2].read_bytes()[:-100])
@@ -144,8 +171,9 @@ def test_skipped_files_are_counted(folder, capsys):
     warnings = [line for line in err.splitlines() if "cannot be read and are skipped" in line]
     assert len(warnings) == 2 and out.startswith("top-1 ")
     assert warnings[0].startswith("warning: 2 of 16 training images cannot be read")
-    assert warnings[1].startswith(f"warning: 1 of 8 test images cannot be read and are skipped; "
-                                  f"the first: {bad[2]} (")  # fmt: skip
+    assert warnings[1].startswith(
+        f"warning: 1 of 8 test images cannot be read and are skipped; the first: {bad[2]} ("
+    )
 
 
 def test_nothing_left_is_an_error(folder, capsys):

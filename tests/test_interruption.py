@@ -13,8 +13,8 @@ import pytest
 
 import database
 import main_trueobs
-from budget.profiles import read_profile, read_scores
 from modelutils import load_checkpoint
+from obc.toolkit.profiles import read_profile, read_scores
 
 QUICK = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
 UNSTR = ["unstr", "--sparse-dir", "models_unstr", "--delta-sparse", "0.4"]
@@ -49,8 +49,11 @@ def made(tmp_path_factory) -> Path:
 
 def files(folder: Path) -> dict[Path, bool]:
     """All files, and whether they or a folder that they are in are hidden."""
-    return {path: any(part.startswith(".") for part in path.relative_to(folder).parts)
-            for path in folder.rglob("*") if path.is_file()}  # fmt: skip
+    return {
+        path: any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def check_whole(folder: Path) -> None:

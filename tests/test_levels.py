@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import levels
-from engine.elimination import Unstructured, eliminate
-from engine.inverse import Inverse, damped_inverse
-from engine.levels import BLOCK, Leading, factorise, first_counts, gathered, weights_at
-from engine.threads import in_pieces, rows_of_a_piece
+from obc.solver import levels
+from obc.solver.elimination import Unstructured, eliminate
+from obc.solver.inverse import Inverse, damped_inverse
+from obc.solver.levels import BLOCK, Leading, factorise, first_counts, gathered, weights_at
+from obc.solver.threads import in_pieces, rows_of_a_piece
 
 SIZES = [1, 2, BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 1]
 
@@ -115,8 +115,9 @@ def test_float64_where_float32_does_not_carry(d):
     part = Leading(bad[None], None, torch.tensor([0]), order, counts, torch.float32)
     o = order[0]
     assert part.L.dtype == torch.float64
-    torch.testing.assert_close(part.L[0].tril() @ part.L[0].tril().T, bad.double()[o][:, o],
-                               rtol=0, atol=1e-12)  # fmt: skip
+    torch.testing.assert_close(
+        part.L[0].tril() @ part.L[0].tril().T, bad.double()[o][:, o], rtol=0, atol=1e-12
+    )
     good = Leading(hessian(d).float(), None, torch.tensor([0]), order, counts, torch.float32)
     assert good.L.dtype == torch.float32
     with pytest.raises(ArithmeticError, match="not positive definite; try --rel-damp"):
@@ -135,8 +136,10 @@ def test_halves_are_only_made_where_a_level_asks_for_them():
 
 def row_by_row(W: Tensor, inverse: Inverse, H: Tensor, order: Tensor, counts: Tensor) -> Tensor:
     one = torch.tensor([0])
-    parts = [weights_at(W[r : r + 1], inverse, H, one, order[r : r + 1], counts[:, r : r + 1])
-             for r in range(len(W))]  # fmt: skip
+    parts = [
+        weights_at(W[r : r + 1], inverse, H, one, order[r : r + 1], counts[:, r : r + 1])
+        for r in range(len(W))
+    ]
     return torch.cat(parts, 1)
 
 

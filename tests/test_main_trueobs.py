@@ -20,13 +20,21 @@ from torch import Tensor, nn
 
 import main_trueobs
 from datautils import calibration_batches, load_data
-from engine.levels import sparsity_grid
 from modelutils import SHIPPED_WEIGHTS, CifarResNet
+from obc.solver.levels import sparsity_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--nsamples", "128", "--noaug")
-LAYERS = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2",
-          "layer3.0.conv1", "layer3.0.conv2", "linear"]
+LAYERS = [
+    "conv1",
+    "layer1.0.conv1",
+    "layer1.0.conv2",
+    "layer2.0.conv1",
+    "layer2.0.conv2",
+    "layer3.0.conv1",
+    "layer3.0.conv2",
+    "linear",
+]
 GRID = ("--max-sparsity", "0.8", "--delta-sparse", "0.4")
 LEVELS = [0.0, 0.4, 0.64, 0.784, 0.8]  # of GRID
 FILES = ["rn8_0000.pth", "rn8_4000.pth", "rn8_6400.pth", "rn8_7840.pth", "rn8_8000.pth"]
@@ -49,8 +57,9 @@ def start(*words: object, **options) -> subprocess.Popen[str]:
     line = [sys.executable, str(ROOT / "main_trueobs.py"), *map(str, words)]
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # inherited: `… &` ignores it
     try:
-        return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, **options)
+        return subprocess.Popen(
+            line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        )
     finally:
         signal.signal(signal.SIGINT, heard)
 
@@ -348,10 +357,12 @@ def test_structured_levels_drop_whole_input_channels(command, tmp_path, dense):
 
 
 def test_default_grids():
-    grids = {mode: sparsity_grid(*grid)
-             for mode, grid in main_trueobs.SPARSITY_GRIDS.items()}
+    grids = {mode: sparsity_grid(*grid) for mode, grid in main_trueobs.SPARSITY_GRIDS.items()}
     assert {mode: (grid[0], grid[-1], len(grid)) for mode, grid in grids.items()} == {
-        "unstr": (0.0, 0.99, 45), "blocked": (0.0, 0.95, 30), "struct": (0.0, 0.9, 46)}
+        "unstr": (0.0, 0.99, 45),
+        "blocked": (0.0, 0.95, 30),
+        "struct": (0.0, 0.9, 46),
+    }
     for mode, grid in grids.items():
         factor = 0.95 if mode == "struct" else 0.9
         inner = [1 - s for s in grid[:-1]]
@@ -359,8 +370,16 @@ def test_default_grids():
 
 
 def test_a_pruned_checkpoint_can_be_pruned_further(pruned, command, tmp_path):
-    words = ["--load", pruned, "--sparse-dir", tmp_path / "db", "--min-sparsity", 0.7,
-             "--max-sparsity", 0.7]
+    words = [
+        "--load",
+        pruned,
+        "--sparse-dir",
+        tmp_path / "db",
+        "--min-sparsity",
+        0.7,
+        "--max-sparsity",
+        0.7,
+    ]
     assert command("rn8", "digits", "unstr", *words, *QUICK).status == 0
     before, after = read(pruned), read(tmp_path / "db" / "rn8_7000.pth")
     for layer in LAYERS[1:]:
@@ -466,7 +485,8 @@ def test_what_is_in_no_layer_is_told(caplog):
         main_trueobs.tell_other_weights(model)
         main_trueobs.tell_other_weights(model[0])
     assert caplog.messages == [
-        "left dense, in no Conv2d or Linear: 1.weight and 1 more (49 % of all parameters)"]
+        "left dense, in no Conv2d or Linear: 1.weight and 1 more (49 % of all parameters)"
+    ]
 
 
 def test_a_users_model_takes_weights(user_model, command, tmp_path):
@@ -502,10 +522,13 @@ def run_on(device: str, words: str, path: Path) -> tuple[float, dict[str, float]
     return record["top1"], {layer["name"]: layer["squared_error"] for layer in record["layers"]}
 
 
-@pytest.mark.parametrize("device", [
-    pytest.param("cpu", id="what a GPU runs, on the CPU"),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", id="what a GPU runs, on the CPU"),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("words", ["quant --wbits 4", "quant --wbits 3 --abits 4", "nmprune"])
 def test_a_gpu_gives_what_a_cpu_gives(
     words: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -513,7 +536,7 @@ def test_a_gpu_gives_what_a_cpu_gives(
     """Top-1 within 0.1, every layer's squared error within 0.1 %."""
     wanted_top1, wanted = run_on("cpu", words, tmp_path / "compiled.pth")
     for module in ("elimination", "levels"):
-        monkeypatch.setattr(f"engine.{module}.compiled", lambda name: None)
+        monkeypatch.setattr(f"obc.solver.{module}.compiled", lambda name: None)
     top1, errors = run_on(device, words, tmp_path / "in_torch.pth")
     assert top1 == pytest.approx(wanted_top1, abs=0.1)
     assert errors == pytest.approx(wanted, rel=1e-3)
@@ -590,7 +613,7 @@ REFUSED = {  # arguments, with files in the folder `bad` -> a part of the error
     "no file": (f"user/none.py:build digits {QUANT}", "there is no file"),
     "no images": ("rn8 digits nmprune --nsamples 0", "--nsamples must be"),
     "unknown device": ("rn8 digits nmprune --device gpu", "--device must be"),
-}  # fmt: skip
+}
 
 
 def check_refused(done: Done, part: str, before: list[str], folder: Path) -> None:
@@ -640,12 +663,9 @@ def last_line_is_an_error(done: Done) -> bool:
     return done.status == 2 and done.out == "" and done.err.splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("mode", [
-    QUANT,
-    "nmprune --save out/q.pth",
-    UNSTR,
-    "struct --sparse-dir out",
-])
+@pytest.mark.parametrize(
+    "mode", [QUANT, "nmprune --save out/q.pth", UNSTR, "struct --sparse-dir out"]
+)
 def test_a_users_weights_are_nan(mode, bad, command, monkeypatch):
     monkeypatch.chdir(bad)
     before = tree(bad)
@@ -654,8 +674,14 @@ def test_a_users_weights_are_nan(mode, bad, command, monkeypatch):
     assert tree(bad) == before
 
 
-@pytest.mark.parametrize("words", [f"rn9 digits {QUANT}", f"rn9 digits {UNSTR}",
-                                   "rn8 digits nmprune --load rn20.pth --save out/q.pth"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"rn9 digits {QUANT}",
+        f"rn9 digits {UNSTR}",
+        "rn8 digits nmprune --load rn20.pth --save out/q.pth",
+    ],
+)
 def test_no_empty_folder_is_left_of_what_is_refused(words, bad, command, monkeypatch):
     monkeypatch.chdir(bad)
     (bad / "out").rmdir()

@@ -9,9 +9,9 @@ import torch
 
 import main_trueobs
 from benchmarks.bench_memory import measure
-from command.cli import UserError
-from engine.levelfile import LevelFile
-from engine.memory import Needs, in_passes, most_at_a_time
+from obc.solver.errors import UserError
+from obc.solver.memory import Needs, in_passes, most_at_a_time
+from obc.toolkit.levelfile import LevelFile
 
 
 def needs(sums: int, work: int = 1) -> Needs:
@@ -61,10 +61,15 @@ def test_too_little_memory_is_one_line(capsys):
     assert line.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [
-    "nmprune", "nmprune --save {}/x.pth", "nmprune --prunem 1000000 --save {}/none/x.pth",
-    "unstr --sparse-dir {}/none/of/these",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        "nmprune",
+        "nmprune --save {}/x.pth",
+        "nmprune --prunem 1000000 --save {}/none/x.pth",
+        "unstr --sparse-dir {}/none/of/these",
+    ],
+)
 def test_a_plan_is_told_and_nothing_done(words, tmp_path, capsys):
     """Also without a place for results, with one to be made, and where no layer can be pruned."""
     words = words.format(tmp_path).split()

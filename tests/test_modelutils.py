@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from command.cli import UserError, save_checkpoint
 from datautils import load_data
 from datautils import test_batches as batches_of_tests
 from modelutils import (
@@ -27,6 +26,8 @@ from modelutils import (
     mean_loss,
     other_weights,
 )
+from obc.inputs.files import save_checkpoint
+from obc.solver.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -42,8 +43,16 @@ def rn8_file(tmp_path):
 # ------------------------------------------------------------------------ the networks
 
 
-@pytest.mark.parametrize(("name", "parameters"), [  # He et al. 2015, table 6, in millions
-    ("rn20", 0.27), ("rn32", 0.46), ("rn44", 0.66), ("rn56", 0.85), ("rn110", 1.7)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # He et al. 2015, table 6, in millions
+        ("rn20", 0.27),
+        ("rn32", 0.46),
+        ("rn44", 0.66),
+        ("rn56", 0.85),
+        ("rn110", 1.7),
+    ],
+)
 def test_cifar_resnets_have_the_published_size(name, parameters):
     model = CifarResNet(CIFAR_BLOCKS[name])
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -54,8 +63,15 @@ def test_cifar_resnets_have_the_published_size(name, parameters):
 def test_names_of_layers_and_shape_of_scores():
     model = CifarResNet(1, classes=7).eval()
     assert list(find_layers(model)) == [
-        "conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2",
-        "layer3.0.conv1", "layer3.0.conv2", "linear"]
+        "conv1",
+        "layer1.0.conv1",
+        "layer1.0.conv2",
+        "layer2.0.conv1",
+        "layer2.0.conv2",
+        "layer3.0.conv1",
+        "layer3.0.conv2",
+        "linear",
+    ]
     assert {"bn1.running_mean", "layer3.0.bn2.weight", "linear.bias"} <= model.state_dict().keys()
     assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
 
@@ -92,13 +108,19 @@ def test_unknown_models_come_with_suggestions():
 def test_no_weights_to_download(name, dataset):
     with pytest.raises(UserError) as caught:
         get_model(name, dataset, classes=10)
-    assert str(caught.value) == \
-        f"{name} on {dataset} has no weights to download; pass --weights FILE"
+    assert (
+        str(caught.value) == f"{name} on {dataset} has no weights to download; pass --weights FILE"
+    )
 
 
-@pytest.mark.parametrize("error", [
-    urllib.error.URLError("no network"), TimeoutError("timed out"),
-    RuntimeError('invalid hash value (expected "1", got "2")')])
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib.error.URLError("no network"),
+        TimeoutError("timed out"),
+        RuntimeError('invalid hash value (expected "1", got "2")'),
+    ],
+)
 def test_a_failing_download_is_one_line(error, monkeypatch):
     def download(*_args, **_kwargs):
         raise error
@@ -110,15 +132,21 @@ def test_a_failing_download_is_one_line(error, monkeypatch):
 
 
 def test_pretrained_weights_are_version_1_or_the_default(monkeypatch):
-    from networks.vision import torchvision
+    from obc.inputs.vision import torchvision
 
     asked = []
-    monkeypatch.setattr(torchvision.models, "get_model",
-                        lambda name, weights: asked.append((name, weights.name)) or nn.ReLU())
+    monkeypatch.setattr(
+        torchvision.models,
+        "get_model",
+        lambda name, weights: asked.append((name, weights.name)) or nn.ReLU(),
+    )
     for name in ("rn50", "vit_h_14", "mobilenet_v2"):
         get_model(name, "imagenet", classes=1000)
-    assert asked == [("resnet50", "IMAGENET1K_V1"), ("vit_h_14", "IMAGENET1K_SWAG_E2E_V1"),
-                     ("mobilenet_v2", "IMAGENET1K_V1")]
+    assert asked == [
+        ("resnet50", "IMAGENET1K_V1"),
+        ("vit_h_14", "IMAGENET1K_SWAG_E2E_V1"),
+        ("mobilenet_v2", "IMAGENET1K_V1"),
+    ]
 
 
 def test_classes_of_pretrained_weights_and_dataset_have_to_agree():
@@ -128,7 +156,7 @@ def test_classes_of_pretrained_weights_and_dataset_have_to_agree():
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "googlenet"])
 def test_classes_follow_the_file(name, tmp_path):
-    from networks.vision import torchvision
+    from obc.inputs.vision import torchvision
 
     options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     torch.manual_seed(0)
@@ -177,9 +205,11 @@ def test_a_model_of_the_users_own(tmp_path):
     weights = tmp_path / "own.pth"
     save_checkpoint({"1.weight": torch.ones(4, 12), "1.bias": torch.ones(4)}, weights)
     assert get_model(f"{path}:good", "folder", weights)[1].bias.sum() == 4
-    for function, message in (("bad", "bad returned a int; it has to return an nn.Module"),
-                              ("worse", "worse: ZeroDivisionError: oh dear"),
-                              ("none", "own.py: no function none in it")):
+    for function, message in (
+        ("bad", "bad returned a int; it has to return an nn.Module"),
+        ("worse", "worse: ZeroDivisionError: oh dear"),
+        ("none", "own.py: no function none in it"),
+    ):
         with pytest.raises(UserError, match=message):
             get_model(f"{path}:{function}", "folder")
     with pytest.raises(UserError, match="there is no file nowhere.py"):
@@ -203,7 +233,8 @@ def test_a_file_is_imported_as_python_would(tmp_path):
         "def net():\n"
         "    return nn.Linear(12, Settings().classes)\n"
         "def leaves():\n"
-        "    raise SystemExit(0)\n")
+        "    raise SystemExit(0)\n"
+    )
     assert get_model(f"{tmp_path}/own.py:net", "folder").out_features == 4
     with pytest.raises(UserError, match="own.py:leaves: SystemExit: 0"):
         get_model(f"{tmp_path}/own.py:leaves", "folder")
@@ -218,13 +249,16 @@ def tied() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize(("make", "message"), [
-    (tied, "0 and 1 share one weight"),
-    (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "is computed from other"),
-    (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), "is computed from other"),
-    (lambda: nn.utils.spectral_norm(nn.Conv2d(4, 4, 1)), "is computed from other"),
-    (lambda: nn.LazyLinear(4), "a lazy layer"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (tied, "0 and 1 share one weight"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "is computed from other"),
+        (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), "is computed from other"),
+        (lambda: nn.utils.spectral_norm(nn.Conv2d(4, 4, 1)), "is computed from other"),
+        (lambda: nn.LazyLinear(4), "a lazy layer"),
+    ],
+)
 def test_weights_that_cannot_be_replaced_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         check_layers(nn.Sequential(make()) if make is not tied else make(), "mine")
@@ -250,15 +284,21 @@ def test_what_is_in_no_layer_is_counted():
 # -------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state: state,
-    lambda state: {"state_dict": state, "best_prec1": 91.7, "epoch": 3},
-    lambda state: {"model": state, "optimizer": {"state": {}}},
-    lambda state: {"model_state_dict": state},
-    lambda state: {"module." + key: tensor for key, tensor in state.items()},
-    lambda state: {"state_dict": {"module." + key: tensor for key, tensor in state.items()}},
-    lambda state: {"net": {f"_orig_mod.module.{key}": t for key, t in state.items()}, "acc": 91.7},
-])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "best_prec1": 91.7, "epoch": 3},
+        lambda state: {"model": state, "optimizer": {"state": {}}},
+        lambda state: {"model_state_dict": state},
+        lambda state: {"module." + key: tensor for key, tensor in state.items()},
+        lambda state: {"state_dict": {"module." + key: tensor for key, tensor in state.items()}},
+        lambda state: {
+            "net": {f"_orig_mod.module.{key}": t for key, t in state.items()},
+            "acc": 91.7,
+        },
+    ],
+)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_wrappers_and_prefixes_come_off(wrap, zipped, tmp_path):
     state = CifarResNet(1).state_dict()
@@ -272,8 +312,10 @@ def test_wrappers_and_prefixes_come_off(wrap, zipped, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_half_precision_files_make_float32_models(dtype, suffix, tmp_path):
-    state = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-             for key, tensor in CifarResNet(1).state_dict().items()}
+    state = {
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for key, tensor in CifarResNet(1).state_dict().items()
+    }
     path = tmp_path / f"x{suffix}"
     save_checkpoint(state, path)
     model = get_model("rn8", "cifar10", path, 10)
@@ -292,20 +334,32 @@ def bytes_of(saved) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.pth", b"", r"cannot be read"),
-    ("b.pth", b"no checkpoint at all", r"cannot be read"),
-    ("c.pth", bytes_of({"w": torch.zeros(1000)})[:2000], r"cannot be read"),
-    ("d.pth", pickle.dumps(Harmful(), 2), r"objects other than tensors .*print.*refuse to load it"),
-    ("d4.pth", pickle.dumps(Harmful(), 4), r"cannot be read \(not a checkpoint\)"),
-    ("e.pth", bytes_of({"w": torch.zeros(1), "x": Harmful()}), r"objects other than .*print"),
-    ("f.pth", bytes_of({"epoch": 3}), r"no tensors in it"),
-    ("g.pth", bytes_of([torch.zeros(1)]), r"contains a list, not a state dict"),
-    ("h.pth", bytes_of({"w": torch.tensor([1, float("nan")])}), r"w has NaN or infinite values"),
-    ("i.pth", bytes_of({"w": torch.tensor([float("inf")])}), r"w has NaN or infinite values"),
-    ("j.safetensors", b"\x10\0\0\0\0\0\0\0{", r"cannot be read as safetensors"),
-    ("k.safetensors", b"", r"cannot be read as safetensors"),
-], ids=lambda value: value if str(value).endswith(("pth", "safetensors")) else "")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pth", b"", r"cannot be read"),
+        ("b.pth", b"no checkpoint at all", r"cannot be read"),
+        ("c.pth", bytes_of({"w": torch.zeros(1000)})[:2000], r"cannot be read"),
+        (
+            "d.pth",
+            pickle.dumps(Harmful(), 2),
+            r"objects other than tensors .*print.*refuse to load it",
+        ),
+        ("d4.pth", pickle.dumps(Harmful(), 4), r"cannot be read \(not a checkpoint\)"),
+        ("e.pth", bytes_of({"w": torch.zeros(1), "x": Harmful()}), r"objects other than .*print"),
+        ("f.pth", bytes_of({"epoch": 3}), r"no tensors in it"),
+        ("g.pth", bytes_of([torch.zeros(1)]), r"contains a list, not a state dict"),
+        (
+            "h.pth",
+            bytes_of({"w": torch.tensor([1, float("nan")])}),
+            r"w has NaN or infinite values",
+        ),
+        ("i.pth", bytes_of({"w": torch.tensor([float("inf")])}), r"w has NaN or infinite values"),
+        ("j.safetensors", b"\x10\0\0\0\0\0\0\0{", r"cannot be read as safetensors"),
+        ("k.safetensors", b"", r"cannot be read as safetensors"),
+    ],
+    ids=lambda value: value if str(value).endswith(("pth", "safetensors")) else "",
+)
 def test_what_is_no_checkpoint(name, content, message, tmp_path, capsys):
     path = tmp_path / name
     path.write_bytes(content)
@@ -324,7 +378,7 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_a_whole_model_or_a_program_is_refused(tmp_path):
     torch.save(CifarResNet(1), tmp_path / "model.pth")
-    with pytest.raises(UserError, match=r"than tensors \(networks.cifar_resnets.CifarResNet\)"):
+    with pytest.raises(UserError, match=r"than tensors \(obc.inputs.cifar_resnets.CifarResNet\)"):
         load_checkpoint(tmp_path / "model.pth")
 
 
@@ -343,8 +397,10 @@ def test_a_state_has_to_fit_exactly():
         ({"0.bias": None}, "x.pth: does not fit the model: missing 0.bias$"),
         ({"0.bias": None, "1.bias": None}, "missing 0.bias and 1 more$"),
         ({"head": torch.ones(1)}, "unexpected head$"),
-        ({"0.bias": torch.ones(5), "1.bias": torch.ones(5)},
-         r"0.bias is \(5,\), should be \(4,\), and 1 more$"),
+        (
+            {"0.bias": torch.ones(5), "1.bias": torch.ones(5)},
+            r"0.bias is \(5,\), should be \(4,\), and 1 more$",
+        ),
     ):
         wrong = {key: tensor for key, tensor in (state | change).items() if tensor is not None}
         with pytest.raises(UserError, match=message):
@@ -359,8 +415,12 @@ def test_a_state_has_to_fit_exactly():
 
 
 def test_find_layers_takes_convolutions_and_linear_layers_only():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 1),
-                          nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.Linear(1, 2)))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.ConvTranspose2d(4, 4, 1),
+        nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.Linear(1, 2)),
+    )
     assert list(find_layers(model)) == ["0", "3.0", "3.1"]
 
 
@@ -387,7 +447,8 @@ def test_evaluation_counts_right_and_restores_every_mode():
     right = sum(int(row.argmax() == label) for row, label in zip(scores, labels, strict=True))
     assert evaluate(model, batches, CPU) == pytest.approx(100 * right / 12)
     assert mean_loss(model, batches, CPU) == pytest.approx(
-        F.cross_entropy(scores.double(), labels).item())
+        F.cross_entropy(scores.double(), labels).item()
+    )
     assert model.modes == {(False, True)}
     assert (model.training, model.norm.training, model.drop.training) == (True, False, True)
     with pytest.raises(UserError, match="no images"):
@@ -418,9 +479,14 @@ def test_a_half_precision_torchvision_checkpoint_loads(shared_data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "weights", "size", "top1"), [
-    ("rn20", "rn20_cifar10.pth", 32, 87.93), ("rn20", "foreign_resnet20.th", 32, 81.03),
-    ("rn18", "rn18_cifar10_64px.pth", 64, 85.12)])
+@pytest.mark.parametrize(
+    ("name", "weights", "size", "top1"),
+    [
+        ("rn20", "rn20_cifar10.pth", 32, 87.93),
+        ("rn20", "foreign_resnet20.th", 32, 81.03),
+        ("rn18", "rn18_cifar10_64px.pth", 64, 85.12),
+    ],
+)
 def test_published_accuracies(name, weights, size, top1, shared_data, cifar10_images):
     data = load_data("cifar10", datapath=cifar10_images, image_size=size)
     model = get_model(name, "cifar10", shared_data / weights, len(data.classes))

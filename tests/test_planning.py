@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from engine.distributed import ALONE, World
-from engine.inverse import damped_inverse
-from engine.machine import Images, Machine, image_seconds, measure, problem, writing_seconds
-from engine.planning import Work, compressible, estimate, make_plan, singular_layers
-from engine.task import Task
+from obc.solver.distributed import ALONE, World
+from obc.solver.inverse import damped_inverse
+from obc.toolkit.machine import Images, Machine, image_seconds, measure, problem, writing_seconds
+from obc.toolkit.planning import Work, compressible, estimate, make_plan, singular_layers
+from obc.toolkit.task import Task
 
 CPU = torch.device("cpu")
 
@@ -100,10 +100,17 @@ def test_a_layer_that_is_called_twice_sees_twice_as_many_patches():
     assert image_seconds(net, torch.randn(3, 2, 4, 4)).positions == {"0": 32}
 
 
-@pytest.mark.parametrize("task", [
-    Task(), Task(nm=(2, 4), innermost=True), Task(levels=3), Task(quantise=True),
-    Task(levels=3, size=4, innermost=True), Task(levels=3, size=9, shared=True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task",
+    [
+        Task(),
+        Task(nm=(2, 4), innermost=True),
+        Task(levels=3),
+        Task(quantise=True),
+        Task(levels=3, size=4, innermost=True),
+        Task(levels=3, size=9, shared=True),
+    ],
+)
 def test_every_mode_is_measured_and_adds_up(task: Task, tmp_path: Path) -> None:
     net = Net()
     layers = dict(net.named_children())

@@ -13,14 +13,22 @@ from torch import Tensor
 
 import main_trueobs
 import post_proc
-from command.cli import save_checkpoint
-from command.session import Session
 from modelutils import find_layers, get_model, load_checkpoint
+from obc.inputs.files import save_checkpoint
+from obc.toolkit.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
-SHORT = ["--bnt-batches", "4", "--gap-epochs", "1", "--lintune-epochs", "1",
-         "--finetune-epochs", "1"]  # fmt: skip
+SHORT = [
+    "--bnt-batches",
+    "4",
+    "--gap-epochs",
+    "1",
+    "--lintune-epochs",
+    "1",
+    "--finetune-epochs",
+    "1",
+]
 CORRECTIONS = ["--gap", "--bnt", "--statcorr", "--lintune", "--finetune"]
 
 
@@ -43,8 +51,9 @@ def database(tmp_path_factory) -> Path:
     state = get_model("rn8", "digits").state_dict()
     (folder / "models_unstr").mkdir()
     for level, factor in (("0000", 1.0), ("5000", 0.5)):
-        scaled = {key: tensor * factor if tensor.ndim > 1 else tensor
-                  for key, tensor in state.items()}  # fmt: skip
+        scaled = {
+            key: tensor * factor if tensor.ndim > 1 else tensor for key, tensor in state.items()
+        }
         save_checkpoint(scaled, folder / "models_unstr" / f"rn8_{level}.pth")
     return folder
 
@@ -94,7 +103,8 @@ def test_all_corrections_keep_zeros_and_grids_and_the_file_is_already_corrected(
     assert run(capsys, saved) == top1
     record = json.loads(saved.with_suffix(".json").read_text())
     assert [step["name"] for step in record["corrections"]] == [
-        option.removeprefix("--") for option in CORRECTIONS]
+        option.removeprefix("--") for option in CORRECTIONS
+    ]
     assert record["top1"] == pytest.approx(float(top1.split()[1]), abs=0.005)
     assert record["arguments"]["bnt_batches"] == 4
 
@@ -143,8 +153,9 @@ def test_a_profile_is_stitched(database, tmp_path, capsys):
         assert torch.equal(weights[name], layer.weight * factor), name
     run(capsys, *words, "--skip-firstlast")
     assert torch.equal(load_checkpoint(saved)["conv1.weight"], dense.conv1.weight)
-    assert torch.equal(load_checkpoint(saved)["layer1.0.conv1.weight"],
-                       dense.layer1[0].conv1.weight / 2)  # fmt: skip
+    assert torch.equal(
+        load_checkpoint(saved)["layer1.0.conv1.weight"], dense.layer1[0].conv1.weight / 2
+    )
 
 
 # ---------------------------------------------------------------------------------- images
@@ -181,19 +192,25 @@ def test_statistics_are_of_plain_images_even_if_the_others_are_augmented():
 # ---------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["absent.pth"], "absent.pth: no such file"),
-    (["FILE", "--statcorr-samples", "8"], "--statcorr-samples has no effect without --statcorr"),
-    (["FILE", "--lintune-loss"], "--lintune-loss has no effect without --lintune"),
-    (["FILE", "--finetune-mse"], "--finetune-mse has no effect without --finetune"),
-    (["FILE", "--prefix", "x"], "--prefix has no effect without --database"),
-    (["FILE", "--statcorr", "--statcorr-samples", "65"], "more than the 64 calibration images"),
-    (["FILE", "--gap", "--gap-epochs", "0"], "--gap-epochs must be a whole number from 1"),
-    (["FILE", "--gap", "--gap-lr", "-1"], "--gap-lr must be a number above 0"),
-    (["FILE", "--database", "other"], "--database"),
-    (["FILE", "--save", "x.json"], ".json is for the record"),
-    (["FILE", "--database", "unstr", "--prefix", "nowhere"], "FILE: cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["absent.pth"], "absent.pth: no such file"),
+        (
+            ["FILE", "--statcorr-samples", "8"],
+            "--statcorr-samples has no effect without --statcorr",
+        ),
+        (["FILE", "--lintune-loss"], "--lintune-loss has no effect without --lintune"),
+        (["FILE", "--finetune-mse"], "--finetune-mse has no effect without --finetune"),
+        (["FILE", "--prefix", "x"], "--prefix has no effect without --database"),
+        (["FILE", "--statcorr", "--statcorr-samples", "65"], "more than the 64 calibration images"),
+        (["FILE", "--gap", "--gap-epochs", "0"], "--gap-epochs must be a whole number from 1"),
+        (["FILE", "--gap", "--gap-lr", "-1"], "--gap-lr must be a number above 0"),
+        (["FILE", "--database", "other"], "--database"),
+        (["FILE", "--save", "x.json"], ".json is for the record"),
+        (["FILE", "--database", "unstr", "--prefix", "nowhere"], "FILE: cannot be read"),
+    ],
+)
 def test_mistakes_are_told_in_one_line(words, told, compressed, capsys):
     words = [word.replace("FILE", str(compressed)) for word in words]
     assert told.replace("FILE", str(compressed)) in error(capsys, *words)
@@ -218,7 +235,8 @@ def test_misfits_are_told_in_one_line(database, tmp_path, capsys):
 def test_a_failing_correction_leaves_no_file(compressed, tmp_path, capsys):
     (tmp_path / "mlp.py").write_text(
         "from torch import nn\n\n\ndef build():\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(768, 10))\n")
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(768, 10))\n"
+    )
     weights, saved = tmp_path / "mlp.pth", tmp_path / "saved.pth"
     save_checkpoint({"1.weight": torch.zeros(10, 768), "1.bias": torch.zeros(10)}, weights)
     words = [f"{tmp_path / 'mlp.py'}:build", "digits", weights, "--save", saved]
@@ -230,7 +248,11 @@ def test_a_failing_correction_leaves_no_file(compressed, tmp_path, capsys):
 
 
 def test_the_name_in_the_recipes():
-    done = subprocess.run([sys.executable, ROOT / "postproc.py", "rn8", "digits", "absent.pth"],
-                          capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "postproc.py", "rn8", "digits", "absent.pth"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: absent.pth: no such file\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from budget.profiles import read_profile, read_scores, write_profile, write_scores
-from command.cli import UserError
+from obc.solver.errors import UserError
+from obc.toolkit.profiles import read_profile, read_scores, write_profile, write_scores
 
 SCORES = {"conv1": {"0000": 0.0, "1900": -1.5e-7}, "fc": {"0000": math.inf, "8w8a": 1 / 3}}
 PROFILE = {"conv1": "0000", "layer1.0.conv1": "24_4w4a"}
@@ -33,20 +33,23 @@ def refused(read: Callable, path: Path, text: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("conv1\n\n0.5 0000\nabc 1900\n", "line 4: expected a layer, or `<value> <level>`"),
-    ("conv1\n1_0 0000\n", "line 2: expected"),
-    ("conv1\n١ 0000\n", "line 2: expected"),
-    ("conv1\n1e999 0000\n", "line 2: expected"),
-    ("conv1\n0x1p3 0000\n", "line 2: expected"),
-    ("conv1\n0.5 0000 more\n", "line 2: expected"),
-    ("0.5 0000\n", "line 1: expected"),
-    ("conv1\n0.5 0000\n0.6 0000\n", "line 3: level 0000 stands there twice"),
-    ("conv1\n0.5 0000\nconv1\n", "line 3: conv1 stands there twice"),
-    ("conv1\n0.5 00\x1b[2J00\n", "line 2: holds a character that is no text"),
-    ("conv1\n0.5 0000\n\x00\n", "line 3: holds a character that is no text"),
-    ("\n\n", "no scores in it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("conv1\n\n0.5 0000\nabc 1900\n", "line 4: expected a layer, or `<value> <level>`"),
+        ("conv1\n1_0 0000\n", "line 2: expected"),
+        ("conv1\n١ 0000\n", "line 2: expected"),
+        ("conv1\n1e999 0000\n", "line 2: expected"),
+        ("conv1\n0x1p3 0000\n", "line 2: expected"),
+        ("conv1\n0.5 0000 more\n", "line 2: expected"),
+        ("0.5 0000\n", "line 1: expected"),
+        ("conv1\n0.5 0000\n0.6 0000\n", "line 3: level 0000 stands there twice"),
+        ("conv1\n0.5 0000\nconv1\n", "line 3: conv1 stands there twice"),
+        ("conv1\n0.5 00\x1b[2J00\n", "line 2: holds a character that is no text"),
+        ("conv1\n0.5 0000\n\x00\n", "line 3: holds a character that is no text"),
+        ("\n\n", "no scores in it"),
+    ],
+)
 def test_scores_are_read_strictly(text, words, tmp_path):
     assert words in refused(read_scores, tmp_path / "s.txt", text)
 
@@ -60,11 +63,14 @@ def test_seconds_are_positive(value, tmp_path):
     assert len(read_scores(path)["conv1"]) == 2
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("0000 conv1\n0000\n", "line 2: expected `<level> <layer>`"),
-    ("0000 conv1\n\n1900 conv1\n", "line 3: conv1 stands there twice"),
-    ("", "no layers in it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0000 conv1\n0000\n", "line 2: expected `<level> <layer>`"),
+        ("0000 conv1\n\n1900 conv1\n", "line 3: conv1 stands there twice"),
+        ("", "no layers in it"),
+    ],
+)
 def test_profiles_are_read_strictly(text, words, tmp_path):
     assert words in refused(read_profile, tmp_path / "p.txt", text)
 

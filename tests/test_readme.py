@@ -13,11 +13,11 @@ import torch
 from scripts import ROOT, check_parses
 
 import quant
-from command import cli
-from command.session import load_compressed
-from engine.calibration import activation_grids, attach_activation_grids
 from modelutils import find_layers
-from networks.vision import make_importable, torchvision
+from obc.inputs import files
+from obc.inputs.vision import make_importable, torchvision
+from obc.toolkit.calibrate import activation_grids, attach_activation_grids
+from obc.toolkit.session import load_compressed
 
 
 def readme() -> str:
@@ -65,10 +65,10 @@ def test_readme_command_is_one_of_ours(words, capsys):
 
 def test_files_named_in_readme_exist():
     text = readme()
-    names = set(re.findall(r"`((?:[a-z_]+/)?\w+\.(?:py|sh))[ `]", text))
+    names = set(re.findall(r"`((?:[a-z_]+/)*\w+\.(?:py|sh))[ `]", text))
     assert "recipes/unstructured.sh" in names
     missing = {name for name in names if not (ROOT / name).is_file()}
-    within = set(re.findall(r"^\| `([a-z_]+)/` \| .*$", text, re.M))
+    within = set(re.findall(r"^\| `([a-z_/]+)/` \| .*$", text, re.M))
     for folder in within:
         missing -= {name for name in missing if (ROOT / folder / name).is_file()}
     assert within and not missing
@@ -86,7 +86,7 @@ def test_readmes_python_gives_the_model_that_we_evaluate(tmp_path, monkeypatch):
         layer.weight.data.copy_(grid(layer.weight.detach().flatten(1)).view_as(layer.weight))
         quant.set_weight_grid(layer, grid)
     attach_activation_grids(model, activation_grids(model, images, 4, False, False))
-    cli.save_checkpoint(model.state_dict(), tmp_path / "rn18_4w4a.pth")
+    files.save_checkpoint(model.state_dict(), tmp_path / "rn18_4w4a.pth")
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"^```python\n(.*?)^```", readme(), re.M | re.S)
     names: dict = {}

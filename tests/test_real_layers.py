@@ -104,8 +104,9 @@ def few_rows(layer: nn.Module, rows: int) -> nn.Module:
     if isinstance(layer, nn.Linear):
         few = nn.Linear(layer.in_features, rows, bias=False)
     else:
-        few = nn.Conv2d(layer.in_channels, rows, layer.kernel_size, layer.stride, layer.padding,
-                        bias=False)
+        few = nn.Conv2d(
+            layer.in_channels, rows, layer.kernel_size, layer.stride, layer.padding, bias=False
+        )
     few.weight.data.copy_(layer.weight.detach()[:rows])
     return few
 
@@ -198,8 +199,9 @@ def test_nm(small: RealLayer) -> None:
     for r, (w, H) in enumerate(small.problems(True)):
         trace = nm_oracle(w, H, 2, m, w != 0)
         assert_close(pruned[r], trace.weights, small.tolerance)
-        assert_close(obs.Losses[r, obs.Losses.shape[1] - len(trace.losses) :], trace.losses,
-              small.tolerance)
+        assert_close(
+            obs.Losses[r, obs.Losses.shape[1] - len(trace.losses) :], trace.losses, small.tolerance
+        )
         assert ((pruned[r] == 0).reshape(-1, m).sum(1) == 2).all()
 
 

@@ -91,8 +91,9 @@ SCRIPTS = ("block8", "mixed", "nm", "quantisation", "unstructured")
 def run_recipe(name: str, *words: str, python: Path, **settings: object):
     """Run a recipe with OUT=results, in the current folder."""
     environment = {**os.environ, "PYTHON": str(python), "OUT": "results", **settings}
-    return subprocess.run([ROOT / "recipes" / f"{name}.sh", *words], env=environment, text=True,
-                          capture_output=True)  # fmt: skip
+    return subprocess.run(
+        [ROOT / "recipes" / f"{name}.sh", *words], env=environment, text=True, capture_output=True
+    )
 
 
 def table(output: str) -> list[list[str]]:
@@ -144,11 +145,18 @@ def test_every_command_of_a_recipe_parses(name, notes, capsys):
     assert len(noted()) >= 5 and noted()[-1][0] == "recipes/report.py"
 
 
-@pytest.mark.parametrize(("name", "script"), [
-    *((name, "post_proc.py") for name in SCRIPTS), *((name, "main_trueobs.py") for name in SCRIPTS),
-    *((name, script) for name in ("block8", "mixed", "unstructured")
-      for script in ("uniform.py", "spdy.py", "database.py")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        *((name, "post_proc.py") for name in SCRIPTS),
+        *((name, "main_trueobs.py") for name in SCRIPTS),
+        *(
+            (name, script)
+            for name in ("block8", "mixed", "unstructured")
+            for script in ("uniform.py", "spdy.py", "database.py")
+        ),
+    ],
+)
 def test_a_failing_command_stops_a_recipe(name, script, notes):
     done = run_recipe(name, "rn18", "imagenet", python=notes, FAILS=script)
     assert (done.returncode, done.stdout) == (2, "")
@@ -157,11 +165,23 @@ def test_a_failing_command_stops_a_recipe(name, script, notes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "expected"), [
-    ("quantisation", [(bits, method, f"{bits} bits") for bits in "432"
-                      for method in ("asymmetric, BN-tuned", "symmetric")]),
-    ("nm", [(pattern, "first and last dense, BN-tuned", pattern) for pattern in ("2:4", "4:8")]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "quantisation",
+            [
+                (bits, method, f"{bits} bits")
+                for bits in "432"
+                for method in ("asymmetric, BN-tuned", "symmetric")
+            ],
+        ),
+        (
+            "nm",
+            [(pattern, "first and last dense, BN-tuned", pattern) for pattern in ("2:4", "4:8")],
+        ),
+    ],
+)
 def test_uniform_tables(name, expected, warm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run_recipe(name, "rn8", "digits", *QUICK, python=warm.python)
@@ -186,11 +206,14 @@ def check_nonuniform(name: str, methods: list[str], targets: list[str], output: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "targets", "settings"), [
-    ("unstructured", ["2", "3.5"], {"GRID": "--delta-sparse 0.4", "SEARCH": "1"}),
-    ("mixed", ["10"], {}),
-    ("block8", ["9"], {"GRID": "--min-sparsity 0.5 --max-sparsity 0.75 --delta-sparse 0.5"}),
-])
+@pytest.mark.parametrize(
+    ("name", "targets", "settings"),
+    [
+        ("unstructured", ["2", "3.5"], {"GRID": "--delta-sparse 0.4", "SEARCH": "1"}),
+        ("mixed", ["10"], {}),
+        ("block8", ["9"], {"GRID": "--min-sparsity 0.5 --max-sparsity 0.75 --delta-sparse 0.5"}),
+    ],
+)
 def test_nonuniform_tables(name, targets, settings, warm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"SEARCH": "0", "TARGETS": " ".join(targets), **settings}
@@ -206,12 +229,22 @@ def test_nonuniform_tables(name, targets, settings, warm, tmp_path, monkeypatch)
 def test_block8_at_measured_time(warm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     layers = [f"layer{n}.0.conv{m}" for n in (1, 2, 3) for m in (1, 2)]
-    seconds = "".join(f"{name}\n8.0 dense\n2.5 5000\n1.0 7500\n"
-                      for name in ("conv1", *layers, "linear"))  # fmt: skip
+    seconds = "".join(
+        f"{name}\n8.0 dense\n2.5 5000\n1.0 7500\n" for name in ("conv1", *layers, "linear")
+    )
     Path("seconds.txt").write_text(seconds)
     grid = "--min-sparsity 0.5 --max-sparsity 0.75 --delta-sparse 0.5"
-    done = run_recipe("block8", "rn8", "digits", *QUICK, python=warm.python, GRID=grid,
-                      SEARCH="0", TARGETS="4", TIMINGS="seconds.txt")  # fmt: skip
+    done = run_recipe(
+        "block8",
+        "rn8",
+        "digits",
+        *QUICK,
+        python=warm.python,
+        GRID=grid,
+        SEARCH="0",
+        TARGETS="4",
+        TIMINGS="seconds.txt",
+    )
     assert done.returncode == 0, done.stderr
     check_nonuniform("block8", ["uniform", "DP"], ["4"], done.stdout)
     reached = [row[2] for row in compressed(done.stdout)]
@@ -227,8 +260,15 @@ def test_a_recipe_without_words_says_its_usage(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_target_out_of_reach(warm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run_recipe("unstructured", "rn8", "digits", *QUICK, python=warm.python, TARGETS="3",
-                      GRID="--min-sparsity 0.5 --max-sparsity 0.5")  # fmt: skip
+    done = run_recipe(
+        "unstructured",
+        "rn8",
+        "digits",
+        *QUICK,
+        python=warm.python,
+        TARGETS="3",
+        GRID="--min-sparsity 0.5 --max-sparsity 0.5",
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == "error: no level reaches 3x; the most is 2.00x"
     assert "Traceback" not in done.stderr
@@ -257,12 +297,15 @@ search\t4\t4.0004\t74.123
 """
 
 
-@pytest.mark.parametrize(("recipe", "model", "dataset", "papers"), [
-    ("unstructured", "rn50", "imagenet", ["76.13", "–", "75.64", "74.05"]),
-    ("unstructured", "rn50", "cifar10", ["–", "–", "–", "–"]),
-    ("unstructured", "rn101", "imagenet", ["–", "–", "–", "–"]),
-    ("mixed", "rn18", "imagenet", ["69.76", "–", "–", "–"]),  # no such targets
-])
+@pytest.mark.parametrize(
+    ("recipe", "model", "dataset", "papers"),
+    [
+        ("unstructured", "rn50", "imagenet", ["76.13", "–", "75.64", "74.05"]),
+        ("unstructured", "rn50", "cifar10", ["–", "–", "–", "–"]),
+        ("unstructured", "rn101", "imagenet", ["–", "–", "–", "–"]),
+        ("mixed", "rn18", "imagenet", ["69.76", "–", "–", "–"]),  # no such targets
+    ],
+)
 def test_papers_numbers(recipe, model, dataset, papers, report, tmp_path):
     status, out, _ = report(UNSTRUCTURED, recipe, model, dataset)
     assert status == 0 and [row[4] for row in table(out)] == papers
@@ -283,11 +326,14 @@ def test_names_of_profiles_in_pictures():
     assert label(Path("mine.txt")) == "mine"
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("DP\t2\t2.0\t75.5\nDP\t3\t3.0\t\n", "line 2: expected method, target, reached, top-1"),
-    ("DP 2 2.0 75.5\n", "line 1: expected method"),
-    ("", "no results in it"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("DP\t2\t2.0\t75.5\nDP\t3\t3.0\t\n", "line 2: expected method, target, reached, top-1"),
+        ("DP 2 2.0 75.5\n", "line 1: expected method"),
+        ("", "no results in it"),
+    ],
+)
 def test_broken_results_are_one_line(text, message, report, tmp_path):
     status, out, err = report(text, "unstructured", "rn50", "imagenet")
     assert (status, out) == (2, "") and not list(tmp_path.glob("*.png"))
@@ -296,6 +342,7 @@ def test_broken_results_are_one_line(text, message, report, tmp_path):
 
 @pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.py")), ids=lambda x: x.stem)
 def test_a_recipes_script_runs_as_a_program_from_anywhere(script, tmp_path):
-    done = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, text=True,
-                          capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], cwd=tmp_path, text=True, capture_output=True
+    )
     assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr

@@ -20,11 +20,9 @@ import database
 import main_trueobs
 import post_proc
 import spdy
-from command import records
-from engine import compression
 from modelutils import SHIPPED_WEIGHTS, load_checkpoint
+from obc.toolkit import compress, records, training
 from trueobs import TrueOBS
-from tuning import retraining
 
 QUICK = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
 SCRIPTS = {"main_trueobs": main_trueobs, "database": database, "post_proc": post_proc, "spdy": spdy}
@@ -146,15 +144,21 @@ def test_only_the_layers_still_to_do_are_done(line, work, command, monkeypatch):
     assert command(line)[0] == 0
     expected = contents(work)
     output = Path(line.split()[-1])
-    with interrupted(compression, "compress_layer", 3):
+    with interrupted(compress, "compress_layer", 3):
         status, _, err = command(line, "--restart")
     assert status == 130 and err[-1] == "error: interrupted"
     calibrated = []
-    calibrate = compression.calibrate
-    monkeypatch.setattr(compression, "calibrate", lambda dense, solvers, *rest: (
-        calibrated.extend(solvers), calibrate(dense, solvers, *rest)))
+    calibrate = compress.calibrate
+    monkeypatch.setattr(
+        compress,
+        "calibrate",
+        lambda dense, solvers, *rest: (
+            calibrated.extend(solvers),
+            calibrate(dense, solvers, *rest),
+        ),
+    )
     one_by_one = lambda needs, memory: [[name] for name in needs]  # noqa: E731
-    monkeypatch.setattr("engine.planning.in_passes", one_by_one)
+    monkeypatch.setattr("obc.toolkit.planning.in_passes", one_by_one)
     status, _, err = command(line, "--memory", "0.02")  # in many passes, and to the same bits
     assert status == 0 and "resuming: 3 of 8 layers are done" in err
     assert len(calibrated) == LAYERS - 3 and len([x for x in err if x.startswith("pass ")]) > 1
@@ -163,15 +167,20 @@ def test_only_the_layers_still_to_do_are_done(line, work, command, monkeypatch):
     assert len(json.loads(record.read_text())["layers"]) == LAYERS
 
 
-@pytest.mark.parametrize(("line", "module", "name", "after", "said"), [
-    (LOSS, "sensitivity", "_loss", 40, "layers × batches are done"),
-    (SQUARED, "sensitivity", "batch_squares", 1, "resuming: 1 of 2 batches are done"),
-    (GAP, "post_proc", "batchnorm_tune", 0, "resuming: gap is done"),
-])  # fmt: skip
-def test_what_is_measured_is_not_measured_again(line, module, name, after, said, work, command,
-                                                monkeypatch):  # fmt: skip
-    from budget import sensitivity
-    monkeypatch.setattr("command.resuming.SECONDS_BETWEEN_NOTES", 0.0)
+@pytest.mark.parametrize(
+    ("line", "module", "name", "after", "said"),
+    [
+        (LOSS, "sensitivity", "_loss", 40, "layers × batches are done"),
+        (SQUARED, "sensitivity", "batch_squares", 1, "resuming: 1 of 2 batches are done"),
+        (GAP, "post_proc", "batchnorm_tune", 0, "resuming: gap is done"),
+    ],
+)
+def test_what_is_measured_is_not_measured_again(
+    line, module, name, after, said, work, command, monkeypatch
+):
+    from obc.toolkit import sensitivity
+
+    monkeypatch.setattr("obc.toolkit.resume.SECONDS_BETWEEN_NOTES", 0.0)
     assert command(line)[0] == 0
     expected = contents(work)
     module = {"sensitivity": sensitivity, "post_proc": post_proc}[module]
@@ -202,8 +211,8 @@ def test_a_training_goes_on_with_its_next_epoch(after, work, command, monkeypatc
     line = "post_proc start.pth --lintune --lintune-epochs 5 --save tuned.pth"
     assert command(line)[0] == 0
     expected = contents(work)
-    monkeypatch.setattr(retraining, "SECONDS_BETWEEN_EPOCHS", 0.0)
-    save, saved = retraining._Course.save, []
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_EPOCHS", 0.0)
+    save, saved = training._Course.save, []
 
     def interrupt(course, losses):
         save(course, losses)
@@ -211,7 +220,7 @@ def test_a_training_goes_on_with_its_next_epoch(after, work, command, monkeypatc
         if len(saved) == after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(retraining._Course, "save", interrupt)
+    monkeypatch.setattr(training._Course, "save", interrupt)
     assert command(line)[0] == 130
     status, _, err = command(line)
     assert status == 0 and f"resuming: {after} epochs are done" in err
@@ -233,7 +242,7 @@ def test_asked_to_end_it_says_so(work, warm, tmp_path):
 
 
 def test_another_run_is_refused_and_told_the_difference(work, command):
-    with interrupted(compression, "compress_layer", 2):
+    with interrupted(compress, "compress_layer", 2):
         assert command(QUANT)[0] == 130
     other = load_checkpoint(SHIPPED_WEIGHTS["rn8", "digits"])
     other["bn1.weight"] = other["bn1.weight"] * 2
@@ -258,7 +267,7 @@ def test_another_run_is_refused_and_told_the_difference(work, command):
 def test_a_damaged_layer_is_done_again(work, command):
     assert command(NM)[0] == 0
     expected = contents(work)
-    with interrupted(compression, "compress_layer", 3):
+    with interrupted(compress, "compress_layer", 3):
         assert command(NM)[0] == 130
     path = work / ".nm.pth.partial" / "layer1.0.conv1.safetensors"
     content = bytearray(path.read_bytes())
@@ -274,7 +283,7 @@ def test_a_damaged_layer_is_done_again(work, command):
 def test_a_damaged_file_of_levels_is_done_again(work, command):
     assert command(UNSTR)[0] == 0
     expected = contents(work)
-    with interrupted(compression, "compress_layer", 3):
+    with interrupted(compress, "compress_layer", 3):
         assert command(UNSTR)[0] == 130
     path = work / "models_unstr" / ".rn8.partial" / "layer1.0.conv1.levels"
     content = bytearray(path.read_bytes())
@@ -292,7 +301,7 @@ def test_a_damaged_file_of_levels_is_done_again(work, command):
 def test_a_full_disk_is_a_line_and_the_run_goes_on_from_there(work, command, monkeypatch):
     assert command(NM)[0] == 0
     expected = contents(work)
-    save, saved = compression.Unkept.save, []
+    save, saved = compress.Unkept.save, []
 
     def full(state, key, *rest):
         saved.append(key)
@@ -300,10 +309,11 @@ def test_a_full_disk_is_a_line_and_the_run_goes_on_from_there(work, command, mon
             raise OSError(28, "No space left on device", str(state.path(key)))
         return save(state, key, *rest)
 
-    from command import resuming
-    save = resuming.State.save
+    from obc.toolkit import resume
+
+    save = resume.State.save
     with monkeypatch.context() as patch:
-        patch.setattr(resuming.State, "save", full)
+        patch.setattr(resume.State, "save", full)
         status, _, err = command(NM)
     assert status == 2 and err[-1].endswith(": No space left on device")
     status, _, err = command(NM)
@@ -321,9 +331,15 @@ def test_a_cache_of_hessians_saves_the_calibration_and_changes_nothing(work, com
     kept = list((work / "cache").rglob("*.safetensors"))
     assert len(kept) == LAYERS
     calibrated = []
-    calibrate = compression.calibrate
-    monkeypatch.setattr(compression, "calibrate", lambda dense, solvers, *rest: (
-        calibrated.extend(solvers), calibrate(dense, solvers, *rest)))
+    calibrate = compress.calibrate
+    monkeypatch.setattr(
+        compress,
+        "calibrate",
+        lambda dense, solvers, *rest: (
+            calibrated.extend(solvers),
+            calibrate(dense, solvers, *rest),
+        ),
+    )
     status, _, err = command(NM, "--cache", "cache")
     assert status == 0 and "calibrated before (--cache): 8 of 8 layers" in err
     assert not calibrated and (work / "nm.pth").read_bytes() == expected
@@ -388,18 +404,26 @@ def test_fresh_images_are_test_images_where_all_others_are_taken(work, command):
 # -- repeated --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("line", "record"), [
-    (QUANT, "q.json"), (UNSTR, "models_unstr/rn8.json"), (LOSS, "scores/rn8_unstr_loss.json"),
-    ("spdy 2 unstr --dp", "rn8_unstr_200x_dp.json"),
-    ("post_proc start.pth --bnt --save bnt.pth", "bnt.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "record"),
+    [
+        (QUANT, "q.json"),
+        (UNSTR, "models_unstr/rn8.json"),
+        (LOSS, "scores/rn8_unstr_loss.json"),
+        ("spdy 2 unstr --dp", "rn8_unstr_200x_dp.json"),
+        ("post_proc start.pth --bnt --save bnt.pth", "bnt.json"),
+    ],
+)
 def test_a_record_repeats_its_run(line, record, work, capfd):
     script, words = words_of(line)
     assert SCRIPTS[script].main(words) == 0
     expected, before = contents(work), json.loads(Path(record).read_text())
     shutil.copy(record, "kept.json")
-    made = {QUANT: ["q.pth"], UNSTR: [str(x) for x in Path("models_unstr").glob("*.pth")],
-            LOSS: ["scores/rn8_unstr_loss.txt"]}.get(line, [])  # fmt: skip
+    made = {
+        QUANT: ["q.pth"],
+        UNSTR: [str(x) for x in Path("models_unstr").glob("*.pth")],
+        LOSS: ["scores/rn8_unstr_loss.txt"],
+    }.get(line, [])
     for name in made if line != LOSS else []:
         Path(name).unlink()
     if line == UNSTR:
@@ -444,11 +468,14 @@ def test_what_is_no_record_or_of_something_else_is_refused(work, capfd):
     refused(changed(command="spdy.py"), "the record of spdy.py")
     refused(changed(arguments=arguments | {"wbits": [4]}), "wbits is [4]")
     refused(changed(arguments=arguments | {"turbo": 1}), "has no option turbo")
-    refused(changed(fingerprint=marks | {"calibration images": "0" * 32}),
-            "made with other calibration images")
+    refused(
+        changed(fingerprint=marks | {"calibration images": "0" * 32}),
+        "made with other calibration images",
+    )
     refused(json.dumps(record), "made with other dense weights", "--weights", "other.pth")
-    refused(json.dumps(record), "made with --prunen 2, this would be with --prunen 1",
-            "--prunen", "1")
+    refused(
+        json.dumps(record), "made with --prunen 2, this would be with --prunen 1", "--prunen", "1"
+    )
     Path("old.json").write_text(changed(fingerprint=marks | {"torch": "1.0"}))
     assert main_trueobs.main(["--repeat", "old.json", "--save", "elsewhere.pth"]) == 0
     assert "warning: old.json: the run was made with torch 1.0" in capfd.readouterr().err
@@ -465,11 +492,17 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("line", [
-    "quant --wbits 4 --abits 4 --save x/q.pth", "quant --wbits 3 --wperweight --save x/q.pth",
-    "nmprune --save x/q.pth", "unstr --sparse-dir x --delta-sparse 0.5",
-    "blocked --sparse-dir x --delta-sparse 0.5", "struct --sparse-dir x --delta-sparse 0.5",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "quant --wbits 4 --abits 4 --save x/q.pth",
+        "quant --wbits 3 --wperweight --save x/q.pth",
+        "nmprune --save x/q.pth",
+        "unstr --sparse-dir x --delta-sparse 0.5",
+        "blocked --sparse-dir x --delta-sparse 0.5",
+        "struct --sparse-dir x --delta-sparse 0.5",
+    ],
+)
 def test_any_number_of_threads(line, work, command, threads):
     """Results are the same to the bit, and so are the squared errors of layers."""
     found = []
@@ -488,7 +521,7 @@ def test_another_number_of_threads_resumes(work, command, threads):
     torch.set_num_threads(1)
     line = "main_trueobs nmprune --save {}.pth"
     assert command(line.format("whole"))[0] == 0
-    with interrupted(compression, "compress_layer", 3):
+    with interrupted(compress, "compress_layer", 3):
         assert command(line.format("nm"))[0] == 130
     torch.set_num_threads(2)
     status, _, err = command(line.format("nm"))

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import main_trueobs
-from command import fingerprints, resuming
-from command.cli import UserError
-from command.fingerprints import content_hash, difference
-from command.resuming import Cache, Notes, State, Unkept
-from command.session import Session
+from obc.solver.errors import UserError
+from obc.toolkit import fingerprints, resume
+from obc.toolkit.fingerprints import content_hash, difference
+from obc.toolkit.resume import Cache, Notes, State, Unkept
+from obc.toolkit.session import Session
 
 MARKS = {"MODEL": "rn8", "--wbits": "4", "--noaug": "True", "code": "0" * 32}
 
@@ -35,7 +35,8 @@ def tensors() -> dict[str, Tensor]:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
+    )
 
 
 # -- fingerprints ----------------------------------------------------------------------------------
@@ -59,8 +60,12 @@ def test_a_hash_tells_contents_apart_and_nothing_else():
 
 
 def test_the_code_of_a_command_is_what_it_imports(tmp_path, monkeypatch):
-    texts = {"one": "import os\nfrom two import x\n", "sub/three": "", "other": "",
-             "two": "def f():\n    from sub import three\n"}  # fmt: skip
+    texts = {
+        "one": "import os\nfrom two import x\n",
+        "sub/three": "",
+        "other": "",
+        "two": "def f():\n    from sub import three\n",
+    }
     (tmp_path / "sub").mkdir()
     for name, text in texts.items():
         (tmp_path / f"{name}.py").write_text(text)
@@ -99,13 +104,16 @@ def test_memory_is_in_the_fingerprint_of_a_gpu_only(monkeypatch):
     assert said == {"34.3597"} and memory("cuda", "--memory", "34.3597") in said
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"--wbits": "3"}, ("with --wbits 4", "with --wbits 3")),
-    ({"--noaug": "False"}, ("with --noaug", "without --noaug")),
-    ({"code": "1" * 32}, ("with other code", "with what is found now")),
-    ({"--new": "x"}, ("with --new None", "with --new x")),
-    ({}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--wbits": "3"}, ("with --wbits 4", "with --wbits 3")),
+        ({"--noaug": "False"}, ("with --noaug", "without --noaug")),
+        ({"code": "1" * 32}, ("with other code", "with what is found now")),
+        ({"--new": "x"}, ("with --new None", "with --new x")),
+        ({}, None),
+    ],
+)
 def test_the_first_difference_is_said_in_words(change, said, tmp_path):
     assert difference(MARKS, MARKS | change) == said
     with State(tmp_path / "state", MARKS) as state:
@@ -147,8 +155,10 @@ def test_of_a_run_that_finished_nothing_nothing_is_left(tmp_path):
 
 
 def test_restart_and_a_state_without_a_fingerprint_begin_anew(tmp_path):
-    for spoil, restart in ((lambda: None, True),
-                           (lambda: (tmp_path / "fingerprint.json").unlink(), False)):
+    for spoil, restart in (
+        (lambda: None, True),
+        (lambda: (tmp_path / "fingerprint.json").unlink(), False),
+    ):
         with State(tmp_path, MARKS, restart=True) as state:
             state.save("conv1", tensors(), {})
             (tmp_path / "levels").mkdir()
@@ -236,7 +246,7 @@ def test_notes_come_back_and_damaged_ones_are_lost_alone(tmp_path, monkeypatch):
         notes = Notes(state)
         notes.add("quick", {"a": 1 / 3})
         assert not list(tmp_path.glob("notes*"))  # not yet a second
-        monkeypatch.setattr(resuming, "SECONDS_BETWEEN_NOTES", 0.0)
+        monkeypatch.setattr(resume, "SECONDS_BETWEEN_NOTES", 0.0)
         notes.add("slow", 2.0)
         notes.add("third", None)
     pages = sorted(path.name for path in tmp_path.glob("notes*"))

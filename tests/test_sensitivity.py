@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from budget import sensitivity
-from command.fingerprints import content_hash
-from database import Database
-from networks import tracing
-from networks.vision import torchvision
+from obc.inputs import tracing
+from obc.inputs.vision import torchvision
+from obc.toolkit import sensitivity
+from obc.toolkit.fingerprints import content_hash
+from obc.toolkit.leveldb import Database
 from quant import fit_activation_grid, set_activation_grid
 
 CPU = torch.device("cpu")

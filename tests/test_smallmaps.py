@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from networks.smallmaps import PIXELS, SmallMaps, is_small, on_same_input
+from obc.inputs.smallmaps import PIXELS, SmallMaps, is_small, on_same_input
 
 CONVOLUTIONS = {
     "3×3": {"kernel_size": 3, "padding": 1},
@@ -28,9 +28,15 @@ def images(size: tuple[int, int], layout: torch.memory_format) -> Tensor:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize(("kind", "size"), [
-    (kind, size) for kind in CONVOLUTIONS for size in [(1, 1), (2, 2), (2, 4), (3, 3), (4, 4)]
-    if size > (1, 1) or kind not in ("reflected", "no padding")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        (kind, size)
+        for kind in CONVOLUTIONS
+        for size in [(1, 1), (2, 2), (2, 4), (3, 3), (4, 4)]
+        if size > (1, 1) or kind not in ("reflected", "no padding")
+    ],
+)
 def test_the_same_as_the_convolution(kind, size, layout):
     torch.manual_seed(1)
     conv = nn.Conv2d(256, 32, **CONVOLUTIONS[kind]).eval().requires_grad_(False)
@@ -56,13 +62,16 @@ def test_any_number_of_columns(count, bias):
         torch.testing.assert_close(y, conv(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("module", [
-    nn.Conv2d(256, 8, 3, padding=1, groups=2),
-    nn.Conv2d(256, 8, 1),  # a product already
-    nn.Conv2d(8, 8, 3, padding=1),  # narrow
-    nn.Conv2d(256, 8, 3, padding=1).double(),
-    nn.BatchNorm2d(256),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(256, 8, 3, padding=1, groups=2),
+        nn.Conv2d(256, 8, 1),  # a product already
+        nn.Conv2d(8, 8, 3, padding=1),  # narrow
+        nn.Conv2d(256, 8, 3, padding=1).double(),
+        nn.BatchNorm2d(256),
+    ],
+)
 def test_what_stays_a_convolution(module):
     assert not is_small(module, images((4, 4), torch.channels_last))
 

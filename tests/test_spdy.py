@@ -24,9 +24,9 @@ from torch import nn
 import database
 import main_trueobs
 import spdy
-from budget import dp, profiles, search
-from budget.costs import Costs
-from command import cli, resuming
+from obc.solver import dp, errors, search
+from obc.toolkit import profiles, resume
+from obc.toolkit.costs import Costs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,8 +107,12 @@ def test_local_search_draws_fewer_and_fewer_coefficients_until_nothing_improves(
     while state.resampled:
         coefficients = search.next_coefficients(state, 20, generator)
         drawn.append(sum(a != b for a, b in zip(coefficients, state.coefficients, strict=False)))
-        search.advance(state, coefficients, problem.solve(coefficients).levels,
-                       1.0 if len(drawn) != 15 else 0.5)
+        search.advance(
+            state,
+            coefficients,
+            problem.solve(coefficients).levels,
+            1.0 if len(drawn) != 15 else 0.5,
+        )
     # 12 vectors; then 2 misses, a hit (the 15th), 6 misses with 2 coefficients, and 6 with 1
     assert drawn[12:] == [2] * 9 + [1] * 6
     assert state.history == [[1, 1.0], [15, 0.5]]
@@ -117,7 +121,7 @@ def test_local_search_draws_fewer_and_fewer_coefficients_until_nothing_improves(
 def kept_search(problem, loss, folder):
     """A search that goes on from the state in a folder."""
     args = argparse.Namespace(seed=0)
-    with resuming.State(folder, {"MODEL": "rn8"}) as kept:
+    with resume.State(folder, {"MODEL": "rn8"}) as kept:
         return spdy.run_search(args, ByPicks(problem), loss, kept)
 
 
@@ -154,10 +158,10 @@ def test_losses_that_are_not_finite_are_never_the_best(tmp_path):
     first = tuple(problem.solve().levels)
     state = run_search(problem, lambda picks: math.nan if tuple(picks) == first else 1.0)
     assert state.loss == 1 and state.losses[search.picks_key(first)] is None
-    with resuming.State(tmp_path / "state", {}) as kept:
+    with resume.State(tmp_path / "state", {}) as kept:
         kept.save("search", {}, asdict(state))
         assert search.State(**kept.load("search").figures) == state
-    with pytest.raises(cli.UserError, match="no candidate has a finite"):
+    with pytest.raises(errors.UserError, match="no candidate has a finite"):
         run_search(problem, lambda picks: math.inf)
 
 
@@ -181,38 +185,62 @@ def test_costs_and_scores_become_a_problem(caplog):
 
 def test_a_target_out_of_reach_names_one_that_can_be_reached():
     good = {"a": {"0": 0.0, "5": 1.0}, "b": {"0": 0.0, "5": 1.0}}
-    with pytest.raises(cli.UserError, match=r"target 3 cannot be reached .* the largest .* is 2$"):
+    with pytest.raises(
+        errors.UserError, match=r"target 3 cannot be reached .* the largest .* is 2$"
+    ):
         problem_of(good, target=3.0).solve()
     assert problem_of(good, target=2.0).solve().levels == [1, 1]
     third = Costs({"a": 10.0, "b": 1.0}, {"a": {"0": 9.0, "5": 3.0}, "b": {"0": 1.0, "5": 0.0}})
-    with pytest.raises(cli.UserError, match=r"the largest that can is 3.6666$"):
+    with pytest.raises(errors.UserError, match=r"the largest that can is 3.6666$"):
         problem_of(good, target=3.7, costs=third).solve()
     assert problem_of(good, target=3.6666, costs=third).solve().levels == [1, 1]
 
 
-@pytest.mark.parametrize(("scores", "costs", "message"), [
-    ({"a": {"0": 0.0, "5": 1.0}}, COSTS, "scores.txt: no score of b at level 0"),
-    ({"a": {"0": 0.0}, "b": {"0": 0.0, "5": 1.0}}, COSTS, "scores.txt: no score of a at level 5"),
-    ({"a": {"0": math.inf, "5": math.nan}, "b": {"0": 0.0, "5": 1.0}}, COSTS,
-     "a: no level has a finite score"),
-    ({"a": {"0": 0.0}}, Costs({"a": 1.0}, {"a": {"0": -1.0, "5": 0.0}}), "scores.txt: no score"),
-    ({"a": {"0": 0.0, "5": 0.0}}, Costs({"a": 1.0}, {"a": {"0": 1.0, "5": -1.0}}),
-     "a: a cost is negative"),
-    ({"a": {"0": 0.0, "5": 0.0}}, Costs({"a": 0.0}, {"a": {"0": 0.0, "5": 0.0}}),
-     "nothing to compress"),
-])
+@pytest.mark.parametrize(
+    ("scores", "costs", "message"),
+    [
+        ({"a": {"0": 0.0, "5": 1.0}}, COSTS, "scores.txt: no score of b at level 0"),
+        (
+            {"a": {"0": 0.0}, "b": {"0": 0.0, "5": 1.0}},
+            COSTS,
+            "scores.txt: no score of a at level 5",
+        ),
+        (
+            {"a": {"0": math.inf, "5": math.nan}, "b": {"0": 0.0, "5": 1.0}},
+            COSTS,
+            "a: no level has a finite score",
+        ),
+        (
+            {"a": {"0": 0.0}},
+            Costs({"a": 1.0}, {"a": {"0": -1.0, "5": 0.0}}),
+            "scores.txt: no score",
+        ),
+        (
+            {"a": {"0": 0.0, "5": 0.0}},
+            Costs({"a": 1.0}, {"a": {"0": 1.0, "5": -1.0}}),
+            "a: a cost is negative",
+        ),
+        (
+            {"a": {"0": 0.0, "5": 0.0}},
+            Costs({"a": 0.0}, {"a": {"0": 0.0, "5": 0.0}}),
+            "nothing to compress",
+        ),
+    ],
+)
 def test_scores_and_costs_that_do_not_fit(scores, costs, message):
-    with pytest.raises(cli.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         problem_of(scores, costs=costs).solve()
 
 
 def test_profiles_of_other_databases_are_refused():
     problem = problem_of({"a": {"0": 0.0, "5": 1.0}, "b": {"0": 0.0, "5": 1.0}})
     assert problem.picks({"b": "5", "a": "0"}, "p.txt") == [0, 1]
-    for profile, message in (({"a": "0"}, "p.txt: no level for layer b"),
-                             ({"a": "0", "c": "0"}, "p.txt: layer c is not in the database"),
-                             ({"a": "9", "b": "0"}, "p.txt: level 9 of a is not in the database")):
-        with pytest.raises(cli.UserError, match=message):
+    for profile, message in (
+        ({"a": "0"}, "p.txt: no level for layer b"),
+        ({"a": "0", "c": "0"}, "p.txt: layer c is not in the database"),
+        ({"a": "9", "b": "0"}, "p.txt: level 9 of a is not in the database"),
+    ):
+        with pytest.raises(errors.UserError, match=message):
             problem.picks(profile, "p.txt")
 
 
@@ -231,7 +259,7 @@ def test_batch_norms_get_the_averages_of_the_batches():
     torch.testing.assert_close(model[0].running_mean, mean)
     torch.testing.assert_close(model[0].running_var, variance)
     assert not model.training and not model[0].training and model[0].momentum == 0.1
-    with pytest.raises(cli.UserError, match="two images or more"):
+    with pytest.raises(errors.UserError, match="two images or more"):
         spdy.batchnorm_averages(model, batches[4:], torch.device("cpu"))
 
 
@@ -375,20 +403,25 @@ def test_killed_in_the_middle_the_search_continues(workplace, monkeypatch):
     assert continued["layers"] == whole["layers"]
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["0", "unstr"], "TARGET must be a number above 0; got 0"),
-    (["2", "blocked"], "DATABASE: invalid choice: 'blocked'"),
-    (["2", "unstr", "--dpbuckets", "0"], "--dpbuckets must be a whole number from 1; got 0"),
-    (["2", "unstr", "--dp", "--score", "x"], "--score FILE scores a profile, --dp makes one"),
-    (["2", "unstr", "--constr", "timingsq"], "--timings FILE goes with --constr timingsq"),
-    (["2", "unstr", "--constr", "flops", "--timings", "x"], "--timings FILE goes with"),
-    (["2", "mixed", "--dp"], "no mixed database of rn8"),
-    (["2", "unstr", "--dp", "--errors", "squared"],
-     "scores/rn8_unstr_squared.txt: no such file; make it with python database.py rn8 digits "
-     "unstr squared"),
-    (["1000", "unstr"], "target 1000 cannot be reached with this database; the largest"),
-    (["2", "unstr", "--score", "nowhere.txt"], "nowhere.txt: cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["0", "unstr"], "TARGET must be a number above 0; got 0"),
+        (["2", "blocked"], "DATABASE: invalid choice: 'blocked'"),
+        (["2", "unstr", "--dpbuckets", "0"], "--dpbuckets must be a whole number from 1; got 0"),
+        (["2", "unstr", "--dp", "--score", "x"], "--score FILE scores a profile, --dp makes one"),
+        (["2", "unstr", "--constr", "timingsq"], "--timings FILE goes with --constr timingsq"),
+        (["2", "unstr", "--constr", "flops", "--timings", "x"], "--timings FILE goes with"),
+        (["2", "mixed", "--dp"], "no mixed database of rn8"),
+        (
+            ["2", "unstr", "--dp", "--errors", "squared"],
+            "scores/rn8_unstr_squared.txt: no such file; "
+            "make it with python database.py rn8 digits unstr squared",
+        ),
+        (["1000", "unstr"], "target 1000 cannot be reached with this database; the largest"),
+        (["2", "unstr", "--score", "nowhere.txt"], "nowhere.txt: cannot be read"),
+    ],
+)
 def test_mistakes_are_one_line_and_status_2(words, message, workplace, capsys):
     try:
         status = command(*words)
@@ -401,22 +434,32 @@ def test_mistakes_are_one_line_and_status_2(words, message, workplace, capsys):
 
 
 def test_defaults_of_the_recipes():
-    for words, constr in ((["2", "unstr", "--dp"], "flops"), (["8", "mixed", "--dp"], "bops"),
-                          (["2", "4block"], "flops"), (["4", "4block_8w8a"], "bops"),
-                          (["2", "4block", "--timings", "seconds.txt"], "timingsq"),
-                          (["2", "unstr", "--constr", "params"], "params")):
+    for words, constr in (
+        (["2", "unstr", "--dp"], "flops"),
+        (["8", "mixed", "--dp"], "bops"),
+        (["2", "4block"], "flops"),
+        (["4", "4block_8w8a"], "bops"),
+        (["2", "4block", "--timings", "seconds.txt"], "timingsq"),
+        (["2", "unstr", "--constr", "params"], "params"),
+    ):
         args = spdy.build_parser().parse_args(["rn18", "imagenet", *words])
         spdy.check_options(args)
         assert args.constr == constr and args.errors == "loss" and args.dpbuckets == dp.BUCKETS
 
 
-@pytest.mark.parametrize(("target", "name"), [
-    ("2", "rn8_unstr_200x_dp.txt"), ("2.3", "rn8_unstr_230x_dp.txt"),
-    ("2.005", "rn8_unstr_200.5x_dp.txt"), ("16", "rn8_unstr_1600x_dp.txt"),
-])
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("2", "rn8_unstr_200x_dp.txt"),
+        ("2.3", "rn8_unstr_230x_dp.txt"),
+        ("2.005", "rn8_unstr_200.5x_dp.txt"),
+        ("16", "rn8_unstr_1600x_dp.txt"),
+    ],
+)
 def test_names_of_profiles(target, name):
-    args = spdy.build_parser().parse_args(["rn8", "digits", target, "unstr", "--dp",
-                                           "--prefix", "there"])
+    args = spdy.build_parser().parse_args(
+        ["rn8", "digits", target, "unstr", "--dp", "--prefix", "there"]
+    )
     assert spdy.profile_file(args) == Path("there") / name
     args.model = "nets/mine.py:net"
     assert spdy.profile_file(args).name == name.replace("rn8", "net")

@@ -64,23 +64,34 @@ def test_what_is_ignored_stays_so():
     assert process.communicate(timeout=120)[1] == "error: no.pth: no such file\n"
 
 
-@pytest.mark.parametrize("name", ["main_trueobs", "database", "spdy", "post_proc", "postproc",
-                                  "recipes/report", "recipes/uniform", f"{STUDY}/__init__"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "main_trueobs",
+        "database",
+        "spdy",
+        "post_proc",
+        "postproc",
+        "recipes/report",
+        "recipes/uniform",
+        f"{STUDY}/__init__",
+    ],
+)
 def test_it_is_the_first_import(name):
     nodes = ast.parse((ROOT / f"{name}.py").read_text()).body
     imports = [ast.unparse(x) for x in nodes if isinstance(x, ast.Import | ast.ImportFrom)]
     path = ("import sys", "from pathlib import Path")  # recipes have to find the toolkit first
     first, second = [*(x for x in imports if x not in path), ""][:2]
-    assert "import command.starting" in (first, second) and (
-        first == "import command.starting" or first.startswith("from __future__ ")
+    assert "import obc.toolkit.starting" in (first, second) and (
+        first == "import obc.toolkit.starting" or first.startswith("from __future__ ")
     )
 
 
 TWICE = """
 import sys, time, os, signal
 sys.modules["__main__"].__file__ = FILE  # as if this were main_trueobs.py
-from command import starting
-from command.process import interruptible
+from obc.toolkit import starting
+from obc.toolkit.process import interruptible
 with interruptible():
     try:
         os.kill(os.getpid(), signal.SIGINT)

@@ -60,8 +60,13 @@ def test_primitives_are_those_of_an_even_density(case):
     for low, high in ((-0.9, 0.4), (-0.5, -0.2), (-np.inf, 0.3), (0.2, np.inf)):
         for order in (0, 1, 2):
             found = density.primitive(order, high) - density.primitive(order, low)
-            wanted = integrate.quad(lambda t, k=order: t**k * pdf(t), max(low, -end),
-                                    min(high, end), points=[0], limit=300)[0]  # fmt: skip
+            wanted = integrate.quad(
+                lambda t, k=order: t**k * pdf(t),
+                max(low, -end),
+                min(high, end),
+                points=[0],
+                limit=300,
+            )[0]
             assert found == pytest.approx(wanted, abs=1e-8)
 
 
@@ -96,8 +101,10 @@ def error_by_quadrature(pdf, end, step, codes):
     def integrand(x):
         return (x - step * np.clip(np.rint(x / step), codes[0], codes[-1])) ** 2 * pdf(x)
 
-    return sum(integrate.quad(integrand, low, high)[0]
-               for low, high in zip(edges[:-1], edges[1:], strict=True))
+    return sum(
+        integrate.quad(integrand, low, high)[0]
+        for low, high in zip(edges[:-1], edges[1:], strict=True)
+    )
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -127,12 +134,16 @@ def test_no_step_of_a_dense_grid_is_better(case, bits, balanced):
     best = best_quantisation(density, codes)
     x = np.linspace(-min(end, 25), min(end, 25), 20001)
     weights = pdf(x) * (x[1] - x[0])
-    steps = np.concatenate([
-        np.geomspace(0.02, 2.2, 300) * density.reach / 2 ** (bits - 1),
-        best.step * np.linspace(0.9, 1.1, 101),
-    ])
-    errors = [weights @ (x - step * np.clip(np.rint(x / step), codes[0], codes[-1])) ** 2
-              for step in steps]  # fmt: skip
+    steps = np.concatenate(
+        [
+            np.geomspace(0.02, 2.2, 300) * density.reach / 2 ** (bits - 1),
+            best.step * np.linspace(0.9, 1.1, 101),
+        ]
+    )
+    errors = [
+        weights @ (x - step * np.clip(np.rint(x / step), codes[0], codes[-1])) ** 2
+        for step in steps
+    ]
     assert min(errors) >= best.error * (1 - 2e-3)  # the trapezium rule's own error
     assert errors[300 + 50] == pytest.approx(best.error, rel=2e-3)
 
@@ -247,13 +258,16 @@ def test_broken_results_are_named(tmp_path, capsys):
         assert str(path) in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--bits", "1"], "--bits must be from 2 to 8; got 1"),
-    (["--bits", "nine"], "--bits must be a whole number"),
-    (["--tail", "5"], "--tail must be in [0, 1); got 5. Did you mean 0.05?"),
-    (["--samples", "-1"], "--samples must be a whole number from 0"),
-    (["--device", "cpu"], "unrecognized arguments"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bits", "1"], "--bits must be from 2 to 8; got 1"),
+        (["--bits", "nine"], "--bits must be a whole number"),
+        (["--tail", "5"], "--tail must be in [0, 1); got 5. Did you mean 0.05?"),
+        (["--samples", "-1"], "--samples must be a whole number from 0"),
+        (["--device", "cpu"], "unrecognized arguments"),
+    ],
+)
 def test_wrong_options(words, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         expected_sqnr.main(words)
@@ -284,11 +298,14 @@ def test_results_come_back_and_infinity_is_null(tmp_path):
     assert study_files.finished(path, settings, restart=True) is None
 
 
-@pytest.mark.parametrize(("settings", "named"), [
-    ({"bits": [8], "seed": 0}, "bits = [8, 2], now [8]"),
-    ({"bits": [8, 2]}, "seed = 0, now null"),
-    ({"bits": [8, 2], "seed": 0, "new": "x"}, 'new = null, now "x"'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"bits": [8], "seed": 0}, "bits = [8, 2], now [8]"),
+        ({"bits": [8, 2]}, "seed = 0, now null"),
+        ({"bits": [8, 2], "seed": 0, "new": "x"}, 'new = null, now "x"'),
+    ],
+)
 def test_other_settings_are_refused(tmp_path, settings, named):
     path = tmp_path / "result.json"
     study_files.write_result(path, {"bits": [8, 2], "seed": 0}, {})

@@ -20,8 +20,8 @@ from test_recipes import ROOT, load_script
 import main_trueobs
 import post_proc
 import quant
-from command.session import load_compressed
 from modelutils import find_layers, get_model, load_checkpoint
+from obc.toolkit.session import load_compressed
 from pruning_vs_quantization import main
 from pruning_vs_quantization.study_files import write_result
 from pruning_vs_quantization.training_options import check_training_options
@@ -51,7 +51,13 @@ def ours(words: list[str]) -> list[str]:
     """A published command on what is here: the shipped network and images, no GPU."""
     changed = {"resnet18_quantized": "rn8_quantized", "--cuda": "--no-cuda"}
     return [changed.get(word, word) for word in words] + [
-        "--dataset", "digits", "--train-samples", "200", "--reestimate-bn-batches", "1"]
+        "--dataset",
+        "digits",
+        "--train-samples",
+        "200",
+        "--reestimate-bn-batches",
+        "1",
+    ]
 
 
 def answer(words: list[str], capsys) -> float:
@@ -115,8 +121,14 @@ def test_help_names_every_option_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for word in QUANTISE + PRUNE:
         assert not word.startswith("--") or word in text
-    for words in ("--tile-size T", "--oscillations-freeze-threshold-final F", "(default: 20)",
-                  "--deterministic, --no-deterministic", "(default: off)", "--restart"):
+    for words in (
+        "--tile-size T",
+        "--oscillations-freeze-threshold-final F",
+        "(default: 20)",
+        "--deterministic, --no-deterministic",
+        "(default: off)",
+        "--restart",
+    ):
         assert words in text
 
 
@@ -125,8 +137,18 @@ def test_help_names_every_option_with_its_default(capsys):
 
 def test_networks_go_into_the_toolkits_commands(folder, capsys):
     """Weights and inputs quantised per channel; batch norms in place, and folded."""
-    top1 = answer([*RN8, "--n-bits", "3", "--per-channel", "--reestimate-bn-stats",
-                   "--reestimate-bn-batches", "4"], capsys)  # fmt: skip
+    top1 = answer(
+        [
+            *RN8,
+            "--n-bits",
+            "3",
+            "--per-channel",
+            "--reestimate-bn-stats",
+            "--reestimate-bn-batches",
+            "4",
+        ],
+        capsys,
+    )
     stem = folder / "rn8_digits_w3_a3_seed0"
     for ending in (".pth", "_folded.pth"):
         file = f"{stem}{ending}"
@@ -157,8 +179,10 @@ def test_a_run_is_done_once(folder, capsys, caplog):
     assert "made with learning_rate = 0.01, now 0.02; pass --restart" in error
     assert written == {path: path.read_bytes() for path in folder.iterdir()}
     answer([*WEIGHTS_ONLY, "--learning-rate", "0.02", "--restart"], capsys)
-    assert result(folder / "rn8_digits_w4_seed0.json")["epochs"] != json.loads(
-        written[folder / "rn8_digits_w4_seed0.json"])["figures"]["epochs"]
+    assert (
+        result(folder / "rn8_digits_w4_seed0.json")["epochs"]
+        != json.loads(written[folder / "rn8_digits_w4_seed0.json"])["figures"]["epochs"]
+    )
 
 
 # A network that draws random numbers as it trains, slowly if told to.
@@ -189,15 +213,39 @@ def small():
 def test_a_killed_run_goes_on_bit_for_bit(folder, capsys):
     """Quantised, pruned and freezing, with two optimisers and a network that draws lots."""
     Path("net.py").write_text(NETWORK)
-    words = ["train-compressed", "--architecture", "net.py:small_quantized", *SMALL,
-             "--max-epochs", "6", "--n-bits", "3", "--prune-method", "zhu_gupta", "--delta-t", "3",
-             "--oscillations-freeze-threshold", "0.02", "--oscillations-dampen-weight", "1e-3",
-             "--quant-learning-rate", "1e-3", "--optimizer", "AdamW"]  # fmt: skip
+    words = [
+        "train-compressed",
+        "--architecture",
+        "net.py:small_quantized",
+        *SMALL,
+        "--max-epochs",
+        "6",
+        "--n-bits",
+        "3",
+        "--prune-method",
+        "zhu_gupta",
+        "--delta-t",
+        "3",
+        "--oscillations-freeze-threshold",
+        "0.02",
+        "--oscillations-dampen-weight",
+        "1e-3",
+        "--quant-learning-rate",
+        "1e-3",
+        "--optimizer",
+        "AdamW",
+    ]
     answer([*words, "--out", "whole"], capsys)
-    environment = os.environ | {"SLOWLY": "0.05", "PYTHONPATH": str(ROOT),
-                                "OMP_NUM_THREADS": str(torch.get_num_threads())}  # fmt: skip
-    running = subprocess.Popen([sys.executable, "-m", "pruning_vs_quantization.main", *words],
-                               env=environment, stderr=subprocess.DEVNULL)  # fmt: skip
+    environment = os.environ | {
+        "SLOWLY": "0.05",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pruning_vs_quantization.main", *words],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
     state = folder / "small_digits_w3_a3_zeros75_seed0.state"
     while not state.exists():
         assert running.poll() is None
@@ -207,20 +255,37 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, capsys):
     assert running.wait() == -signal.SIGKILL and not state.with_suffix(".json").exists()
     answer(words, capsys)
     for ending in (".pth", "_folded.pth"):
-        whole, resumed = (load_checkpoint(place / f"{state.stem}{ending}")
-                          for place in (Path("whole"), folder))  # fmt: skip
+        whole, resumed = (
+            load_checkpoint(place / f"{state.stem}{ending}") for place in (Path("whole"), folder)
+        )
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    epochs, others = (result(place / f"{state.stem}.json")["epochs"]
-                      for place in (Path("whole"), folder))  # fmt: skip
-    timeless = [{key: value for key, value in epoch.items() if "s" != key[-1:] or key == "loss"}
-                for epoch in epochs + others]  # fmt: skip
+    epochs, others = (
+        result(place / f"{state.stem}.json")["epochs"] for place in (Path("whole"), folder)
+    )
+    timeless = [
+        {key: value for key, value in epoch.items() if "s" != key[-1:] or key == "loss"}
+        for epoch in epochs + others
+    ]
     assert timeless[:6] == timeless[6:] and epochs[-1]["frozen"] > 0
 
 
 def test_patterns(folder, capsys, caplog):
-    answer([*WEIGHTS_ONLY, "--no-weight-quant", "--prune-method", "zhu_gupta", "--tile-size", "4",
-            "--zeros-per-tile", "2", "--noaug", "--deterministic"], capsys)  # fmt: skip
+    answer(
+        [
+            *WEIGHTS_ONLY,
+            "--no-weight-quant",
+            "--prune-method",
+            "zhu_gupta",
+            "--tile-size",
+            "4",
+            "--zeros-per-tile",
+            "2",
+            "--noaug",
+            "--deterministic",
+        ],
+        capsys,
+    )
     model = get_model("rn8", "digits")
     load_compressed(model, folder / "rn8_digits_zeros2of4_seed0.pth")
     for name, layer in find_layers(model).items():
@@ -242,9 +307,25 @@ def test_photographs_are_streamed(folder, capsys):
                 pixels = numbers.integers(80 * label, 80 * label + 80, (40, 30, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(place / f"{number}.png")
     Path("net.py").write_text(NETWORK)
-    words = ["train-compressed", "--architecture", "net.py:small_quantized", "--dataset", "folder",
-             "--images-dir", "photos", "--image-size", "24", "--batch-size", "4", "--no-cuda",
-             "--num-workers", "0", "--max-epochs", "2", "--reestimate-bn-stats"]  # fmt: skip
+    words = [
+        "train-compressed",
+        "--architecture",
+        "net.py:small_quantized",
+        "--dataset",
+        "folder",
+        "--images-dir",
+        "photos",
+        "--image-size",
+        "24",
+        "--batch-size",
+        "4",
+        "--no-cuda",
+        "--num-workers",
+        "0",
+        "--max-epochs",
+        "2",
+        "--reestimate-bn-stats",
+    ]
     answer(words, capsys)
     figures = result(folder / "small_folder_w4_a4_seed0.json")
     assert (figures["training_images"], figures["test_images"]) == (15, 15)
@@ -253,41 +334,59 @@ def test_photographs_are_streamed(folder, capsys):
 def test_tensorboard(capsys):
     pytest.importorskip("tensorboard")
     answer([*WEIGHTS_ONLY, "--no-weight-quant", "--tb-logging-dir", "log"], capsys)
-    event, = Path("log").iterdir()
+    (event,) = Path("log").iterdir()
     assert event.name.startswith("events.out.tfevents") and b"top1" in event.read_bytes()
 
 
 # -- what the user gets wrong ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ("--architecture rn8", "--architecture rn8: must be a model's name and _quantized"),
-    ("--architecture rn9_quantized", "unknown model rn9; did you mean"),
-    ("--dataset imagenet --images-dir nowhere", "nowhere: does not exist"),
-    ("--n-bits 1", "--n-bits: must be 2 to 16; got 1"),
-    ("--learning-rate-schedule linear", "--learning-rate-schedule must be cosine, cosine:1e-4"),
-    ("--learning-rate-schedule cosine:0.1", "the cosine ends at 0.1, above --learning-rate 0.01"),
-    ("--s-f 0.5", "--s-f, --tile-size and --zeros-per-tile need --prune-method zhu_gupta"),
-    ("--prune-method zhu_gupta --s-f 75", "--s-f must be in [0, 1); got 75. Did you mean 0.75?"),
-    ("--prune-method zhu_gupta --s-i 0.8", "--s-i 0.8 is above --s-f 0.75"),
-    ("--prune-method zhu_gupta --prune-last-epoch 3", "at most --max-epochs 2"),
-    ("--prune-method zhu_gupta --tile-size 4", "belong together"),
-    ("--prune-method zhu_gupta --tile-size 4 --zeros-per-tile 4", "must be below --tile-size 4"),
-    ("--prune-method zhu_gupta --tile-size 4 --zeros-per-tile 2 --s-f 0.7", "tiles of 4 are 0.5"),
-    ("--no-weight-quant --oscillations-dampen-weight 1", "no effect with --no-weight-quant"),
-    ("--oscillations-freeze-threshold-final 0.1", "no effect without --oscillations-freeze"),
-    ("--weight-quant-method best", "invalid choice: 'best'"),
-    ("--device cpu", "--cuda and --no-cuda stand for --device"),
-    ("--learning-rate 1e30", "the loss is not finite in epoch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--architecture rn8", "--architecture rn8: must be a model's name and _quantized"),
+        ("--architecture rn9_quantized", "unknown model rn9; did you mean"),
+        ("--dataset imagenet --images-dir nowhere", "nowhere: does not exist"),
+        ("--n-bits 1", "--n-bits: must be 2 to 16; got 1"),
+        ("--learning-rate-schedule linear", "--learning-rate-schedule must be cosine, cosine:1e-4"),
+        (
+            "--learning-rate-schedule cosine:0.1",
+            "the cosine ends at 0.1, above --learning-rate 0.01",
+        ),
+        ("--s-f 0.5", "--s-f, --tile-size and --zeros-per-tile need --prune-method zhu_gupta"),
+        (
+            "--prune-method zhu_gupta --s-f 75",
+            "--s-f must be in [0, 1); got 75. Did you mean 0.75?",
+        ),
+        ("--prune-method zhu_gupta --s-i 0.8", "--s-i 0.8 is above --s-f 0.75"),
+        ("--prune-method zhu_gupta --prune-last-epoch 3", "at most --max-epochs 2"),
+        ("--prune-method zhu_gupta --tile-size 4", "belong together"),
+        (
+            "--prune-method zhu_gupta --tile-size 4 --zeros-per-tile 4",
+            "must be below --tile-size 4",
+        ),
+        (
+            "--prune-method zhu_gupta --tile-size 4 --zeros-per-tile 2 --s-f 0.7",
+            "tiles of 4 are 0.5",
+        ),
+        ("--no-weight-quant --oscillations-dampen-weight 1", "no effect with --no-weight-quant"),
+        ("--oscillations-freeze-threshold-final 0.1", "no effect without --oscillations-freeze"),
+        ("--weight-quant-method best", "invalid choice: 'best'"),
+        ("--device cpu", "--cuda and --no-cuda stand for --device"),
+        ("--learning-rate 1e30", "the loss is not finite in epoch"),
+    ],
+)
 def test_a_mistake_is_one_line(words, message, capsys):
     try:
         status = main.main([*WEIGHTS_ONLY, *words.split()])
     except SystemExit as stop:  # argparse
         status = stop.code
     lines = capsys.readouterr().err.splitlines()
-    assert status == 2 and lines[-1].startswith("error: ") and message.replace(
-        "--n-bits:", "--n-bits") in lines[-1].replace("--n-bits:", "--n-bits")
+    assert (
+        status == 2
+        and lines[-1].startswith("error: ")
+        and message.replace("--n-bits:", "--n-bits") in lines[-1].replace("--n-bits:", "--n-bits")
+    )
     assert not any("Traceback" in line for line in lines)
     assert not list(Path().rglob("*.json")) and not list(Path().rglob("*.pth"))
 
@@ -303,9 +402,19 @@ def test_no_batch_norm_to_reestimate(capsys):
 
 
 def write_run(folder: Path, name: str, top1: float, seconds: float = 60, **settings) -> None:
-    common = {"architecture": "rn8_quantized", "dataset": "digits", "act_quant": False,
-              "weight_quant": True, "prune_method": "none", "n_bits": 4, "s_f": None, "seed": 0,
-              "max_epochs": 3, "batch_size": 64, "learning_rate": 0.01}  # fmt: skip
+    common = {
+        "architecture": "rn8_quantized",
+        "dataset": "digits",
+        "act_quant": False,
+        "weight_quant": True,
+        "prune_method": "none",
+        "n_bits": 4,
+        "s_f": None,
+        "seed": 0,
+        "max_epochs": 3,
+        "batch_size": 64,
+        "learning_rate": 0.01,
+    }
     figures = {"top1": top1, "seconds": seconds, "bits_per_weight": 4.0, "training_images": 256}
     write_result(folder / f"{name}_seed0.json", common | settings, figures)
 
@@ -343,11 +452,14 @@ def test_table(folder, capsys, caplog):
     assert "not all trained alike: quantised and pruned for 3" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (None, "no trained rn8_quantized on digits in it; run train-compressed first"),
-    ("OBQ\t4\t4 bits\t\n", "line 1: expected method, bits, reached, top-1"),
-    ("RTN\t4\t4 bits\t80\n", "line 1: RTN is neither OBQ nor ExactOBS"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no trained rn8_quantized on digits in it; run train-compressed first"),
+        ("OBQ\t4\t4 bits\t\n", "line 1: expected method, bits, reached, top-1"),
+        ("RTN\t4\t4 bits\t80\n", "line 1: RTN is neither OBQ nor ExactOBS"),
+    ],
+)
 def test_no_table(text, message, folder, capsys):
     folder.mkdir(parents=True)
     if text:
@@ -380,16 +492,27 @@ COMMON = ["--nsamples", "128", "--batchsize", "32", "--noaug", "--device", "cpu"
 def run_recipe(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
     Path("python").write_text(STAND_IN)
     Path("python").chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(Path("python").resolve()), "OUT": "results",
-                   "BITS": "2", "TRAIN": "--max-epochs 1 --train-samples 128", **settings}
-    return subprocess.run([ROOT / "recipes" / "fine_tuning.sh", *words], env=environment,
-                          text=True, capture_output=True)  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHON": str(Path("python").resolve()),
+        "OUT": "results",
+        "BITS": "2",
+        "TRAIN": "--max-epochs 1 --train-samples 128",
+        **settings,
+    }
+    return subprocess.run(
+        [ROOT / "recipes" / "fine_tuning.sh", *words],
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
 
 
 def noted() -> list[list[str]]:
     commands = [note.split("\0") for note in Path("notes").read_text().split("\0\0")[:-1]]
-    return [words[1:] if words[0] == "-m" else [Path(words[0]).name, *words[1:]]
-            for words in commands]  # fmt: skip
+    return [
+        words[1:] if words[0] == "-m" else [Path(words[0]).name, *words[1:]] for words in commands
+    ]
 
 
 def test_recipe_as_commands_that_work(folder, capsys):
@@ -399,17 +522,25 @@ def test_recipe_as_commands_that_work(folder, capsys):
     lines = Path("results/fine_tuning.tsv").read_text().splitlines()
     assert lines == [f"{method}\t2\t2 bits\t91.5" for method in ("OBQ", "ExactOBS")]
     commands = noted()
-    names = [words[0] if words[0] != "pruning_vs_quantization.main" else words[1]
-             for words in commands]  # fmt: skip
-    assert names == [*["main_trueobs.py"] * 4, *["first-last", "post_proc.py"] * 2,
-                     *["train-compressed"] * 2, "table"]  # fmt: skip
+    names = [
+        words[0] if words[0] != "pruning_vs_quantization.main" else words[1] for words in commands
+    ]
+    assert names == [
+        *["main_trueobs.py"] * 4,
+        *["first-last", "post_proc.py"] * 2,
+        *["train-compressed"] * 2,
+        "table",
+    ]
     again = run_recipe("rn8", "digits", *COMMON)
     assert again.returncode == 0 and again.stderr.count("done already") == 6
     assert Path("results/fine_tuning.tsv").read_text().splitlines() == lines
     for path in [*Path("results").rglob("*.pth"), *Path("results").rglob("*.json")]:
         path.unlink()
-    mains = {"main_trueobs.py": main_trueobs.main, "post_proc.py": post_proc.main,
-             "pruning_vs_quantization.main": main.main}  # fmt: skip
+    mains = {
+        "main_trueobs.py": main_trueobs.main,
+        "post_proc.py": post_proc.main,
+        "pruning_vs_quantization.main": main.main,
+    }
     for script, *words in commands:
         assert mains[script](words) == 0, shlex.join([script, *words])
     out = capsys.readouterr().out

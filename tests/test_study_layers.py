@@ -12,8 +12,8 @@ from oracles import conv_columns_oracle
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.hessian import Gram
-from networks.vision import torchvision
+from obc.inputs.vision import torchvision
+from obc.solver.hessian import Gram
 from pruning_vs_quantization import (
     layer_study,
     post_training_pruning_acts_sqnr,
@@ -31,9 +31,27 @@ from pruning_vs_quantization.layer_problem import (
 )
 
 QUANT, PRUNE = post_training_quant_acts_sqnr.main, post_training_pruning_acts_sqnr.main
-SMALL = ("--model-name", "rn8", "--dataset", "digits", "--nsamples", "32", "--bits", "4", "2",
-         "--layer-name", "layer2.0.conv1", "--layer-name", "linear",
-         "--num-output-channels", "2", "--num-chunks", "2", "--opt-dim", "12")  # fmt: skip
+SMALL = (
+    "--model-name",
+    "rn8",
+    "--dataset",
+    "digits",
+    "--nsamples",
+    "32",
+    "--bits",
+    "4",
+    "2",
+    "--layer-name",
+    "layer2.0.conv1",
+    "--layer-name",
+    "linear",
+    "--num-output-channels",
+    "2",
+    "--num-chunks",
+    "2",
+    "--opt-dim",
+    "12",
+)
 LAYERS = ("layer2.0.conv1", "linear")
 
 
@@ -303,8 +321,18 @@ def small_imagenet(tmp_path: Path) -> Path:
 
 
 def test_the_published_command_runs(small_imagenet, capsys):
-    more = ("--weights", small_imagenet / "mobilenet_v2.pth", "--image-size", 64, "--workers", 0,
-            "--method", "exact", "--out", small_imagenet / "out")  # fmt: skip
+    more = (
+        "--weights",
+        small_imagenet / "mobilenet_v2.pth",
+        "--image-size",
+        64,
+        "--workers",
+        0,
+        "--method",
+        "exact",
+        "--out",
+        small_imagenet / "out",
+    )
     assert QUANT([*PUBLISHED.split(), *map(str, (small_imagenet, *more))]) == 0
     done = capsys.readouterr()
     assert done.out.splitlines()[-1].startswith("| features.8.conv.0.0 | 4 | ")
@@ -323,12 +351,28 @@ def test_the_published_command_says_what_is_missing(tmp_path, capsys):
 def test_real_subproblems_of_32_unknowns_are_solved(
     shared_data, some_cifar10_images, tmp_path, capsys
 ):
-    common = ["--model-name", "rn20", "--dataset", "cifar10",
-              "--datapath", str(some_cifar10_images),
-              "--weights", str(shared_data / "rn20_cifar10.pth"),
-              "--layer-name", "layer2.1.conv1",
-              "--num-output-channels", "2", "--num-chunks", "2", "--nsamples", "32",
-              "--method", "exact", "--out", str(tmp_path)]  # fmt: skip
+    common = [
+        "--model-name",
+        "rn20",
+        "--dataset",
+        "cifar10",
+        "--datapath",
+        str(some_cifar10_images),
+        "--weights",
+        str(shared_data / "rn20_cifar10.pth"),
+        "--layer-name",
+        "layer2.1.conv1",
+        "--num-output-channels",
+        "2",
+        "--num-chunks",
+        "2",
+        "--nsamples",
+        "32",
+        "--method",
+        "exact",
+        "--out",
+        str(tmp_path),
+    ]
     assert QUANT(common) == 0 and PRUNE(common) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "layer2" in line]
     assert len(rows) == 8 and all("| 4 of 4 |" in row for row in rows)

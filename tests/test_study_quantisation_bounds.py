@@ -183,8 +183,9 @@ def value_by_scs(problem: QuantisationProblem) -> float:
         constraints.append(squares >= cp.multiply(below + above, z) - below * above)
     objective = cp.sum(cp.multiply(G, Z[:n, :n])) - 2 * (G @ t) @ z + t @ G @ t
     program = cp.Problem(cp.Minimize(objective), constraints)
-    value = program.solve(solver=cp.SCS, eps_abs=1e-8, eps_rel=1e-8, max_iters=50_000,
-                          acceleration_lookback=0)  # fmt: skip
+    value = program.solve(
+        solver=cp.SCS, eps_abs=1e-8, eps_rel=1e-8, max_iters=50_000, acceleration_lookback=0
+    )
     assert program.status == cp.OPTIMAL
     return scale * value
 

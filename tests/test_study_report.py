@@ -27,16 +27,24 @@ from pruning_vs_quantization.study_files import write_result
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII=")  # fmt: skip  # noqa: E501
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
+)  # noqa: E501
 
 
 # -- hand-made results -----------------------------------------------------------------------------
 
 
 def write_weights(folder: Path, model: str, bits: int, pairs: list[tuple]) -> None:
-    layers = {f"layer{i}": {"quant_sqnr": quant, "pruning_sqnr": pruning,
-                            "pruning_sqnr_corrected": pruning, "sample_kurtosis": float(i)}
-              for i, (quant, pruning) in enumerate(pairs)}  # fmt: skip
+    layers = {
+        f"layer{i}": {
+            "quant_sqnr": quant,
+            "pruning_sqnr": pruning,
+            "pruning_sqnr_corrected": pruning,
+            "sample_kurtosis": float(i),
+        }
+        for i, (quant, pruning) in enumerate(pairs)
+    }
     (folder / "weights_sqnr").mkdir(parents=True, exist_ok=True)
     path = folder / "weights_sqnr" / f"{model}_{bits}_bits_mse.json"
     path.write_text(json.dumps(layers))
@@ -45,21 +53,39 @@ def write_weights(folder: Path, model: str, bits: int, pairs: list[tuple]) -> No
 def write_outputs(folder: Path, layer: str, bits: int, quantised: tuple, pruned: tuple) -> None:
     """Each of (signal, own error, best error, bound), as layer_study.py itself sums them up."""
     for kind, own, (signal, error, best, bound) in (
-        ("quantisation", "obq", quantised), ("pruning", "exact_obs", pruned)
-    ):  # fmt: skip
-        record = {"signal": signal, "errors": {own: error}, "error": best, "lower": bound,
-                  "proven": best == bound, "seconds": 0.0}  # fmt: skip
-        figures = {"kind": kind, "layer": layer, "bits": bits,
-                   "summary": layer_study.summary([record], own)}  # fmt: skip
+        ("quantisation", "obq", quantised),
+        ("pruning", "exact_obs", pruned),
+    ):
+        record = {
+            "signal": signal,
+            "errors": {own: error},
+            "error": best,
+            "lower": bound,
+            "proven": best == bound,
+            "seconds": 0.0,
+        }
+        figures = {
+            "kind": kind,
+            "layer": layer,
+            "bits": bits,
+            "summary": layer_study.summary([record], own),
+        }
         path = folder / "layer_outputs" / f"rn8_{layer}_{bits}_bits_{kind}.json"
         write_result(path, {"model": "rn8", "dataset": "digits"}, figures)
 
 
 def write_training(folder: Path, architecture: str, tops: dict[tuple[str, int], list[float]]):
-    results = [Result(method, bits, top1, seed=seed, seconds=60.0)
-               for (method, bits), values in tops.items() for seed, top1 in enumerate(values)]
-    record = {"architecture": architecture, "dataset": "digits", "conditions": "trained briefly",
-              "results": as_records(results)}  # fmt: skip
+    results = [
+        Result(method, bits, top1, seed=seed, seconds=60.0)
+        for (method, bits), values in tops.items()
+        for seed, top1 in enumerate(values)
+    ]
+    record = {
+        "architecture": architecture,
+        "dataset": "digits",
+        "conditions": "trained briefly",
+        "results": as_records(results),
+    }
     (folder / "fine_tuning").mkdir(parents=True, exist_ok=True)
     stem = folder / "fine_tuning" / f"table_{architecture.partition('_')[0]}_digits"
     stem.with_suffix(".json").write_text(json.dumps(record))
@@ -73,10 +99,17 @@ def results(tmp_path) -> Path:
     write_weights(tmp_path, "resnet18", 4, [(11.0, 1.0)])
     write_outputs(tmp_path, "conv1", 4, (100.0, 2.0, 1.0, 1.0), (100.0, 20.0, 10.0, 5.0))
     write_outputs(tmp_path, "conv2", 4, (100.0, 1.0, 1.0, 0.5), (100.0, 1.0, 1.0, 0.1))
-    write_training(tmp_path, "rn8_quantized", {
-        ("quantised", 4): [99.0, 98.0], ("pruned", 4): [97.0],
-        ("quantised", 2): [90.0], ("pruned", 2): [95.0], ("OBQ", 2): [80.0],
-    })  # fmt: skip
+    write_training(
+        tmp_path,
+        "rn8_quantized",
+        {
+            ("quantised", 4): [99.0, 98.0],
+            ("pruned", 4): [97.0],
+            ("quantised", 2): [90.0],
+            ("pruned", 2): [95.0],
+            ("OBQ", 2): [80.0],
+        },
+    )
     return tmp_path
 
 
@@ -91,8 +124,10 @@ def section_of(folder: Path, part: str, model: str | None = None) -> Section:
 def test_weights_are_medians_over_finite_tensors(results):
     section = section_of(results, "weights", "rn8")
     assert section.gaps == {4: 12.0, 2: -0.5}  # of 15, 12, 1; of −1, 5, −0.5
-    assert section.tables[0].rows == [["4", "75 %", "3", "18.00", "6.00", "0"],
-                                      ["2", "87.5 %", "3", "7.00", "6.00", "2"]]  # fmt: skip
+    assert section.tables[0].rows == [
+        ["4", "75 %", "3", "18.00", "6.00", "0"],
+        ["2", "87.5 %", "3", "7.00", "6.00", "2"],
+    ]
     assert section.tables[1].rows[0] == ["rn8", "layer0", "2", "0.0", "−1.00 dB"]
     assert section.pictures[0][1].startswith(b"\x89PNG")
 
@@ -124,7 +159,7 @@ def test_layer_outputs_have_a_table_per_layer(results):
         ["conv2", "4", "0 of 2", "20.00 … 23.01", "20.00 … 30.00", "+0.00 dB", "≥ 0.00", "≥ 0.00"],
         ["conv2", "2", "2 of 2", "∞", "10.00", "+∞ dB", "0.00", "3.01"],
         ["conv10", "2", "2 of 2", "20.00", "10.00", "+10.00 dB", "3.01", "3.01"],
-    ]  # fmt: skip
+    ]
 
 
 def test_layers_without_error_are_infinitely_good(tmp_path):
@@ -156,22 +191,35 @@ def part(name: str, unit: str = "dB", **gaps: float) -> Section:
     return Section(name, "rn8", unit, {float(bits[1:]): gap for bits, gap in gaps.items()}, "")
 
 
-@pytest.mark.parametrize(("sections", "words"), [
-    ([part("weights", b4=13.0, b2=5.0)],
-     "Quantise. By weights, rn8: quantisation is better at 4 bits (+13.00 dB) and "
-     "2 bits (+5.00 dB)."),
-    ([part("weights", b4=-13.0)],
-     "Prune. By weights, rn8: pruning is better at 4 bits (−13.00 dB)."),
-    ([part("weights", b4=0.05)],
-     "Either will do. By weights, rn8: neither is clearly better at 4 bits (+0.05 dB)."),
-    ([part("weights", b4=13.0, b2=5.0), part("fine-tuning", "points", b4=1.5, b2=-5.0)],
-     "It depends on the size. By fine-tuning, rn8: quantisation is better at 4 bits "
-     "(+1.50 points); pruning is better at 2 bits (−5.00 points). "
-     "Otherwise by weights, rn8, at 2 bits (+5.00 dB)."),
-    ([part("densities", b4=13.0), part("weights", b4=5.0, b2=3.0)],
-     "Quantise. By weights, rn8: quantisation is better at 4 bits (+5.00 dB) and "
-     "2 bits (+3.00 dB). What else has been run agrees."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            [part("weights", b4=13.0, b2=5.0)],
+            "Quantise. By weights, rn8: quantisation is better at 4 bits (+13.00 dB) and "
+            "2 bits (+5.00 dB).",
+        ),
+        (
+            [part("weights", b4=-13.0)],
+            "Prune. By weights, rn8: pruning is better at 4 bits (−13.00 dB).",
+        ),
+        (
+            [part("weights", b4=0.05)],
+            "Either will do. By weights, rn8: neither is clearly better at 4 bits (+0.05 dB).",
+        ),
+        (
+            [part("weights", b4=13.0, b2=5.0), part("fine-tuning", "points", b4=1.5, b2=-5.0)],
+            "It depends on the size. By fine-tuning, rn8: quantisation is better at 4 bits "
+            "(+1.50 points); pruning is better at 2 bits (−5.00 points). "
+            "Otherwise by weights, rn8, at 2 bits (+5.00 dB).",
+        ),
+        (
+            [part("densities", b4=13.0), part("weights", b4=5.0, b2=3.0)],
+            "Quantise. By weights, rn8: quantisation is better at 4 bits (+5.00 dB) and "
+            "2 bits (+3.00 dB). What else has been run agrees.",
+        ),
+    ],
+)
 def test_the_answer_depends_on_the_numbers(sections, words):
     assert answer(sections) == words
 
@@ -195,7 +243,13 @@ def test_a_part_without_a_pair_has_no_say():
 
 def test_small_words():
     assert [signed(x) for x in (0.0, -0.001, 1.5, -2.0, -math.inf, None)] == [
-        "+0.00", "+0.00", "+1.50", "−2.00", "−∞", "–"]  # fmt: skip
+        "+0.00",
+        "+0.00",
+        "+1.50",
+        "−2.00",
+        "−∞",
+        "–",
+    ]
     assert [listed(list(words)) for words in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
     assert Table.parse("| a | b |\n|---|---|\n| 1 | x y |\n") == Table(["a", "b"], [["1", "x y"]])
 
@@ -232,8 +286,15 @@ class Page(HTMLParser):
 
 
 def test_the_page_holds_everything_it_shows():
-    section = Section("weights", "<b>&rn8", "dB", {4: 1.0}, "5 < 6 & 7",
-                      [Table(["layer", "gap"], [["<i>x", "+1.00 dB"]])], [('a "dot"', PNG)])
+    section = Section(
+        "weights",
+        "<b>&rn8",
+        "dB",
+        {4: 1.0},
+        "5 < 6 & 7",
+        [Table(["layer", "gap"], [["<i>x", "+1.00 dB"]])],
+        [('a "dot"', PNG)],
+    )
     text = html_page("A <title>", [section])
     page = Page(text)
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
@@ -247,8 +308,14 @@ def test_the_page_holds_everything_it_shows():
 
 
 def test_long_tables_are_folded():
-    section = Section("weights", "rn8", "dB", {4: 1.0}, "",
-                      [Table(["layer"], [["conv1"]], folded="Layer by layer")])
+    section = Section(
+        "weights",
+        "rn8",
+        "dB",
+        {4: 1.0},
+        "",
+        [Table(["layer"], [["conv1"]], folded="Layer by layer")],
+    )
     text = html_page("Title", [section])
     assert "<summary>Layer by layer</summary>" in text and "conv1" in Page(text).words
     assert "| conv1 |" in markdown_page("Title", [section])
@@ -294,14 +361,20 @@ def test_nothing_to_report(words, tmp_path, capsys):
     assert not list(tmp_path.glob("report.*"))
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("weights_sqnr/rn8_4_bits_mse.json", "{", "not a whole JSON file"),
-    ("weights_sqnr/rn8_4_bits_mse.json", '{"conv1": {}}', "part weights is not as its command"),
-    ("layer_outputs/rn8_conv1_4_bits_pruning.json", '{"settings": {}, "figures": {}}',
-     "part layer outputs is not as its command"),
-    ("fine_tuning/table_rn8_digits.json", "{}", "part fine-tuning is not as its command"),
-    ("expected_sqnr/expected_sqnr.json", "{}", "not a result of this study"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("weights_sqnr/rn8_4_bits_mse.json", "{", "not a whole JSON file"),
+        ("weights_sqnr/rn8_4_bits_mse.json", '{"conv1": {}}', "part weights is not as its command"),
+        (
+            "layer_outputs/rn8_conv1_4_bits_pruning.json",
+            '{"settings": {}, "figures": {}}',
+            "part layer outputs is not as its command",
+        ),
+        ("fine_tuning/table_rn8_digits.json", "{}", "part fine-tuning is not as its command"),
+        ("expected_sqnr/expected_sqnr.json", "{}", "not a result of this study"),
+    ],
+)
 def test_broken_results_are_one_line(name, content, message, tmp_path, capsys):
     path = tmp_path / name
     path.parent.mkdir()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from command import cli
 from modelutils import evaluating, find_layers, get_model
-from networks.vision import torchvision
+from obc.inputs import files
+from obc.inputs.vision import torchvision
+from obc.solver import errors
 from pruning_vs_quantization import compressed_model as compressed
 from pruning_vs_quantization import oscillations
 from pruning_vs_quantization.architectures import dense_network
@@ -59,8 +60,9 @@ def surrogate(x: np.ndarray, step: np.ndarray, low: int, high: int, error: np.nd
     return step * (np.clip(x / step, low, high) + error)
 
 
-@pytest.mark.parametrize(("rows", "bits", "zero"), [(5, 3, None), (1, 2, None), (1, 4, 0),
-                                                    (1, 3, 2), (5, 8, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "bits", "zero"), [(5, 3, None), (1, 2, None), (1, 4, 0), (1, 3, 2), (5, 8, None)]
+)
 def test_gradients_are_those_of_the_surrogate(rows, bits, zero):
     """Central differences in float64, with the rounding errors of the point held fixed."""
     x = draw(5, 7, dtype=torch.float64).requires_grad_()
@@ -84,8 +86,9 @@ def test_gradients_are_those_of_the_surrogate(rows, bits, zero):
     by_x = (value(point + h, at) - value(point - h, at)) / (2 * h)
     assert (inside != point / at).any() == (bits < 8)  # both kinds are there
     np.testing.assert_allclose(x.grad.numpy(), by_x, atol=1e-7)
-    np.testing.assert_allclose(quantiser.step.grad.numpy(), by_step / np.sqrt(count * high),
-                               atol=1e-7)  # fmt: skip
+    np.testing.assert_allclose(
+        quantiser.step.grad.numpy(), by_step / np.sqrt(count * high), atol=1e-7
+    )
 
 
 def test_values_are_the_toolkits_grid():
@@ -155,14 +158,22 @@ def error_of(grid: quant.Grid, x: Tensor) -> np.ndarray:
 def test_mse_range_against_all_pieces(bits):
     length = 300 if bits < 8 else 60
     normal = draw(8, length)
-    rows = torch.cat([normal[:3], normal[3:5] ** 3, normal[5:6].abs(), normal[6:7].sign() * 0.3,
-                      torch.rand(1, length, generator=torch.Generator().manual_seed(1)) - 0.5])
+    rows = torch.cat(
+        [
+            normal[:3],
+            normal[3:5] ** 3,
+            normal[5:6].abs(),
+            normal[6:7].sign() * 0.3,
+            torch.rand(1, length, generator=torch.Generator().manual_seed(1)) - 0.5,
+        ]
+    )
     rows[1, 5] = 40.0  # far out
     for symmetric in (True, False):
         grid = starting_grid(rows, bits, symmetric, "MSE")
         errors = error_of(grid, rows)
-        for row, zero, error in zip(rows.double().numpy(), grid.zero.flatten(), errors,
-                                    strict=True):  # fmt: skip
+        for row, zero, error in zip(
+            rows.double().numpy(), grid.zero.flatten(), errors, strict=True
+        ):
             low, high = -int(zero), int(grid.maxq) - int(zero)
             least = least_error(row, low, high)
             assert least - 1e-9 <= error + 1e-9 <= least * (1.1 if bits == 8 else 1.001) + 1e-6
@@ -188,8 +199,9 @@ def test_ranges_of_inputs_are_those_of_all_batches(method):
     unused = nn.Conv2d(1, 1, 1)
     batches = [(draw(2, 3, 4, 4, seed=seed), torch.zeros(2)) for seed in (1, 2)]
     layers = {"0": model[0], "2": model[2], "unused": unused}
-    grids = input_grids(model, layers, dict.fromkeys(layers, 4), method, batches,
-                        torch.device("cpu"))  # fmt: skip
+    grids = input_grids(
+        model, layers, dict.fromkeys(layers, 4), method, batches, torch.device("cpu")
+    )
     assert grids.keys() == {"0", "2"} and grids["2"].zero == 0
     images = torch.cat([images for images, _ in batches])
     if method == "minmax":
@@ -205,14 +217,17 @@ def test_ranges_of_inputs_are_those_of_all_batches(method):
 # -- schedules -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "oracle"), [
-    ("cosine:1e-3", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8, eta_min=1e-3)),
-    ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8, eta_min=5e-3)),
-    ("multistep:2,5", lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 5], gamma=0.1)),
-    ("multistep:3:0.5", lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3], gamma=0.5)),
-    ("exponential:0.8", lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8)),
-    ("constant", lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 1.0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "oracle"),
+    [
+        ("cosine:1e-3", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8, eta_min=1e-3)),
+        ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8, eta_min=5e-3)),
+        ("multistep:2,5", lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 5], gamma=0.1)),
+        ("multistep:3:0.5", lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3], gamma=0.5)),
+        ("exponential:0.8", lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8)),
+        ("constant", lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 1.0)),
+    ],
+)
 def test_learning_rates_against_pytorchs_schedulers(text, oracle):
     schedule = learning_rate_schedule(text)
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.5)
@@ -223,11 +238,27 @@ def test_learning_rates_against_pytorchs_schedulers(text, oracle):
         scheduler.step()
 
 
-@pytest.mark.parametrize("text", [
-    "", "linear", "cosine:", "cosine:0", "cosine:-1", "cosine:nan", "cosine:1:2", "multistep",
-    "multistep:", "multistep:5,2", "multistep:2,2", "multistep:0,2", "multistep:2:0.1:3",
-    "exponential", "exponential:x", "constant:1",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "linear",
+        "cosine:",
+        "cosine:0",
+        "cosine:-1",
+        "cosine:nan",
+        "cosine:1:2",
+        "multistep",
+        "multistep:",
+        "multistep:5,2",
+        "multistep:2,2",
+        "multistep:0,2",
+        "multistep:2:0.1:3",
+        "exponential",
+        "exponential:x",
+        "constant:1",
+    ],
+)
 def test_what_is_no_schedule(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be cosine, "):
         learning_rate_schedule(text)
@@ -266,7 +297,7 @@ def test_tiles_run_along_input_channels():
             for column in range(2):
                 for start in (0, 4):
                     place = (row, slice(start, start + 4), kernel_row, column)
-                    kept, = mask[place].nonzero(as_tuple=True)
+                    (kept,) = mask[place].nonzero(as_tuple=True)
                     assert kept.tolist() == [int(weight[place].abs().argmax())]
     linear = tile_mask(draw(3, 6), 2, 1)
     assert (linear.view(3, 3, 2).sum(2) == 1).all()
@@ -285,7 +316,8 @@ def test_masks_stay_through_the_optimiser(tile, final, caplog):
     for step in range(12):
         optimiser.zero_grad()
         torch.func.functional_call(
-            model, compressed.effective_weights(model), (images,)).square().mean().backward()
+            model, compressed.effective_weights(model), (images,)
+        ).square().mean().backward()
         optimiser.step()
         plan.update(model, step + 1)
         for name, layer in masked_layers(model).items():
@@ -387,8 +419,14 @@ def test_folded_network_is_the_trained_one(per_channel):
     bits = compressed.layer_bits(trained, 3)
     compressed.quantise_weights(trained, bits, per_channel, "MSE")
     GradualPruning(CubicSchedule(0.5, 0.5, 0, 1), 1, 0.5).start(trained)
-    grids = input_grids(dense, find_layers(dense), dict.fromkeys(bits, 6), "MSE",
-                        [(images, None)], torch.device("cpu"))  # fmt: skip
+    grids = input_grids(
+        dense,
+        find_layers(dense),
+        dict.fromkeys(bits, 6),
+        "MSE",
+        [(images, None)],
+        torch.device("cpu"),
+    )
     compressed.quantise_inputs(trained, grids)
     plain = compressed.deployed(trained, dense)
     with evaluating(trained), evaluating(plain):
@@ -460,7 +498,7 @@ def test_efficientnet_of_timm(tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model("efficientnet_lite0", num_classes=4).eval()
-    cli.save_checkpoint(model.state_dict(), tmp_path / "lite.pth")
+    files.save_checkpoint(model.state_dict(), tmp_path / "lite.pth")
     same = dense_network("efficientnet_lite_quantized", "folder", str(tmp_path / "lite.pth"), 4)
     images = draw(2, 3, 64, 64)
     assert torch.equal(same(images), model(images))
@@ -469,7 +507,7 @@ def test_efficientnet_of_timm(tmp_path):
     with evaluating(same):
         wanted, found = same(images), folded(same)(images)
     assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
-    with pytest.raises(cli.UserError, match="4 classes, the dataset has 7"):
+    with pytest.raises(errors.UserError, match="4 classes, the dataset has 7"):
         dense_network("efficientnet_lite_quantized", "folder", str(tmp_path / "lite.pth"), 7)
 
 
@@ -498,8 +536,12 @@ def test_shift_and_flip_one_image_at_a_time(flips):
     seen = set()
     for image, result in zip(images, results, strict=True):
         padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
-        crops = {(dy, dx, mirror): padded[dy : dy + 8, dx : dx + 8][:, :: -1 if mirror else 1]
-                 for dy in range(3) for dx in range(3) for mirror in (False, True)}  # fmt: skip
+        crops = {
+            (dy, dx, mirror): padded[dy : dy + 8, dx : dx + 8][:, :: -1 if mirror else 1]
+            for dy in range(3)
+            for dx in range(3)
+            for mirror in (False, True)
+        }
         seen.add(next(key for key, crop in crops.items() if np.array_equal(crop, result)))
     assert seen == {key for key in crops if flips or not key[2]}
 
@@ -531,8 +573,11 @@ def test_large_sets_are_streamed_alike(monkeypatch):
     monkeypatch.setattr("pruning_vs_quantization.training_images.IN_MEMORY", 0)
     streamed = digits(augment=False)
     assert streamed.train is None and ahead.train is not None
-    for left, right in ((ahead.epoch(3), streamed.epoch(3)), (ahead.plain(2), streamed.plain(2)),
-                        (ahead.test_batches(), streamed.test_batches())):  # fmt: skip
+    for left, right in (
+        (ahead.epoch(3), streamed.epoch(3)),
+        (ahead.plain(2), streamed.plain(2)),
+        (ahead.test_batches(), streamed.test_batches()),
+    ):
         for (images, labels), (others, other_labels) in zip(left, right, strict=True):
             assert torch.equal(images, others) and torch.equal(labels, other_labels)
 
@@ -559,11 +604,11 @@ def test_a_state_that_is_not_whole_or_of_other_settings(tmp_path):
     save_training(path, {"n_bits": 4}, Progress(3, 1.5, [{"top1": 9.0}]), model, optimisers)
     found = load_training(path, {"n_bits": 4}, model, optimisers)
     assert found == Progress(3, 1.5, [{"top1": 9.0}])
-    with pytest.raises(cli.UserError, match="made with n_bits = 4, now 3"):
+    with pytest.raises(errors.UserError, match="made with n_bits = 4, now 3"):
         load_training(path, {"n_bits": 3}, model, optimisers)
-    with pytest.raises(cli.UserError, match="not a whole state of training"):
+    with pytest.raises(errors.UserError, match="not a whole state of training"):
         load_training(path, {"n_bits": 4}, nn.Linear(3, 2), optimisers)
     for content in (path.read_bytes()[:-100], b"", b"text"):
         path.write_bytes(content)
-        with pytest.raises(cli.UserError, match="not a whole state of training"):
+        with pytest.raises(errors.UserError, match="not a whole state of training"):
             load_training(path, {"n_bits": 4}, model, optimisers)

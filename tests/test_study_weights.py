@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modelutils
-from command.cli import UserError
+from obc.solver.errors import UserError
 from pruning_vs_quantization import model_zoo, plot_weights_sqnr
 from pruning_vs_quantization import quant_pruning_weights_sqnr as weights_command
 from pruning_vs_quantization.expected_error import best_step, integer_codes
@@ -22,8 +22,16 @@ from pruning_vs_quantization.tensor_sqnr import Histogram, tensor_figures
 
 stats = pytest.importorskip("scipy.stats")
 
-FIELDS = ["sample_kurtosis", "quant_sqnr", "quant_mse", "quant_sparsity", "pruning_sqnr",
-          "pruning_mse", "pruning_sqnr_corrected", "pruning_mse_corrected"]  # fmt: skip
+FIELDS = [
+    "sample_kurtosis",
+    "quant_sqnr",
+    "quant_mse",
+    "quant_sparsity",
+    "pruning_sqnr",
+    "pruning_mse",
+    "pruning_sqnr_corrected",
+    "pruning_mse_corrected",
+]
 
 
 def random_weights(kind: str, count: int) -> torch.Tensor:
@@ -242,16 +250,19 @@ def test_a_broken_result_is_named(tmp_path, capsys):
     assert "rn8_2_bits_mse.json: not a whole JSON file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--models", "rn88"], "unknown model rn88"),
-    (["--weights", "x.pth"], "--weights FILE is for one model"),
-    (["--models", "rn8", "rn20", "--weights", "x.pth"], "--weights FILE is for one model"),
-    (["--models", "rn20", "--weights", "no.pth"], "no.pth: no such file"),
-    (["--models", "rn8", "--device", "tpu"], "--device must be auto, cpu, cuda"),
-    (["--models", "no.py:model"], "there is no file no.py"),
-    (["--models", "a.py:net", "b.py:net"], "another model's files would be called net too"),
-    (["--models", "rn20"], "error: rn20: rn20 on imagenet has no weights to download"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models", "rn88"], "unknown model rn88"),
+        (["--weights", "x.pth"], "--weights FILE is for one model"),
+        (["--models", "rn8", "rn20", "--weights", "x.pth"], "--weights FILE is for one model"),
+        (["--models", "rn20", "--weights", "no.pth"], "no.pth: no such file"),
+        (["--models", "rn8", "--device", "tpu"], "--device must be auto, cpu, cuda"),
+        (["--models", "no.py:model"], "there is no file no.py"),
+        (["--models", "a.py:net", "b.py:net"], "another model's files would be called net too"),
+        (["--models", "rn20"], "error: rn20: rn20 on imagenet has no weights to download"),
+    ],
+)
 def test_wrong_options(words, message, tmp_path, capsys):
     assert run(*words, "--out", tmp_path) == 2
     assert message in capsys.readouterr().err
@@ -316,7 +327,7 @@ def test_without_arguments_it_is_the_whole_zoo():
 
 @pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
 def test_detection_and_segmentation_weights_from_a_file(name, tmp_path, capsys):
-    from networks.vision import torchvision
+    from obc.inputs.vision import torchvision
 
     model = torchvision.models.get_model(name, weights=None, weights_backbone=None)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -358,8 +369,9 @@ def test_a_model_of_the_users_own_and_the_plot_of_it(tmp_path, capsys):
 
     assert plot_weights_sqnr.main([str(out)]) == 0
     captured = capsys.readouterr()
-    assert captured.out == ("4 bits: pruning better in 0 of 1 tensors\n"
-                            "2 bits: pruning better in 0 of 1 tensors\n")
+    assert captured.out == (
+        "4 bits: pruning better in 0 of 1 tensors\n2 bits: pruning better in 0 of 1 tensors\n"
+    )
     assert "2 tensors without a finite SQNR" in captured.err
     assert (out / "weights_sqnr.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "weights_sqnr.pdf").read_bytes().startswith(b"%PDF")
@@ -390,16 +402,21 @@ def test_dots_are_where_the_figures_are():
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
     assert four.get_color() != two.get_color()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "4 bits: 0 of 2", "2 bits: 1 of 1"]  # fmt: skip
+        "4 bits: 0 of 2",
+        "2 bits: 1 of 1",
+    ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    (None, None, "no <model>_<b>_bits_mse.json"),
-    ("x_4_bits_mse.json", "{", "not a whole JSON file"),
-    ("x_4_bits_mse.json", '{"a": {"quant_sqnr": 1}}', "a has no pruning_sqnr"),
-    ("x_4_bits_mse.json", '{"a": 3}', "a has no pruning_sqnr"),
-    ("x_4_bits_mse.json", "{}", "no <model>_<b>_bits_mse.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (None, None, "no <model>_<b>_bits_mse.json"),
+        ("x_4_bits_mse.json", "{", "not a whole JSON file"),
+        ("x_4_bits_mse.json", '{"a": {"quant_sqnr": 1}}', "a has no pruning_sqnr"),
+        ("x_4_bits_mse.json", '{"a": 3}', "a has no pruning_sqnr"),
+        ("x_4_bits_mse.json", "{}", "no <model>_<b>_bits_mse.json"),
+    ],
+)
 def test_folders_without_figures(name, content, message, tmp_path, capsys):
     if name:
         (tmp_path / name).write_text(content)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelutils import evaluating
-from networks.tracing import Resumable
+from obc.inputs.tracing import Resumable
 
 
 class Tangled(nn.Module):

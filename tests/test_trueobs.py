@@ -37,9 +37,9 @@ from oracles import (
 )
 from torch import Tensor, nn
 
-from engine import elimination, levels
-from engine.compiled import compiled
-from engine.elimination import (
+from obc.solver import elimination, levels
+from obc.solver.compiled import compiled
+from obc.solver.elimination import (
     NM,
     Blocks,
     PivotRule,
@@ -49,9 +49,9 @@ from engine.elimination import (
     eliminate,
     eliminate_in_torch,
 )
-from engine.inverse import damped_inverse
-from engine.levels import first_counts
-from engine.threads import Spare
+from obc.solver.inverse import damped_inverse
+from obc.solver.levels import first_counts
+from obc.solver.threads import Spare
 from quant import Grid, fit_weight_grid
 from trueobs import TrueOBS
 
@@ -263,8 +263,9 @@ def test_structured_is_the_oracle(name: str, size: int, zeroed: bool) -> None:
     levels = it.obs.prune_struct(SPARSITIES, size)
     groups = it.obs.groups
     traces = []
-    for W, H in zip(it.W.reshape(groups, -1, it.W.shape[1]), it.H[:: len(it.W) // groups],
-                    strict=True):
+    for W, H in zip(
+        it.W.reshape(groups, -1, it.W.shape[1]), it.H[:: len(it.W) // groups], strict=True
+    ):
         traces.append(structured_oracle(W, without_zeros(W[0], H), size))
     for g, trace in enumerate(traces):
         assert_close(it.obs.Losses[g].view(-1, size).sum(1), trace.losses)
@@ -464,8 +465,10 @@ def test_compiled_nm_is_that_in_torch_on_sparse_rows(
     inverse = damped_inverse(torch.from_numpy(H)[None], dtype=torch.float64)
     system, steps = torch.zeros(3, dtype=torch.int64), d // m * n
     for panel in (16, 96):
-        traces = [run(W, inverse, system, NM(n, m, 3, d, W.device), steps, panel)
-                  for run in (eliminate, eliminate_in_torch)]  # fmt: skip
+        traces = [
+            run(W, inverse, system, NM(n, m, 3, d, W.device), steps, panel)
+            for run in (eliminate, eliminate_in_torch)
+        ]
         gone = [trace.order.long().sort(1).values for trace in traces]  # zeros go in any order
         assert torch.equal(*gone)
         assert_close(traces[0].losses, traces[1].losses)
@@ -747,8 +750,11 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
 
     groups = draw(st.integers(1, 3))
     channels, rows = groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 3))
-    kernel, dilation, mode = pair(1, 3), pair(1, 2), draw(st.sampled_from(
-        ["zeros", "reflect", "circular", "replicate"]))
+    kernel, dilation, mode = (
+        pair(1, 3),
+        pair(1, 2),
+        draw(st.sampled_from(["zeros", "reflect", "circular", "replicate"])),
+    )
     padding = draw(st.sampled_from(["same", "valid", (0, 1), (1, 1), (2, 0)]))
     stride = (1, 1) if padding == "same" else pair(1, 3)
     reach = zip(dilation, kernel, strict=True)
@@ -820,8 +826,9 @@ def test_property_nm(it: Case, data: st.DataObject) -> None:
     n = data.draw(st.integers(0, m))
     it.obs.nmprune(n, m)
     check_result(it, it.layer.weight.detach(), best=True)
-    had, has = ((W[:, it.innermost] == 0).reshape(len(W), -1, m).sum(2)
-                for W in (it.W, it.weights()))
+    had, has = (
+        (W[:, it.innermost] == 0).reshape(len(W), -1, m).sum(2) for W in (it.W, it.weights())
+    )
     np.testing.assert_array_equal(has, np.maximum(had, n))
 
 

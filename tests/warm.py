@@ -108,8 +108,13 @@ def warm_server(folder: Path) -> Iterator[Warm]:
     """`folder` needs a short path: it holds a socket."""
     warm = Warm(folder)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads do not survive a fork
-    server = subprocess.Popen([sys.executable, __file__, warm.address], cwd=ROOT, text=True,
-                              env=environment, stdout=subprocess.PIPE)  # fmt: skip
+    server = subprocess.Popen(
+        [sys.executable, __file__, warm.address],
+        cwd=ROOT,
+        text=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+    )
     try:
         assert server.stdout.readline() == "ready\n"
         yield warm
@@ -147,7 +152,8 @@ def run_script(words: list[str], folder: str, environment: dict[str, str]) -> in
 
 def announce_work(connection: socket.socket) -> None:
     """Let `cli.guarded` tell when it has begun."""
-    from command import cli
+    from obc.toolkit import cli
+
     guarded = cli.guarded
 
     def announced(body, args):

@@ -1,1 +1,0 @@
-"""A level for every layer within a budget: costs, losses, the dynamic programme, the search."""

@@ -1,1 +1,0 @@
-"""What all commands share: options, errors, signals, records, resuming."""

@@ -1,1 +1,0 @@
-"""ExactOBS on a layer, and on all of a network's: Hessian, elimination, memory, processes."""

@@ -1,1 +1,0 @@
-"""Images: files of strangers, batches of them."""

@@ -1,1 +1,0 @@
-"""Networks: weights of strangers, our own architectures, runs of a part of them."""

@@ -1,0 +1,1 @@
+"""What comes from outside: weights, networks, images, files."""

@@ -1,0 +1,142 @@
+"""Batches of images: in a fixed order, pass after pass, and in shards for many processes.
+
+    Passes(images, nrounds, seed) ─▶ Batches(passes, batchsize, workers) ─▶ (images, labels)
+
+Batches run on across the seam between two passes: only the very last may be smaller. Shard r of N
+has batches r, r + N, r + 2N, …, so that shards differ by one batch at most, and no process decodes
+an image that another one looks at.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from obc.inputs.images import BadImage, leave_interrupts
+from obc.solver.errors import UserError, log
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class Pixels(Protocol):
+    """A set of images, before normalisation: `datautils.ImageSet`."""
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, index: int, seed: tuple[int, ...] | None = None) -> tuple[np.ndarray, int]: ...
+
+
+def normalise(
+    pixels: np.ndarray,  # (n, s, s, 3) uint8
+) -> Tensor:  # (n, 3, s, s) float32
+    """Scale to [0, 1], then shift and scale by MEAN and STD."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    images = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return images.div_(255).sub_(mean).div_(std)
+
+
+class Passes(Dataset):
+    """`nrounds` passes over an image set, one after the other, as one long dataset.
+
+    A BadImage comes back as an item: a DataLoader would re-raise it with a worker's whole
+    traceback for a message. `Batches` raises it as it was, or skips it.
+    """
+
+    def __init__(self, images: Pixels, nrounds: int, seed: int | None) -> None:
+        self.images, self.nrounds, self.seed = images, nrounds, seed
+
+    def __len__(self) -> int:
+        return self.nrounds * len(self.images)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int] | BadImage:
+        round_index, index = divmod(position, len(self.images))
+        seed = None if self.seed is None else (self.seed, round_index, index)
+        try:
+            return self.images.pixels(index, seed)
+        except BadImage as error:
+            return error
+
+
+def _collate(
+    items: list[tuple[np.ndarray, int] | BadImage],
+) -> tuple[Tensor | None, Tensor, list[BadImage]]:
+    bad = [item for item in items if isinstance(item, BadImage)]
+    good = [item for item in items if not isinstance(item, BadImage)]
+    images = normalise(np.stack([pixels for pixels, _ in good])) if good else None
+    return images, torch.tensor([label for _, label in good]), bad
+
+
+def tell_skipped(bad: Mapping[str, str], of_what: str) -> None:
+    """One line for all images that --skip-bad-images leaves out."""
+    first, flaw = next(iter(bad.items()))
+    log.warning(
+        "%d %s cannot be read and are skipped; the first: %s (%s)", len(bad), of_what, first, flaw
+    )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Sized, and iterable any number of times: pairs (images, labels), always in the same order."""
+
+    passes: Passes
+    batchsize: int
+    workers: int
+    skip_bad_images: bool = False
+    first: int = 0  # of the batches, then every step-th
+    step: int = 1
+
+    def shard(self, number: int, count: int) -> Batches:
+        """Every `count`-th batch, from the one of that number on."""
+        return replace(self, first=self.first + number * self.step, step=self.step * count)
+
+    def _positions(self) -> list[range]:
+        """Positions in `passes` of each batch."""
+        total = len(self.passes)
+        starts = range(self.first * self.batchsize, total, self.step * self.batchsize)
+        return [range(start, min(start + self.batchsize, total)) for start in starts]
+
+    def __len__(self) -> int:
+        return len(self._positions())
+
+    def _decoded(self) -> Iterator[tuple[Tensor | None, Tensor, list[BadImage]]]:
+        """As `_collate` makes them, by as many processes as were asked for."""
+        with warnings.catch_warnings():  # of more processes than cores, in every loop
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            return iter(
+                DataLoader(
+                    self.passes,
+                    batch_sampler=self._positions(),
+                    num_workers=self.workers,
+                    collate_fn=_collate,
+                    worker_init_fn=leave_interrupts,
+                    generator=torch.Generator(),  # else every loop would advance the global one
+                )
+            )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        skipped: dict[str, str] = {}
+        try:
+            for images, labels, bad in self._decoded():
+                if bad and not self.skip_bad_images:
+                    raise bad[0]
+                skipped |= {error.path: error.flaw for error in bad}
+                if images is not None:
+                    yield images, labels
+            if skipped:
+                tell_skipped(skipped, "more images")
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                "a process that decodes images died, perhaps for lack of (shared) "
+                "memory; pass --workers 0 or a smaller --batchsize"
+            ) from error

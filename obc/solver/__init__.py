@@ -1,0 +1,1 @@
+"""Pure mathematics: tensors and plain values in, tensors out."""

@@ -1,0 +1,95 @@
+"""What a layer costs at each level: parameters, bits, FLOPs, BOPs or measured seconds.
+
+Targets are relative to the dense network at 32 bits, over the layers that can be compressed. With n
+weights, s the share of them that is left, F the layer's dense FLOPs and b the wider of its weights'
+and its activations' bits (32 where it is not quantised):
+
+    params    n s             bits      n s · (bits of the weights)
+    flops     F s             bops      F s · b      (dense 32; 8w8a 8; 4w4a 4; half of it with 2:4)
+    timingsq  seconds, measured by the user, from a file (format below)
+
+A layer that was left dense has s = 1 at every level. Zeros that rounding to a grid has made do not
+count. In a `mixed` database s is 1/2 for a quantised layer that is 2:4 sparse along its input
+channels, else 1; in `4block_8w8a` it is the share of blocks of 4 that are not all zero. FLOPs count
+two for a multiply-add: for a layer with O outputs an image, F = 2 · O · (weights of one output
+channel), which is right for any stride, dilation and number of groups.
+
+Timings are a text file in the format of the scores: a layer's name on a line, then a line
+`<seconds> <level>` for each level of the database, and one with the level `dense`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from modelutils import evaluating, find_layers
+from obc.solver.errors import UserError
+from obc.solver.search import Costs
+from obc.toolkit.leveldb import FULL_BITS, Database, unit_cost
+from obc.toolkit.profiles import read_scores
+
+CONSTRAINTS = ("params", "bits", "flops", "bops", "timingsq")
+DENSE = "dense"
+
+
+def layer_flops(
+    model: nn.Module,
+    image_shape: tuple[int, ...],  # (3, s, s)
+) -> dict[str, int]:
+    """FLOPs of every convolution and linear layer for one image, two for a multiply-add."""
+    flops: dict[str, int] = {}
+
+    def hook(name: str):
+        def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            flops[name] = flops.get(name, 0) + 2 * output.numel() * layer.weight[0].numel()
+
+        return count
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in find_layers(model).items()]
+    try:
+        with evaluating(model):
+            model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return flops
+
+
+def layer_costs(
+    db: Database,
+    model: nn.Module,
+    image_shape: tuple[int, ...],  # (3, s, s)
+    constr: str,  # one of CONSTRAINTS
+    timings: str | Path | None = None,  # file of seconds, for timingsq
+) -> Costs:
+    """Costs of all layers of a database at all levels.
+
+    Raises UserError if timings are asked for and missing or incomplete.
+    """
+    if constr == "timingsq":
+        return timed_costs(db, timings)
+    flops = layer_flops(model, image_shape) if constr in ("flops", "bops") else {}
+    dense, levels = {}, {}
+    for name in db.layers:
+        tensors = {level: db.layer(name, level) for level in db.levels}
+        size = tensors[db.levels[0]]["weight"].numel()
+        work = flops.get(name, 0) if constr in ("flops", "bops") else size
+        dense[name] = float(work * (FULL_BITS if constr in ("bits", "bops") else 1))
+        levels[name] = {lv: work * unit_cost(of, db.kind, constr) for lv, of in tensors.items()}
+    return Costs(dense, levels)
+
+
+def timed_costs(db: Database, path: str | Path | None) -> Costs:
+    """Seconds per layer and level, as measured by the user."""
+    if path is None or not Path(path).exists():
+        raise UserError(f"--constr timingsq needs measured seconds in {path} (format: README)")
+    seconds = read_scores(path, positive=True)
+    for name in db.layers:
+        missing = {DENSE, *db.levels} - seconds.get(name, {}).keys()
+        if missing:
+            raise UserError(f"{path}: no seconds of {name} at level {sorted(missing)[0]}")
+    dense = {name: seconds[name][DENSE] for name in db.layers}
+    return Costs(dense, {n: {lv: seconds[n][lv] for lv in db.levels} for n in db.layers})

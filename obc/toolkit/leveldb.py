@@ -1,0 +1,269 @@
+"""Databases of levels: every layer of a model at every level, and models stitched from them.
+
+OBC (arXiv 2208.11580), section 4, "non-uniform compression": a database holds each layer of a model
+at many levels of compression; a profile names a level for each layer; stitching puts the model
+together.
+
+    kind         files, a full state dict each                     level
+    unstr        models_unstr/<model>_<level>.pth                  sparsity × 10⁴, 0000 … 9900
+    4block       models_4block/<model>_<level>.pth                 the same
+    4block_8w8a  models_4block_8w8a/<model>_<level>.pth            the same
+    mixed        models_quant/<model>_<level>.pth and              8w8a, 4w4a, …
+                 models_nm_quant/<model>_<level>.pth               24_8w8a, 24_4w4a, …
+
+A level is what stands between the model's name and the suffix: to add a level, add a file. Files
+are mapped into memory (.safetensors are read), so that opening a database reads names and shapes
+only, and stitching reads the layers it stitches. Which bits and how many zeros a level has is read
+off its tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import quant
+from obc.inputs.checkpoints import check_finite, load_checkpoint
+from obc.inputs.files import save_checkpoint, sync_folder
+from obc.solver.errors import UserError, log
+from obc.toolkit.fingerprints import bytes_hash, content_hash
+from obc.toolkit.levelfile import LevelFile
+from quant import ACTIVATION_GRID, WEIGHT_GRID, put_layer
+
+SPARSITY = r"\d{4}"
+
+
+KINDS = {  # folders, and how levels are named
+    "mixed": (("models_quant", "models_nm_quant"), r"(\d+_)?\d+w\d+a"),
+    "4block": (("models_4block",), SPARSITY),
+    "unstr": (("models_unstr",), SPARSITY),
+    "4block_8w8a": (("models_4block_8w8a",), SPARSITY),
+}
+
+
+SUFFIXES = (".pth", ".safetensors")
+
+
+def model_tag(model: str) -> str:
+    """MODEL as a part of file names: for path/to/file.py:function, the function.
+
+    >>> model_tag("nets/mine.py:small_net"), model_tag("rn18")
+    ('small_net', 'rn18')
+    """
+    return model.rpartition(":")[2]
+
+
+def level_name(sparsity: float) -> str:
+    """A sparsity in [0, 1) as a level's name.
+
+    >>> level_name(0.19)
+    '1900'
+    """
+    return f"{round(sparsity * 10_000):04d}"
+
+
+def level_names(sparsities: Sequence[float]) -> list[str]:
+    """The names of a grid of sparsities; raises UserError if two would get the same one."""
+    names = [level_name(sparsity) for sparsity in sparsities]
+    if "10000" in names:
+        raise UserError("a sparsity above 0.9999 has no name; choose a smaller --max-sparsity")
+    if len(set(names)) < len(names):
+        raise UserError(
+            "levels less than 0.0001 apart have the same name; choose a larger --delta-sparse"
+        )
+    return names
+
+
+def stray_levels(folder: Path, model: str, names: Sequence[str]) -> list[Path]:
+    """Level files of the model that are not of this grid: they would be mixed in."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+    levels = {path: path.stem.removeprefix(f"{model}_") for path in found}
+    return [p for p, lv in levels.items() if re.fullmatch(SPARSITY, lv) and lv not in names]
+
+
+def write_levels(
+    folder: Path,
+    model: str,
+    sparsities: Sequence[float],
+    tensors: Mapping[str, Tensor],  # whatever is in no layer comes from them
+    layers: Mapping[str, LevelFile],
+) -> list[Path]:
+    """Write the level files, a level at a time; they appear, whole, when all are made."""
+    names = [f"{model}_{level}.pth" for level in level_names(sparsities)]
+    made = next(iter(layers.values())).path.parent / "levels"
+    for index, name in enumerate(names):
+        weights = {f"{layer}.weight": file.read(index) for layer, file in layers.items()}
+        save_checkpoint({**tensors, **weights}, made / name)
+    for name in names:  # all at once, as far as a file system can
+        os.replace(made / name, folder / name)
+    sync_folder(folder)
+    return [folder / name for name in names]
+
+
+class Database:
+    """The levels of a model's layers, mapped from their files."""
+
+    def __init__(self, kind: str, model: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.kind, self.model, self.states = kind, model, states
+        self.sound: set[tuple[str, str]] = set()  # layers and levels known to be finite
+        suffix = ".weight"
+        self.layers = [
+            key.removesuffix(suffix)
+            for key, tensor in next(iter(states.values())).items()
+            if key.endswith(suffix) and tensor.ndim in (2, 4)
+        ]
+        if not self.layers:
+            raise UserError(f"no layers in the {kind} database of {model}")
+        by_name = all(level.isdecimal() for level in states)  # sparsities
+        self.levels = sorted(states) if by_name else sorted(states, key=self._size, reverse=True)
+
+    @classmethod
+    def open(cls, kind: str, model: str, prefix: str | Path = "") -> Database:
+        """Map all level files of `model` in the folders of `kind` below `prefix`.
+
+        Raises UserError where there are none, or where they are not of one and the same model.
+        """
+        folders, pattern = KINDS[kind]
+        files: dict[str, Path] = {}
+        for folder in folders:
+            for path in sorted((Path(prefix) / folder).glob(f"{glob_safe(model)}_*")):
+                level = path.stem.removeprefix(f"{model}_")
+                if path.suffix in SUFFIXES and re.fullmatch(pattern, level):
+                    files[level] = path
+        if not files:
+            where = " and ".join(str(Path(prefix) / folder) for folder in folders)
+            raise UserError(
+                f"no {kind} database of {model} in {where}: make one with main_trueobs.py (README)"
+            )
+        states = {level: load_checkpoint(path, finite=False) for level, path in files.items()}
+        names = list(files)
+        for level in names[1:]:
+            check_same_model(files[names[0]], states[names[0]], files[level], states[level])
+        return cls(kind, model, states)
+
+    def _size(self, level: str) -> float:
+        """What a level makes of the largest layer's BOPs, to put levels in order."""
+        layer = max(self.layers, key=lambda name: self.states[level][f"{name}.weight"].numel())
+        return unit_cost(self.layer(layer, level), self.kind, "bops")
+
+    def layer(self, layer: str, level: str) -> dict[str, Tensor]:
+        """A layer's tensors at a level, by their names in the layer (`weight`, `bias`, grids)."""
+        if level not in self.states:
+            raise UserError(f"no level {level} in the {self.kind} database of {self.model}")
+        state, start = self.states[level], f"{layer}."
+        if f"{layer}.weight" not in state:
+            raise UserError(f"no layer {layer} in the {self.kind} database of {self.model}")
+        found = {key: state[key] for key in state if key.startswith(start)}
+        if (layer, level) not in self.sound:
+            check_finite(found, f"{self.kind} database of {self.model}, level {level}")
+            self.sound.add((layer, level))
+        return {key.removeprefix(start): tensor for key, tensor in found.items()}
+
+    @cached_property
+    def hash(self) -> str:
+        """A hash of all layers at all levels; reads them all."""
+        return bytes_hash(f"{layer} {level} {content_hash(self.layer(layer, level))}".encode()
+                          for layer in self.layers for level in self.levels)  # fmt: skip
+
+    def stitch(self, model: nn.Module, profile: Mapping[str, str]) -> None:
+        """Put each layer of `profile` (layer → level) into the model at its level, in place."""
+        layers = dict(model.named_modules())
+        left = [name for name in self.layers if name not in profile]
+        if left and len(profile) > 1:
+            log.warning("%d layers are not in the profile and stay dense: %s …", len(left), left[0])
+        for name, level in profile.items():
+            tensors = self.layer(name, level)
+            check_layer(name, layers.get(name), tensors["weight"], self.kind)
+            put_layer(layers[name], tensors)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise a UserError unless the database's layers are those of the model.
+
+        Other matrices in the files, such as embeddings, are no layers from then on.
+        """
+        layers = dict(model.named_modules())
+        self.layers = [
+            name
+            for name in self.layers
+            if isinstance(layers.get(name), (nn.Conv2d, nn.Linear, type(None)))
+        ]
+        for name in self.layers:
+            weight = self.states[self.levels[0]][f"{name}.weight"]
+            check_layer(name, layers.get(name), weight, self.kind)
+
+
+def check_layer(name: str, layer: nn.Module | None, weight: Tensor, kind: str) -> None:
+    """Raise a UserError unless the model's `layer` can take this weight."""
+    found = "not in the model" if layer is None else f"{tuple(layer.weight.shape)} in the model"
+    if layer is None or layer.weight.shape != weight.shape:
+        raise UserError(
+            f"layer {name} is {tuple(weight.shape)} in the {kind} database but {found}: "
+            "a database of another model?"
+        )
+
+
+def check_same_model(
+    path: Path, state: Mapping[str, Tensor], other: Path, others: Mapping[str, Tensor]
+) -> None:
+    """Raise a UserError unless the layers of two level files have the same names and shapes."""
+    shapes, other_shapes = (
+        {key: tuple(tensor.shape) for key, tensor in tensors.items() if tensor.ndim > 1}
+        for tensors in (state, others)
+    )
+    grids = f".{quant.WEIGHT_GRID}."  # whether a layer is quantised may differ from level to level
+    for key in sorted(shapes.keys() | other_shapes.keys()):
+        if grids not in key and shapes.get(key) != other_shapes.get(key):
+            raise UserError(
+                f"{other}: {key} is {other_shapes.get(key, 'missing')}, but {path} has "
+                f"{shapes.get(key, 'none')}: not levels of one model"
+            )
+
+
+def glob_safe(text: str) -> str:
+    """`text` with the characters that mean something to a glob escaped."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+# -- what a level saves -------
+
+FULL_BITS = 32
+
+
+def unit_cost(tensors: Mapping[str, Tensor], kind: str, constr: str) -> float:
+    """What a level makes of each of a layer's weights (params, bits) or FLOPs (flops, bops)."""
+    weight_bits = grid_bits(tensors, WEIGHT_GRID)
+    share = share_left(tensors["weight"], kind if weight_bits < FULL_BITS else "")
+    if constr == "bits":
+        return share * weight_bits
+    if constr == "bops":
+        return share * max(weight_bits, grid_bits(tensors, ACTIVATION_GRID))
+    return share
+
+
+def share_left(
+    weight: Tensor,
+    kind: str,  # of the database, if the weight is quantised; else ""
+) -> float:
+    """The share of weights that was not pruned; see the module docstring."""
+    columns = weight.unsqueeze(-1).flatten(2).transpose(1, 2).flatten(1)  # channels innermost
+    if kind in ("mixed", "4block_8w8a") and columns.shape[1] % 4:
+        return 1.0
+    if kind == "mixed":
+        return 0.5 if bool(((columns == 0).view(-1, 4).sum(1) >= 2).all()) else 1.0
+    if kind == "4block_8w8a":
+        columns = columns.reshape(-1, 4).any(1)
+    return int(torch.count_nonzero(columns)) / columns.numel()
+
+
+def grid_bits(tensors: Mapping[str, Tensor], grid: str) -> int:
+    """Bits of a layer's weights or activations: 32 without a grid."""
+    maxq = tensors.get(f"{grid}.maxq")
+    return FULL_BITS if maxq is None else int(maxq).bit_length()

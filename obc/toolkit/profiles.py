@@ -1,0 +1,109 @@
+"""The text files between the commands: profiles and scores (DESIGN, "File formats").
+
+    profile   <model>_<database>_<100·target>x_dp.txt     a line `<level> <layer>` per layer
+    scores    scores/<model>_<database>_<mode>.txt        a layer's name on a line, then a line
+                                                          `<value> <level>` per level
+
+Both are read strictly: what does not fit is named with its line.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from obc.inputs.files import atomic_write
+from obc.solver.errors import UserError
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+def score_file(folder: str | Path, model: str, kind: str, mode: str) -> Path:
+    """Where the scores of a database are: scores/<model>_<database>_<mode>.txt."""
+    return Path(folder) / f"{model}_{kind}_{mode}.txt"
+
+
+def read_lines(path: str | Path) -> Iterable[tuple[int, list[str]]]:
+    """Numbered lines of a text file that are not empty, split into words."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.isprintable() and not line.replace("\t", "").isprintable():
+            raise UserError(f"{path}, line {number}: holds a character that is no text")
+        if line.strip():
+            yield number, line.split()
+
+
+def as_number(text: str) -> float | None:
+    """A number as we write it; None for anything else that Python would take, such as 1_0 or ١.
+
+    >>> as_number("-2.5e-3"), as_number("nan"), as_number("1_0"), as_number("1e999")
+    (-0.0025, nan, None, None)
+    """
+    if text in ("nan", "inf", "-inf"):
+        return float(text)
+    value = float(text) if NUMBER.fullmatch(text) else math.inf
+    return value if math.isfinite(value) else None
+
+
+def read_profile(path: str | Path) -> dict[str, str]:
+    """Layer → level, from lines `<level> <layer>`. Raises UserError that names the line."""
+    profile: dict[str, str] = {}
+    for number, words in read_lines(path):
+        if len(words) != 2:
+            raise UserError(f"{path}, line {number}: expected `<level> <layer>`")
+        level, layer = words
+        if layer in profile:
+            raise UserError(f"{path}, line {number}: {layer} stands there twice")
+        profile[layer] = level
+    if not profile:
+        raise UserError(f"{path}: no layers in it")
+    return profile
+
+
+def write_profile(path: str | Path, profile: Mapping[str, str]) -> None:
+    """The inverse of `read_profile`."""
+    with atomic_write(path) as file:
+        file.write("".join(f"{level} {layer}\n" for layer, level in profile.items()).encode())
+
+
+def read_scores(path: str | Path, positive: bool = False) -> dict[str, dict[str, float]]:
+    """Layer → level → value, from a layer's name on a line and `<value> <level>` lines below it.
+
+    Scores that are not finite are scores; with `positive`, for seconds, they are not, nor are
+    negative ones.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    layer = None
+    for number, words in read_lines(path):
+        if len(words) == 1:
+            layer = words[0]
+            if layer in scores:
+                raise UserError(f"{path}, line {number}: {layer} stands there twice")
+            scores[layer] = {}
+            continue
+        value = as_number(words[0])
+        if len(words) != 2 or value is None or layer is None:
+            raise UserError(f"{path}, line {number}: expected a layer, or `<value> <level>`")
+        if positive and not 0 <= value < math.inf:
+            raise UserError(f"{path}, line {number}: must be 0 or more, and finite; got {words[0]}")
+        if words[1] in scores[layer]:
+            raise UserError(f"{path}, line {number}: level {words[1]} stands there twice")
+        scores[layer][words[1]] = value
+    if not scores:
+        raise UserError(f"{path}: no scores in it")
+    return scores
+
+
+def write_scores(path: str | Path, scores: Mapping[str, Mapping[str, float]]) -> None:
+    """The inverse of `read_scores`; values keep all their digits."""
+    lines = []
+    for layer, values in scores.items():
+        lines += [layer, *(f"{value!r} {level}" for level, value in values.items())]
+    with atomic_write(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())

@@ -1,0 +1,246 @@
+"""The record of a run: JSON beside its output, with all it takes to compare or repeat it.
+
+JSON is strict: NaN and infinity, which it lacks, become null. Every record is an object of
+
+    key          value
+    command      the script, as in "spdy.py"
+    arguments    object: every word and option of the command as it was, defaults filled in
+    fingerprint  object of strings, or null: what the result depends on (resuming.py) - hashes of
+                 weights, images, code; options; versions; threads; device
+    environment  object: argv, python, platform, processor, cores, torch_threads, gpus, git and
+                 versions of packages
+    layers       list of objects (main_trueobs.py, spdy.py): a layer each, with its name
+    corrections  list of objects (post_proc.py): name, seconds, losses per epoch
+    seconds      number: how long the run took; of a resumed one, since it was resumed
+    top1         number in percent, or null (main_trueobs.py, post_proc.py)
+
+and further figures of the command. A layer of main_trueobs.py: name, shape, result, dense, seconds,
+squared_error, relative_error, damping, rank_deficit; with --check also checked_error, fresh_error.
+A layer of spdy.py: name, level, cost, error.
+
+`COMMAND --repeat RECORD` takes the arguments from a record. Options behind it count more: --save
+for another place, --device, --workers. What is found must be what the record's fingerprint tells:
+other weights, images or options are refused; other code, versions, threads or devices, which may
+change last digits, are a warning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import subprocess  # nosec B404  # git alone is asked, see _git
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from obc.inputs.files import atomic_write
+from obc.solver.errors import UserError, log
+from obc.toolkit import cli
+from obc.toolkit.fingerprints import SURROUNDINGS, difference
+
+SCHEMA = {  # key: types of its value, whether every record has it
+    "command": (str, True),
+    "arguments": (dict, True),
+    "environment": (dict, True),
+    "fingerprint": ((dict, type(None)), False),
+    "layers": (list, False),
+    "corrections": (list, False),
+    "seconds": ((int, float), False),
+    "top1": ((int, float, type(None)), False),
+}
+NOT_REPEATED = ("help", "repeat", "restart")
+
+
+def _strict_json(value: Any) -> Any:
+    """`value` in JSON's own terms; NaN and infinities, which JSON lacks, become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict_json(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return _strict_json(value.tolist())
+    if isinstance(value, argparse.Namespace):
+        return _strict_json(vars(value))
+    if isinstance(value, (Path, torch.device, torch.dtype)):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write the record of a run (arguments, environment, figures per layer) as strict JSON."""
+    text = json.dumps(_strict_json(record), indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def _git(*words: str) -> str | None:
+    here = Path(__file__).resolve().parents[2]
+    try:
+        answer = subprocess.run(  # nosec B603 B607  # no shell; our own words; the user's git
+            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _git_revision() -> dict[str, Any] | None:
+    """The commit of this checkout and whether files differ from it; None if not a checkout."""
+    top, revision = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
+    if not top or not revision or Path(top).resolve() != Path(__file__).resolve().parents[2]:
+        return None
+    return {"commit": revision, "dirty": bool(_git("status", "--porcelain"))}
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, the part of a run's record that makes its numbers comparable."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return {
+        "argv": list(sys.argv),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": metadata.version("torchvision"),
+        "numpy": np.__version__,
+        "numba": _version("numba"),
+        "safetensors": _version("safetensors"),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+        "git": _git_revision(),
+    }
+
+
+def write_run(
+    path: str | os.PathLike[str],
+    command: str,  # the script, as in "spdy.py"
+    args: argparse.Namespace,
+    **figures: Any,
+) -> None:
+    """Write the record of a run: command, arguments, environment and its own figures."""
+    common = {"command": command, "arguments": vars(args), "environment": environment()}
+    write_record(path, common | figures)
+
+
+# -- reading, repeating ----------------------------------------------------------------------------
+
+
+def flaw(record: Any) -> str | None:
+    """What keeps a value from being a record, in words; None if it is one."""
+    if not isinstance(record, dict):
+        return "not an object"
+    for key, (types, required) in SCHEMA.items():
+        if key not in record:
+            if required:
+                return f"no {key}"
+        elif not isinstance(record[key], types) or isinstance(record[key], bool):
+            return f"{key} is not of the right type"
+    marks = (record.get("fingerprint") or {}).values()
+    if not all(isinstance(value, str) for value in marks):
+        return "fingerprint holds more than strings"
+    for key in ("layers", "corrections"):
+        if not all(
+            isinstance(x, dict) and isinstance(x.get("name"), str) for x in record.get(key, ())
+        ):
+            return f"{key} holds something without a name"
+    return None
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record in a file; raises UserError for anything else."""
+    try:
+        record = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not the record of a run (not JSON)") from None
+    if wrong := flaw(record):
+        raise UserError(f"{path}: not the record of a run ({wrong})")
+    return record
+
+
+def repeated(
+    build_parser: Callable[[], argparse.ArgumentParser],
+    argv: Sequence[str] | None,  # None: the process's own
+) -> list[str]:
+    """The words of a command; with --repeat, those of the record before the others."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    finder = cli.Parser(add_help=False)
+    finder.add_argument("--repeat")
+    path = finder.parse_known_args(words)[0].repeat
+    if path is None:
+        return words
+    parser = build_parser()
+    try:
+        return [*recorded_words(path, parser), *words]
+    except UserError as error:
+        parser.error(str(error))
+
+
+def recorded_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A record's arguments as words of the command; raises UserError where they are none."""
+    record = read_record(path)
+    if record["command"] != parser.prog:
+        raise UserError(f"{path}: the record of {record['command']}; repeat it with that command")
+    arguments, options, words = dict(record["arguments"]), [], []
+    for action in parser._actions:
+        value = arguments.pop(action.dest, None)
+        if action.dest in NOT_REPEATED or value is None or value is False:
+            continue
+        if not isinstance(value, bool | int | float | str):
+            raise UserError(f"{path}: not the record of a run ({action.dest} is {value})")
+        if not action.option_strings:
+            words.append(str(value))
+        else:
+            flag = action.option_strings[-1]
+            options.append(flag if value is True else f"{flag}={value}")
+    if arguments:
+        raise UserError(f"{path}: {parser.prog} has no option {next(iter(arguments))}")
+    return [*options, *words]
+
+
+def check_repeat(path: str | None, fingerprint: Mapping[str, str]) -> None:
+    """Raise a UserError unless what the record at `path` depended on is what is here now."""
+    old = read_record(path).get("fingerprint") if path else None
+    if old is None:
+        if path:
+            log.warning("%s: has no fingerprint; weights and images may be others", path)
+        return
+    parts = (
+        {k: v for k, v in marks.items() if k not in SURROUNDINGS} for marks in (old, fingerprint)
+    )
+    if parted := difference(*parts):
+        raise UserError(f"{path}: the run was made {parted[0]}, this would be {parted[1]}")
+    if parted := difference(old, fingerprint):
+        log.warning(
+            "%s: the run was made %s, this one is %s: last digits may differ", path, *parted
+        )

@@ -1,1 +1,0 @@
-"""What is done to a network after it was compressed: statistics, and training."""
