@@ -29,6 +29,7 @@ from obc.inputs.batches import Batches
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError
 from obc.solver.hessian import CHUNK_BYTES
+from obc.solver.layers import forward_hooks
 from obc.solver.memory import default_memory
 from obc.solver.threads import Turns, one_at_a_thread, one_thread, pool_of
 from trueobs import TrueOBS
@@ -40,15 +41,8 @@ MAPS_AT_A_TIME = 6  # of the size of the widest layer's input, while a model run
 def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Inside, `see(name, input)` is called with the input of every call of a layer."""
 
-    def hook(name: str) -> Callable:
-        return lambda layer, inputs, output: see(name, inputs[0])
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with forward_hooks(layers, lambda name, layer, args, kwargs, output: see(name, args[0])):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def calibrate(

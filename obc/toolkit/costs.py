@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from modelutils import evaluating, find_layers
 from obc.solver.errors import UserError
+from obc.solver.layers import forward_hooks
 from obc.solver.search import Costs
 from obc.toolkit.leveldb import FULL_BITS, Database, unit_cost
 from obc.toolkit.profiles import read_scores
@@ -42,19 +43,11 @@ def layer_flops(
     """FLOPs of every convolution and linear layer for one image, two for a multiply-add."""
     flops: dict[str, int] = {}
 
-    def hook(name: str):
-        def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            flops[name] = flops.get(name, 0) + 2 * output.numel() * layer.weight[0].numel()
+    def count(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        flops[name] = flops.get(name, 0) + 2 * output.numel() * layer.weight[0].numel()
 
-        return count
-
-    handles = [m.register_forward_hook(hook(n)) for n, m in find_layers(model).items()]
-    try:
-        with evaluating(model):
-            model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model), forward_hooks(find_layers(model), count):
+        model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
     return flops
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from modelutils import evaluating, placed
 from obc.inputs.tracing import Resumable, Whole, runner
 from obc.solver.errors import log
+from obc.solver.layers import forward_hooks
 from obc.solver.threads import in_pieces
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import Database
@@ -192,31 +193,24 @@ def batch_squares(
 ) -> dict[str, dict[str, float]]:
     """‖y − ŷ‖² by layer and level, and ‖y‖² by layer and "", over one batch."""
     sums = {layer: dict.fromkeys(["", *of], 0.0) for layer, of in levels.items()}
-    handles = {}
+    swaps = {layer: swap_layer(model, db, layer) for layer in db.layers}
+    measuring: set[str] = set()
 
-    def hook(layer: str) -> Callable:
-        put = swap_layer(model, db, layer)
+    def compare(layer: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if layer in measuring:  # one of the calls below
+            return
+        measuring.add(layer)
+        sums[layer][""] += float(output.double().square().sum())
+        for level in levels[layer]:
+            swaps[layer](level)
+            difference = module(*args, **kwargs) - output
+            sums[layer][level] += float(difference.double().square().sum())
+        swaps[layer](None)
+        measuring.remove(layer)
 
-        def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            handles[layer].remove()  # the calls below are ours
-            sums[layer][""] += float(output.double().square().sum())
-            for level in levels[layer]:
-                put(level)
-                difference = module(*inputs) - output
-                sums[layer][level] += float(difference.double().square().sum())
-            put(None)
-            handles[layer] = module.register_forward_hook(compare)
-
-        return compare
-
-    try:
-        for layer in db.layers:
-            handles[layer] = model.get_submodule(layer).register_forward_hook(hook(layer))
-        with evaluating(model):
-            model(images)
-    finally:
-        for handle in handles.values():
-            handle.remove()
+    modules = {layer: model.get_submodule(layer) for layer in db.layers}
+    with evaluating(model), forward_hooks(modules, compare):
+        model(images)
     return sums
 
 
