@@ -28,8 +28,9 @@ from obc.solver.distributed import ALONE, World
 from obc.solver.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
 from obc.solver.hessian import Gram
 from obc.solver.inverse import Inverse, alive_inputs, badly_scaled, damped_inverse, without
+from obc.solver.layers import view
 from obc.solver.levels import Undamped, completed, first_counts, weights_at
-from obc.solver.memory import Needs, batches_of, default_memory, layer_needs
+from obc.solver.memory import batches_of, default_memory, layer_needs
 from obc.solver.refinement import never_worse, row_errors
 from obc.solver.threads import Wait, at_once, one_thread
 from quant import Grid
@@ -40,21 +41,21 @@ RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a
 
 
 @dataclass(frozen=True)
-class Problem:
+class Snapshot:
     """A layer's weights and Hessians at one moment, in one order of columns."""
 
     W: Tensor  # (rows, d) in the precision of the solver; zero where the input is dead
     pruned: Tensor  # (rows, d) bool, weights that were zero before, their inputs alive
     H: Tensor  # (groups, d, d) float64
     inverse: Inverse
-    channels_innermost: bool
+    innermost: bool  # whether columns are in the order (kh, kw, channel)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """All that `prune_unstr` and `prune_blocked` need for any number of levels."""
+class RemovalOrder:
+    """What a `prepare_…` has found: enough for the weights at any number of levels."""
 
-    problem: Problem
+    snapshot: Snapshot
     trace: Trace
     size: int  # columns in a unit
     apart: Tensor  # (rows,) bool, rows that have an inverse of their own
@@ -62,7 +63,7 @@ class Prepared:
 
 
 class TrueOBS:
-    """Collects a layer's Hessian and compresses the layer by it.
+    """Collects a layer's Hessian and compresses the layer with it.
 
     The modes that yield one result (`quantize`, `nmprune`) write it into the layer; those that
     yield many (`prune_unstr`, `prune_blocked`, `prune_struct`) return a list of weights. All start
@@ -78,14 +79,14 @@ class TrueOBS:
 
     def __init__(
         self,
-        layer: nn.Conv2d | nn.Linear,
+        layer: nn.Module,  # of a kind in `layers.VIEWS`
         rel_damp: float = 0.0,  # × mean(diag H), added to the diagonal
         memory: int | None = None,  # bytes the solver may use; default: half of what is free
         world: World = ALONE,  # the processes that share the rows, if there are several
     ) -> None:
-        self.layer, self.rel_damp, self.world = layer, rel_damp, world
-        self.rows, self.columns = len(layer.weight), layer.weight[0].numel()
-        self.groups = getattr(layer, "groups", 1)
+        self.layer, self.view, self.rel_damp, self.world = layer, view(layer), rel_damp, world
+        self.rows, self.columns = self.view.rows, self.view.columns
+        self.groups = self.view.groups
         self.memory = memory or default_memory(layer.weight.device)
         self.nsamples = 0
         self.gram: Gram | None = Gram(layer)
@@ -96,7 +97,7 @@ class TrueOBS:
         self.rank_deficit = 0
         self._scaled: Tensor | None = None  # H, made from the Gram matrix once it is asked for
         self._scaled_by = 0  # images in it
-        self._prepared: Prepared | None = None
+        self._removal: RemovalOrder | None = None
 
     # -- the Hessian -------------------------------------------------------------------------------
 
@@ -106,11 +107,11 @@ class TrueOBS:
         self.nsamples += len(inp)
 
     def end_shard(self) -> None:
-        """Sum what comes now apart: images of another shard, or process (`distributed.py`)."""
+        """Start a new sum: the batches to come are another shard's (`distributed.py`)."""
         self.gram.end_shard()
 
     def combine(self, world: World) -> None:
-        """Sum over the shards that have ended, in all processes, which have to call this."""
+        """Add up the shards that have ended in all processes, each of which has to call this."""
         self.gram.all_shards()
         world.sum_in_order(self.gram.sums())
         self.nsamples = sum(world.gather(self.nsamples))
@@ -121,7 +122,7 @@ class TrueOBS:
         H = self._hessian()
         return H[0] if self.groups == 1 else H
 
-    def _hessian(self, channels_innermost: bool = False) -> Tensor:  # (groups, d, d)
+    def _hessian(self) -> Tensor:  # (groups, d, d)
         if self.nsamples == 0:
             raise ValueError("no calibration batch has been added to this layer")
         if self.gram.total is not None:
@@ -129,139 +130,125 @@ class TrueOBS:
             if self._scaled is not None:  # batches were added after H had been asked for
                 fresh += self._scaled * (self._scaled_by / self.nsamples)
             self._scaled, self._scaled_by = fresh, self.nsamples
-        if channels_innermost:
-            order = self._innermost().to(self._scaled.device)
-            return self._scaled[:, order[:, None], order]
         return self._scaled
-
-    def _innermost(self) -> Tensor:  # (d,) columns (channel, kh, kw) in the order (kh, kw, channel)
-        spatial = self.layer.weight[0, 0].numel()
-        return torch.arange(self.columns).view(-1, spatial).T.flatten()
-
-    def _solve_dtype(self) -> torch.dtype:
-        return torch.float64 if self.layer.weight.dtype == torch.float64 else torch.float32
-
-    def free(self) -> None:
-        """Let go of the Hessian and of everything prepared."""
-        self.gram = self._scaled = self._prepared = None
-
-    # -- weights as a matrix -----------------------------------------------------------------------
-
-    def _weights(self, channels_innermost: bool = False) -> Tensor:  # (rows, d)
-        """The layer's weights; those whose input is always zero ("dead") are zero."""
-        W = self.layer.weight.detach().to(self._solve_dtype()).flatten(1).clone()
-        W *= alive_inputs(self._hessian()).repeat_interleave(self.rows // self.groups, 0)
-        return W[:, self._innermost().to(W.device)] if channels_innermost else W
-
-    def _as_layer(self, W: Tensor, channels_innermost: bool = False) -> Tensor:
-        """(…, R, d) -> (…, R, *layer.weight.shape[1:]), in the layer's dtype. Never NaN."""
-        if not torch.isfinite(W).all():
-            raise ArithmeticError("the elimination produced NaN or infinity; try --rel-damp 1e-2")
-        if channels_innermost:
-            W = W[..., self._innermost().argsort().to(W.device)]
-        return W.reshape(*W.shape[:-1], *self.layer.weight.shape[1:]).to(self.layer.weight.dtype)
 
     def squared_error(self, weight: Tensor, reference: Tensor) -> float:
         """Σ_rows (w − ŵ) H (w − ŵ)ᵀ / 2: mean over images of the squared change of the outputs."""
         errors = row_errors(weight.flatten(1), reference.flatten(1), self._hessian())
-        return max(0.0, float(errors.sum()))  # rounding can go below
+        return max(0.0, float(errors.sum()))  # rounding can make it negative
+
+    def free(self) -> None:
+        """Release the Hessian and everything prepared."""
+        self.gram = self._scaled = self._removal = None
+
+    # -- from the layer and back -------------------------------------------------------------------
+
+    def _snapshot(self, innermost: bool = False) -> Snapshot:
+        """The weights as they are now, H, and its inverse. Weights of dead inputs are zero."""
+        H, weight = self._hessian(), self.view.matrix
+        W = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        alive = alive_inputs(H).repeat_interleave(self.rows // self.groups, 0)
+        W *= alive
+        if innermost:
+            order = self.view.innermost.to(W.device)
+            W, alive, H = W[:, order], alive[:, order], H[:, order[:, None], order]
+        inverse = damped_inverse(H, self.rel_damp, W.dtype)
+        self.damping = float(inverse.damping.max())
+        self.rank_deficit = int(inverse.deficit.max())
+        return Snapshot(W, (W == 0) & alive, H, inverse, innermost)
+
+    def _as_layer(self, W: Tensor, innermost: bool = False) -> Tensor:
+        """(…, R, d) -> (…, R, *layer.weight.shape[1:]), in the layer's dtype. Never NaN."""
+        if not torch.isfinite(W).all():
+            raise ArithmeticError("the elimination produced NaN or infinity; try --rel-damp 1e-2")
+        if innermost:
+            W = W[..., self.view.innermost.argsort().to(W.device)]
+        return self.view.shaped(W).to(self.layer.weight.dtype)
+
+    def _require_divisible(self, size: int) -> None:
+        if size < 1 or not self.view.divides_by(size):
+            raise ValueError(f"{self.columns} columns are not a multiple of {size}")
 
     # -- one elimination for all rows --------------------------------------------------------------
 
     def _eliminate(
         self,
-        problem: Problem,
+        snapshot: Snapshot,
         rule_of: RuleOfRows,
         steps: int,
-        apart: Tensor | None = None,  # (rows,) bool, rows whose zeros need an inverse of their own
+        apart: Tensor,  # (rows,) bool, rows whose zeros need an inverse of their own
     ) -> Trace:
-        W = problem.W
+        W = snapshot.W
         trace = Trace(
             order=torch.empty(self.rows, steps, dtype=torch.int32, device=W.device),
             losses=W.new_empty(self.rows, steps),
             weights=W.new_empty(self.rows, 1, self.columns),
         )
-        for rows, inverse, _, system in self._systems(problem, apart):
-            part = eliminate(W[rows, None], inverse, system, rule_of(rows), steps)
-            trace.order[rows] = part.order.to(torch.int32)
-            trace.losses[rows] = part.losses
-            trace.weights[rows] = part.weights
-        for part in (trace.order, trace.losses, trace.weights):
-            self.world.fill_rows(part)
+        for rows, inverse, _, system in self._systems(snapshot, apart):
+            batch = eliminate(W[rows, None], inverse, system, rule_of(rows), steps)
+            trace.order[rows] = batch.order.to(torch.int32)
+            trace.losses[rows] = batch.losses
+            trace.weights[rows] = batch.weights
+        for tensor in (trace.order, trace.losses, trace.weights):
+            self.world.fill_rows(tensor)
         self.damping = max(self.world.gather(self.damping))
         self.trace, self.Losses = trace, trace.losses
         return trace
 
     def _systems(
-        self, problem: Problem, apart: Tensor | None, levels: int = 0
+        self,
+        snapshot: Snapshot,
+        apart: Tensor,  # (rows,) bool, rows with an inverse without the columns of their zeros
+        levels: int = 0,  # how many weights of each row the caller makes
+        only_apart: bool = False,
     ) -> Iterator[tuple[Tensor, Inverse, Tensor, Tensor]]:
-        """Batches of this process's rows, inverses and H they start from, and which is each row's.
-
-        Rows `apart` get an inverse of their own, without the columns of their zeros. `levels`: how
-        many weights of each row the caller makes.
-        """
-        group = self._group(torch.arange(self.rows, device=problem.W.device))
-        own = torch.zeros_like(group, dtype=torch.bool)
-        own[self.world.rows(self.rows)] = True
-        if apart is None:
-            apart = torch.zeros_like(own)
-        together, alone = (torch.nonzero(own & kind)[:, 0] for kind in (~apart, apart))
-        for rows in batches_of(together, self._needs(problem, levels).rows(self.memory)):
-            yield rows, problem.inverse, problem.H, group[rows]
-        for rows in batches_of(alone, self._needs(problem, levels, True).rows(self.memory)):
-            H = without(problem.H[group[rows]], problem.pruned[rows])
-            inverses = damped_inverse(H, self.rel_damp, self._solve_dtype())
+        """This process's rows, a batch (R,) at a time, with the inverses and the H that they start
+        from, and which of these is each row's (R,)."""
+        mine = torch.zeros_like(apart)
+        mine[self.world.rows(self.rows)] = True
+        alike, different = (torch.nonzero(mine & kind)[:, 0] for kind in (~apart, apart))
+        count = self._rows_at_a_time(snapshot, levels)
+        for rows in batches_of(alike, count) if not only_apart else ():
+            yield rows, snapshot.inverse, snapshot.H, self._group(rows)
+        for rows in batches_of(different, self._rows_at_a_time(snapshot, levels, apart=True)):
+            H = without(snapshot.H[self._group(rows)], snapshot.pruned[rows])
+            inverses = damped_inverse(H, self.rel_damp, snapshot.W.dtype)
             self.damping = max(self.damping, float(inverses.damping.max()))
-            yield rows, inverses, H, torch.arange(len(rows), device=group.device)
+            yield rows, inverses, H, torch.arange(len(rows), device=rows.device)
+
+    def _rows_at_a_time(self, snapshot: Snapshot, levels: int = 0, apart: bool = False) -> int:
+        dtype = snapshot.W.dtype
+        return layer_needs(self.layer, dtype, levels, snapshot.innermost, apart).rows(self.memory)
 
     def _group(self, rows: Tensor) -> Tensor:
         """Which group each of these rows is in."""
         return rows // (self.rows // self.groups)
 
-    def _undamped(
-        self, problem: Problem, group: Tensor, inverse: Inverse, system: Tensor
-    ) -> Undamped | None:
-        """H, where an inverse was damped without being asked to; None where none was."""
-        damped = inverse.damping[system] > 0
-        return Undamped(problem.H, group, damped) if self._damped_by_need(damped) else None
+    def _none_apart(self) -> Tensor:  # (rows,) bool
+        return torch.zeros(self.rows, dtype=torch.bool, device=self.layer.weight.device)
 
-    def _damped_by_need(self, damped: Tensor | bool) -> bool:
-        return self.rel_damp == 0 and bool(torch.as_tensor(damped).any())
-
-    def _problem(self, channels_innermost: bool = False) -> Problem:
-        """The weights as they are now, H, and its inverse."""
-        W, H = self._weights(channels_innermost), self._hessian(channels_innermost)
-        inverse = damped_inverse(H, self.rel_damp, self._solve_dtype())
-        self.damping = float(inverse.damping.max())
-        self.rank_deficit = int(inverse.deficit.max())
-        alive = alive_inputs(H).repeat_interleave(self.rows // self.groups, 0)
-        return Problem(W, (W == 0) & alive, H, inverse, channels_innermost)
-
-    def _needs(self, problem: Problem, levels: int = 0, apart: bool = False) -> Needs:
-        return layer_needs(self.layer, problem.W.dtype, levels, problem.channels_innermost, apart)
-
-    # -- modes with one result --------------------------------------------------------------------
+    # -- modes with one result ---------------------------------------------------------------------
 
     def quantize(self) -> None:
         """OBQ (section 5): round the weights to `quantizer`'s grid, one by one, in place."""
         grid = self.quantizer
         if grid is None:
             raise ValueError("assign a quantizer to this layer before quantize()")
-        problem = self._problem()
-        dtype = problem.W.dtype
+        snapshot = self._snapshot()
+        dtype = snapshot.W.dtype
         scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)  # (rows, 1)
         low, high = -zero, grid.maxq.to(dtype) - zero
 
         def rule_of(rows: Tensor) -> PivotRule:
             return Quantise(scale[rows], low[rows], high[rows])
 
-        trace = self._eliminate(problem, rule_of, self.columns)
+        trace = self._eliminate(snapshot, rule_of, self.columns, self._none_apart())
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
-        if self._damped_by_need(self.damping > 0) or badly_scaled(problem.H):
-            nearest = grid(problem.W.to(grid.scale.dtype))
-            quantised, kept = never_worse(quantised, nearest, problem.W, problem.H)
-            if kept:
-                log.info("rounding to nearest does better in %d of %d rows: kept", kept, self.rows)
+        if self.rel_damp == 0 < self.damping or badly_scaled(snapshot.H):
+            nearest = grid(snapshot.W.to(grid.scale.dtype))
+            quantised, count = never_worse(quantised, nearest, snapshot.W, snapshot.H)
+            if count:
+                log.info("rounding to nearest is better in %d of %d rows: used", count, self.rows)
         self.layer.weight.data.copy_(self._as_layer(quantised))
 
     def nmprune(self, n: int, m: int) -> None:
@@ -269,34 +256,29 @@ class TrueOBS:
         self._require_divisible(m)
         if not 0 <= n <= m:
             raise ValueError(f"N:M needs 0 <= N <= M; got {n}:{m}")
-        problem = self._problem(channels_innermost=True)
-        too_many = problem.pruned.view(self.rows, -1, m).sum(2).amax(1) > n
+        snapshot = self._snapshot(innermost=True)
+        too_many = snapshot.pruned.view(self.rows, -1, m).sum(2).amax(1) > n
 
         def rule_of(rows: Tensor) -> PivotRule:
             return NM(n, m, len(rows), self.columns, rows.device)
 
-        trace = self._eliminate(problem, rule_of, self.columns // m * n, too_many)
+        trace = self._eliminate(snapshot, rule_of, self.columns // m * n, too_many)
         weights = trace.weights[:, 0].clone()
-        if self._damped_by_need(self.damping > 0):  # refine what stays
+        if self.rel_damp == 0 < self.damping:  # refine what stays
             counts = torch.full((1, self.rows), trace.order.shape[1], device=weights.device)
             order = completed(trace.order, self.columns)
-            for rows, at in self._rows_at(problem, order, counts, too_many):
-                weights[rows] = at[0]
+            for rows, refined in self._weights_at(snapshot, order, counts, too_many):
+                weights[rows] = refined[0]
             self.world.fill_rows(weights)
-        self.layer.weight.data.copy_(self._as_layer(weights, True))
+        self.layer.weight.data.copy_(self._as_layer(weights, innermost=True))
 
-    def _require_divisible(self, size: int) -> None:
-        if size < 1 or self.columns % size:
-            raise ValueError(f"{self.columns} columns are not a multiple of {size}")
-
-    # -- modes with many levels -------------------------------------------------------------------
+    # -- modes with many levels --------------------------------------------------------------------
 
     def prepare_unstr(self) -> None:
         """Find every row's order of removal for `prune_unstr` (section 4, algorithm 1)."""
-        problem = self._problem()
-        trace = self._eliminate(problem, lambda rows: Unstructured(), self.columns)
-        together = torch.zeros(self.rows, dtype=torch.bool, device=trace.order.device)
-        self._prepared = Prepared(problem, trace, 1, together)
+        snapshot, apart = self._snapshot(), self._none_apart()
+        trace = self._eliminate(snapshot, lambda rows: Unstructured(), self.columns, apart)
+        self._removal = RemovalOrder(snapshot, trace, 1, apart)
 
     def prune_unstr(self, sparsities: Sequence[float]) -> list[Tensor]:
         """The prepared weights at each sparsity (0 … 1), all rows sharing one threshold."""
@@ -305,11 +287,11 @@ class TrueOBS:
     def prepare_blocked(self, size: int = 4) -> None:
         """Find every row's order of removal for `prune_blocked` (section 4, blocks of `size`)."""
         self._require_divisible(size)
-        problem = self._problem(channels_innermost=True)
-        zeros = problem.pruned.view(self.rows, -1, size)
+        snapshot = self._snapshot(innermost=True)
+        zeros = snapshot.pruned.view(self.rows, -1, size)
         ragged = (zeros.any(2) & ~zeros.all(2)).any(1)
-        trace = self._eliminate(problem, lambda rows: Blocks(size), self.columns, ragged)
-        self._prepared = Prepared(problem, trace, size, ragged)
+        trace = self._eliminate(snapshot, lambda rows: Blocks(size), self.columns, ragged)
+        self._removal = RemovalOrder(snapshot, trace, size, ragged)
 
     def prune_blocked(self, sparsities: Sequence[float]) -> list[Tensor]:
         """The prepared weights at each sparsity, in blocks along the input channels."""
@@ -325,57 +307,64 @@ class TrueOBS:
     def level_parts(self, sparsities: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
         """The prepared weights at each sparsity, a few rows of the layer at a time.
 
-        Yields their numbers (R,) and (levels, R, *weight.shape[1:]). For those who cannot hold all
-        levels of a layer in memory.
+        Yields their numbers (R,) and (levels, R, *weight.shape[1:]): for callers that cannot hold
+        all levels of a layer in memory.
         """
-        if (prepared := self._prepared) is None:
+        if (removal := self._removal) is None:
             raise ValueError("call prepare_unstr() or prepare_blocked() before asking for levels")
-        problem, apart, order, wanted = prepared.problem, prepared.apart, prepared.trace.order, None
-        counts = first_counts(prepared.trace.losses, sparsities, prepared.size)  # (levels, systems)
-        if prepared.shared:
-            yield from self._shared_parts(problem, order, counts, ~apart)
-            of_row = self._group(torch.arange(self.rows, device=counts.device))
-            order, counts, wanted = order[of_row], counts[:, of_row], apart
-        for rows, weights in self._rows_at(problem, order, counts, apart, wanted):
-            yield rows, self._as_layer(weights, problem.channels_innermost)
+        snapshot, apart, order = removal.snapshot, removal.apart, removal.trace.order
+        counts = first_counts(removal.trace.losses, sparsities, removal.size)  # (levels, systems)
+        if removal.shared:
+            yield from self._shared_parts(snapshot, order, counts, ~apart)
+            group = self._group(torch.arange(self.rows, device=counts.device))
+            order, counts = order[group], counts[:, group]
+        for rows, weights in self._weights_at(snapshot, order, counts, apart, removal.shared):
+            yield rows, self._as_layer(weights, snapshot.innermost)
 
-    def _rows_at(
+    def _weights_at(
         self,
-        problem: Problem,
+        snapshot: Snapshot,
         order: Tensor,  # (rows, d)
-        counts: Tensor,  # (levels, rows)
+        counts: Tensor,  # (levels, rows) columns that are gone
         apart: Tensor,  # (rows,) bool
-        wanted: Tensor | None = None,  # (rows,) bool; all if None
+        only_apart: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some rows of this process (R,), and their weights (levels, R, d)."""
-        for rows, inverse, H, system in self._systems(problem, apart, len(counts)):
-            if wanted is not None:
-                system, rows = system[wanted[rows]], rows[wanted[rows]]
-            if len(rows):
-                W, steps = problem.W[rows, None], order[rows].long()
-                undamped = self._undamped(problem, self._group(rows), inverse, system)
-                at = weights_at(W, inverse, H, system, steps, counts[:, rows], undamped)
-                yield rows, at[:, :, 0]
+        """A few rows of this process (R,), and their weights (levels, R, d)."""
+        systems = self._systems(snapshot, apart, len(counts), only_apart)
+        for rows, inverse, H, system in systems:
+            undamped = self._undamped(snapshot, self._group(rows), inverse, system)
+            W, steps = snapshot.W[rows, None], order[rows].long()
+            weights = weights_at(W, inverse, H, system, steps, counts[:, rows], undamped)
+            yield rows, weights[:, :, 0]
 
     def _shared_parts(
         self,
-        problem: Problem,
+        snapshot: Snapshot,
         order: Tensor,  # (groups, d)
-        counts: Tensor,  # (levels, groups)
-        wanted: Tensor,  # (rows,) bool
+        counts: Tensor,  # (levels, groups) columns that are gone
+        shared: Tensor,  # (rows,) bool, the rows to yield
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """`level_parts` where all rows of a group share one system."""
         q, device = self.rows // self.groups, order.device
-        batch = self._needs(problem, len(counts)).rows(self.memory)
+        batch = self._rows_at_a_time(snapshot, len(counts))
         for groups in torch.arange(self.groups, device=device).split(max(1, batch // q)):
-            for part in torch.arange(q, device=device).split(batch):
-                rows = (groups[:, None] * q + part).flatten()
-                W = problem.W[rows].view(len(groups), len(part), -1)
-                undamped = self._undamped(problem, groups, problem.inverse, groups)
+            for members in torch.arange(q, device=device).split(batch):
+                rows = (groups[:, None] * q + members).flatten()
+                W = snapshot.W[rows].view(len(groups), len(members), -1)
+                undamped = self._undamped(snapshot, groups, snapshot.inverse, groups)
                 steps, gone = order[groups], counts[:, groups]
-                at = weights_at(W, problem.inverse, problem.H, groups, steps, gone, undamped)
-                kept = wanted[rows]
-                yield rows[kept], self._as_layer(at.flatten(1, 2)[:, kept])
+                weights = weights_at(
+                    W, snapshot.inverse, snapshot.H, groups, steps, gone, undamped
+                ).flatten(1, 2)
+                yield rows[shared[rows]], self._as_layer(weights[:, shared[rows]])
+
+    def _undamped(
+        self, snapshot: Snapshot, group: Tensor, inverse: Inverse, system: Tensor
+    ) -> Undamped | None:
+        """H, where an inverse was damped without being asked to; None where none was."""
+        damped = inverse.damping[system] > 0
+        needed = self.rel_damp == 0 and bool(damped.any())
+        return Undamped(snapshot.H, group, damped) if needed else None
 
     @one_thread()
     def prepare_struct(self, size: int = 1) -> None:
@@ -383,12 +372,12 @@ class TrueOBS:
         if self.world.size > 1:
             raise ValueError("rows that share their columns cannot be divided among processes")
         self._require_divisible(size)
-        problem = self._problem()
-        W = problem.W.view(self.groups, -1, self.columns)  # rows of a group share one system
+        snapshot = self._snapshot()
+        W = snapshot.W.view(self.groups, -1, self.columns)  # rows of a group share one system
         system = torch.arange(self.groups, device=W.device)
-        trace = eliminate(W, problem.inverse, system, Blocks(size), self.columns)
+        trace = eliminate(W, snapshot.inverse, system, Blocks(size), self.columns)
         self.trace, self.Losses = trace, trace.losses
-        self._prepared = Prepared(problem, trace, size, problem.pruned.any(1), shared=True)
+        self._removal = RemovalOrder(snapshot, trace, size, snapshot.pruned.any(1), shared=True)
 
     def prune_struct(self, sparsities: Sequence[float], size: int = 1) -> list[Tensor]:
         """Structured pruning: the same columns, in blocks of `size`, go in all rows of a group.

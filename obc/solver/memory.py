@@ -27,6 +27,7 @@ from obc.solver.allocator import give_back_freed_memory
 from obc.solver.elimination import bytes_per_system, bytes_per_task
 from obc.solver.errors import UserError
 from obc.solver.inverse import TOGETHER
+from obc.solver.layers import view
 
 MATRICES_OF_A_ROW = 1.5  # d×d, while a row's weights at many levels are made
 VECTORS_OF_A_LEVEL = 5  # of d, likewise
@@ -65,9 +66,9 @@ def layer_needs(
     apart: bool = False,  # whether rows have inverses of their own
 ) -> Needs:
     """What `TrueOBS` takes for a layer."""
-    weight = layer.weight.flatten(1)
-    (rows, d), device, item = weight.shape, weight.device, torch.finfo(dtype).bits // 8
-    sums = 8 * getattr(layer, "groups", 1) * d * d
+    shape, device, item = view(layer), layer.weight.device, torch.finfo(dtype).bits // 8
+    rows, d = shape.rows, shape.columns
+    sums = 8 * shape.groups * d * d
     always = sums + sums // 8 * item + sums * innermost + rows * d * (5 * item + 8)
     always += OVERHEAD
     if device.type == "cpu":

@@ -17,13 +17,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from datautils import ImageData, ImageSet
 from modelutils import evaluating
 from obc.solver.errors import log
+from obc.solver.layers import view
 from obc.toolkit.calibrate import watching
 
 TOLERANCE = 0.05  # relative
@@ -44,11 +44,7 @@ def measured_errors(
     count = 0
 
     def see(name: str, x: Tensor) -> None:
-        change, layer = changes[name], layers[name]
-        if isinstance(layer, nn.Linear):
-            output = F.linear(x.to(change.dtype), change)
-        else:
-            output = layer._conv_forward(x.to(change.dtype), change, None)
+        output = view(layers[name]).call(x.to(changes[name].dtype), changes[name])
         sums[name] += output.double().square().sum()
 
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format

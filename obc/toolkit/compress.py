@@ -72,7 +72,7 @@ class LayerReport:
 def why_dense(solver: TrueOBS, args: argparse.Namespace) -> str:
     """The reason to leave a layer as it is, or nothing."""
     size = {"nmprune": args.prunem, "blocked": args.blocked_size}.get(args.mode, 1)
-    if solver.columns % size:
+    if not solver.view.divides_by(size):
         letter = "M" if args.mode == "nmprune" else "block size"
         return f"{solver.columns} columns are not a multiple of {letter} = {size}"
     if solver.nsamples == 0:
@@ -81,7 +81,7 @@ def why_dense(solver: TrueOBS, args: argparse.Namespace) -> str:
 
 
 def quantise_layer(solver: TrueOBS, args: argparse.Namespace) -> str:
-    weight = solver.layer.weight.detach().flatten(1)
+    weight = solver.view.matrix
     solver.quantizer = quant.fit_weight_grid(
         weight, args.wbits, not args.wasym, not args.wminmax, not args.wperweight
     )
@@ -104,7 +104,7 @@ def write_levels(
     elif args.mode == "blocked":
         solver.prepare_blocked(args.blocked_size)
     else:
-        solver.prepare_struct(size=solver.layer.weight[0, 0].numel())
+        solver.prepare_struct(size=solver.view.taps)
     for rows, weights in solver.level_parts(sparsities):
         file.write(rows, weights)
     solver.world.meet()

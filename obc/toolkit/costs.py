@@ -12,7 +12,7 @@ A layer that was left dense has s = 1 at every level. Zeros that rounding to a g
 count. In a `mixed` database s is 1/2 for a quantised layer that is 2:4 sparse along its input
 channels, else 1; in `4block_8w8a` it is the share of blocks of 4 that are not all zero. FLOPs count
 two for a multiply-add: for a layer with O outputs an image, F = 2 · O · (weights of one output
-channel), which is right for any stride, dilation and number of groups.
+channel), for any stride, dilation and number of groups (`LayerView.flops`).
 
 Timings are a text file in the format of the scores: a layer's name on a line, then a line
 `<seconds> <level>` for each level of the database, and one with the level `dense`.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from modelutils import evaluating, find_layers
 from obc.solver.errors import UserError
-from obc.solver.layers import forward_hooks
+from obc.solver.layers import forward_hooks, view
 from obc.solver.search import Costs
 from obc.toolkit.leveldb import FULL_BITS, Database, unit_cost
 from obc.toolkit.profiles import read_scores
@@ -44,7 +44,7 @@ def layer_flops(
     flops: dict[str, int] = {}
 
     def count(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        flops[name] = flops.get(name, 0) + 2 * output.numel() * layer.weight[0].numel()
+        flops[name] = flops.get(name, 0) + view(layer).flops(args[0])
 
     with evaluating(model), forward_hooks(find_layers(model), count):
         model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))

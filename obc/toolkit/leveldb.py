@@ -32,6 +32,7 @@ import quant
 from obc.inputs.checkpoints import check_finite, load_checkpoint
 from obc.inputs.files import save_checkpoint, sync_folder
 from obc.solver.errors import UserError, log
+from obc.solver.layers import compressible, innermost_order
 from obc.toolkit.fingerprints import bytes_hash, content_hash
 from obc.toolkit.levelfile import LevelFile
 from quant import ACTIVATION_GRID, WEIGHT_GRID, put_layer
@@ -118,7 +119,7 @@ class Database:
         self.layers = [
             key.removesuffix(suffix)
             for key, tensor in next(iter(states.values())).items()
-            if key.endswith(suffix) and tensor.ndim in (2, 4)
+            if key.endswith(suffix) and tensor.ndim > 1
         ]
         if not self.layers:
             raise UserError(f"no layers in the {kind} database of {model}")
@@ -191,9 +192,7 @@ class Database:
         """
         layers = dict(model.named_modules())
         self.layers = [
-            name
-            for name in self.layers
-            if isinstance(layers.get(name), (nn.Conv2d, nn.Linear, type(None)))
+            name for name in self.layers if name not in layers or compressible(layers[name])
         ]
         for name in self.layers:
             weight = self.states[self.levels[0]][f"{name}.weight"]
@@ -253,9 +252,11 @@ def share_left(
     kind: str,  # of the database, if the weight is quantised; else ""
 ) -> float:
     """The share of weights that was not pruned; see the module docstring."""
-    columns = weight.unsqueeze(-1).flatten(2).transpose(1, 2).flatten(1)  # channels innermost
-    if kind in ("mixed", "4block_8w8a") and columns.shape[1] % 4:
-        return 1.0
+    columns = weight.flatten(1)
+    if kind in ("mixed", "4block_8w8a"):
+        if columns.shape[1] % 4:
+            return 1.0
+        columns = columns[:, innermost_order(weight.shape)]
     if kind == "mixed":
         return 0.5 if bool(((columns == 0).view(-1, 4).sum(1) >= 2).all()) else 1.0
     if kind == "4block_8w8a":

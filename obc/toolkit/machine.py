@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from modelutils import evaluating, find_layers
 from obc.inputs import files
 from obc.solver.elimination import Trace, eliminate
-from obc.solver.hessian import Gram, output_size, padded
+from obc.solver.hessian import Gram
 from obc.solver.inverse import Inverse, damped_inverse
+from obc.solver.layers import view
 from obc.solver.levels import Undamped, completed, weights_at
 from obc.solver.threads import one_thread
 from obc.toolkit.calibrate import watching
@@ -201,8 +201,7 @@ def image_seconds(dense: nn.Module, images: Tensor) -> Images:
     def see(name: str, x: Tensor) -> None:
         layer, gram = layers[name], Gram(layers[name])
         sums[name] += clock(lambda: gram.add(x), device)
-        conv = isinstance(layer, nn.Conv2d)
-        positions[name] += prod(output_size(layer, padded(layer, x)) if conv else x.shape[1:-1])
+        positions[name] += view(layer).positions(x) // len(x)
 
     layers, totals = find_layers(dense), {}
     with evaluating(dense):

@@ -31,6 +31,7 @@ from datautils import calibration_batches
 from modelutils import find_layers
 from obc.solver.distributed import ALONE, World, deal
 from obc.solver.errors import log
+from obc.solver.layers import view
 from obc.solver.memory import Needs, default_memory, in_passes, layer_needs, most_at_a_time
 from obc.toolkit import cli, starting
 from obc.toolkit.machine import Images, Machine, image_seconds, images_to_time, measure
@@ -76,7 +77,7 @@ def make_plan(
 
 def operations(layer: nn.Module) -> float:
     """Of an elimination, about: a factorisation of d×d, and its panels, for every row."""
-    rows, d = layer.weight.flatten(1).shape
+    rows, d = view(layer).rows, view(layer).columns
     return rows * d * d * (d + 500)
 
 
@@ -116,7 +117,7 @@ def compressible(
     return {
         name: layer
         for name, layer in layers.items()
-        if name in images.positions and task.whole(layer.weight[0].numel())
+        if name in images.positions and task.whole(view(layer).columns)
     }
 
 
@@ -127,7 +128,7 @@ def singular_layers(
     return {
         name
         for name, layer in layers.items()
-        if not damped and shown * images.positions[name] < layer.weight[0].numel()
+        if not damped and shown * images.positions[name] < view(layer).columns
     }
 
 
@@ -147,8 +148,8 @@ def estimate(
     calibration_s = len(plan.passes) * (computing_s + work.shown * reading_s)
     alone, together = [0.0] * world.size, 0.0
     for name, layer in layers.items():
-        rows, d = layer.weight.flatten(1).shape
-        own_s = machine.system_s(d, name in singular) * getattr(layer, "groups", 1)
+        rows, d, groups = view(layer).rows, view(layer).columns, view(layer).groups
+        own_s = machine.system_s(d, name in singular) * groups
         rows_s = rows * machine.row_s(d, name in singular)
         if plan.owners[name] is None:
             together += own_s + rows_s / world.size
@@ -169,7 +170,7 @@ def lines(
     """The plan, in words."""
     most = max(most_at_a_time(plan.needs[name] for name in names) for names in plan.passes)
     dearest = max(layers, key=lambda name: operations(layers[name]))
-    rows, d = layers[dearest].weight.flatten(1).shape
+    rows, d = view(layers[dearest]).rows, view(layers[dearest]).columns
     at_once = min(rows, plan.needs[dearest].rows(plan.memory))
     shared = sum(owner is None for owner in plan.owners.values())
     parts = [
@@ -223,7 +224,7 @@ def show_plan(
     images = image_seconds(session.model, some.to(session.device))
     able = compressible(layers, images, task)
     singular = singular_layers(able, images, shown, damped=args.rel_damp > 0)
-    widest = max((layer.weight[0].numel() for layer in able.values()), default=0)
+    widest = max((view(layer).columns for layer in able.values()), default=0)
     machine = measure(session.model, images, reading_s, task, widest, bool(singular), folder)
     files = (task.levels or 1) if folder else 0
     test = 0 if task.levels else len(session.data.test)
