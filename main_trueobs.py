@@ -309,12 +309,12 @@ def compress(
 
 
 def tell_other_weights(model: nn.Module) -> None:
-    """Say what is in no convolution of two dimensions and in no linear layer, and stays dense."""
+    """Log which weights are in no layer that can be compressed, and so stay dense."""
     if others := other_weights(model):
         share = sum(others.values()) / sum(p.numel() for p in model.parameters())
         first, more = next(iter(others)), f" and {len(others) - 1} more" if len(others) > 1 else ""
         log.info(
-            "left dense, in no Conv2d or Linear: %s%s (%.2g %% of all parameters)",
+            "left dense, in no Conv1d, Conv2d or Linear: %s%s (%.2g %% of all parameters)",
             first,
             more,
             100 * share,

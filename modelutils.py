@@ -226,7 +226,7 @@ def other_weights(model: nn.Module) -> dict[str, int]:
     return {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
-        if max(parameter.shape, default=1) < parameter.numel() and id(parameter) not in ours
+        if parameter.squeeze().ndim > 1 and id(parameter) not in ours
     }
 
 

@@ -170,7 +170,7 @@ def norm_moments(model: nn.Module, images: Tensor, device: torch.device) -> dict
 
     def note(name: str, norm: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         if name not in found:
-            found[name] = _moments(output, _channel_axis(norm, args[0]), norm.weight.ndim)
+            found[name] = _moments(output, _channel_axis(norm, args[0]), norm.weight.dim())
 
     norms = _affine_norms(model)
     if not norms:
@@ -198,7 +198,7 @@ def correct_statistics(
             return None
         done.add(name)
         axis = _channel_axis(norm, args[0])
-        _fold(norm, _moments(output, axis, norm.weight.ndim), wanted[name])
+        _fold(norm, _moments(output, axis, norm.weight.dim()), wanted[name])
         return norm.forward(*args, **kwargs)  # what the corrected norm yields, to the last bit
 
     _forward_with(model, _affine_norms(model), correct, images, device)
