@@ -1,17 +1,17 @@
 """`TrueOBS`: one layer, its Hessian, and the modes of compression that OBC offers for it.
 
 Frantar, Singh, Alistarh, arXiv 2208.11580. The mathematics is in `hessian.py`, `inverse.py` and
-`elimination.py` (the greedy elimination, its pivot rules); here they meet a layer: rows are split
-into batches that fit in memory, groups of a convolution have their own H, results go back into the
-layer's shape. Where several processes share a layer (`distributed.py`), each eliminates
-its own rows; order, losses and weights are then put together, so that all know them all.
+`elimination.py` (the greedy elimination, its pivot rules), a layer's geometry in `layers.py`. Here
+they are put together: rows are split into batches that fit in memory, groups of a convolution have
+an H of their own, results go back into the layer's shape. Where several processes share a layer
+(`distributed.py`), each eliminates its own rows, and then gets order, losses and weights of all.
 
     symbol  variable    shape       meaning
     W       W           (rows, d)   the layer's weights, one row an output channel
     d       columns                 weights in a row: (C/groups)·kh·kw, or in_features
     G       groups                  groups of a convolution; each has its own H (d, d)
 
-Columns stand in the order (channel, kh, kw); for N:M and blocks in the order (kh, kw, channel), so
+Columns are in the order (channel, kh, kw); for N:M and blocks in the order (kh, kw, channel), so
 that groups of M and blocks run along the input channels.
 """
 
@@ -38,6 +38,7 @@ from quant import Grid
 log = logging.getLogger("trueobs")
 
 RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
+RowChoice = Callable[[Tensor], Tensor]  # `Snapshot.pruned` -> `Snapshot.apart`
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Snapshot:
 
     W: Tensor  # (rows, d) in the precision of the solver; zero where the input is dead
     pruned: Tensor  # (rows, d) bool, weights that were zero before, their inputs alive
+    apart: Tensor  # (rows,) bool, rows that need an inverse without the columns of their zeros
     H: Tensor  # (groups, d, d) float64
+    group: Tensor  # (rows,) which H is each row's
     inverse: Inverse
     innermost: bool  # whether columns are in the order (kh, kw, channel)
 
@@ -58,7 +61,6 @@ class RemovalOrder:
     snapshot: Snapshot
     trace: Trace
     size: int  # columns in a unit
-    apart: Tensor  # (rows,) bool, rows that have an inverse of their own
     shared: bool = False  # whether the rows of a group are one system
 
 
@@ -85,8 +87,7 @@ class TrueOBS:
         world: World = ALONE,  # the processes that share the rows, if there are several
     ) -> None:
         self.layer, self.view, self.rel_damp, self.world = layer, view(layer), rel_damp, world
-        self.rows, self.columns = self.view.rows, self.view.columns
-        self.groups = self.view.groups
+        self.rows, self.columns, self.groups = self.view.rows, self.view.columns, self.view.groups
         self.memory = memory or default_memory(layer.weight.device)
         self.nsamples = 0
         self.gram: Gram | None = Gram(layer)
@@ -119,8 +120,7 @@ class TrueOBS:
     @property
     def H(self) -> Tensor:  # (d, d), or (groups, d, d) if grouped; float64
         """(2/N) Σ x xᵀ over the N images seen; columns in the order (channel, kh, kw)."""
-        H = self._hessian()
-        return H[0] if self.groups == 1 else H
+        return self._hessian()[0] if self.groups == 1 else self._hessian()
 
     def _hessian(self) -> Tensor:  # (groups, d, d)
         if self.nsamples == 0:
@@ -143,19 +143,20 @@ class TrueOBS:
 
     # -- from the layer and back -------------------------------------------------------------------
 
-    def _snapshot(self, innermost: bool = False) -> Snapshot:
+    def _snapshot(self, innermost: bool = False, choose_apart: RowChoice | None = None) -> Snapshot:
         """The weights as they are now, H, and its inverse. Weights of dead inputs are zero."""
         H, weight = self._hessian(), self.view.matrix
+        group = torch.arange(self.rows, device=weight.device) // (self.rows // self.groups)
         W = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        alive = alive_inputs(H).repeat_interleave(self.rows // self.groups, 0)
+        alive = alive_inputs(H)[group]
         W *= alive
         if innermost:
             order = self.view.innermost.to(W.device)
             W, alive, H = W[:, order], alive[:, order], H[:, order[:, None], order]
-        inverse = damped_inverse(H, self.rel_damp, W.dtype)
-        self.damping = float(inverse.damping.max())
-        self.rank_deficit = int(inverse.deficit.max())
-        return Snapshot(W, (W == 0) & alive, H, inverse, innermost)
+        inverse, pruned = damped_inverse(H, self.rel_damp, W.dtype), (W == 0) & alive
+        self.damping, self.rank_deficit = float(inverse.damping.max()), int(inverse.deficit.max())
+        apart = choose_apart(pruned) if choose_apart else pruned.new_zeros(self.rows)
+        return Snapshot(W, pruned, apart, H, group, inverse, innermost)
 
     def _as_layer(self, W: Tensor, innermost: bool = False) -> Tensor:
         """(…, R, d) -> (…, R, *layer.weight.shape[1:]), in the layer's dtype. Never NaN."""
@@ -171,21 +172,16 @@ class TrueOBS:
 
     # -- one elimination for all rows --------------------------------------------------------------
 
-    def _eliminate(
-        self,
-        snapshot: Snapshot,
-        rule_of: RuleOfRows,
-        steps: int,
-        apart: Tensor,  # (rows,) bool, rows whose zeros need an inverse of their own
-    ) -> Trace:
+    def _eliminate(self, snapshot: Snapshot, rule_of: RuleOfRows, steps: int) -> Trace:
         W = snapshot.W
         trace = Trace(
             order=torch.empty(self.rows, steps, dtype=torch.int32, device=W.device),
             losses=W.new_empty(self.rows, steps),
             weights=W.new_empty(self.rows, 1, self.columns),
         )
-        for rows, inverse, _, system in self._systems(snapshot, apart):
-            batch = eliminate(W[rows, None], inverse, system, rule_of(rows), steps)
+        for numbers, inverse, _, system in self._systems(snapshot):
+            rows = numbers[:, 0]
+            batch = eliminate(W[numbers], inverse, system, rule_of(rows), steps)
             trace.order[rows] = batch.order.to(torch.int32)
             trace.losses[rows] = batch.losses
             trace.weights[rows] = batch.weights
@@ -198,51 +194,66 @@ class TrueOBS:
     def _systems(
         self,
         snapshot: Snapshot,
-        apart: Tensor,  # (rows,) bool, rows with an inverse without the columns of their zeros
         levels: int = 0,  # how many weights of each row the caller makes
-        only_apart: bool = False,
+        shared: bool = False,  # whether rows of a group share one system, but for those apart
     ) -> Iterator[tuple[Tensor, Inverse, Tensor, Tensor]]:
-        """This process's rows, a batch (R,) at a time, with the inverses and the H that they start
-        from, and which of these is each row's (R,)."""
-        mine = torch.zeros_like(apart)
-        mine[self.world.rows(self.rows)] = True
-        alike, different = (torch.nonzero(mine & kind)[:, 0] for kind in (~apart, apart))
-        count = self._rows_at_a_time(snapshot, levels)
-        for rows in batches_of(alike, count) if not only_apart else ():
-            yield rows, snapshot.inverse, snapshot.H, self._group(rows)
-        for rows in batches_of(different, self._rows_at_a_time(snapshot, levels, apart=True)):
-            H = without(snapshot.H[self._group(rows)], snapshot.pruned[rows])
+        """This process's rows, R systems of q rows at a time.
+
+        Yields row numbers (R, q), the inverses and the H to start from, and which of these is each
+        system's (R,). Rows apart come last, with inverses of their own.
+        """
+        count, count_apart = (  # rows at a time
+            layer_needs(self.layer, snapshot.W.dtype, levels, snapshot.innermost, x).rows(
+                self.memory
+            )
+            for x in (False, True)
+        )
+        numbers = torch.arange(self.rows, device=snapshot.W.device)
+        mine = numbers[self.world.rows(self.rows)]
+        apart = snapshot.apart[mine]
+        batches = batches_of(mine[~apart, None], count)
+        if shared:
+            groups = numbers.view(self.groups, -1).split(max(1, count * self.groups // self.rows))
+            batches = (rows for some_groups in groups for rows in some_groups.split(count, 1))
+        for rows in batches:
+            yield rows, snapshot.inverse, snapshot.H, snapshot.group[rows[:, 0]]
+        for rows in batches_of(mine[apart], count_apart):
+            H = without(snapshot.H[snapshot.group[rows]], snapshot.pruned[rows])
             inverses = damped_inverse(H, self.rel_damp, snapshot.W.dtype)
             self.damping = max(self.damping, float(inverses.damping.max()))
-            yield rows, inverses, H, torch.arange(len(rows), device=rows.device)
+            yield rows[:, None], inverses, H, torch.arange(len(rows), device=rows.device)
 
-    def _rows_at_a_time(self, snapshot: Snapshot, levels: int = 0, apart: bool = False) -> int:
-        dtype = snapshot.W.dtype
-        return layer_needs(self.layer, dtype, levels, snapshot.innermost, apart).rows(self.memory)
-
-    def _group(self, rows: Tensor) -> Tensor:
-        """Which group each of these rows is in."""
-        return rows // (self.rows // self.groups)
-
-    def _none_apart(self) -> Tensor:  # (rows,) bool
-        return torch.zeros(self.rows, dtype=torch.bool, device=self.layer.weight.device)
+    def _weights_at(
+        self,
+        snapshot: Snapshot,
+        order: Tensor,  # (rows, d)
+        counts: Tensor,  # (levels, rows) columns that are gone
+        shared: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """A few rows of this process (R,), and their weights (levels, R, d)."""
+        for numbers, inverse, H, system in self._systems(snapshot, len(counts), shared):
+            first, damped, undamped = numbers[:, 0], inverse.damping[system] > 0, None
+            if self.rel_damp == 0 and bool(damped.any()):  # damped without being asked to
+                undamped = Undamped(snapshot.H, snapshot.group[first], damped)
+            W, steps, gone = snapshot.W[numbers], order[first].long(), counts[:, first]
+            weights = weights_at(W, inverse, H, system, steps, gone, undamped).flatten(1, 2)
+            rows = numbers.flatten()
+            final = snapshot.apart[rows] == (inverse is not snapshot.inverse)
+            yield (rows, weights) if bool(final.all()) else (rows[final], weights[:, final])
 
     # -- modes with one result ---------------------------------------------------------------------
 
     def quantize(self) -> None:
         """OBQ (section 5): round the weights to `quantizer`'s grid, one by one, in place."""
-        grid = self.quantizer
-        if grid is None:
+        if (grid := self.quantizer) is None:
             raise ValueError("assign a quantizer to this layer before quantize()")
         snapshot = self._snapshot()
         dtype = snapshot.W.dtype
         scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)  # (rows, 1)
         low, high = -zero, grid.maxq.to(dtype) - zero
-
-        def rule_of(rows: Tensor) -> PivotRule:
-            return Quantise(scale[rows], low[rows], high[rows])
-
-        trace = self._eliminate(snapshot, rule_of, self.columns, self._none_apart())
+        trace = self._eliminate(
+            snapshot, lambda rows: Quantise(scale[rows], low[rows], high[rows]), self.columns
+        )
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
         if self.rel_damp == 0 < self.damping or badly_scaled(snapshot.H):
             nearest = grid(snapshot.W.to(grid.scale.dtype))
@@ -256,18 +267,15 @@ class TrueOBS:
         self._require_divisible(m)
         if not 0 <= n <= m:
             raise ValueError(f"N:M needs 0 <= N <= M; got {n}:{m}")
-        snapshot = self._snapshot(innermost=True)
-        too_many = snapshot.pruned.view(self.rows, -1, m).sum(2).amax(1) > n
-
-        def rule_of(rows: Tensor) -> PivotRule:
-            return NM(n, m, len(rows), self.columns, rows.device)
-
-        trace = self._eliminate(snapshot, rule_of, self.columns // m * n, too_many)
+        d = self.columns
+        snapshot = self._snapshot(True, lambda zeros: zeros.view(-1, d // m, m).sum(2).amax(1) > n)
+        trace = self._eliminate(
+            snapshot, lambda rows: NM(n, m, len(rows), d, rows.device), d // m * n
+        )
         weights = trace.weights[:, 0].clone()
         if self.rel_damp == 0 < self.damping:  # refine what stays
             counts = torch.full((1, self.rows), trace.order.shape[1], device=weights.device)
-            order = completed(trace.order, self.columns)
-            for rows, refined in self._weights_at(snapshot, order, counts, too_many):
+            for rows, refined in self._weights_at(snapshot, completed(trace.order, d), counts):
                 weights[rows] = refined[0]
             self.world.fill_rows(weights)
         self.layer.weight.data.copy_(self._as_layer(weights, innermost=True))
@@ -276,33 +284,33 @@ class TrueOBS:
 
     def prepare_unstr(self) -> None:
         """Find every row's order of removal for `prune_unstr` (section 4, algorithm 1)."""
-        snapshot, apart = self._snapshot(), self._none_apart()
-        trace = self._eliminate(snapshot, lambda rows: Unstructured(), self.columns, apart)
-        self._removal = RemovalOrder(snapshot, trace, 1, apart)
-
-    def prune_unstr(self, sparsities: Sequence[float]) -> list[Tensor]:
-        """The prepared weights at each sparsity (0 … 1), all rows sharing one threshold."""
-        return self._levels(sparsities)
+        snapshot = self._snapshot()
+        trace = self._eliminate(snapshot, lambda rows: Unstructured(), self.columns)
+        self._removal = RemovalOrder(snapshot, trace, 1)
 
     def prepare_blocked(self, size: int = 4) -> None:
         """Find every row's order of removal for `prune_blocked` (section 4, blocks of `size`)."""
         self._require_divisible(size)
-        snapshot = self._snapshot(innermost=True)
-        zeros = snapshot.pruned.view(self.rows, -1, size)
-        ragged = (zeros.any(2) & ~zeros.all(2)).any(1)
-        trace = self._eliminate(snapshot, lambda rows: Blocks(size), self.columns, ragged)
-        self._removal = RemovalOrder(snapshot, trace, size, ragged)
 
-    def prune_blocked(self, sparsities: Sequence[float]) -> list[Tensor]:
-        """The prepared weights at each sparsity, in blocks along the input channels."""
-        return self._levels(sparsities)
+        def ragged(pruned: Tensor) -> Tensor:
+            blocks = pruned.view(self.rows, -1, size)
+            return (blocks.any(2) & ~blocks.all(2)).any(1)
 
-    def _levels(self, sparsities: Sequence[float]) -> list[Tensor]:
-        """All that `level_parts` yields, together; of the rows of this process."""
+        snapshot = self._snapshot(True, ragged)
+        trace = self._eliminate(snapshot, lambda rows: Blocks(size), self.columns)
+        self._removal = RemovalOrder(snapshot, trace, size)
+
+    def prune_unstr(self, sparsities: Sequence[float]) -> list[Tensor]:
+        """The prepared weights at each sparsity (0 … 1), of the rows of this process.
+
+        All rows share one threshold. Rows of other processes are zero.
+        """
         levels = self.layer.weight.new_zeros(len(sparsities), *self.layer.weight.shape)
         for rows, weights in self.level_parts(sparsities):
             levels[:, rows] = weights
         return list(levels)
+
+    prune_blocked = prune_unstr
 
     def level_parts(self, sparsities: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
         """The prepared weights at each sparsity, a few rows of the layer at a time.
@@ -312,59 +320,12 @@ class TrueOBS:
         """
         if (removal := self._removal) is None:
             raise ValueError("call prepare_unstr() or prepare_blocked() before asking for levels")
-        snapshot, apart, order = removal.snapshot, removal.apart, removal.trace.order
+        snapshot, order = removal.snapshot, removal.trace.order
         counts = first_counts(removal.trace.losses, sparsities, removal.size)  # (levels, systems)
         if removal.shared:
-            yield from self._shared_parts(snapshot, order, counts, ~apart)
-            group = self._group(torch.arange(self.rows, device=counts.device))
-            order, counts = order[group], counts[:, group]
-        for rows, weights in self._weights_at(snapshot, order, counts, apart, removal.shared):
+            order, counts = order[snapshot.group], counts[:, snapshot.group]
+        for rows, weights in self._weights_at(snapshot, order, counts, removal.shared):
             yield rows, self._as_layer(weights, snapshot.innermost)
-
-    def _weights_at(
-        self,
-        snapshot: Snapshot,
-        order: Tensor,  # (rows, d)
-        counts: Tensor,  # (levels, rows) columns that are gone
-        apart: Tensor,  # (rows,) bool
-        only_apart: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """A few rows of this process (R,), and their weights (levels, R, d)."""
-        systems = self._systems(snapshot, apart, len(counts), only_apart)
-        for rows, inverse, H, system in systems:
-            undamped = self._undamped(snapshot, self._group(rows), inverse, system)
-            W, steps = snapshot.W[rows, None], order[rows].long()
-            weights = weights_at(W, inverse, H, system, steps, counts[:, rows], undamped)
-            yield rows, weights[:, :, 0]
-
-    def _shared_parts(
-        self,
-        snapshot: Snapshot,
-        order: Tensor,  # (groups, d)
-        counts: Tensor,  # (levels, groups) columns that are gone
-        shared: Tensor,  # (rows,) bool, the rows to yield
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """`level_parts` where all rows of a group share one system."""
-        q, device = self.rows // self.groups, order.device
-        batch = self._rows_at_a_time(snapshot, len(counts))
-        for groups in torch.arange(self.groups, device=device).split(max(1, batch // q)):
-            for members in torch.arange(q, device=device).split(batch):
-                rows = (groups[:, None] * q + members).flatten()
-                W = snapshot.W[rows].view(len(groups), len(members), -1)
-                undamped = self._undamped(snapshot, groups, snapshot.inverse, groups)
-                steps, gone = order[groups], counts[:, groups]
-                weights = weights_at(
-                    W, snapshot.inverse, snapshot.H, groups, steps, gone, undamped
-                ).flatten(1, 2)
-                yield rows[shared[rows]], self._as_layer(weights[:, shared[rows]])
-
-    def _undamped(
-        self, snapshot: Snapshot, group: Tensor, inverse: Inverse, system: Tensor
-    ) -> Undamped | None:
-        """H, where an inverse was damped without being asked to; None where none was."""
-        damped = inverse.damping[system] > 0
-        needed = self.rel_damp == 0 and bool(damped.any())
-        return Undamped(snapshot.H, group, damped) if needed else None
 
     @one_thread()
     def prepare_struct(self, size: int = 1) -> None:
@@ -372,12 +333,12 @@ class TrueOBS:
         if self.world.size > 1:
             raise ValueError("rows that share their columns cannot be divided among processes")
         self._require_divisible(size)
-        snapshot = self._snapshot()
+        snapshot = self._snapshot(choose_apart=lambda pruned: pruned.any(1))
         W = snapshot.W.view(self.groups, -1, self.columns)  # rows of a group share one system
         system = torch.arange(self.groups, device=W.device)
         trace = eliminate(W, snapshot.inverse, system, Blocks(size), self.columns)
         self.trace, self.Losses = trace, trace.losses
-        self._removal = RemovalOrder(snapshot, trace, size, snapshot.pruned.any(1), shared=True)
+        self._removal = RemovalOrder(snapshot, trace, size, shared=True)
 
     def prune_struct(self, sparsities: Sequence[float], size: int = 1) -> list[Tensor]:
         """Structured pruning: the same columns, in blocks of `size`, go in all rows of a group.
@@ -386,4 +347,4 @@ class TrueOBS:
         stay in the layer, as zeros. Zeros of single rows do not steer the choice, but stay.
         """
         self.prepare_struct(size)
-        return self._levels(sparsities)
+        return self.prune_unstr(sparsities)

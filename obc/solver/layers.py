@@ -51,28 +51,16 @@ class LayerView(ABC):
     # -- what a kind of layer has to say -----------------------------------------------------------
 
     @abstractmethod
-    def image(
-        self,
-        x: Tensor,  # the layer's input
-    ) -> Tensor:  # (n, G·C, height, width), with the layer's own padding around it
-        """The input as an image."""
+    def image(self, x: Tensor) -> Tensor:  # (n, G·C, height, width)
+        """An input as an image, with the layer's own padding around it."""
 
     @abstractmethod
-    def call(
-        self,
-        x: Tensor,  # the layer's input
-        weight: Tensor,  # in the shape of the layer's own
-    ) -> Tensor:
+    def call(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer would compute with another weight and no bias; its hooks do not run."""
 
     @abstractmethod
-    def resized(
-        self,
-        rows: int,
-        channels: int,  # of a group
-        groups: int = 1,
-    ) -> nn.Module:
-        """A layer of the same geometry and device, of another size; no bias, no values yet."""
+    def resized(self, rows: int, channels: int, groups: int = 1) -> nn.Module:
+        """A layer of the same geometry and device, of other sizes; no bias, no values yet."""
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -81,10 +69,7 @@ class LayerView(ABC):
         """The layer's weights; shares their memory."""
         return self.layer.weight.detach().flatten(1)
 
-    def shaped(
-        self,
-        W: Tensor,  # (…, R, columns)
-    ) -> Tensor:  # (…, R, *weight.shape[1:])
+    def shaped(self, W: Tensor) -> Tensor:  # (…, R, columns) -> (…, R, *weight.shape[1:])
         """Rows of a weight matrix in the shape of the layer's weight."""
         return W.reshape(*W.shape[:-1], *self.layer.weight.shape[1:])
 
@@ -99,11 +84,8 @@ class LayerView(ABC):
 
     # -- inputs ------------------------------------------------------------------------------------
 
-    def output_size(
-        self,
-        image: Tensor,  # as `image` makes it
-    ) -> tuple[int, int]:
-        """Height and width of the layer's output."""
+    def output_size(self, image: Tensor) -> tuple[int, int]:
+        """Height and width of the layer's output for what `image` returns."""
         sizes = zip(image.shape[2:], self.kernel, self.dilation, self.stride, strict=True)
         height, width = ((size - d * (k - 1) - 1) // s + 1 for size, k, d, s in sizes)
         return height, width
@@ -117,12 +99,11 @@ class LayerView(ABC):
         """Floating-point operations of a call, two for a multiply-add."""
         return 2 * self.rows * self.columns * self.positions(x)
 
-    def unfolded(
-        self,
-        x: Tensor,
-        most_bytes: int,  # of a piece, unless a single image takes more
-    ) -> Iterator[Tensor]:  # pieces of (G, T, n·width of the output, kw·C)
-        """The image's T rows, each unfolded into patches of kw pixels, channel innermost."""
+    def unfolded(self, x: Tensor, most_bytes: int) -> Iterator[Tensor]:  # (G, T, n·Wo, kw·C) each
+        """The image's T rows unfolded along the width only, channel innermost.
+
+        Wo is the width of the output. A few images at a time: no more than `most_bytes`, or one.
+        """
         image = self.image(x)
         _, width = self.output_size(image)
         (_, kw), (_, stride), (_, dilation) = self.kernel, self.stride, self.dilation
@@ -189,20 +170,11 @@ class ConvView(LayerView):
         return y if len(self.layer.kernel_size) == 2 else y.squeeze(2)
 
     def resized(self, rows: int, channels: int, groups: int = 1) -> nn.Module:
-        layer = self.layer
-        return skip_init(
-            nn.Conv2d if len(layer.kernel_size) == 2 else nn.Conv1d,
-            channels * groups,
-            rows,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            groups,
-            bias=False,
-            padding_mode=layer.padding_mode,
-            device=layer.weight.device,
-        )
+        kind = nn.Conv2d if len(self.layer.kernel_size) == 2 else nn.Conv1d
+        names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        options = {name: getattr(self.layer, name) for name in names}
+        options |= {"groups": groups, "bias": False, "device": self.layer.weight.device}
+        return skip_init(kind, channels * groups, rows, **options)
 
 
 VIEWS: dict[type[nn.Module], type[LayerView]] = {
@@ -233,11 +205,8 @@ def innermost_order(shape: Sequence[int]) -> Tensor:  # (columns,) int64
     return torch.arange(math.prod(shape[1:])).view(shape[1], -1).T.flatten()
 
 
-def along_rows(
-    values: Tensor,  # (rows,) or (rows, 1)
-    weight: Tensor,  # (rows, …)
-) -> Tensor:  # (rows, 1, …)
-    """A value a row, to multiply a weight with."""
+def along_rows(values: Tensor, weight: Tensor) -> Tensor:  # (rows,) or (rows, 1) -> (rows, 1, …)
+    """One value a row, as it multiplies a weight (rows, …)."""
     return values.view(-1, *[1] * (weight.ndim - 1))
 
 
