@@ -1,20 +1,20 @@
-"""The layer-wise Hessian H = (2/N) Σ x xᵀ of a convolution or linear layer.
+"""The layer-wise Hessian H = (2/N) Σ x xᵀ of a convolution or a linear layer.
 
 OBC (arXiv 2208.11580), section 3: for the squared output error of one row of weights, the Hessian
 is the second moment of the inputs x that the row is multiplied with; it is the same for all rows
-(of a group, if the convolution is grouped). N counts images, whatever the number of positions in
-each.
+(of a group, if the convolution is grouped). N counts images, however many positions each has.
 
-For a convolution x is a patch. Patches overlap, so unfolding them all and multiplying does most of
-the work several times. Write a patch as kh rows of kw·C numbers each. The block of H for patch rows
-i and i' sums, over output rows y,
+For a convolution x is a patch. Patches overlap, so unfolding and multiplying them all would do most
+of the work several times. Write a patch as kh rows of kw·C numbers each. The block of H for patch
+rows i and i' is the sum, over output rows y, of
 
     F[s·y + δi]ᵀ F[s·y + δi']        F: the padded image, unfolded along its width only
 
-(stride s, dilation δ) and so depends on i only through the window of y it starts at, beside the lag
-δ(i' − i) and the phase δi mod s. All i of equal lag and phase share the rows in the middle of their
+(stride s, dilation δ). It depends on the lag δ(i' − i), the phase δi mod s and the place at which
+the window of rows starts. All i of equal lag and phase share the rows in the middle of their
 windows; only the few rows at the borders differ. This is exact for every padding and stride, needs
-kw copies of the image instead of kh·kw, and, for 3×3, 3 products of (3C)² instead of 9.
+kw copies of the image instead of kh·kw, and, for 3×3, 3 products of (3C)² instead of 9. Linear
+layers and 1-D convolutions are images of one row (`layers.py`), where there is nothing to share.
 
     symbol  shape            meaning
     C                        input channels of a group
@@ -36,30 +36,30 @@ from torch import Tensor, nn
 from obc.solver.layers import view
 from obc.solver.threads import Wait, at_once
 
-CHUNK_BYTES = 64 << 20  # an unfolded piece of a batch is no larger than this
-MIRRORED = 512  # columns at a time
-WAITING_BYTES = 16 << 20  # of products that wait for their turn
-NARROW = 128  # features; up to here a product a row is faster than one long product
+CHUNK_BYTES = 64 << 20  # of a piece of a batch, unfolded, unless one image takes more
+MIRRORED = 512  # columns that are mirrored at a time
+WAITING_BYTES = 16 << 20  # of products that wait to be added
+NARROW = 128  # features up to which a product for every image row is faster than one long product
 
 
 class Gram:
-    """Σ x xᵀ of one layer's inputs, batch after batch, for each of its groups."""
+    """Σ x xᵀ over a layer's inputs, batch after batch, for each of its groups."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.view = view(layer)
-        self.total: Tensor | None = None  # (G, d, d), blocks of kernel rows: the upper ones only
-        self.shards: Tensor | None = None  # the same, of shards of the images that have ended
+        self.total: Tensor | None = None  # (G, d, d); of the blocks (i, i') those with i ≤ i'
+        self.shards: Tensor | None = None  # the same, over the shards of the images that have ended
 
     def sums(self) -> Tensor:  # (G, d, d) float64
         """The sums so far, to add to."""
         if self.total is None:
             (G, d), device = (self.view.groups, self.view.columns), self.view.layer.weight.device
-            with torch.inference_mode(False):  # or nobody outside could add to them
+            with torch.inference_mode(False):  # else only inference mode could add to them
                 self.total = torch.zeros(G, d, d, dtype=torch.float64, device=device)
         return self.total
 
     def end_shard(self) -> None:
-        """Put the sums of a shard of the images to those of the shards before it."""
+        """End a shard of the images: add its sums to those of the shards before it."""
         if self.shards is None:
             self.shards, self.total = self.sums(), None
         else:
@@ -67,7 +67,7 @@ class Gram:
             self.total.zero_()
 
     def all_shards(self) -> None:
-        """Go on with the sums over all shards that have ended."""
+        """Continue with the sums over all shards that have ended."""
         if self.shards is not None:
             self.total, self.shards = self.shards, None
 
@@ -76,7 +76,7 @@ class Gram:
         inputs: Tensor,  # (n, G·C, …) for a convolution, (…, d) for a linear layer
         wait: Wait = at_once,  # until it is this batch's turn to be added
     ) -> None:
-        """Add one batch. Its products are made before it waits, unless they are many."""
+        """Add one batch. Its products are computed before waiting, unless they are too large."""
         if inputs.dtype in (torch.float16, torch.bfloat16):
             inputs = inputs.float()
         products, size = [], 0
@@ -97,7 +97,7 @@ class Gram:
             blocks[place] += product
 
     def _products(self, inputs: Tensor) -> Iterator[tuple[tuple, Tensor]]:
-        """What to add to the blocks of the sums for one batch, and to which of them."""
+        """The blocks to which one batch adds, and what it adds."""
         (kh, _), (stride, _), (dilation, _) = self.view.kernel, self.view.stride, self.view.dilation
         for F in self.view.unfolded(inputs, CHUNK_BYTES):
             height = (F.shape[1] - dilation * (kh - 1) - 1) // stride + 1
@@ -116,11 +116,11 @@ class Gram:
         return self._ordered(self.sums().clone())
 
     def take(self) -> Tensor:  # (G, d, d) float64
-        """The same, and start anew: for want of memory."""
+        """`matrix` without a copy; the sums start anew."""
         total, self.total = self.sums(), None
         return self._ordered(total)
 
-    def _ordered(self, total: Tensor) -> Tensor:  # changes its argument
+    def _ordered(self, total: Tensor) -> Tensor:  # overwrites its argument
         (kh, kw), (G, d, _) = self.view.kernel, total.shape
         blocks = mirrored(total).view(G, kh, kw, -1, kh, kw, d // (kh * kw))
         return blocks.permute(0, 3, 1, 2, 6, 4, 5).reshape(G, d, d)
@@ -129,7 +129,7 @@ class Gram:
 def mirrored(
     H: Tensor,  # (G, d, d), changed in place
 ) -> Tensor:  # H
-    """What is above the diagonal also below it: products need not be symmetric to the last bit."""
+    """Copy the upper triangle to the lower: products need not be symmetric to the last bit."""
     for first in range(0, H.shape[1], MIRRORED):
         columns = slice(first, first + MIRRORED)
         corner = H[:, columns, columns]
@@ -147,7 +147,7 @@ def window_products(
 ) -> list[Tensor]:  # for each start: (G, f, f)
     """Σ_y F[start + stride·y]ᵀ F[start + shift + stride·y] over y < height, for every start.
 
-    The rows that all windows have in common are multiplied once, the others once each.
+    The rows that all windows share are multiplied once for all, the others once each.
     """
 
     def product(first: int, count: int) -> Tensor:

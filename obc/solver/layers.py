@@ -24,6 +24,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -144,11 +145,10 @@ class ConvView(LayerView):
 
     def __init__(self, layer: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(layer)
-        self.groups = layer.groups
-        one_row = (1,) * (2 - len(layer.kernel_size))
-        self.kernel = one_row + layer.kernel_size
-        self.stride = one_row + layer.stride
-        self.dilation = one_row + layer.dilation
+        self.groups, self.one_row = layer.groups, len(layer.kernel_size) == 1
+        first = (1,) if self.one_row else ()
+        self.kernel, self.stride = first + layer.kernel_size, first + layer.stride
+        self.dilation = first + layer.dilation
 
     def image(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -162,15 +162,15 @@ class ConvView(LayerView):
         if any(sides):
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x = F.pad(x, sides, mode=mode)
-        return x if len(layer.kernel_size) == 2 else x.unsqueeze(2)
+        return x.unsqueeze(2) if self.one_row else x
 
     def call(self, x: Tensor, weight: Tensor) -> Tensor:
         kernels = weight.reshape(self.rows, self.channels, *self.kernel)
         y = F.conv2d(self.image(x), kernels, None, self.stride, 0, self.dilation, self.groups)
-        return y if len(self.layer.kernel_size) == 2 else y.squeeze(2)
+        return y.squeeze(2) if self.one_row else y
 
     def resized(self, rows: int, channels: int, groups: int = 1) -> nn.Module:
-        kind = nn.Conv2d if len(self.layer.kernel_size) == 2 else nn.Conv1d
+        kind = nn.Conv1d if self.one_row else nn.Conv2d
         names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         options = {name: getattr(self.layer, name) for name in names}
         options |= {"groups": groups, "bias": False, "device": self.layer.weight.device}
@@ -221,12 +221,8 @@ def forward_hooks(modules: Mapping[str, nn.Module], see: Call) -> Iterator[None]
 
     What `see` returns, unless it is None, takes the place of the output.
     """
-
-    def hook_of(name: str) -> Callable:
-        return lambda module, args, kwargs, output: see(name, module, args, kwargs, output)
-
     with ExitStack() as stack:
         for name, module in modules.items():
-            handle = module.register_forward_hook(hook_of(name), with_kwargs=True)
+            handle = module.register_forward_hook(partial(see, name), with_kwargs=True)
             stack.callback(handle.remove)
         yield
