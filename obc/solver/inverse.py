@@ -23,9 +23,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from obc.solver.allocator import give_back_freed_memory
 from obc.solver.errors import SingularHessian
-from obc.solver.threads import in_pieces, rows_of_a_piece
+from obc.solver.threads import give_back_freed_memory, in_pieces, rows_of_a_piece
 
 DEAD = 1e-20  # × mean(diag H): inputs with less than this are always zero, or as good as
 TOGETHER = 1 << 22  # numbers in the matrices that are inverted together

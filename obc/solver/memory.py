@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from obc.solver.allocator import give_back_freed_memory
 from obc.solver.elimination import bytes_per_system, bytes_per_task
 from obc.solver.errors import UserError
 from obc.solver.inverse import TOGETHER
+from obc.solver.threads import give_back_freed_memory
 
 MATRICES_OF_A_ROW = 1.5  # d×d, while a row's weights at many levels are made
 VECTORS_OF_A_LEVEL = 5  # of d, likewise
