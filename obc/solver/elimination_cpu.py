@@ -55,7 +55,7 @@ from torch import Tensor
 
 from obc.solver.threads import CACHE_BYTES, SpareBuffers, in_pieces, rows_of_a_piece
 
-CHUNK = 32  # scores that are searched together
+CHUNK = 32  # scores that are searched at a time
 EXACT = {"contract", "nsz"}  # sums in their own order
 REORDERED = {"contract", "reassoc"}
 
@@ -332,7 +332,7 @@ def close_panel(A, tile, rows, groups, U, steps):
 
 @compiled
 def score_units(rows, r, m):
-    """OBS's score of every unit, or what stands for it; infinite where barred."""
+    """The score of every unit, as `PivotRule.rank` gives it; infinite where barred."""
     w, D, floor, barred = rows.w[r], rows.D[r], rows.floor[r], rows.barred[r]
     scores = rows.scores
     if rows.unit > 1:
@@ -347,7 +347,7 @@ def score_units(rows, r, m):
 
 @compiled
 def score_roundings(w, diagonal, barred, grid, m, scores):
-    """Quantising: weights far outside of the grid go first, the farthest before all."""
+    """Quantising: weights far outside the grid go first, beginning with the farthest."""
     step, low, high, half = grid[0], grid[1], grid[2], grid[3]
     for i in range(m):
         e = w[i] - min(max(np.rint(w[i] / step), low), high) * step
@@ -358,7 +358,7 @@ def score_roundings(w, diagonal, barred, grid, m, scores):
 
 @compiled
 def score_blocks(w, D, floor, barred, units, scores):
-    """w_B (A_BB)⁻¹ w_Bᵀ of every block, by elimination of its own columns; all blocks at a time."""
+    """w_B (A_BB)⁻¹ w_Bᵀ of every block, by elimination of its columns; all blocks at a time."""
     c = len(D)
     block, z = D[:, :, :units].copy(), np.empty((c, units), dtype=w.dtype)
     for j in range(c):
@@ -374,7 +374,7 @@ def score_blocks(w, D, floor, barred, units, scores):
             for b in range(units):
                 factor = block[i, j, b] * block[j, j, b]
                 z[i, b] -= factor * z[j, b]
-                block[j, i, b] = factor  # the upper half is free
+                block[j, i, b] = factor  # the upper half is unused
             for h in range(j + 1, i + 1):
                 for b in range(units):
                     block[i, h, b] -= block[j, i, b] * block[h, j, b]
@@ -502,32 +502,32 @@ def move(w, D, floor, u, m, scale, moved):
 
 @compiled
 def vacancies(barred, m, unit):
-    """Positions alive that have to move, the holes that they move into, and how many are alive.
+    """Live positions that have to move, the holes that they move into, and how many are alive.
 
-    Of m positions those of barred units are gone. Sources and holes ascend, and whole units stay
-    together.
+    Of m positions, all are alive but those of barred units. Sources and holes ascend, and whole
+    units stay together.
     """
-    left = m
+    live = m
     for b in range(m // unit):
         if barred[b] == np.inf:
-            left -= unit
-    source = np.empty(m - left, dtype=np.int64)
-    hole = np.empty(m - left, dtype=np.int64)
+            live -= unit
+    source = np.empty(m - live, dtype=np.int64)
+    hole = np.empty(m - live, dtype=np.int64)
     moves = holes = 0
     for i in range(m):
         gone = barred[i // unit] == np.inf
-        if gone and i < left:
+        if gone and i < live:
             hole[holes] = i
             holes += 1
-        elif not gone and i >= left:
+        elif not gone and i >= live:
             source[moves] = i
             moves += 1
-    return source[:moves], hole[:moves], left
+    return source[:moves], hole[:moves], live
 
 
 @compiled
 def move_row(rows, r, source, hole):
-    """Move what a row has at each source to the hole."""
+    """Move a row's state from each source to its hole."""
     unit = rows.unit
     for x in range(len(source)):
         s, h = source[x], hole[x]
