@@ -37,7 +37,7 @@ from obc.solver import errors
 from obc.solver.errors import UserError
 
 PATIENCE = timedelta(minutes=30)
-PIECE = 1 << 22  # numbers of a sum that are sent together
+SUM_PIECE = 1 << 22  # numbers of a sum that are sent together
 CUT = 0.25  # × one process's share of all work: anything more expensive is divided among all
 
 
@@ -62,7 +62,7 @@ class World:
         """x ← ((x₀ + x₁) + x₂) + …, in place; x_r is rank r's (all contiguous, of one shape)."""
         if self.size == 1:
             return
-        for piece in x.view(-1).split(PIECE):
+        for piece in x.view(-1).split(SUM_PIECE):
             pieces = piece.new_empty(self.size, len(piece))
             with self._group() as group:
                 group.all_gather(list(pieces), piece)

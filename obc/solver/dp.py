@@ -51,7 +51,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BUCKETS = 10_000
-ROUNDING = 1e-9  # relative; float64 sums of costs in another order differ by less
+COST_ROUNDING = 1e-9  # relative; float64 sums of costs in another order differ by less
 
 
 class OverBudget(Exception):
@@ -119,7 +119,7 @@ def solve(
         raise OverBudget(least, budget)
     spare = budget - least
     affordable = [
-        layer.first(np.searchsorted(layer.excess, spare * (1 + ROUNDING), "right"))
+        layer.first(np.searchsorted(layer.excess, spare * (1 + COST_ROUNDING), "right"))
         for layer in layers
     ]
     bucket = min(spare, fsum(layer.excess[-1] for layer in affordable)) / buckets
@@ -173,7 +173,7 @@ def best_in_table(
     error, excess, came_from = fill_table(layers, shifts, width)
     lower = float(error.min())
     spare = budget - fsum(layer.costs[0] for layer in layers)
-    fits = np.flatnonzero(np.isfinite(error) & (excess <= spare + ROUNDING * budget))
+    fits = np.flatnonzero(np.isfinite(error) & (excess <= spare + COST_ROUNDING * budget))
     for j in fits[np.lexsort((excess[fits], error[fits]))]:
         picks = backtrack(came_from, shifts, int(j))
         if total_cost(layers, picks) <= budget:

@@ -28,7 +28,7 @@ from obc.solver.threads import give_back_freed_memory, in_pieces, rows_of_a_piec
 
 DEAD = 1e-20  # × mean(diag H): inputs with less are always zero, or might as well be
 TOGETHER = 1 << 22  # numbers in all matrices that are inverted at a time
-LADDER = tuple(10.0**exponent for exponent in range(-8, 1))  # damping, × mean(diag H)
+DAMPING_LADDER = tuple(10.0**exponent for exponent in range(-8, 1))  # damping, × mean(diag H)
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ def damped_inverse(
 
     Inputs that are always zero (H_pp = 0) are decoupled from the others. H counts as positive
     definite if it has a Cholesky factor and no H_pp (H⁻¹)_pp, the factor by which a pivot shrinks
-    during an elimination, exceeds what `dtype` resolves. Otherwise the smallest step of `LADDER`
-    that makes it so is added to the diagonal, per group. A few groups are inverted at a time, one
-    per thread: few matrices other than H are in memory, and bits do not depend on the threads.
+    during an elimination, exceeds what `dtype` resolves. Otherwise the smallest step of
+    `DAMPING_LADDER` that makes it so is added to the diagonal, per group. A few groups are inverted
+    at a time, one per thread: few matrices other than H are in memory, and bits do not depend on
+    the number of threads.
 
     Raises:
         SingularHessian: if no step does (H holds NaN or infinity).
@@ -85,7 +86,7 @@ def inverse_of_groups(H: Tensor, rel_damp: float, dtype: torch.dtype) -> Inverse
     matrix = torch.empty_like(H, dtype=dtype) if len(H) > 1 else None
     damping, mean = H.new_full((len(H),), rel_damp), H.diagonal(dim1=1, dim2=2).mean(1)
     pending, least = torch.ones_like(damping, dtype=torch.bool), torch.zeros_like(damping)
-    for step in (0.0, *LADDER):
+    for step in (0.0, *DAMPING_LADDER):
         tried = torch.nonzero(pending & (least <= step)).flatten()  # less cannot be enough
         if not len(tried):
             continue

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from obc.solver.threads import in_pieces
 
-ROWS_OF_A_PIECE = 64
-STEPS = 12  # of conjugate gradients
+ROWS_TOGETHER = 64
+CG_STEPS = 12  # of conjugate gradients
 CONVERGED = 1e-4  # × E: a further step that can be expected to gain less is not worth it
-NEGLIGIBLE = 1e-10  # × w H wᵀ: an E this small needs no step
+NEGLIGIBLE_ERROR = 1e-10  # × w H wᵀ: an E this small needs no step
 RESOLVED = 4 * torch.finfo(torch.float32).eps  # × Σ p_i² H_ii: less curvature is noise
 
 
@@ -47,14 +47,14 @@ def refined(
     """Weights of lower E, never of higher E; see the module docstring."""
     result, W = start.to(torch.float64, copy=True), W.double()
     diagonal = H.diagonal(dim1=1, dim2=2)[system]  # (R, d)
-    negligible = NEGLIGIBLE * dot(W, times(W[None], H, system)[0])
+    negligible = NEGLIGIBLE_ERROR * dot(W, times(W[None], H, system)[0])
     level = torch.arange(len(start), device=start.device)  # those still in work
     residual = times(W - result, H, system)
     error = dot(W - result, residual)  # 2 E
     residual *= free
     current, direction = result.clone(), precondition(residual, level) * free
     energy = dot(residual, direction)
-    for _ in range(STEPS):
+    for _ in range(CG_STEPS):
         active = (energy > CONVERGED * error) & (error > negligible)
         go_on = active.flatten(1).any(1)
         result[level] = current
@@ -108,7 +108,7 @@ def row_errors(
         units[piece] = (x @ H_of_piece * x).sum(2).view(units[piece].shape)
 
     if H.device.type == "cpu":
-        in_pieces(work, len(units), ROWS_OF_A_PIECE)
+        in_pieces(work, len(units), ROWS_TOGETHER)
     else:
         work(slice(None))
     return errors.flatten() / 2
