@@ -9,13 +9,13 @@ A grid of b bits has 2^b values; x is rounded to the nearest:
     z       zero      (rows, 1)   zero point, an integer, so that 0 is a grid value
     2^b−1   maxq      ()          highest code
 
-Ranges follow OBC (arXiv 2208.11580, section 6 and its published settings): starting from the
-min–max range, shrink factors p = 1.00, 0.99, … 0.21 are tried and the one of least Σ |x − Q(x)|^2.4
-is kept.
-Symmetric grids have z = 2^(b−1) and Δ = 2·max|x|·p/(2^b − 1).
+Ranges follow OBC (arXiv 2208.11580, section 6 and its published settings): of the shrink factors
+p = 1.00, 0.99, … 0.21 of the min–max range, the one of least Σ |x − Q(x)|^2.4 is chosen. Symmetric
+grids have z = 2^(b−1) and Δ = 2·max|x|·p/(2^b − 1).
 
-Grids live in the model as buffers beside the weights they belong to (`conv1.weight_quant.scale`,
-`conv1.act_quant.scale`), so that a state dict holds all there is to know about a quantised model.
+Grids are stored in the model as buffers next to the weights that they belong to
+(`conv1.weight_quant.scale`, `conv1.act_quant.scale`), so that a state dict describes a quantised
+model completely.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from obc.solver.threads import in_pieces
 
 SHRINK_FACTORS = tuple((100 - i) / 100 for i in range(80))  # 1.00, 0.99, … 0.21
 ERROR_POWER = 2.4
-SEARCH_SAMPLE = 1 << 18  # values of activations that the search of their range looks at
-ROWS_OF_A_PIECE = 64  # whose ranges are searched at a time, on a thread
+SEARCH_SAMPLE = 1 << 18  # activations that the search for their range uses
+ROWS_OF_A_PIECE = 64  # whose ranges are searched at a time on one thread
 WEIGHT_GRID, ACTIVATION_GRID = "weight_quant", "act_quant"
 
 
@@ -63,7 +63,7 @@ def _scale_and_zero(
     bits: int,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor]:  # (rows, 1) each
-    """Step and zero point of the grid that spans a range. A range of nothing gets a step of 1."""
+    """Step and zero point of the grid that spans a range. An empty range gets a step of 1."""
     maxq = 2**bits - 1
     if symmetric:
         high = torch.maximum(-low, high)
@@ -78,15 +78,15 @@ def fit_grid(
     x: Tensor,  # (rows, d): a grid for each row
     bits: int,
     symmetric: bool = True,
-    search: bool = True,  # for the range of least error, else min–max
-    sample: Tensor | None = None,  # (rows, n) values of x that the search looks at; all if None
+    search: bool = True,  # for the range of least error; else min–max
+    sample: Tensor | None = None,  # (rows, n) values of x that the search uses; all if None
 ) -> Grid:
-    """The grid for x, per row, with its range found as in the module docstring."""
+    """The grid for x, per row, with the range described in the module docstring."""
     scale, zero = (x.new_empty(len(x), 1) for _ in range(2))
 
     def work(rows: slice) -> None:
-        looked_at = (x if sample is None else sample)[rows]
-        scale[rows], zero[rows] = _fitted(x[rows], bits, symmetric, search, looked_at)
+        values = (x if sample is None else sample)[rows]
+        scale[rows], zero[rows] = _fitted(x[rows], bits, symmetric, search, values)
 
     if x.device.type == "cpu":
         in_pieces(work, len(x), ROWS_OF_A_PIECE)
@@ -133,7 +133,7 @@ def fit_weight_grid(
 def fit_activation_grid(x: Tensor, bits: int, symmetric: bool = False, search: bool = True) -> Grid:
     """One grid for a tensor of any shape; its scale has shape ().
 
-    Of a large tensor the search sees `SEARCH_SAMPLE` values, drawn with a fixed seed.
+    For a large tensor the search uses `SEARCH_SAMPLE` values, drawn with a fixed seed.
     """
     x, sample = x.reshape(1, -1), None
     if x.shape[1] > SEARCH_SAMPLE:
@@ -150,7 +150,7 @@ def set_weight_grid(layer: nn.Module, grid: Grid) -> None:
 
 
 def set_activation_grid(layer: nn.Module, grid: Grid) -> None:
-    """Make a layer round its input to a grid, from now on."""
+    """Make a layer round its input to a grid from now on."""
     if _round_input not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(_round_input)
     layer.add_module(ACTIVATION_GRID, grid)
@@ -162,33 +162,32 @@ def _round_input(layer: nn.Module, args: tuple) -> tuple:
 
 
 def clear_grids(layer: nn.Module) -> None:
-    """Take a layer's grids away; its weights stay as they are."""
+    """Remove a layer's grids; its weights stay as they are."""
     for name in (WEIGHT_GRID, ACTIVATION_GRID):
         layer._modules.pop(name, None)
 
 
 def restore_grids(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a model (or one layer) the grids that a state dict speaks of, so that it can be loaded.
+    """Give a model (or one layer) the grids in a state dict, so that this can be loaded.
 
     Raises:
-        AttributeError: if the state dict names a layer that the model has not.
-        KeyError: if a grid in the state dict is not complete.
-        ValueError: if it is no grid for that layer.
+        AttributeError: if the model lacks a layer that the state dict names.
+        KeyError: if a grid in the state dict is incomplete.
+        ValueError: if a grid does not fit its layer.
     """
     setters = {WEIGHT_GRID: set_weight_grid, ACTIVATION_GRID: set_activation_grid}
     for key in state:
-        name, _, part = key.rpartition(".")
+        name, _, attribute = key.rpartition(".")
         layer_name, _, kind = name.rpartition(".")
-        if kind in setters and part == "scale":
+        if kind in setters and attribute == "scale":
             layer = model.get_submodule(layer_name)
-            parts = [state[f"{name}.{part}"] for part in ("scale", "zero", "maxq")]
-            rows = len(layer.weight) if kind == WEIGHT_GRID else None
-            check_grid(name, rows, *parts)
-            setters[kind](layer, Grid(*(part.to(layer.weight.device).clone() for part in parts)))
+            buffers = [state[f"{name}.{buffer}"] for buffer in ("scale", "zero", "maxq")]
+            check_grid(name, len(layer.weight) if kind == WEIGHT_GRID else None, *buffers)
+            setters[kind](layer, Grid(*(x.to(layer.weight.device).clone() for x in buffers)))
 
 
 def check_grid(name: str, rows: int | None, scale: Tensor, zero: Tensor, maxq: Tensor) -> None:
-    """Raise a ValueError unless these are a grid: of (rows, 1), or of () where rows is None."""
+    """Raise a ValueError unless these are a grid of shape (rows, 1), or () if rows is None."""
     shape = () if rows is None else (rows, 1)
     if scale.shape != shape or zero.shape != shape or maxq.shape != ():
         raise ValueError(f"{name} has the wrong shape")
@@ -199,7 +198,7 @@ def check_grid(name: str, rows: int | None, scale: Tensor, zero: Tensor, maxq: T
 
 
 def put_layer(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a layer the weight, bias and grids in `tensors`, and no other grids."""
+    """Give a layer the weight, the bias and the grids in `tensors`, and no other grids."""
     clear_grids(layer)
     with torch.no_grad():
         layer.weight.copy_(tensors["weight"])

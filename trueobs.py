@@ -25,9 +25,25 @@ import torch
 from torch import Tensor, nn
 
 from obc.solver.distributed import ALONE, World
-from obc.solver.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
+from obc.solver.elimination import (
+    NM,
+    ORDERS,
+    Blocks,
+    PivotRule,
+    Quantise,
+    Trace,
+    Unstructured,
+    eliminate,
+)
 from obc.solver.hessian import Gram
-from obc.solver.inverse import Inverse, alive_inputs, badly_scaled, damped_inverse, without
+from obc.solver.inverse import (
+    Inverse,
+    alive_inputs,
+    badly_scaled,
+    damped_inverse,
+    identity,
+    without,
+)
 from obc.solver.layers import view
 from obc.solver.levels import Undamped, completed, first_counts, weights_at
 from obc.solver.memory import batches_of, default_memory, layer_needs
@@ -85,9 +101,13 @@ class TrueOBS:
         rel_damp: float = 0.0,  # × mean(diag H), added to the diagonal
         memory: int | None = None,  # bytes the solver may use; default: half of what is free
         world: World = ALONE,  # the processes that share the rows, if there are several
+        order: str = "obs",  # of removal; "magnitude" and "nearest" take H for 1: baselines
     ) -> None:
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order}")
         self.layer, self.view, self.rel_damp, self.world = layer, view(layer), rel_damp, world
         self.rows, self.columns, self.groups = self.view.rows, self.view.columns, self.view.groups
+        self.order = order
         self.memory = memory or default_memory(layer.weight.device)
         self.nsamples = 0
         self.gram: Gram | None = Gram(layer)
@@ -153,7 +173,10 @@ class TrueOBS:
         if innermost:
             order = self.view.innermost.to(W.device)
             W, alive, H = W[:, order], alive[:, order], H[:, order[:, None], order]
-        inverse, pruned = damped_inverse(H, self.rel_damp, W.dtype), (W == 0) & alive
+        if self.order == "obs":
+            inverse, pruned = damped_inverse(H, self.rel_damp, W.dtype), (W == 0) & alive
+        else:  # H counts as 1, and no row needs an inverse of its own
+            inverse, pruned = identity(H, W.dtype), torch.zeros_like(alive)
         self.damping, self.rank_deficit = float(inverse.damping.max()), int(inverse.deficit.max())
         apart = choose_apart(pruned) if choose_apart else pruned.new_zeros(self.rows)
         return Snapshot(W, pruned, apart, H, group, inverse, innermost)

@@ -24,8 +24,8 @@ from torch import nn
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from obc.solver.allocator import give_back_freed_memory
 from obc.solver.memory import layer_needs
+from obc.solver.threads import give_back_freed_memory
 from obc.toolkit import cli, records
 from obc.toolkit.levelfile import LevelFile
 from trueobs import TrueOBS

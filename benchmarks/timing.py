@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from obc.inputs import files
-from obc.solver import devices, errors
+from obc.solver import errors
+from obc.solver.distributed import resolve_device
 from obc.solver.inverse import Inverse, damped_inverse
 from obc.toolkit import cli, records
 
@@ -47,7 +48,7 @@ def start(args: argparse.Namespace) -> torch.device:
     """Check --out and --device before any work."""
     if args.out:
         files.check_writable(args.out)
-    return devices.resolve_device(args.device)
+    return resolve_device(args.device)
 
 
 def finish(

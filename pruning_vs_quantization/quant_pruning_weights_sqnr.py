@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from modelutils import CIFAR_BLOCKS, TORCHVISION_ALIASES, find_layers
-from obc.solver.devices import resolve_device
+from obc.solver.distributed import resolve_device
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, records
 from obc.toolkit.leveldb import model_tag

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from datautils import DATASETS
-from obc.solver.devices import resolve_device
+from obc.solver.distributed import resolve_device
 from obc.solver.errors import UserError
 from obc.toolkit import cli
 from obc.toolkit.leveldb import model_tag

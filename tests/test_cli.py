@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from obc.inputs import files
-from obc.solver import devices, errors
+from obc.solver import errors
+from obc.solver.distributed import resolve_device
 from obc.toolkit import cli, records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,10 +134,10 @@ def test_resolve_device(gpus, text, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     if expected.startswith("--"):
         with pytest.raises(errors.UserError) as caught:
-            devices.resolve_device(text)
+            resolve_device(text)
         assert str(caught.value).startswith(expected)
     else:
-        assert devices.resolve_device(text) == torch.device(expected)
+        assert resolve_device(text) == torch.device(expected)
 
 
 # -------------------------------------------------------------------------------- errors

@@ -57,7 +57,7 @@ def test_every_row_has_one_owner(size):
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_dear_pieces_are_divided_and_the_rest_is_even():
+def test_expensive_pieces_are_divided_and_the_rest_is_even():
     costs = {"huge": 1000.0, **{f"{i}": float(i) for i in range(1, 30)}}
     owners = deal(costs, 4)
     assert owners["huge"] is None

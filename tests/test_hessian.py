@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from obc.solver import hessian
 from obc.solver.errors import SingularHessian
 from obc.solver.hessian import Gram
-from obc.solver.inverse import LADDER, damped_inverse, rank_deficit, without
+from obc.solver.inverse import DAMPING_LADDER, damped_inverse, rank_deficit, without
 
 TOLERANCE = 1e-9
 
@@ -235,7 +235,7 @@ def test_ladder_takes_the_smallest_step_that_works(dtype: torch.dtype, r: int) -
     H = rank(20, r)
     inverse = damped_inverse(H, dtype=dtype)
     step = float(inverse.damping)
-    assert step in LADDER and inverse.deficit.tolist() == [20 - r]
+    assert step in DAMPING_LADDER and inverse.deficit.tolist() == [20 - r]
     mean = np.diag(H[0]).mean()
 
     def works(damping: float) -> bool:  # the definition in the docstring, by numpy
@@ -246,7 +246,7 @@ def test_ladder_takes_the_smallest_step_that_works(dtype: torch.dtype, r: int) -
         return shrink.max() < 1e-2 / torch.finfo(dtype).eps
 
     assert works(step)
-    assert not any(works(smaller) for smaller in LADDER if smaller < step)
+    assert not any(works(smaller) for smaller in DAMPING_LADDER if smaller < step)
     wanted = np.linalg.inv(H[0].numpy() + step * mean * np.eye(20))
     assert_close(inverse.matrix[0], wanted, 1e-6)
 
@@ -267,7 +267,7 @@ def test_damping_is_the_smallest_of_the_ladder_that_works(seed: int, rel_damp: f
 def smallest(H: Tensor, rel_damp: float) -> float:
     """Damping, by trying every step in turn."""
     limit = 1e-2 / torch.finfo(torch.float32).eps
-    for step in (0.0, *LADDER):
+    for step in (0.0, *DAMPING_LADDER):
         trial = H + (rel_damp + step) * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
         factor, info = torch.linalg.cholesky_ex(trial)
         if info == 0:

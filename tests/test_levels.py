@@ -11,7 +11,7 @@ from torch import Tensor
 from obc.solver import levels
 from obc.solver.elimination import Unstructured, eliminate
 from obc.solver.inverse import Inverse, damped_inverse
-from obc.solver.levels import BLOCK, Leading, factorise, first_counts, gathered, weights_at
+from obc.solver.levels import BLOCK, LeadingBlocks, factorise, first_counts, gathered, weights_at
 from obc.solver.threads import in_pieces, rows_of_a_piece
 
 SIZES = [1, 2, BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 1]
@@ -21,7 +21,7 @@ SIZES = [1, 2, BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 1]
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to take a matrix apart."""
     if request.param == "torch":
-        monkeypatch.setattr(levels, "compiled", lambda name: None)
+        monkeypatch.setattr(levels, "compiled_engine", lambda: None)
 
 
 def hessian(d: int, seed: int = 0) -> Tensor:  # (1, d, d)
@@ -112,16 +112,16 @@ def barely_positive(order: Tensor) -> Tensor:  # (d,) -> (d, d) float32
 def test_float64_where_float32_does_not_carry(d):
     order, counts = orders(1, d), torch.tensor([[d]])
     bad = barely_positive(order[0])
-    part = Leading(bad[None], None, torch.tensor([0]), order, counts, torch.float32)
+    part = LeadingBlocks(bad[None], None, torch.tensor([0]), order, counts, torch.float32)
     o = order[0]
     assert part.L.dtype == torch.float64
     torch.testing.assert_close(
         part.L[0].tril() @ part.L[0].tril().T, bad.double()[o][:, o], rtol=0, atol=1e-12
     )
-    good = Leading(hessian(d).float(), None, torch.tensor([0]), order, counts, torch.float32)
+    good = LeadingBlocks(hessian(d).float(), None, torch.tensor([0]), order, counts, torch.float32)
     assert good.L.dtype == torch.float32
     with pytest.raises(ArithmeticError, match="not positive definite; try --rel-damp"):
-        Leading(-hessian(d), None, torch.tensor([0]), order, counts, torch.float32)
+        LeadingBlocks(-hessian(d), None, torch.tensor([0]), order, counts, torch.float32)
 
 
 def test_halves_are_only_made_where_a_level_asks_for_them():
@@ -129,8 +129,10 @@ def test_halves_are_only_made_where_a_level_asks_for_them():
     inverse, order = damped_inverse(H), orders(1, 20)
     sizes = []
     for gone in (0, 4, 10, 11, 20):
-        kept = levels.Kept(inverse, H, torch.tensor([0]), order, torch.tensor([[0], [gone]]))
-        sizes.append((kept.gone.size, kept.kept.size))
+        solver = levels.LevelSolver(
+            inverse, H, torch.tensor([0]), order, torch.tensor([[0], [gone]])
+        )
+        sizes.append((solver.removed.size, solver.remaining.size))
     assert sizes == [(0, 0), (4, 0), (10, 0), (0, 9), (0, 0)]
 
 

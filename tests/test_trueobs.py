@@ -28,6 +28,8 @@ from oracles import (
     decouple_dead,
     global_selection_oracle,
     hessian_oracle,
+    magnitude_nm_oracle,
+    magnitude_oracle,
     masked_least_squares,
     nm_oracle,
     quantise_oracle,
@@ -38,7 +40,6 @@ from oracles import (
 from torch import Tensor, nn
 
 from obc.solver import elimination, levels
-from obc.solver.compiled import compiled
 from obc.solver.elimination import (
     NM,
     Blocks,
@@ -46,12 +47,13 @@ from obc.solver.elimination import (
     Quantise,
     Trace,
     Unstructured,
+    compiled_engine,
     eliminate,
     eliminate_in_torch,
 )
 from obc.solver.inverse import damped_inverse
 from obc.solver.levels import first_counts
-from obc.solver.threads import Spare
+from obc.solver.threads import SpareBuffers
 from quant import Grid, fit_weight_grid
 from trueobs import TrueOBS
 
@@ -199,7 +201,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Both engines, the compiled one for CPUs and the one for any device."""
     if request.param == "torch":
         for module in (elimination, levels):
-            monkeypatch.setattr(module, "compiled", lambda name: None)
+            monkeypatch.setattr(module, "compiled_engine", lambda: None)
 
 
 @pytest.mark.usefixtures("engine")
@@ -399,7 +401,7 @@ def run_engine(mode: EngineMode, panel: int, engine: str) -> tuple[Trace, Array,
     system = torch.tensor([0, 1, 1, 0, 1])
     given_W = torch.from_numpy(W)[:, None]
     before = given_W.clone(), inverse.matrix.clone()
-    assert engine == "torch" or compiled("elimination_cpu") is not None
+    assert engine == "torch" or compiled_engine() is not None
     run = eliminate if engine == "compiled" else eliminate_in_torch
     trace = run(given_W, inverse, system, mode.rule(5), mode.steps, panel)
     assert torch.equal(before[0], given_W) and torch.equal(before[1], inverse.matrix)
@@ -422,14 +424,14 @@ def test_engine_is_the_oracle_for_every_panel_width(name: str, engine: str, pane
 @pytest.fixture
 def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is read before it was written shows, in memory that is handed on, too."""
-    lent = Spare.lent
+    lent = SpareBuffers.lent
 
     @contextmanager
-    def with_nan(spare: Spare, name: str, *shape: int) -> Iterator[Tensor]:
+    def with_nan(spare: SpareBuffers, name: str, *shape: int) -> Iterator[Tensor]:
         with lent(spare, name, *shape) as buffer:
             yield buffer.fill_(torch.nan)
 
-    monkeypatch.setattr(Spare, "lent", with_nan)
+    monkeypatch.setattr(SpareBuffers, "lent", with_nan)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -437,12 +439,12 @@ def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("nan_in_new_memory")
 @pytest.mark.parametrize("tile", [1, 3, 8, 16, D - 1])
-@pytest.mark.parametrize("name", sorted(ENGINE.keys() - {"2:4"}))
+@pytest.mark.parametrize("name", ENGINE)
 def test_engine_is_the_oracle_for_every_tile(
     name: str, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of A is stored; which half depends on the tile."""
-    monkeypatch.setattr(compiled("elimination_cpu"), "tile_of", lambda d: tile)
+    monkeypatch.setattr(compiled_engine(), "tile_of", lambda d: tile)
     mode = ENGINE[name]
     trace, W, H = run_engine(mode, 4, "compiled")
     for r in range(len(W)):
@@ -451,14 +453,10 @@ def test_engine_is_the_oracle_for_every_tile(
         assert_close(trace.weights[r, 0], oracle.weights)
 
 
-@pytest.mark.parametrize("in_cache", [0, 1 << 40])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (7, 8), (4, 4), (0, 4)])
 @pytest.mark.parametrize("d", [8, 240, 512])
-def test_compiled_nm_is_that_in_torch_on_sparse_rows(
-    d: int, n: int, m: int, in_cache: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights that are zero go first, all with the same score; more columns than may be active."""
-    monkeypatch.setattr(compiled("nm_cpu"), "IN_CACHE", in_cache)
+def test_compiled_nm_is_that_in_torch_on_sparse_rows(d: int, n: int, m: int) -> None:
+    """Weights that are zero go first, all with the same score."""
     H, generator = spd(d, 5), torch.Generator().manual_seed(0)
     W = torch.randn(3, 1, d, dtype=torch.float64, generator=generator)
     W[:2, :, ::m] = 0
@@ -481,28 +479,6 @@ def test_columns_that_are_not_whole_groups_are_refused() -> None:
     for rule in (NM(1, 4, 1, 10, W.device), Blocks(4)):
         with pytest.raises(ValueError, match="10 columns are not whole groups or blocks"):
             eliminate(W, inverse, system, rule, 4)
-
-
-@pytest.mark.usefixtures("nan_in_new_memory")
-@pytest.mark.parametrize(
-    ("in_cache", "ahead", "idle"),
-    [(0, 0.3, 0.3), (0, 0.5, 2), (0, 1, 1), (0, 4, 8), (1 << 40, 0, 0)],
-)
-def test_nm_is_the_oracle_however_many_columns_are_made_ahead(
-    in_cache: int, ahead: float, idle: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From none, or a single active column at a time, to all of them."""
-    module = compiled("nm_cpu")
-    monkeypatch.setattr(module, "IN_CACHE", in_cache)
-    monkeypatch.setattr(module, "AHEAD", ahead)
-    monkeypatch.setattr(module, "IDLE", idle)
-    mode = ENGINE["2:4"]
-    trace, W, H = run_engine(mode, 4, "compiled")
-    for r in range(len(W)):
-        oracle = mode.oracle(W[r], H[r])
-        assert trace.order[r].tolist() == oracle.order
-        assert_close(trace.losses[r], oracle.losses)
-        assert_close(trace.weights[r, 0], oracle.weights)
 
 
 @pytest.mark.parametrize("panel", [1, 7, D + 50])
@@ -692,6 +668,104 @@ def test_identity_hessian_gives_round_to_nearest(bits: int) -> None:
     grid = fit_weight_grid(torch.from_numpy(it.W), bits)
     quantised(it, bits)
     assert_close(it.layer.weight.detach(), grid(torch.from_numpy(it.W)).numpy())
+
+
+# ------------------------------------------------------------------- orders that ignore the Hessian
+
+
+def baseline_case(name: str, order: str, sparse: float, dead: bool) -> Case:
+    make, shape = LAYERS[name]
+    x = random_inputs(shape)
+    if dead:
+        x.movedim(-1 if name == "linear" else 1, 0)[2] = 0
+    it = case_of(make(), x, sparse)
+    it.obs.order = order
+    return it
+
+
+@pytest.mark.parametrize(("sparse", "dead"), [(0.0, False), (0.4, False), (0.0, True)])
+@pytest.mark.parametrize("name", ["conv", "groups", "depthwise", "linear"])
+def test_magnitude_order_is_the_oracle(name: str, sparse: float, dead: bool) -> None:
+    """The smallest weights, blocks or structures go; the others keep their dense values."""
+    it = baseline_case(name, "magnitude", sparse, dead)
+    rows, d = it.W.shape
+    it.obs.prepare_unstr()
+    for sparsity, weight in zip(SPARSITIES, it.obs.prune_unstr(SPARSITIES), strict=True):
+        np.testing.assert_array_equal(
+            it.weights(weight), magnitude_oracle(it.W[:, None], sparsity)[:, 0]
+        )
+    assert_close(it.obs.Losses.sum(1), (it.W**2).sum(1) / 2)
+    groups = it.obs.groups
+    structures = it.W.reshape(groups, rows // groups, d)
+    for size in (1, 3 if d % 3 == 0 else 4):
+        for sparsity in (0.3, 0.7):
+            weight = it.weights(it.obs.prune_struct([sparsity], size)[0])
+            wanted = magnitude_oracle(structures, sparsity, size)
+            np.testing.assert_array_equal(weight, wanted.reshape(rows, d))
+    if d % 4 == 0:
+        innermost = it.W[:, it.innermost]
+        it.obs.prepare_blocked(4)
+        for sparsity, weight in zip(SPARSITIES, it.obs.prune_blocked(SPARSITIES), strict=True):
+            wanted = magnitude_oracle(innermost[:, None], sparsity, 4)[:, 0]
+            np.testing.assert_array_equal(it.weights(weight)[:, it.innermost], wanted)
+        for n, m in ((2, 4), (0, 4), (1, 2), (4, 4)):
+            it.layer.weight.data.copy_(torch.from_numpy(it.W).view_as(it.layer.weight))
+            it.obs.nmprune(n, m)
+            wanted = magnitude_nm_oracle(innermost, n, m)
+            np.testing.assert_array_equal(it.weights()[:, it.innermost], wanted)
+    assert it.obs.damping == it.obs.rank_deficit == 0
+
+
+@pytest.mark.parametrize(("sparse", "dead"), [(0.0, False), (0.4, False), (0.0, True)])
+@pytest.mark.parametrize("name", ["conv", "groups", "depthwise", "linear"])
+def test_nearest_order_rounds_each_weight_on_its_own(name: str, sparse: float, dead: bool) -> None:
+    for bits in (2, 3, 8):
+        it = baseline_case(name, "nearest", sparse, dead)
+        it.obs.quantizer = fit_weight_grid(torch.from_numpy(it.W), bits)
+        it.obs.quantize()
+        for r, (w, rounded) in enumerate(zip(it.W, it.weights(), strict=True)):
+            values = float(it.obs.quantizer.scale[r]) * (
+                np.arange(2**bits) - float(it.obs.quantizer.zero[r])
+            )
+            assert_close(np.abs(rounded[:, None] - values).min(1), np.zeros_like(w))
+            distance = np.abs(w[:, None] - values).min(1)  # the largest weight is halfway
+            assert_close(np.abs(rounded - w), distance)
+
+
+def test_an_order_needs_no_sound_hessian_and_says_who_runs_it(caplog) -> None:
+    x = random_inputs((6, 1, 40))[:, 0]  # 6 inputs for 40 columns
+    it = case_of(nn.Linear(40, 5), x)
+    it.obs.order = "magnitude"
+    elimination.log_uncompiled.cache_clear()
+    with caplog.at_level("INFO", logger="trueobs"):
+        it.obs.prepare_unstr()
+        it.obs.prepare_unstr()
+    assert [record.getMessage() for record in caplog.records] == [
+        "an order that ignores the Hessian has no compiled form: PyTorch runs it"
+    ]
+    wanted = magnitude_oracle(it.W[:, None], 0.5)[:, 0]
+    np.testing.assert_array_equal(it.weights(it.obs.prune_unstr([0.5])[0]), wanted)
+    with pytest.raises(ValueError, match="order must be one of obs, magnitude, nearest; got best"):
+        TrueOBS(it.layer, order="best")
+
+
+def test_a_rule_without_a_compiled_form_is_named_once(caplog) -> None:
+    class LastFirst(PivotRule):
+        """The last column goes first."""
+
+        def rank(self, scores: Tensor, error: Tensor) -> Tensor:
+            place = -torch.arange(scores.shape[1], dtype=scores.dtype)
+            return torch.where(scores < torch.inf, place, scores)
+
+    inverse = damped_inverse(torch.from_numpy(spd(8, 1))[None], dtype=torch.float64)
+    W, system = torch.ones(1, 1, 8, dtype=torch.float64), torch.tensor([0])
+    with caplog.at_level("INFO", logger="trueobs"):
+        for _ in range(2):
+            trace = eliminate(W, inverse, system, LastFirst(), 3, panel=8)
+    assert trace.order.tolist() == [[7, 6, 5]]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the rule LastFirst has no compiled form: PyTorch runs it"
+    ]
 
 
 def test_levels_belong_to_the_weights_that_were_prepared() -> None:

@@ -12,30 +12,30 @@ SPDY (Frantar & Alistarh, arXiv 2201.13096), as used by OBC (arXiv 2208.11580).
     δ       bucket    ()                 what one step costs
     f       error     (K + R + 1,)       f(j) = least error of the layers so far at rounded cost j
 
-Costs have to be whole numbers for dynamic programming. What every layer costs at its cheapest level
-is spent whatever we choose, so only the rest of the budget, S = B − Σ_i min c_i, is divided:
-δ = S/K, finer than B/K and such that the cheapest profile costs exactly 0 steps. Excess costs are
-rounded to the *nearest* step, k_i(l) = round((c_i(l) − min c_i)/δ), and
+Dynamic programming needs integer costs. The costs of all layers at their cheapest levels are spent
+in any case, so only the rest of the budget, S = B − Σ_i min c_i, is divided into steps: δ = S/K,
+which is finer than B/K, and the cheapest profile costs exactly 0 steps. Excess costs are rounded to
+the *nearest* step, k_i(l) = round((c_i(l) − min c_i)/δ), and
 
     f_i(j) = min over l of  f_{i−1}(j − k_i(l)) + e_i(l)
 
-is exact for them, for all j at once. Beside f(j) stands the true cost of its profile. The profile
-that is returned is the best of all entries, also of those above K, whose *true* cost is within B;
-single levels are then raised while what is left allows.
+is exact for these, for all j at once. The true cost of each profile is stored with f(j). The
+profile that is returned is the best of all entries, including those above K, whose *true* cost is
+within B; then single levels are raised as long as the remaining budget allows it.
 
-Rounding to the nearest is right half of the time in each direction, but a minimum prefers what was
-rounded down: the lowest entries overspend and are passed over. Rounding up, they never would, and
-waste instead. With true costs kept, either ends within 10⁻⁴ of the errors' range above the optimum
-(50 layers × 40 levels, K = 10,000). There the nearest is about twice as close; below K of some 500,
-rounding up is.
+Rounding to the nearest errs in both directions equally often, but a minimum prefers costs that were
+rounded down: the lowest entries overspend and are passed over. Rounding up would never overspend,
+but waste budget. With true costs, either ends within 10⁻⁴ of the errors' range above the optimum
+(50 layers × 40 levels, K = 10,000). There, rounding to the nearest is about twice as close; below
+K of about 500, rounding up is.
 
-How far from the optimum can that be? With R = Σ_i max over l of (k_i(l) − (c_i(l) − min c_i)/δ),
-at most half a step per layer, every profile that truly fits costs at most K + R steps, so none has
-an error below min f(j) over j ≤ K + R. `Choice.gap` is the distance to that bound: not an estimate,
-and 0 where the choice is proved optimal.
+How far from the optimum can the result be? With R = Σ_i max over l of
+(k_i(l) − (c_i(l) − min c_i)/δ), at most half a step per layer, every profile that truly fits costs
+at most K + R steps, so none has an error below min f(j) over j ≤ K + R. `Choice.gap` is the
+distance to that bound: it is not an estimate, and it is 0 where the choice is proved optimal.
 
-Deviations from SPDY: only what there is to choose about is divided into buckets; profiles are held
-to their true costs; the bound.
+Deviations from SPDY: only the excess over the cheapest profile is divided into buckets; profiles
+are held to their true costs; the bound.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BUCKETS = 10_000
-ROUNDING = 1e-9  # float64 sums of costs in another order: a relative difference below this
+COST_ROUNDING = 1e-9  # relative; float64 sums of costs in another order differ by less
 
 
 class OverBudget(Exception):
-    """Even the cheapest profile costs more than the budget; `least` is what it costs."""
+    """Even the cheapest profile costs more than the budget; `least` is its cost."""
 
     def __init__(self, least: float, budget: float) -> None:
         super().__init__(f"the cheapest choice costs {least:g}, more than the budget {budget:g}")
@@ -76,14 +76,14 @@ class Choice:
 
     levels: list[int]
     cost: float  # at most the budget
-    error: float  # objective
-    gap: float  # discretisation error: no choice within the budget has an error < error − gap
+    error: float  # the objective
+    gap: float  # due to discretisation: no choice within the budget has an error < error − gap
     slack: float  # budget − cost
     bucket: float  # δ
 
 
 @dataclass(frozen=True)
-class _Frontier:
+class Frontier:
     """The levels of a layer worth choosing: error falls as cost rises."""
 
     levels: Ints  # (n,)
@@ -94,8 +94,8 @@ class _Frontier:
     def excess(self) -> Floats:  # (n,) above the cheapest
         return self.costs - self.costs[0]
 
-    def first(self, count: int) -> _Frontier:
-        return _Frontier(self.levels[:count], self.costs[:count], self.errors[:count])
+    def first(self, count: int) -> Frontier:
+        return Frontier(self.levels[:count], self.costs[:count], self.errors[:count])
 
 
 def solve(
@@ -104,7 +104,7 @@ def solve(
     budget: float,
     buckets: int = BUCKETS,
 ) -> Choice:
-    """The choice of least error within `budget`, to within `Choice.gap`; of equals, the cheaper.
+    """The choice of least error within `budget`, up to `Choice.gap`; of equals, the cheaper one.
 
     Raises OverBudget if nothing fits, NoFiniteError for a layer without a level to choose, and
     ValueError for costs that are negative or not finite, shapes that differ, or a NaN budget.
@@ -113,19 +113,19 @@ def solve(
         raise ValueError(f"costs of {len(costs)} layers, errors of {len(errors)}")
     if np.isnan(budget) or buckets < 1:
         raise ValueError(f"budget {budget} in {buckets} buckets")
-    layers = [_frontier(i, c, e) for i, (c, e) in enumerate(zip(costs, errors, strict=True))]
+    layers = [frontier(i, c, e) for i, (c, e) in enumerate(zip(costs, errors, strict=True))]
     least = fsum(layer.costs[0] for layer in layers)
     if least > budget:
         raise OverBudget(least, budget)
     spare = budget - least
     affordable = [
-        layer.first(np.searchsorted(layer.excess, spare * (1 + ROUNDING), "right"))
+        layer.first(np.searchsorted(layer.excess, spare * (1 + COST_ROUNDING), "right"))
         for layer in layers
     ]
     bucket = min(spare, fsum(layer.excess[-1] for layer in affordable)) / buckets
-    picks, lower, error = _discrete(affordable, budget, bucket, buckets)
-    picks, gained = _spend_rest(affordable, picks, budget)
-    cost = _total(affordable, picks)
+    picks, lower, error = best_in_table(affordable, budget, bucket, buckets)
+    picks, gained = spend_rest(affordable, picks, budget)
+    cost = total_cost(affordable, picks)
     return Choice(
         levels=[int(layer.levels[p]) for layer, p in zip(affordable, picks, strict=True)],
         cost=cost,
@@ -136,8 +136,8 @@ def solve(
     )
 
 
-def _frontier(number: int, costs: ArrayLike, errors: ArrayLike) -> _Frontier:
-    """Without levels that another one beats or equals in both cost and error."""
+def frontier(number: int, costs: ArrayLike, errors: ArrayLike) -> Frontier:
+    """A layer's levels without those that another level matches or beats in cost and error."""
     costs, errors = (np.asarray(values, dtype=np.float64) for values in (costs, errors))
     if costs.ndim != 1 or costs.shape != errors.shape:
         raise ValueError(f"layer {number}: costs {costs.shape}, errors {errors.shape}")
@@ -148,19 +148,19 @@ def _frontier(number: int, costs: ArrayLike, errors: ArrayLike) -> _Frontier:
         raise NoFiniteError(number)
     order = usable[np.lexsort((errors[usable], costs[usable]))]
     before = np.minimum.accumulate(np.concatenate(([np.inf], errors[order][:-1])))
-    kept = order[errors[order] < before]
-    return _Frontier(kept, costs[kept], errors[kept])
+    levels = order[errors[order] < before]
+    return Frontier(levels, costs[levels], errors[levels])
 
 
-def _total(layers: Sequence[_Frontier], picks: Sequence[int]) -> float:
-    """The true cost, rounded once."""
+def total_cost(layers: Sequence[Frontier], picks: Sequence[int]) -> float:
+    """The true cost, with a single rounding."""
     return fsum(layer.costs[p] for layer, p in zip(layers, picks, strict=True))
 
 
-def _discrete(
-    layers: Sequence[_Frontier], budget: float, bucket: float, buckets: int
+def best_in_table(
+    layers: Sequence[Frontier], budget: float, bucket: float, buckets: int
 ) -> tuple[list[int], float, float]:
-    """The best truly affordable profile in the table, the bound below all, and its error."""
+    """The best truly affordable profile in the table, the lower bound, and the profile's error."""
     if bucket == 0:  # nothing to spend: every layer at its cheapest
         error = fsum(layer.errors[0] for layer in layers)
         return [0] * len(layers), error, error
@@ -170,24 +170,24 @@ def _discrete(
     )
     width = int(buckets + rounded_up + 1e-6) + 1
     shifts = [k.astype(np.int64) for k in steps]
-    error, excess, came_from = _table(layers, shifts, width)
+    error, excess, came_from = fill_table(layers, shifts, width)
     lower = float(error.min())
     spare = budget - fsum(layer.costs[0] for layer in layers)
-    fits = np.flatnonzero(np.isfinite(error) & (excess <= spare + ROUNDING * budget))
+    fits = np.flatnonzero(np.isfinite(error) & (excess <= spare + COST_ROUNDING * budget))
     for j in fits[np.lexsort((excess[fits], error[fits]))]:
-        picks = _backtrack(came_from, shifts, int(j))
-        if _total(layers, picks) <= budget:
+        picks = backtrack(came_from, shifts, int(j))
+        if total_cost(layers, picks) <= budget:
             return picks, lower, float(error[j])
-    # So few buckets that every entry has overspent. The cheapest profile fits.
+    # There are so few buckets that every entry overspends. The cheapest profile fits.
     return [0] * len(layers), lower, fsum(layer.errors[0] for layer in layers)
 
 
-def _table(
-    layers: Sequence[_Frontier],
+def fill_table(
+    layers: Sequence[Frontier],
     shifts: Sequence[Ints],  # k_i
     width: int,
 ) -> tuple[Floats, Floats, NDArray[np.int32]]:  # (width,), (width,), (L, width)
-    """f, the true excess cost of its profiles, and the level that led to each entry."""
+    """f, the true excess costs of its profiles, and the level that led to each entry."""
     error = np.full(width, np.inf)
     error[0] = 0.0
     excess = np.zeros(width)
@@ -200,13 +200,13 @@ def _table(
             better = candidate < following[k:]  # strictly: of equals, the cheaper level
             np.copyto(following[k:], candidate, where=better)
             np.copyto(pick[k:], level, where=better)
-        # Entries that nothing leads to keep level 0, whose shift is 0: no index below 0.
+        # Unreachable entries keep level 0, whose shift is 0: no index is below 0.
         excess = excess[columns - shift[pick]] + layer.excess[pick]
         error = following
     return error, excess, came_from
 
 
-def _backtrack(came_from: NDArray[np.int32], shifts: Sequence[Ints], j: int) -> list[int]:
+def backtrack(came_from: NDArray[np.int32], shifts: Sequence[Ints], j: int) -> list[int]:
     """The picks that led to entry j of the last layer's table."""
     picks = []
     for pick, shift in zip(came_from[::-1], reversed(shifts), strict=True):
@@ -215,19 +215,19 @@ def _backtrack(came_from: NDArray[np.int32], shifts: Sequence[Ints], j: int) -> 
     return picks[::-1]
 
 
-def _spend_rest(
-    layers: Sequence[_Frontier], picks: Sequence[int], budget: float
+def spend_rest(
+    layers: Sequence[Frontier], picks: Sequence[int], budget: float
 ) -> tuple[list[int], float]:
-    """Raise one layer at a time, the largest gain first, while it fits; what was gained."""
+    """Raise one layer at a time, the largest gain first, while it fits; and the total gain."""
     picks, gained = list(picks), 0.0
     while True:
-        slack = budget - _total(layers, picks)
+        slack = budget - total_cost(layers, picks)
         best = (0.0, 0, 0)
         for i, (layer, p) in enumerate(zip(layers, picks, strict=True)):
             top = int(np.searchsorted(layer.costs, layer.costs[p] + slack, "right")) - 1
             best = max(best, (float(layer.errors[p] - layer.errors[top]), i, top))
         gain, i, top = best
         raised = [*picks[:i], top, *picks[i + 1 :]]
-        if gain <= 0 or _total(layers, raised) > budget:
+        if gain <= 0 or total_cost(layers, raised) > budget:
             return picks, gained
         picks, gained = raised, gained + gain

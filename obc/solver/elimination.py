@@ -12,9 +12,9 @@ the free weights, one step fixes the p of least e_p²/A_pp, where e_p = w_p − 
 
 With u = A[:,p]/√A_pp this is a Cholesky factorisation of H⁻¹ that chooses its pivots by OBS's
 score. Like LAPACK's dpstrf it is blocked: within a panel of b steps A is not touched, a column is
-brought up to date from the panel's u's (c = A[:,p] − Uᵀ U[:,p]), and after the panel one matrix
-product A −= UᵀU does the rest. Live columns move into the holes the pivots left, so that A stays a
-leading m×m block that shrinks: d³/3 multiply-adds a row, at the speed of matrix products.
+brought up to date with the panel's u's (c = A[:,p] − Uᵀ U[:,p]), and after the panel one matrix
+product A −= UᵀU does the rest. Live columns move into the holes that pivots leave, so that A stays
+a leading m×m block that shrinks: d³/3 multiply-adds a row, at the speed of matrix products.
 
     symbol  variable  shape       meaning
     R                             linear systems in a batch (rows; groups if structured)
@@ -28,26 +28,30 @@ leading m×m block that shrinks: d³/3 multiply-adds a row, at the speed of matr
 
 A compression mode is a `PivotRule`. The class `Elimination` is the algorithm in torch, for any
 device and any q; on a CPU, systems of one row each go through `elimination_cpu`, the same algorithm
-compiled, which never computes the half of A above its diagonal (N:M: `nm_cpu`). Deviations from
-the paper's text: none in the result; the order of operations only.
+compiled, which never computes the half of A above its diagonal. With H = 1 the loop is a sort
+(`sort_columns`): the baselines of magnitude pruning and of rounding to nearest. Deviations from the
+paper: none in the result; only the order of operations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from obc.solver.compiled import compiled
+from obc.solver.errors import log
 from obc.solver.inverse import Inverse
 
 INFINITY = float("inf")
+ORDERS = ("obs", "magnitude", "nearest")  # OBS's; as if H = 1, when pruning or when rounding
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one elimination leaves behind."""
+    """The result of one elimination."""
 
     order: Tensor  # (R, steps) int64, column fixed at each step
     losses: Tensor  # (R, steps) increase of E at each step, summed over the q rows
@@ -55,9 +59,9 @@ class Trace:
 
 
 class PivotRule:
-    """Which columns may go next, and to which value they are fixed."""
+    """Which columns may go next, and which values they are fixed at."""
 
-    unit = 1  # columns that are removed together
+    unit = 1  # columns that go together
     nm = (0, 0)  # N and M of a limit on zeros per group, or no limit
     grid: Tensor | None = None  # (R, 4) step, lowest, highest code, half a step; None: prune
 
@@ -70,7 +74,7 @@ class PivotRule:
         scores: Tensor,  # (R, units) OBS scores, infinite where barred
         error: Tensor,  # (R, q, m) from `error`
     ) -> Tensor:  # (R, units) the least goes next
-        """Last word on the order: OBS's own score unless a rule knows better."""
+        """What decides which unit goes next: OBS's score, unless a rule overrides it."""
         return scores
 
     def bar(
@@ -113,7 +117,7 @@ class NM(PivotRule):
 
 
 class Quantise(PivotRule):
-    """Round to each row's grid (section 5, OBQ); weights far outside of the grid go first."""
+    """Round to each row's grid (section 5, OBQ); weights far outside the grid go first."""
 
     def __init__(
         self,
@@ -122,7 +126,7 @@ class Quantise(PivotRule):
         high: Tensor,  # (R, 1) highest grid value, in steps
     ) -> None:
         widest = torch.maximum(low.abs(), high.abs())
-        rounding = 4 * torch.finfo(step.dtype).eps * widest  # so that rounding is no outlier
+        rounding = 4 * torch.finfo(step.dtype).eps * widest  # so that rounding makes no outlier
         half_step = step * (0.5 + rounding)
         self.grid = torch.cat([step, low, high, half_step], 1)
 
@@ -138,24 +142,40 @@ class Quantise(PivotRule):
         return torch.where(outlier, -distance, scores)
 
 
-ENGINE = "elimination_cpu"
-COMPILED_RULES = (Unstructured, Blocks, NM, Quantise)  # all that `elimination_cpu` knows
+COMPILED_RULES = (Unstructured, Blocks, NM, Quantise)  # those that `elimination_cpu` knows
+
+
+@cache
+def compiled_engine() -> ModuleType | None:
+    """The kernels for CPUs, or None (and a warning) where numba cannot compile them."""
+    try:
+        from obc.solver import elimination_cpu  # takes seconds where nothing is cached
+    except (ImportError, RuntimeError) as error:  # not installed; no folder to cache in
+        log.warning("no compiled kernels on this CPU (%s): pip install numba", error)
+        return None
+    return elimination_cpu
+
+
+@cache
+def log_uncompiled(what: str) -> None:
+    """Log once which engine runs what `elimination_cpu` does not know."""
+    log.info("%s has no compiled form: PyTorch runs it", what)
 
 
 def panel_width(columns: int, unit: int) -> int:
-    """Steps between two flushes, a multiple of the unit: the best of 48 … 256, or nearly."""
+    """Steps between two flushes, a multiple of the unit: (nearly) the fastest of 48 … 256."""
     return max(1, min(96, columns) // unit) * unit
 
 
 def eliminate(
-    W: Tensor,  # (R, q, d) weights to start from; those that are zero stay zero
+    W: Tensor,  # (R, q, d) initial weights; those that are zero stay zero
     inverse: Inverse,  # of G Hessians
     system: Tensor,  # (R,) int64, which of the G inverses each system starts from
     rule: PivotRule,
     steps: int,  # columns to fix, a multiple of rule.unit
     panel: int | None = None,  # columns between two flushes
 ) -> Trace:
-    """Fix `steps` columns of every system, one after the other, each the cheapest by `rule`.
+    """Fix `steps` columns of every system, one after the other, each the best one by `rule`.
 
     OBC section 4, algorithm 1, for all modes; see the module docstring for the blocked form.
     """
@@ -163,28 +183,53 @@ def eliminate(
         raise ValueError(f"{W.shape[2]} columns are not whole groups or blocks")
     panel = min(panel or panel_width(W.shape[2], rule.unit), steps)
     panel = max(1, panel // rule.unit) * rule.unit
-    fits = type(rule) in COMPILED_RULES and W.shape[1] == 1 and W.device.type == "cpu"
-    if fits and (fast := compiled(ENGINE)) is not None:
+    if inverse.matrix is None:
+        log_uncompiled("an order that ignores the Hessian")
+        return sort_columns(W, rule, steps)
+    if type(rule) not in COMPILED_RULES:
+        log_uncompiled(f"the rule {type(rule).__name__}")
+    elif W.shape[1] == 1 and W.device.type == "cpu" and (engine := compiled_engine()) is not None:
         grid = W.new_empty(len(W), 0) if rule.grid is None else rule.grid
-        order, losses, weights = fast.eliminate_rows(
+        order, losses, weights = engine.eliminate_rows(
             W[:, 0], inverse.matrix, inverse.floor, system, rule.unit, rule.nm, grid, steps, panel
         )
         return Trace(order, losses, weights[:, None])
     return eliminate_in_torch(W, inverse, system, rule, steps, panel)
 
 
+def sort_columns(W: Tensor, rule: PivotRule, steps: int) -> Trace:
+    """`eliminate` for H = 1: no step changes another column's score, so the order is a sort.
+
+    This is magnitude pruning, or rounding to the nearest grid value; other weights keep theirs.
+    """
+    R, _, d = W.shape
+    error = rule.error(W)
+    losses = error.square().sum(1) / 2  # (R, d)
+    scores = losses.view(R, d // rule.unit, rule.unit).sum(2)
+    n, m = rule.nm
+    if m:
+        rank = scores.view(R, d // m, m).argsort(dim=2, stable=True).argsort(2).view(R, d)
+        scores = scores.masked_fill(rank >= n, INFINITY)
+    units = scores.argsort(dim=1, stable=True)[:, : steps // rule.unit, None] * rule.unit
+    order = (units + torch.arange(rule.unit, device=W.device)).flatten(1)
+    fixed = torch.zeros(R, d, dtype=torch.bool, device=W.device).scatter_(1, order, True)
+    weights = torch.where(fixed[:, None], W - error, W)
+    return Trace(order, losses.gather(1, order), weights)
+
+
 def bytes_per_system(d: int, item: int, device: torch.device) -> int:
     """Memory that `eliminate` needs for each further system of one row, in bytes."""
     vectors = 40 * d * item
-    if device.type == "cpu" and compiled(ENGINE) is not None:
-        return vectors  # its matrices come and go, a few at a time
+    if device.type == "cpu" and compiled_engine() is not None:
+        return vectors  # matrices: see `bytes_per_task`
     return vectors + d * d * item + 4 * d * panel_width(d, 1) * item
 
 
 def bytes_per_task(d: int, item: int, device: torch.device) -> tuple[int, int]:
-    """Memory for a row that the compiled engine works on, and how many it works on at a time."""
-    fast = compiled(ENGINE) if device.type == "cpu" else None
-    return (0, 0) if fast is None else fast.bytes_per_task(d, item)
+    """Memory for a row that the compiled engine works on, and the most rows that it works on at
+    a time; zeros without it."""
+    engine = compiled_engine() if device.type == "cpu" else None
+    return (0, 0) if engine is None else engine.bytes_per_task(d, item)
 
 
 def eliminate_in_torch(
@@ -210,7 +255,7 @@ def eliminate_in_torch(
 
 
 class Elimination:
-    """One batch of systems on its way through `eliminate`: the state of the blocked algorithm."""
+    """One batch of systems in `eliminate_in_torch`: the state of the blocked algorithm."""
 
     def __init__(
         self,
@@ -225,10 +270,10 @@ class Elimination:
         self.rule, self.inverse, self.system = rule, inverse, system
         self.row = torch.arange(R, device=W.device)
         self.m, self.w = d, W.clone()
-        self.A: Tensor | None = None  # made at the first flush: until then all share the inverse
+        self.A: Tensor | None = None  # made at the first flush; before, all share the inverse
         self.U = W.new_empty(R, panel, d)
         self.columns = torch.arange(d, device=W.device).repeat(R, 1)
-        zero = (W == 0).view(R, -1, d // c, c).all(3).all(1)  # already removed: before all others
+        zero = (W == 0).view(R, -1, d // c, c).all(3).all(1)  # absent already: first to go
         self.barred = torch.zeros_like(zero, dtype=W.dtype).masked_fill_(zero, -INFINITY)
         self.floor = inverse.floor.index_select(0, system)
         tiles = inverse.matrix.view(-1, d // c, c, d // c, c).diagonal(dim1=1, dim2=3)
@@ -255,7 +300,7 @@ class Elimination:
         return torch.cat(picks, 1), errors, torch.cat(pivots, 1), torch.cat(values, 2) - errors
 
     def choose(self) -> Tensor:  # (R, 1) position of the unit that goes next
-        """The unit of least Σ w_B (A_BB)⁻¹ w_Bᵀ over the rows, or whatever `rule` prefers."""
+        """The unit of least Σ w_B (A_BB)⁻¹ w_Bᵀ over the rows, unless `rule` prefers another."""
         error = self.rule.error(self.w)
         scores = self.rule.rank(self.unit_scores(error), error)
         chosen = scores.argmin(1, keepdim=True)
@@ -295,7 +340,7 @@ class Elimination:
         return value, error, pivot
 
     def current_column(self, p: Tensor, k: int) -> Tensor:  # (R, m)
-        """Column p of A as of now: as of the last flush, less what the panel's k steps took."""
+        """Column p of A up to date: as of the last flush, minus the panel's k steps."""
         if self.A is None:
             c = self.inverse.matrix[self.system, p[:, 0]]
         else:
@@ -319,7 +364,7 @@ class Elimination:
     # -- one flush --------------------------------------------------------------------------------
 
     def close_panel(self, picks: Tensor, flush: bool) -> None:
-        """Let go of the picked columns and, if more are to come, bring A up to date."""
+        """Drop the picked columns and, if there are more steps to come, bring A up to date."""
         count, c = picks.shape[1], self.rule.unit
         source, hole = vacancies(picks[:, ::c] // c, self.m // c)  # in units
         self.barred = relocate(self.barred, source, hole)
@@ -336,39 +381,39 @@ class Elimination:
         self.m -= count
 
     def shrink(self, source: Tensor, hole: Tensor, count: int) -> None:
-        """Move the rows and columns `source` of A to `hole`; A −= UᵀU on what is left."""
+        """Move the rows and columns `source` of A to `hole`; A −= UᵀU on the live block."""
         if self.A is None:
             self.A = self.inverse.matrix.index_select(0, self.system)
         R, d, _ = self.A.shape
-        m, left = self.m, self.m - count
+        m, live = self.m, self.m - count
         rows = self.A.view(R * d, d)[:, :m].index_select(
             0, (self.row[:, None] * d + source).view(-1)
         )
-        rows = relocate(rows.view(R, count, m), source[:, None], hole[:, None])  # (R, count, left)
-        self.A[self.row[:, None], hole, :left] = rows
-        target = hole[:, None].expand(-1, left, -1)
-        self.A[:, :left, :m].scatter_(2, target, rows.transpose(1, 2))
+        rows = relocate(rows.view(R, count, m), source[:, None], hole[:, None])  # (R, count, live)
+        self.A[self.row[:, None], hole, :live] = rows
+        target = hole[:, None].expand(-1, live, -1)
+        self.A[:, :live, :m].scatter_(2, target, rows.transpose(1, 2))
         U = relocate(self.U[:, :count, :m], source[:, None], hole[:, None])
-        self.A[:, :left, :left].baddbmm_(U.transpose(1, 2), U, alpha=-1)
+        self.A[:, :live, :live].baddbmm_(U.transpose(1, 2), U, alpha=-1)
 
 
 def vacancies(
-    gone: Tensor,  # (R, k) positions just removed, of m
+    removed: Tensor,  # (R, k) positions just removed, of m
     m: int,
 ) -> tuple[Tensor, Tensor]:  # (R, k) sources, (R, k) holes
-    """Which of the last k positions are alive, and which holes below they move into.
+    """Which of the last k positions are alive, and the holes before them that they move into.
 
-    The i-th source goes to the i-th hole; where nothing needs to move, both are among the last k,
+    The i-th source goes to the i-th hole; where nothing has to move, both are among the last k,
     which are dropped.
     """
-    R, k = gone.shape
-    dead = torch.zeros(R, m, dtype=torch.bool, device=gone.device).scatter_(1, gone, True)
+    R, k = removed.shape
+    dead = torch.zeros(R, m, dtype=torch.bool, device=removed.device).scatter_(1, removed, True)
     source = dead[:, m - k :].to(torch.uint8).argsort(dim=1, stable=True) + (m - k)
-    return source, gone.sort(1).values
+    return source, removed.sort(1).values
 
 
 def relocate(x: Tensor, source: Tensor, hole: Tensor) -> Tensor:
-    """Move entries along the last dimension from source to hole; drop the last k. A new tensor."""
+    """x with entries moved from source to hole in its last dimension, and without the last k."""
     k = hole.shape[-1]
     shape = (*x.shape[:-1], k)
     moved = x.gather(-1, source.expand(shape))

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from obc.solver.allocator import give_back_freed_memory
 from obc.solver.elimination import bytes_per_system, bytes_per_task
 from obc.solver.errors import UserError
 from obc.solver.inverse import TOGETHER
 from obc.solver.layers import view
+from obc.solver.threads import give_back_freed_memory
 
 MATRICES_OF_A_ROW = 1.5  # d×d, while a row's weights at many levels are computed
 VECTORS_OF_A_LEVEL = 5  # of length d, at the same time
@@ -77,7 +77,7 @@ def layer_needs(
         row += item * VECTORS_OF_A_LEVEL * d * levels
         matrices = int(item * MATRICES_OF_A_ROW * d * d)
         row, matrix = (row, max(matrix, matrices)) if tasks else (row + matrices, 0)
-    if innermost:  # N:M keeps the u's of all steps (nm_cpu.py)
+    if innermost:  # N:M keeps the u's of all steps and their triangle (elimination_cpu.py)
         matrix *= 2
     if apart:
         row += 32 * d * d

@@ -1,12 +1,12 @@
-"""The search for a profile: coefficients of a dynamic programme, judged by an evaluation.
+"""The search for a profile: coefficients of a dynamic programme, chosen by evaluation.
 
 SPDY (Frantar & Alistarh, arXiv 2201.13096), as used by OBC (arXiv 2208.11580).
 
     minimise  Σ_i a_i · error_i(level_i)   where  Σ_i cost_i(level_i) ≤ Σ_i dense cost_i / TARGET
 
 The dynamic programme (`dp.py`) solves this, but errors do not quite add up over layers: the optimum
-for a_i = 1 is not the profile of least loss. The search looks for the a in [0, 1]^L whose
-solution has the least loss, as an evaluation of the user's tells:
+for a_i = 1 is not the profile of least loss. The search looks for the a in [0, 1]^L whose solution
+has the least loss according to the caller's evaluation:
 
     1  RANDOM_VECTORS vectors: all ones, so that the search is never worse than the plain programme;
        the others random
@@ -50,7 +50,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Problem:
-    """What there is to choose from, and for how much."""
+    """The levels of every layer, their costs and errors, and the budget."""
 
     levels: dict[str, list[str]]  # layer → names
     costs: list[np.ndarray]  # L × (levels,), any unit
@@ -137,11 +137,11 @@ def make_problem(
     if not 0 < dense < math.inf:
         raise UserError(f"the dense layers cost {dense:g} together: there is nothing to compress")
     cost_table, error_table = (
-        [np.array([of[layer][level] for level in levels], float) for layer in costs.dense]
-        for of in (costs.levels, scores)
+        [np.array([table[layer][level] for level in levels], float) for layer in costs.dense]
+        for table in (costs.levels, scores)
     )
     for errors in error_table:
-        errors[~np.isfinite(errors)] = np.nan  # which no coefficient makes finite
+        errors[~np.isfinite(errors)] = np.nan  # not even the coefficient 0 makes it finite
     names = {layer: list(levels) for layer in costs.dense}
     return Problem(names, cost_table, error_table, dense, target, buckets)
 
@@ -217,7 +217,7 @@ def next_coefficients(state: State, layers: int, generator: np.random.Generator)
 
 
 def advance(state: State, coefficients: list[float], picks: list[int], loss: float | None) -> None:
-    """Enter a candidate's loss."""
+    """Record a candidate's loss."""
     state.candidates += 1
     if loss is not None and (state.loss is None or loss < state.loss):
         state.coefficients, state.picks, state.loss = coefficients, picks, loss

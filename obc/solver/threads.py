@@ -1,18 +1,20 @@
-"""Independent pieces of work on a CPU, one thread each.
+"""Independent pieces of work on a CPU, one thread each, and the memory that they work in.
 
 Linear algebra of a single matrix gains little from several threads; several matrices at a time, one
-a thread, gain almost all. A piece gives the same bits then, however many threads there are: PyTorch
-and its libraries divide sums among threads, and so add them up in another order for each number.
+per thread, gain almost all of it. Then a piece also gives the same bits for any number of threads.
+(PyTorch and its libraries divide a sum among their threads, so its rounding depends on how many.)
 
-    in_pieces(work, rows, size)       rows that have nothing to do with each other
-    one_at_a_thread(work, items, …)   pieces that come one after the other, such as batches of
-                                      images; what they add up, they add `in_turn`
-    Spare(like)                       the memory that a piece works in, for the next one
-    one_thread()                      a small thing that shall not depend on threads either
+    in_pieces(work, rows, size)       rows that do not interact
+    one_at_a_thread(work, items, …)   pieces with an order, such as batches of images; what they
+                                      add up, they add in this order (`Turns`)
+    SpareBuffers(like)                the memory that one piece leaves to the next
+    one_thread()                      a small step that should not depend on threads either
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import threading
 from collections import deque
@@ -27,7 +29,7 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 Wait = Callable[[], None]  # returns once it is the caller's turn
-CACHE_BYTES = 8 << 20  # matrices of one piece, so that they stay in the last cache
+CACHE_BYTES = 8 << 20  # matrices of one piece, so that they stay in the last-level cache
 
 
 @contextmanager
@@ -41,31 +43,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Pool:
-    """Threads that are given work."""
-
-    def __init__(self, executor: ThreadPoolExecutor) -> None:
-        self._executor, self._given = executor, []
-
-    def submit(self, work: Callable[..., Item], *args: object) -> Future[Item]:
-        """Have some thread do it."""
-        self._given.append(self._executor.submit(work, *args))
-        return self._given[-1]
-
-    def end(self, cancel: bool) -> None:
-        """Wait until all is done that was given, or at least begun."""
-        for future in self._given if cancel else ():
-            future.cancel()
-        wait(self._given)
-
-
-of_a_pool = threading.local()  # whether this thread is a worker
+of_worker = threading.local()  # has the attribute `alone` in threads of a pool
 
 
 def work_alone() -> None:
-    """PyTorch uses no other threads on this one."""
-    of_a_pool.worker = True
-    torch.get_num_threads()  # a thread's first operation takes over the process's number: now
+    """On this thread PyTorch uses no others."""
+    of_worker.alone = True
+    torch.get_num_threads()  # a thread's first operation copies the process's setting: do it now
     torch.set_num_threads(1)
 
 
@@ -75,30 +59,41 @@ def executor_of(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, initializer=work_alone)
 
 
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+if hasattr(os, "register_at_fork"):  # a child process has none of its parent's threads
     os.register_at_fork(after_in_child=executor_of.cache_clear)
 
 
 @contextmanager
-def pool_of(threads: int) -> Iterator[Pool]:
-    """Threads on each of which PyTorch uses no others; what they are given is done at the end."""
-    before = torch.get_num_threads()
-    pool, done = Pool(executor_of(max(threads, before))), False  # which starts as many as it needs
+def pool_of(threads: int) -> Iterator[Callable[..., Future]]:
+    """Inside, `submit(work, *arguments)` runs work on some thread, where PyTorch uses no others.
+
+    On leaving, all that was submitted has ended; after an error, what had not begun is cancelled.
+    """
+    before, futures = torch.get_num_threads(), []
+    executor = executor_of(max(threads, before))  # which starts threads only as they are needed
+
+    def submit(work: Callable[..., Item], *arguments: object) -> Future[Item]:
+        futures.append(executor.submit(work, *arguments))
+        return futures[-1]
+
     try:
-        yield pool
-        done = True
+        yield submit
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
     finally:
         try:
-            pool.end(cancel=not done)
+            wait(futures)
         finally:
-            torch.set_num_threads(before)  # the workers' setting is also that of threads to come
+            torch.set_num_threads(before)  # new threads copy what the workers set
 
 
 # -- rows ------------------------------------------------------------------------------------------
 
 
 def rows_of_a_piece(rows: int, row_bytes: int) -> int:
-    """How many rows go together: what the cache holds, but something for every thread."""
+    """How many rows go together: as many as the cache holds, but some for every thread."""
     return max(1, min(CACHE_BYTES // row_bytes, -(-rows // torch.get_num_threads())))
 
 
@@ -106,21 +101,24 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
     """work(slice) for every `size` rows, on as many threads as torch uses."""
     threads = torch.get_num_threads()
     pieces = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
-    if threads == 1 or len(pieces) <= 1 or hasattr(of_a_pool, "worker"):
+    if threads == 1 or len(pieces) <= 1 or hasattr(of_worker, "alone"):
         with one_thread():
             for piece in pieces:
                 work(piece)
         return
-    with pool_of(min(threads, len(pieces))) as pool:
-        for future in [pool.submit(work, piece) for piece in pieces]:
+    with pool_of(min(threads, len(pieces))) as submit:
+        for future in [submit(work, piece) for piece in pieces]:
             future.result()
 
 
-class Spare:
-    """Memory that pieces of work hand on to each other: as many buffers as work at a time.
+# -- memory ----------------------------------------------------------------------------------------
 
-    Large ones that are freed and asked for again lie elsewhere in memory, or fill with small ones,
-    and what a process takes grows from piece to piece.
+
+class SpareBuffers:
+    """Memory that pieces of work pass on to each other: as many buffers as are in use at a time.
+
+    Large blocks that are freed and allocated again may end up elsewhere, or be cut up for small
+    ones, so that the process would grow from piece to piece.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -128,9 +126,9 @@ class Spare:
 
     @contextmanager
     def lent(self, name: str, *shape: int) -> Iterator[Tensor]:
-        """A tensor to be written to; those of a name differ in their first size only.
+        """An uninitialised tensor; those of one name differ in their first size only.
 
-        It holds what was left in it. Where the work fails it is not handed on.
+        Where the work fails it is not passed on.
         """
         free = self._free.setdefault(name, deque())
         try:
@@ -143,39 +141,61 @@ class Spare:
         free.append(buffer)
 
 
-# -- one after the other ---------------------------------------------------------------------------
+def reuse_freed_memory() -> None:
+    """Let glibc keep up to 512 MB of freed memory instead of returning it to the system at once.
+
+    A network's activations come and go with every layer, and each time the kernel has to clear
+    their pages again: a fifth of the time of rn20 on 2 cores. Without glibc this does nothing.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 << 20)  # the most that glibc accepts
+        mallopt(trim_threshold, 512 << 20)
+
+
+def give_back_freed_memory() -> None:
+    """Return freed memory to the system; without glibc this does nothing.
+
+    Fragments that are too small for the next matrix would add to the size of the process.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# -- pieces with an order --------------------------------------------------------------------------
 
 
 def at_once() -> None:
-    """Wait for nobody."""
+    """A `Wait` that does not wait."""
 
 
 class Stopped(Exception):
-    """Another piece failed, or the user interrupted: this one need not go on."""
+    """Another piece failed, or the user interrupted: there is no need to go on with this one."""
 
 
 class Turns:
-    """Whose turn it is to add to something, by the thing's name: piece 0's, then 1's, 2's, …"""
+    """Whose turn it is to add to a named sum: piece 0's, then 1's, 2's, …"""
 
     def __init__(self) -> None:
         self._changed, self._now, self._stopped = threading.Condition(), {}, False
 
     def wait(self, name: Hashable, number: int) -> None:
-        """Until it is this piece's turn. Raises Stopped if it never will be."""
+        """Return when it is this piece's turn. Raises Stopped if it never will be."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._now.get(name, 0) >= number)
             if self._stopped:
                 raise Stopped
 
     def leave(self, name: Hashable, number: int) -> None:
-        """After this piece it is the next one's turn."""
+        """Wait for this piece's turn, then pass it on to the next piece."""
         self.wait(name, number)
         with self._changed:
             self._now[name] = number + 1
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Let nobody wait any longer."""
+        """Wake up everyone who waits, with Stopped."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -187,10 +207,10 @@ def one_at_a_thread(
     threads: int,
     turns: Turns,
 ) -> None:
-    """work(0, item), work(1, item), …, `threads` of them at a time, begun in their order.
+    """work(0, item), work(1, item), …, up to `threads` of them at a time, started in this order.
 
-    The items themselves are made here, in the calling thread, as they are needed. What the first
-    piece to fail raises is raised here, once the later ones have stopped.
+    The items are taken one by one in the calling thread. The exception of the first piece that
+    fails is raised here, once the later ones have stopped.
     """
     if threads == 1:
         with one_thread():
@@ -198,12 +218,12 @@ def one_at_a_thread(
                 work(number, item)
         return
     running: deque[Future] = deque()
-    with pool_of(threads) as pool:
+    with pool_of(threads) as submit:
         try:
             for number, item in enumerate(items):
                 if len(running) == threads:
                     running.popleft().result()
-                running.append(pool.submit(work, number, item))
+                running.append(submit(work, number, item))
             while running:
                 running.popleft().result()
         except BaseException:

@@ -148,11 +148,11 @@ def activation_grids(
     fits: dict[str, Future[quant.Grid]] = {}
     threads = torch.get_num_threads() if images.device.type == "cpu" else 1
     waiting = threading.Semaphore(2 * threads)  # so that few layers' inputs are kept
-    with evaluating(dense), pool_of(threads) as pool, one_thread():
+    with evaluating(dense), pool_of(threads) as submit, one_thread():
 
         def fit(name: str, x: Tensor) -> None:
             waiting.acquire()
-            fits[name] = pool.submit(quant.fit_activation_grid, x.float(), bits, symmetric, search)
+            fits[name] = submit(quant.fit_activation_grid, x.float(), bits, symmetric, search)
             fits[name].add_done_callback(lambda _: waiting.release())
 
         with watching(find_layers(dense), fit):

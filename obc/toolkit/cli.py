@@ -32,8 +32,8 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from obc.solver.allocator import reuse_freed_memory
 from obc.solver.errors import GRACE_S, UserError, log, one_line, printable, rank
+from obc.solver.threads import reuse_freed_memory
 from obc.toolkit.process import Terminated, interruptible, wait_to_be_ended
 
 # ---------------------------------------------------------------------------------- options

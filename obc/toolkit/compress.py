@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import quant
 from modelutils import find_layers
 from obc.inputs.batches import Batches
-from obc.solver.allocator import give_back_freed_memory
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import SingularHessian, UserError, log
+from obc.solver.threads import give_back_freed_memory
 from obc.toolkit.calibrate import calibrate
 from obc.toolkit.levelfile import LevelFile
 from obc.toolkit.planning import Plan, make_plan

@@ -32,8 +32,7 @@ from modelutils import (
     load_state,
 )
 from obc.inputs.batches import Batches
-from obc.solver.devices import resolve_device
-from obc.solver.distributed import ALONE, World, join
+from obc.solver.distributed import ALONE, World, join, resolve_device
 from obc.solver.errors import UserError
 from obc.solver.memory import default_memory
 from obc.toolkit.fingerprints import bytes_hash, chosen_options, content_hash, surroundings
