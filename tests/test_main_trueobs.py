@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import main_trueobs
 from datautils import calibration_batches, load_data
 from modelutils import SHIPPED_WEIGHTS, CifarResNet
-from obc.solver.levels import sparsity_grid
+from obc.toolkit.modes import MODES
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--nsamples", "128", "--noaug")
@@ -357,7 +357,7 @@ def test_structured_levels_drop_whole_input_channels(command, tmp_path, dense):
 
 
 def test_default_grids():
-    grids = {mode: sparsity_grid(*grid) for mode, grid in main_trueobs.SPARSITY_GRIDS.items()}
+    grids = {name: mode().sparsities for name, mode in MODES.items() if mode.yields_levels}
     assert {mode: (grid[0], grid[-1], len(grid)) for mode, grid in grids.items()} == {
         "unstr": (0.0, 0.99, 45),
         "blocked": (0.0, 0.95, 30),
@@ -482,8 +482,8 @@ def test_a_users_model_with_depthwise_grouped_and_token_layers(user_model, comma
 def test_what_is_in_no_layer_is_told(caplog):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv1d(8, 8, 3), nn.Embedding(4, 8))
     with caplog.at_level("INFO", "trueobs"):
-        main_trueobs.tell_other_weights(model)
-        main_trueobs.tell_other_weights(model[0])
+        main_trueobs.report_other_weights(model)
+        main_trueobs.report_other_weights(model[0])
     assert caplog.messages == [
         "left dense, in no Conv2d or Linear: 1.weight and 1 more (49 % of all parameters)"
     ]
@@ -655,7 +655,7 @@ def test_no_layer_fits(bad, command):
     *layers, error = done.err.splitlines()
     assert done.status == 2 and done.out == ""
     assert len(layers) == len(LAYERS) and all("left dense" in line for line in layers)
-    assert error.startswith("error: rn8: no layer can be compressed")
+    assert error.startswith("error: no layer can be compressed")
     assert tree(bad) == before
 
 

@@ -11,7 +11,7 @@ import main_trueobs
 from benchmarks.bench_memory import measure
 from obc.solver.errors import UserError
 from obc.solver.memory import Needs, in_passes, most_at_a_time
-from obc.toolkit.levelfile import LevelFile
+from obc.toolkit.leveldb import LevelFile
 
 
 def needs(sums: int, work: int = 1) -> Needs:
@@ -75,5 +75,6 @@ def test_a_plan_is_told_and_nothing_done(words, tmp_path, capsys):
     words = words.format(tmp_path).split()
     assert main_trueobs.main(["rn8", "digits", *words, "--noaug", "--plan"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 3 and all(line.startswith("plan: ") for line in out)
+    assert 2 <= len(out) <= 9 and all(line.startswith("plan: ") for line in out)
+    assert " passes over the images; memory " in out[0]
     assert not list(tmp_path.iterdir())
