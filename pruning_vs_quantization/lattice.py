@@ -31,8 +31,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from obc.solver.elimination_cpu import compiled
-from pruning_vs_quantization.proof import Flags, Reals
+from pruning_vs_quantization.proof import Flags, Reals, compiled
 
 DELTA = 0.99  # of Lovász's condition
 PASSES = 200  # × the dimension; more only where rounding keeps a reduction from ending

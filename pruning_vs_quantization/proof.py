@@ -25,12 +25,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from obc.solver.elimination_cpu import compiler
+
 Reals = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 TIE = 1e-9  # relative; a solution better by less than this is not looked for
 PROVEN = 1e-5  # relative; lower and error closer than this are called equal
 SLICE = 1 << 18  # nodes between two looks at the clock
+
+compiled = compiler(__file__)  # the machine code of a search contains TIE
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from obc.solver.elimination_cpu import compiled
-from pruning_vs_quantization.proof import TIE, Found, Limits, Reals, in_slices
+from pruning_vs_quantization.proof import TIE, Found, Limits, Reals, compiled, in_slices
 from pruning_vs_quantization.pruning_problem import PruningProblem, unit_diagonal
 
 SINGULAR = 1e10

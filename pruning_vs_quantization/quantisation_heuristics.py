@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 from obc.solver.elimination import Quantise, eliminate
-from obc.solver.elimination_cpu import compiled
 from obc.solver.inverse import alive_inputs, damped_inverse
-from pruning_vs_quantization.proof import Reals
+from pruning_vs_quantization.proof import Reals, compiled
 from pruning_vs_quantization.quantisation_problem import QuantisationProblem
 
 GAIN = 1e-12  # × the largest G_ii: a step that gains less is rounding

@@ -46,10 +46,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from obc.solver.elimination_cpu import compiled
 from pruning_vs_quantization.box import box_minimum
 from pruning_vs_quantization.lattice import coordinates
-from pruning_vs_quantization.proof import TIE, Flags, Found, Limits, Reals, in_slices
+from pruning_vs_quantization.proof import TIE, Flags, Found, Limits, Reals, compiled, in_slices
 from pruning_vs_quantization.quantisation_problem import QuantisationProblem
 
 SINGULAR = 1e-12

@@ -21,7 +21,7 @@ SIZES = [1, 2, BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 1]
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to take a matrix apart."""
     if request.param == "torch":
-        monkeypatch.setattr(levels, "compiled", lambda name: None)
+        monkeypatch.setattr(levels, "compiled_engine", lambda: None)
 
 
 def hessian(d: int, seed: int = 0) -> Tensor:  # (1, d, d)

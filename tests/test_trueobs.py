@@ -38,7 +38,6 @@ from oracles import (
 from torch import Tensor, nn
 
 from obc.solver import elimination, levels
-from obc.solver.compiled import compiled
 from obc.solver.elimination import (
     NM,
     Blocks,
@@ -46,12 +45,13 @@ from obc.solver.elimination import (
     Quantise,
     Trace,
     Unstructured,
+    compiled_engine,
     eliminate,
     eliminate_in_torch,
 )
 from obc.solver.inverse import damped_inverse
 from obc.solver.levels import first_counts
-from obc.solver.threads import Spare
+from obc.solver.threads import SpareBuffers
 from quant import Grid, fit_weight_grid
 from trueobs import TrueOBS
 
@@ -199,7 +199,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Both engines, the compiled one for CPUs and the one for any device."""
     if request.param == "torch":
         for module in (elimination, levels):
-            monkeypatch.setattr(module, "compiled", lambda name: None)
+            monkeypatch.setattr(module, "compiled_engine", lambda: None)
 
 
 @pytest.mark.usefixtures("engine")
@@ -399,7 +399,7 @@ def run_engine(mode: EngineMode, panel: int, engine: str) -> tuple[Trace, Array,
     system = torch.tensor([0, 1, 1, 0, 1])
     given_W = torch.from_numpy(W)[:, None]
     before = given_W.clone(), inverse.matrix.clone()
-    assert engine == "torch" or compiled("elimination_cpu") is not None
+    assert engine == "torch" or compiled_engine() is not None
     run = eliminate if engine == "compiled" else eliminate_in_torch
     trace = run(given_W, inverse, system, mode.rule(5), mode.steps, panel)
     assert torch.equal(before[0], given_W) and torch.equal(before[1], inverse.matrix)
@@ -422,14 +422,14 @@ def test_engine_is_the_oracle_for_every_panel_width(name: str, engine: str, pane
 @pytest.fixture
 def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is read before it was written shows, in memory that is handed on, too."""
-    lent = Spare.lent
+    lent = SpareBuffers.lent
 
     @contextmanager
-    def with_nan(spare: Spare, name: str, *shape: int) -> Iterator[Tensor]:
+    def with_nan(spare: SpareBuffers, name: str, *shape: int) -> Iterator[Tensor]:
         with lent(spare, name, *shape) as buffer:
             yield buffer.fill_(torch.nan)
 
-    monkeypatch.setattr(Spare, "lent", with_nan)
+    monkeypatch.setattr(SpareBuffers, "lent", with_nan)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -437,12 +437,12 @@ def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("nan_in_new_memory")
 @pytest.mark.parametrize("tile", [1, 3, 8, 16, D - 1])
-@pytest.mark.parametrize("name", sorted(ENGINE.keys() - {"2:4"}))
+@pytest.mark.parametrize("name", ENGINE)
 def test_engine_is_the_oracle_for_every_tile(
     name: str, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of A is stored; which half depends on the tile."""
-    monkeypatch.setattr(compiled("elimination_cpu"), "tile_of", lambda d: tile)
+    monkeypatch.setattr(compiled_engine(), "tile_of", lambda d: tile)
     mode = ENGINE[name]
     trace, W, H = run_engine(mode, 4, "compiled")
     for r in range(len(W)):
@@ -451,14 +451,10 @@ def test_engine_is_the_oracle_for_every_tile(
         assert_close(trace.weights[r, 0], oracle.weights)
 
 
-@pytest.mark.parametrize("in_cache", [0, 1 << 40])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (7, 8), (4, 4), (0, 4)])
 @pytest.mark.parametrize("d", [8, 240, 512])
-def test_compiled_nm_is_that_in_torch_on_sparse_rows(
-    d: int, n: int, m: int, in_cache: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights that are zero go first, all with the same score; more columns than may be active."""
-    monkeypatch.setattr(compiled("nm_cpu"), "IN_CACHE", in_cache)
+def test_compiled_nm_is_that_in_torch_on_sparse_rows(d: int, n: int, m: int) -> None:
+    """Weights that are zero go first, all with the same score."""
     H, generator = spd(d, 5), torch.Generator().manual_seed(0)
     W = torch.randn(3, 1, d, dtype=torch.float64, generator=generator)
     W[:2, :, ::m] = 0
@@ -481,28 +477,6 @@ def test_columns_that_are_not_whole_groups_are_refused() -> None:
     for rule in (NM(1, 4, 1, 10, W.device), Blocks(4)):
         with pytest.raises(ValueError, match="10 columns are not whole groups or blocks"):
             eliminate(W, inverse, system, rule, 4)
-
-
-@pytest.mark.usefixtures("nan_in_new_memory")
-@pytest.mark.parametrize(
-    ("in_cache", "ahead", "idle"),
-    [(0, 0.3, 0.3), (0, 0.5, 2), (0, 1, 1), (0, 4, 8), (1 << 40, 0, 0)],
-)
-def test_nm_is_the_oracle_however_many_columns_are_made_ahead(
-    in_cache: int, ahead: float, idle: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From none, or a single active column at a time, to all of them."""
-    module = compiled("nm_cpu")
-    monkeypatch.setattr(module, "IN_CACHE", in_cache)
-    monkeypatch.setattr(module, "AHEAD", ahead)
-    monkeypatch.setattr(module, "IDLE", idle)
-    mode = ENGINE["2:4"]
-    trace, W, H = run_engine(mode, 4, "compiled")
-    for r in range(len(W)):
-        oracle = mode.oracle(W[r], H[r])
-        assert trace.order[r].tolist() == oracle.order
-        assert_close(trace.losses[r], oracle.losses)
-        assert_close(trace.weights[r, 0], oracle.weights)
 
 
 @pytest.mark.parametrize("panel", [1, 7, D + 50])

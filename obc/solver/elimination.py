@@ -35,11 +35,13 @@ the paper's text: none in the result; the order of operations only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from obc.solver.compiled import compiled
+from obc.solver.errors import log
 from obc.solver.inverse import Inverse
 
 INFINITY = float("inf")
@@ -138,8 +140,18 @@ class Quantise(PivotRule):
         return torch.where(outlier, -distance, scores)
 
 
-ENGINE = "elimination_cpu"
 COMPILED_RULES = (Unstructured, Blocks, NM, Quantise)  # all that `elimination_cpu` knows
+
+
+@cache
+def compiled_engine() -> ModuleType | None:
+    """The kernels for CPUs, or None (and a warning) where numba cannot compile them."""
+    try:
+        from obc.solver import elimination_cpu  # takes seconds where nothing is cached
+    except (ImportError, RuntimeError) as error:  # not installed; no folder to cache in
+        log.warning("no compiled kernels on this CPU (%s): pip install numba", error)
+        return None
+    return elimination_cpu
 
 
 def panel_width(columns: int, unit: int) -> int:
@@ -164,9 +176,9 @@ def eliminate(
     panel = min(panel or panel_width(W.shape[2], rule.unit), steps)
     panel = max(1, panel // rule.unit) * rule.unit
     fits = type(rule) in COMPILED_RULES and W.shape[1] == 1 and W.device.type == "cpu"
-    if fits and (fast := compiled(ENGINE)) is not None:
+    if fits and (engine := compiled_engine()) is not None:
         grid = W.new_empty(len(W), 0) if rule.grid is None else rule.grid
-        order, losses, weights = fast.eliminate_rows(
+        order, losses, weights = engine.eliminate_rows(
             W[:, 0], inverse.matrix, inverse.floor, system, rule.unit, rule.nm, grid, steps, panel
         )
         return Trace(order, losses, weights[:, None])
@@ -176,15 +188,15 @@ def eliminate(
 def bytes_per_system(d: int, item: int, device: torch.device) -> int:
     """Memory that `eliminate` needs for each further system of one row, in bytes."""
     vectors = 40 * d * item
-    if device.type == "cpu" and compiled(ENGINE) is not None:
+    if device.type == "cpu" and compiled_engine() is not None:
         return vectors  # its matrices come and go, a few at a time
     return vectors + d * d * item + 4 * d * panel_width(d, 1) * item
 
 
 def bytes_per_task(d: int, item: int, device: torch.device) -> tuple[int, int]:
     """Memory for a row that the compiled engine works on, and how many it works on at a time."""
-    fast = compiled(ENGINE) if device.type == "cpu" else None
-    return (0, 0) if fast is None else fast.bytes_per_task(d, item)
+    engine = compiled_engine() if device.type == "cpu" else None
+    return (0, 0) if engine is None else engine.bytes_per_task(d, item)
 
 
 def eliminate_in_torch(

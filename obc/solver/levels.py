@@ -35,7 +35,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from obc.solver.compiled import compiled
+from obc.solver.elimination import compiled_engine
 from obc.solver.inverse import Inverse
 from obc.solver.refinement import refined, times
 from obc.solver.threads import in_pieces, one_thread
@@ -275,7 +275,7 @@ def gathered(
 
 
 def _compiled(matrix: Tensor) -> ModuleType | None:
-    return compiled("levels_cpu") if matrix.device.type == "cpu" else None
+    return compiled_engine() if matrix.device.type == "cpu" else None
 
 
 def factorise(S: Tensor) -> bool:  # (k, k)

@@ -7,7 +7,7 @@ and its libraries divide sums among threads, and so add them up in another order
     in_pieces(work, rows, size)       rows that have nothing to do with each other
     one_at_a_thread(work, items, …)   pieces that come one after the other, such as batches of
                                       images; what they add up, they add `in_turn`
-    Spare(like)                       the memory that a piece works in, for the next one
+    SpareBuffers(like)                       the memory that a piece works in, for the next one
     one_thread()                      a small thing that shall not depend on threads either
 """
 
@@ -116,7 +116,7 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
             future.result()
 
 
-class Spare:
+class SpareBuffers:
     """Memory that pieces of work hand on to each other: as many buffers as work at a time.
 
     Large ones that are freed and asked for again lie elsewhere in memory, or fill with small ones,
