@@ -25,9 +25,25 @@ import torch
 from torch import Tensor, nn
 
 from obc.solver.distributed import ALONE, World
-from obc.solver.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstructured, eliminate
+from obc.solver.elimination import (
+    NM,
+    ORDERS,
+    Blocks,
+    PivotRule,
+    Quantise,
+    Trace,
+    Unstructured,
+    eliminate,
+)
 from obc.solver.hessian import Gram
-from obc.solver.inverse import Inverse, alive_inputs, badly_scaled, damped_inverse, without
+from obc.solver.inverse import (
+    Inverse,
+    alive_inputs,
+    badly_scaled,
+    damped_inverse,
+    identity,
+    without,
+)
 from obc.solver.levels import Undamped, completed, first_counts, weights_at
 from obc.solver.memory import Needs, batches_of, default_memory, layer_needs
 from obc.solver.refinement import never_worse, row_errors
@@ -82,7 +98,11 @@ class TrueOBS:
         rel_damp: float = 0.0,  # × mean(diag H), added to the diagonal
         memory: int | None = None,  # bytes the solver may use; default: half of what is free
         world: World = ALONE,  # the processes that share the rows, if there are several
+        order: str = "obs",  # of removal; "magnitude" and "nearest" take H for 1: baselines
     ) -> None:
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order}")
+        self.order = order
         self.layer, self.rel_damp, self.world = layer, rel_damp, world
         self.rows, self.columns = len(layer.weight), layer.weight[0].numel()
         self.groups = getattr(layer, "groups", 1)
@@ -231,6 +251,10 @@ class TrueOBS:
     def _problem(self, channels_innermost: bool = False) -> Problem:
         """The weights as they are now, H, and its inverse."""
         W, H = self._weights(channels_innermost), self._hessian(channels_innermost)
+        if self.order != "obs":  # no row needs an inverse of its own
+            self.damping, self.rank_deficit = 0.0, 0
+            no_zeros = torch.zeros_like(W, dtype=torch.bool)
+            return Problem(W, no_zeros, H, identity(H, W.dtype), channels_innermost)
         inverse = damped_inverse(H, self.rel_damp, self._solve_dtype())
         self.damping = float(inverse.damping.max())
         self.rank_deficit = int(inverse.deficit.max())

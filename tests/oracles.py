@@ -376,6 +376,35 @@ def global_selection_oracle(
     return counts
 
 
+def magnitude_oracle(
+    W: Array,  # (systems, rows, d)
+    sparsity: float,
+    size: int = 1,  # neighbouring columns that go together, in all rows of a system
+) -> Array:  # (systems, rows, d)
+    """The units of least sum of squares are zero, whatever system they are in; no others change."""
+    pruned = W.copy()
+    units = [(s, first) for s in range(len(W)) for first in range(0, W.shape[2], size)]
+    units.sort(key=lambda unit: float((W[unit[0], :, unit[1] : unit[1] + size] ** 2).sum()))
+    for s, first in units[: math.ceil(round(len(units) * sparsity, 9))]:
+        pruned[s, :, first : first + size] = 0
+    return pruned
+
+
+def magnitude_nm_oracle(
+    W: Array,  # (rows, d)
+    n: int,
+    m: int,
+) -> Array:  # (rows, d)
+    """The n weights of least magnitude in every m are zero; no others change."""
+    pruned = W.copy()
+    for row in pruned:
+        for first in range(0, len(row), m):
+            group = range(first, first + m)
+            for column in sorted(group, key=lambda i: abs(row[i]))[:n]:
+                row[column] = 0
+    return pruned
+
+
 def masked_least_squares(
     w: Array,  # (d,)
     H: Array,  # (d, d)

@@ -118,3 +118,11 @@ def test_zeros_of_rounding_are_not_pruning() -> None:
     assert share_left(blocks, "4block_8w8a") == 45 / 54
     assert share_left(blocks) == (180 - 9) / 216
     assert share_left(torch.zeros(3, 3, 3, 3), "mixed") == 1.0  # 27 columns: left dense
+
+
+def test_a_single_group_with_one_zero_is_not_2_4() -> None:
+    weight = torch.ones(3, 8, 3, 3)
+    weight[:, ::2] = 0
+    assert share_left(weight, "mixed") == 0.5
+    weight[1, 4, 2, 0] = 1
+    assert share_left(weight, "mixed") == 1.0

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import main_trueobs
+import trueobs
 from benchmarks.bench_memory import measure
 from obc.solver.errors import UserError
-from obc.solver.memory import Needs, in_passes, most_at_a_time
+from obc.solver.memory import Needs, in_passes, layer_needs, most_at_a_time
+from obc.solver.threads import SpareBuffers
 from obc.toolkit.leveldb import LevelFile
 
 
@@ -34,6 +38,25 @@ def test_rows_share_what_is_left():
     assert engine.rows(43) == 3  # not room for four tasks: a matrix each
     assert engine.rows(0) == 1
     assert Needs(sums=10, layer=20, inverting=10, row=7).rows(41) == 3
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_buffers_of_a_row_are_within_the_bound_for_n_m(n, monkeypatch):
+    """4:4 keeps the u's of all steps and their triangle: two d×d matrices a row."""
+    lent, sizes = SpareBuffers.lent, []
+
+    @contextmanager
+    def watched(spare, name, *shape):
+        sizes.append(4 * math.prod(shape[1:]))
+        with lent(spare, name, *shape) as buffer:
+            yield buffer
+
+    monkeypatch.setattr(SpareBuffers, "lent", watched)
+    layer = torch.nn.Linear(512, 1)
+    obs = trueobs.TrueOBS(layer)
+    obs.add_batch(torch.randn(600, 512, generator=torch.Generator().manual_seed(0)))
+    obs.nmprune(n, 4)
+    assert len(sizes) == 3 and sum(sizes) <= layer_needs(layer, innermost=True).matrix
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1, 2], [0, 3], [2]])

@@ -28,6 +28,8 @@ from oracles import (
     decouple_dead,
     global_selection_oracle,
     hessian_oracle,
+    magnitude_nm_oracle,
+    magnitude_oracle,
     masked_least_squares,
     nm_oracle,
     quantise_oracle,
@@ -666,6 +668,104 @@ def test_identity_hessian_gives_round_to_nearest(bits: int) -> None:
     grid = fit_weight_grid(torch.from_numpy(it.W), bits)
     quantised(it, bits)
     assert_close(it.layer.weight.detach(), grid(torch.from_numpy(it.W)).numpy())
+
+
+# ------------------------------------------------------------------- orders that ignore the Hessian
+
+
+def baseline_case(name: str, order: str, sparse: float, dead: bool) -> Case:
+    make, shape = LAYERS[name]
+    x = random_inputs(shape)
+    if dead:
+        x.movedim(-1 if name == "linear" else 1, 0)[2] = 0
+    it = case_of(make(), x, sparse)
+    it.obs.order = order
+    return it
+
+
+@pytest.mark.parametrize(("sparse", "dead"), [(0.0, False), (0.4, False), (0.0, True)])
+@pytest.mark.parametrize("name", ["conv", "groups", "depthwise", "linear"])
+def test_magnitude_order_is_the_oracle(name: str, sparse: float, dead: bool) -> None:
+    """The smallest weights, blocks or structures go; the others keep their dense values."""
+    it = baseline_case(name, "magnitude", sparse, dead)
+    rows, d = it.W.shape
+    it.obs.prepare_unstr()
+    for sparsity, weight in zip(SPARSITIES, it.obs.prune_unstr(SPARSITIES), strict=True):
+        np.testing.assert_array_equal(
+            it.weights(weight), magnitude_oracle(it.W[:, None], sparsity)[:, 0]
+        )
+    assert_close(it.obs.Losses.sum(1), (it.W**2).sum(1) / 2)
+    groups = it.obs.groups
+    structures = it.W.reshape(groups, rows // groups, d)
+    for size in (1, 3 if d % 3 == 0 else 4):
+        for sparsity in (0.3, 0.7):
+            weight = it.weights(it.obs.prune_struct([sparsity], size)[0])
+            wanted = magnitude_oracle(structures, sparsity, size)
+            np.testing.assert_array_equal(weight, wanted.reshape(rows, d))
+    if d % 4 == 0:
+        innermost = it.W[:, it.innermost]
+        it.obs.prepare_blocked(4)
+        for sparsity, weight in zip(SPARSITIES, it.obs.prune_blocked(SPARSITIES), strict=True):
+            wanted = magnitude_oracle(innermost[:, None], sparsity, 4)[:, 0]
+            np.testing.assert_array_equal(it.weights(weight)[:, it.innermost], wanted)
+        for n, m in ((2, 4), (0, 4), (1, 2), (4, 4)):
+            it.layer.weight.data.copy_(torch.from_numpy(it.W).view_as(it.layer.weight))
+            it.obs.nmprune(n, m)
+            wanted = magnitude_nm_oracle(innermost, n, m)
+            np.testing.assert_array_equal(it.weights()[:, it.innermost], wanted)
+    assert it.obs.damping == it.obs.rank_deficit == 0
+
+
+@pytest.mark.parametrize(("sparse", "dead"), [(0.0, False), (0.4, False), (0.0, True)])
+@pytest.mark.parametrize("name", ["conv", "groups", "depthwise", "linear"])
+def test_nearest_order_rounds_each_weight_on_its_own(name: str, sparse: float, dead: bool) -> None:
+    for bits in (2, 3, 8):
+        it = baseline_case(name, "nearest", sparse, dead)
+        it.obs.quantizer = fit_weight_grid(torch.from_numpy(it.W), bits)
+        it.obs.quantize()
+        for r, (w, rounded) in enumerate(zip(it.W, it.weights(), strict=True)):
+            values = float(it.obs.quantizer.scale[r]) * (
+                np.arange(2**bits) - float(it.obs.quantizer.zero[r])
+            )
+            assert_close(np.abs(rounded[:, None] - values).min(1), np.zeros_like(w))
+            distance = np.abs(w[:, None] - values).min(1)  # the largest weight is halfway
+            assert_close(np.abs(rounded - w), distance)
+
+
+def test_an_order_needs_no_sound_hessian_and_says_who_runs_it(caplog) -> None:
+    x = random_inputs((6, 1, 40))[:, 0]  # 6 inputs for 40 columns
+    it = case_of(nn.Linear(40, 5), x)
+    it.obs.order = "magnitude"
+    elimination.log_uncompiled.cache_clear()
+    with caplog.at_level("INFO", logger="trueobs"):
+        it.obs.prepare_unstr()
+        it.obs.prepare_unstr()
+    assert [record.getMessage() for record in caplog.records] == [
+        "an order that ignores the Hessian has no compiled form: PyTorch runs it"
+    ]
+    wanted = magnitude_oracle(it.W[:, None], 0.5)[:, 0]
+    np.testing.assert_array_equal(it.weights(it.obs.prune_unstr([0.5])[0]), wanted)
+    with pytest.raises(ValueError, match="order must be one of obs, magnitude, nearest; got best"):
+        TrueOBS(it.layer, order="best")
+
+
+def test_a_rule_without_a_compiled_form_is_named_once(caplog) -> None:
+    class LastFirst(PivotRule):
+        """The last column goes first."""
+
+        def rank(self, scores: Tensor, error: Tensor) -> Tensor:
+            place = -torch.arange(scores.shape[1], dtype=scores.dtype)
+            return torch.where(scores < torch.inf, place, scores)
+
+    inverse = damped_inverse(torch.from_numpy(spd(8, 1))[None], dtype=torch.float64)
+    W, system = torch.ones(1, 1, 8, dtype=torch.float64), torch.tensor([0])
+    with caplog.at_level("INFO", logger="trueobs"):
+        for _ in range(2):
+            trace = eliminate(W, inverse, system, LastFirst(), 3, panel=8)
+    assert trace.order.tolist() == [[7, 6, 5]]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the rule LastFirst has no compiled form: PyTorch runs it"
+    ]
 
 
 def test_levels_belong_to_the_weights_that_were_prepared() -> None:

@@ -45,6 +45,7 @@ from obc.solver.errors import log
 from obc.solver.inverse import Inverse
 
 INFINITY = float("inf")
+ORDERS = ("obs", "magnitude", "nearest")  # by OBS's score; or as if H = 1: pruning, rounding
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,12 @@ def compiled_engine() -> ModuleType | None:
     return elimination_cpu
 
 
+@cache
+def log_uncompiled(what: str) -> None:
+    """Say once which engine runs something that `elimination_cpu` does not know."""
+    log.info("%s has no compiled form: PyTorch runs it", what)
+
+
 def panel_width(columns: int, unit: int) -> int:
     """Steps between two flushes, a multiple of the unit: the best of 48 … 256, or nearly."""
     return max(1, min(96, columns) // unit) * unit
@@ -175,14 +182,38 @@ def eliminate(
         raise ValueError(f"{W.shape[2]} columns are not whole groups or blocks")
     panel = min(panel or panel_width(W.shape[2], rule.unit), steps)
     panel = max(1, panel // rule.unit) * rule.unit
-    fits = type(rule) in COMPILED_RULES and W.shape[1] == 1 and W.device.type == "cpu"
-    if fits and (engine := compiled_engine()) is not None:
+    if inverse.matrix is None:
+        log_uncompiled("an order that ignores the Hessian")
+        return sort_columns(W, rule, steps)
+    if type(rule) not in COMPILED_RULES:
+        log_uncompiled(f"the rule {type(rule).__name__}")
+    elif W.shape[1] == 1 and W.device.type == "cpu" and (engine := compiled_engine()) is not None:
         grid = W.new_empty(len(W), 0) if rule.grid is None else rule.grid
         order, losses, weights = engine.eliminate_rows(
             W[:, 0], inverse.matrix, inverse.floor, system, rule.unit, rule.nm, grid, steps, panel
         )
         return Trace(order, losses, weights[:, None])
     return eliminate_in_torch(W, inverse, system, rule, steps, panel)
+
+
+def sort_columns(W: Tensor, rule: PivotRule, steps: int) -> Trace:
+    """`eliminate` for H = 1: no step changes another column's score, so the order is a sort.
+
+    This is magnitude pruning, or rounding to the nearest grid value; other weights keep theirs.
+    """
+    R, _, d = W.shape
+    error = rule.error(W)
+    losses = error.square().sum(1) / 2  # (R, d)
+    scores = losses.view(R, d // rule.unit, rule.unit).sum(2)
+    n, m = rule.nm
+    if m:
+        rank = scores.view(R, d // m, m).argsort(dim=2, stable=True).argsort(2).view(R, d)
+        scores = scores.masked_fill(rank >= n, INFINITY)
+    units = scores.argsort(dim=1, stable=True)[:, : steps // rule.unit, None] * rule.unit
+    order = (units + torch.arange(rule.unit, device=W.device)).flatten(1)
+    fixed = torch.zeros(R, d, dtype=torch.bool, device=W.device).scatter_(1, order, True)
+    weights = torch.where(fixed[:, None], W - error, W)
+    return Trace(order, losses.gather(1, order), weights)
 
 
 def bytes_per_system(d: int, item: int, device: torch.device) -> int:

@@ -36,10 +36,16 @@ LADDER = tuple(10.0**exponent for exponent in range(-8, 1))  # damping tried, ×
 class Inverse:
     """H⁻¹ of G systems, ready for an elimination."""
 
-    matrix: Tensor  # (G, d, d)
+    matrix: Tensor | None  # (G, d, d); None: the identity
     floor: Tensor  # (G, d), 1/H_pp: in exact arithmetic no pivot falls below it
     damping: Tensor  # (G,) what was added to the diagonal, × its mean
     deficit: Tensor  # (G,) d − rank(H), counted only where H had to be damped
+
+
+def identity(H: Tensor, dtype: torch.dtype) -> Inverse:
+    """What takes the place of H⁻¹ where H is to count as 1, so that weights do not interact."""
+    G, d, _ = H.shape
+    return Inverse(None, H.new_ones(G, d, dtype=dtype), H.new_zeros(G), H.new_zeros(G))
 
 
 def damped_inverse(

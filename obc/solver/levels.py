@@ -89,6 +89,13 @@ def completed(order: Tensor, columns: int) -> Tensor:  # (rows, steps) -> (rows,
     return torch.cat([order.long(), torch.nonzero(stays)[:, 1].view(len(order), -1)], 1)
 
 
+def is_gone(order: Tensor, counts: Tensor) -> Tensor:  # (levels, R, d) bool
+    """Which columns are among the first `counts` (levels, R) of each system's `order` (R, d)."""
+    place = torch.empty_like(order)
+    place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return place < counts[:, :, None]
+
+
 def weights_at(
     W: Tensor,  # (R, q, d)
     inverse: Inverse,
@@ -99,6 +106,8 @@ def weights_at(
     undamped: Undamped | None = None,  # H to refine the weights by
 ) -> Tensor:  # (levels, R, q, d)
     """Weights of every row at every level, in closed form. Those that are zero stay zero."""
+    if inverse.matrix is None:
+        return torch.where(is_gone(order, counts)[:, :, None], 0, W)
     levels, (R, q, _) = W.new_empty(len(counts), *W.shape), W.shape
 
     def kept_of(part: slice) -> Kept:
@@ -137,9 +146,7 @@ class Kept:
         few = counts <= d // 2
         diagonal = 1 / inverse.floor  # of H, damped and decoupled
         dtype = inverse.matrix.dtype
-        place = torch.empty_like(order)
-        place.scatter_(1, order, torch.arange(d, device=order.device).expand_as(order))
-        self.is_gone = place < counts[:, :, None]  # (levels, R, d)
+        self.is_gone = is_gone(order, counts)  # (levels, R, d)
         self.gone = Leading(inverse.matrix, None, system, order, counts * few, dtype)
         self.kept = Leading(H, diagonal, system, order.flip(1), (d - counts) * ~few, dtype)
         self.few = few[:, :, None]

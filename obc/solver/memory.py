@@ -79,7 +79,7 @@ def layer_needs(
         row += item * VECTORS_OF_A_LEVEL * d * levels
         matrices = int(item * MATRICES_OF_A_ROW * d * d)
         row, matrix = (row, max(matrix, matrices)) if tasks else (row + matrices, 0)
-    if innermost:  # N:M keeps the u's of all steps (nm_cpu.py)
+    if innermost:  # N:M keeps the u's of all steps and their triangle (elimination_cpu.py)
         matrix *= 2
     if apart:
         row += 32 * d * d
