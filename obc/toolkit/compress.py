@@ -101,7 +101,7 @@ def compress_layer(
             solver.world.meet()
             after = levels.read(len(mode.sparsities) - 1).to(before.device)
             levels_hash = levels.hash() if solver.world.first else ""
-        report.result = mode.label(after)
+        report.result = mode.label(after) + ("" if mode.order == "obs" else f", {mode.order}")
         report.seconds = time.perf_counter() - started
         report.squared_error = solver.squared_error(after, before)
         energy = solver.squared_error(torch.zeros_like(before), before)
@@ -190,7 +190,11 @@ class Compression:
         """Solvers with the Hessians of these layers, from the cache or else from the images."""
         solvers = {
             name: TrueOBS(
-                self.layers[name], self.rel_damp, plan.memory, plan.sharing(name, self.world)
+                self.layers[name],
+                self.rel_damp,
+                plan.memory,
+                plan.sharing(name, self.world),
+                self.mode.order,
             )
             for name in names
         }

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import quant
 from obc.inputs.batches import Batches
+from obc.solver.elimination import ORDERS
 from obc.solver.errors import UserError
 from obc.solver.levels import sparsity_grid
 from obc.toolkit import cli
@@ -36,7 +37,6 @@ from obc.toolkit.calibrate import activation_grids
 from trueobs import TrueOBS
 
 NO_QUANTISATION = 32  # bits
-OBS, MAGNITUDE, NEAREST = "obs", "magnitude", "nearest"
 
 
 def option(default: Any, text: str, flag: str = "", **parsing: Any) -> Any:
@@ -50,7 +50,7 @@ class Mode(ABC):
 
     name: ClassVar[str]
     text: ClassVar[str]  # for --help
-    baseline: ClassVar[str] = MAGNITUDE  # the --order besides obs
+    baseline: ClassVar[str] = "magnitude"  # the --order besides obs
     channels_innermost: ClassVar[bool] = False  # whether columns are in the order (kh, kw, c)
     rows_divisible: ClassVar[bool] = True  # whether processes can share the rows of a layer
     starts_from_grids: ClassVar[bool] = False  # whether weights of --load may be quantised
@@ -59,16 +59,16 @@ class Mode(ABC):
     divisor_name: ClassVar[str] = ""  # in the reason for leaving a layer dense
 
     order: str = option(
-        OBS,
+        "obs",
         "obs; or a baseline: magnitude (pruning: the smallest weights go, the others stay as they "
         "are), nearest (quant: rounding to nearest)",
-        choices=(OBS, MAGNITUDE, NEAREST),
+        choices=ORDERS,
     )
 
     def __post_init__(self) -> None:
-        if self.order not in (OBS, self.baseline):
+        if self.order not in ("obs", self.baseline):
             raise UserError(
-                f"--order {self.order} is not for {self.name}: choose {OBS} or {self.baseline}"
+                f"--order {self.order} is not for {self.name}: choose obs or {self.baseline}"
             )
 
     @property
@@ -123,7 +123,7 @@ class QuantMode(Mode):
 
     name = "quant"
     text = "OBQ: weights and, with --abits, activations on a grid"
-    baseline = NEAREST
+    baseline = "nearest"
     starts_from_grids = True
     serves = ("mixed", "4block_8w8a")
 
