@@ -1,20 +1,12 @@
-"""Per-layer databases: every layer at every level, and models stitched from them.
+"""Per-layer databases: `python database.py MODEL DATASET KIND ACTION` (see --help).
 
-OBC (arXiv 2208.11580), section 4, "non-uniform compression": a database holds each layer of a model
-at many levels of compression; a profile names a level for each layer; stitching puts the model
-together. `python database.py MODEL DATASET KIND ACTION` measures what each level costs in accuracy.
+OBC (arXiv 2208.11580), section 4, "non-uniform compression". A database holds every layer of a
+model at many levels of compression; a profile names a level for each layer. The kinds of database,
+their files and their levels are described in `obc/toolkit/leveldb.py`.
 
-    kind         files, a full state dict each                     level
-    unstr        models_unstr/<model>_<level>.pth                  sparsity × 10⁴, 0000 … 9900
-    4block       models_4block/<model>_<level>.pth                 the same
-    4block_8w8a  models_4block_8w8a/<model>_<level>.pth            the same
-    mixed        models_quant/<model>_<level>.pth and              8w8a, 4w4a, …
-                 models_nm_quant/<model>_<level>.pth               24_8w8a, 24_4w4a, …
-
-A level is what stands between the model's name and the suffix: to add a level, add a file. Files
-are mapped into memory (.safetensors are read), so that opening a database reads names and shapes
-only, and stitching reads the layers it stitches. Which bits and how many zeros a level has is read
-off its tensors.
+    loss, squared, spdy    write what each level of each layer costs in accuracy (sensitivity.py)
+    stitch                 the accuracy of the model that --profile describes
+    eval                   the accuracy with all layers at the same level, for every level
 """
 
 from __future__ import annotations
@@ -32,9 +24,9 @@ from obc.toolkit import cli, records, sensitivity
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores
 from obc.toolkit.resume import Notes, Unkept, open_state, state_folder
-from obc.toolkit.session import Session, images_hash
+from obc.toolkit.session import Invocation, Session, common_options, images_hash
 
-# -- the command -----------------------------------------------------------------------------------
+MEASURES = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "action",
         metavar="ACTION",
-        choices=["loss", "squared", "spdy", "stitch", "eval"],
+        choices=[*MEASURES, "spdy", "stitch", "eval"],
         help="loss, squared, spdy: write scores; stitch, eval: measure accuracy",
     )
     parser.add_argument("--prefix", metavar="DIR", default=".", help="where models_unstr/ etc. are")
@@ -54,34 +46,50 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_errors(args: argparse.Namespace, db: Database, session: Session) -> None:
+def write_errors(
+    db: Database, session: Session, invocation: Invocation, action: str, path: Path
+) -> None:
     """Measure errors per layer and level and write them where spdy.py looks for them."""
-    path, started = score_file(args.score_path, db.model, db.kind, args.action), time.perf_counter()
+    started, world = time.perf_counter(), session.world
     files.check_writable(path)
-    marks = session.fingerprint(build_parser(), {"database": db.hash})
-    records.check_repeat(args.repeat, marks)
-    world = session.world
-    with open_state(state_folder(path), marks, args.restart, world) as state:
-        if args.action == "spdy":
-            scores = sensitivity.quadratic_prior(db)
-        else:
-            measure = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}
+    marks = session.fingerprint(invocation, {"database": db.hash})
+    records.check_repeat(invocation.repeat, marks)
+    with open_state(state_folder(path), marks, invocation.restart, world) as state:
+        if action in MEASURES:
             batches = session.calibration().shard(world.rank, world.size)
             notes = Notes(state)
             with notes.kept():
-                scores = measure[args.action](session.model, db, batches, session.device, notes)
-        seconds = time.perf_counter() - started
+                scores = MEASURES[action](session.model, db, batches, session.device, notes)
+        else:
+            scores = sensitivity.quadratic_prior(db)
         records.write_run(
-            path.with_suffix(".json"), "database.py", args, fingerprint=marks, seconds=seconds
+            path.with_suffix(".json"),
+            invocation.command,
+            invocation.arguments,
+            fingerprint=marks,
+            seconds=time.perf_counter() - started,
         )
         write_scores(path, scores)
         state.finish()
     cli.print_result(f"{len(scores)} layers at {len(db.levels)} levels: {path}")
 
 
-def evaluate_levels(db: Database, session: Session) -> None:
-    """Accuracy with every layer at the same level, for every level; in the end, of the last."""
-    with open_evaluation(db, session) as state:
+def evaluate_levels(
+    db: Database, session: Session, invocation: Invocation, prefix: str | Path
+) -> None:
+    """Accuracy with every layer at the same level, for every level; at the end, of the last."""
+    contents = {"database": db.hash, "test images": images_hash(session.data.test)}
+    marks = session.fingerprint(invocation, contents)
+    folder = Path(prefix) / f".{db.model}_{db.kind}_eval.partial"
+    try:
+        state = open_state(folder, marks, invocation.restart, session.world)
+    except OSError as error:
+        reason = error.strerror
+        log.warning(
+            "%s: cannot be written (%s): an interrupt would lose all results", folder, reason
+        )
+        state = Unkept()
+    with state:
         notes = Notes(state)
         if notes.known:
             log.info("resuming: %d of %d levels are done", len(notes.known), len(db.levels))
@@ -96,37 +104,22 @@ def evaluate_levels(db: Database, session: Session) -> None:
     cli.print_result(f"top-1 {accuracy:.2f}")
 
 
-def open_evaluation(db: Database, session: Session) -> Unkept:
-    """Where accuracies are kept while an evaluation is at work: beside the database."""
-    args = session.args
-    contents = {"database": db.hash, "test images": images_hash(session.data.test)}
-    marks = session.fingerprint(build_parser(), contents)
-    folder = Path(args.prefix) / f".{db.model}_{db.kind}_eval.partial"
-    try:
-        return open_state(folder, marks, args.restart, session.world)
-    except OSError as error:
-        log.warning(
-            "%s: cannot be written (%s): an interrupt would lose what is evaluated",
-            folder,
-            error.strerror,
-        )
-        return Unkept()
-
-
 def run(args: argparse.Namespace) -> None:
     if (args.action == "stitch") != bool(args.profile):
         raise UserError("--profile FILE goes with stitch, and stitch needs it")
     profile = read_profile(args.profile) if args.profile else None
     db = Database.open(args.kind, model_tag(args.model), args.prefix)
-    session = Session.of(args)
+    session = Session.of(common_options(args))
     db.check(session.model)
+    invocation = Invocation.of(build_parser(), args)
     if args.action == "eval":
-        evaluate_levels(db, session)
+        evaluate_levels(db, session, invocation, args.prefix)
     elif profile is not None:
         db.stitch(session.model, profile)
         cli.print_result(f"top-1 {session.accuracy(session.model):.2f}")
     else:
-        write_errors(args, db, session)
+        path = score_file(args.score_path, db.model, db.kind, args.action)
+        write_errors(db, session, invocation, args.action, path)
     session.world.leave()
 
 

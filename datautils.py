@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from obc.inputs.batches import Batches, Passes, normalise, tell_skipped
+from obc.inputs.batches import ImageBatches, Passes, normalise, tell_skipped
 from obc.inputs.images import BadImage, FileImages, damaged, list_images, subfolders
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
@@ -305,14 +305,14 @@ def calibration_batches(
     augment: bool = False,
     seed: int = 0,
     workers: int | None = None,  # None: what suits the dataset
-) -> Batches:
+) -> ImageBatches:
     """`nrounds` passes over the calibration images; each augmented pass sees new views of them.
 
     Batches run on across the seam between two passes: only the very last may be smaller.
     """
     passes = Passes(data.calibration, nrounds, seed if augment else None)
     workers = data.workers if workers is None else workers
-    return Batches(passes, batchsize, workers, skip_bad_images=data.skip_bad_images)
+    return ImageBatches(passes, batchsize, workers, skip_bad_images=data.skip_bad_images)
 
 
 def test_batches(
@@ -320,11 +320,11 @@ def test_batches(
     *,
     batchsize: int = 128,
     workers: int | None = None,  # None: what suits the dataset
-) -> Batches:
+) -> ImageBatches:
     """One pass over the test images."""
     passes = Passes(data.test, 1, None)
     workers = data.workers if workers is None else workers
-    return Batches(passes, batchsize, workers, skip_bad_images=data.skip_bad_images)
+    return ImageBatches(passes, batchsize, workers, skip_bad_images=data.skip_bad_images)
 
 
 test_batches.__test__ = False  # not a test, whatever pytest makes of the name

@@ -19,7 +19,7 @@ import difflib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
+from obc.inputs.batches import Batches
 from obc.inputs.checkpoints import load_checkpoint, load_state
 from obc.inputs.cifar_resnets import CifarResNet
 from obc.inputs.tracing import folded
@@ -43,9 +44,6 @@ from quant import ACTIVATION_GRID, WEIGHT_GRID
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 CIFAR_BLOCKS = {f"rn{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # name: n, blocks per stage
 SHIPPED_WEIGHTS = {("rn8", "digits"): Path(__file__).resolve().parent / "assets/rn8_digits.pth"}
-
-Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, s, s) float32, labels (n,) int64
-
 
 # ---------------------------------------------------------------------------- models by name
 

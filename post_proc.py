@@ -47,7 +47,7 @@ from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile
 from obc.toolkit.resume import Unkept, open_state, state_folder
-from obc.toolkit.session import Session, load_compressed
+from obc.toolkit.session import Invocation, Session, common_options, load_compressed
 from obc.toolkit.training import finetune, global_adaprune, train_vectors
 from quant import put_layer
 
@@ -164,8 +164,8 @@ class Epochs:
         return len(self.session.calibration())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        args, data = self.session.args, self.session.data
-        generator = torch.Generator().manual_seed(args.seed)
+        options, data = self.session.options, self.session.data
+        generator = torch.Generator().manual_seed(options.seed)
         for _ in range(next(self.numbers) + 1):
             seed = int(torch.randint(2**62, (), generator=generator))
         generator.manual_seed(seed)
@@ -176,24 +176,24 @@ class Epochs:
         return iter(
             calibration_batches(
                 shuffled,
-                batchsize=args.batchsize,
-                workers=args.workers,
-                augment=not args.noaug,
+                batchsize=options.batchsize,
+                workers=options.workers,
+                augment=not options.noaug,
                 seed=seed,
             )
         )
 
 
-def statistics_images(session: Session) -> Tensor:  # (N, 3, s, s)
+def statistics_images(session: Session, count: int | None) -> Tensor:  # (N, 3, s, s)
     """The one batch that statistics correction looks at."""
     available = len(session.data.calibration)
-    wanted = session.args.statcorr_samples or available
+    wanted = count or available
     if wanted > available:
         raise UserError(
             f"--statcorr-samples {wanted} is more than the {available} calibration "
             "images; pass --nsamples"
         )
-    workers = session.args.workers
+    workers = session.options.workers
     images, _ = next(iter(calibration_batches(session.data, batchsize=wanted, workers=workers)))
     return images
 
@@ -218,10 +218,10 @@ class StepReport:
 
 
 def corrections(
-    session: Session, model: nn.Module, state: Unkept
+    args: argparse.Namespace, session: Session, model: nn.Module, state: Unkept
 ) -> dict[str, Callable[[], list[float] | None]]:
     """All corrections by option, in the order of the module docstring; each changes `model`."""
-    args, dense, device = session.args, session.model, session.device
+    dense, device = session.model, session.device
     models = (model, dense)
 
     def tune_batchnorms() -> None:
@@ -233,7 +233,9 @@ def corrections(
             *models, Epochs(session), device, args.gap_epochs, args.gap_lr, state
         ),
         "bnt": tune_batchnorms,
-        "statcorr": lambda: statistics_correction(*models, statistics_images(session), device),
+        "statcorr": lambda: statistics_correction(
+            *models, statistics_images(session, args.statcorr_samples), device
+        ),
         "lintune": lambda: train_vectors(
             *models,
             Epochs(session),
@@ -255,11 +257,13 @@ def corrections(
     }
 
 
-def correct(session: Session, model: nn.Module, state: Unkept) -> list[StepReport]:
+def correct(
+    args: argparse.Namespace, session: Session, model: nn.Module, state: Unkept
+) -> list[StepReport]:
     """Run the corrections that are asked for; a report of each, logged."""
     reports = []
-    for name, correction in corrections(session, model, state).items():
-        if not getattr(session.args, name):
+    for name, correction in corrections(args, session, model, state).items():
+        if not getattr(args, name):
             continue
         if entry := state.load(name):
             model.load_state_dict(entry.tensors)
@@ -280,22 +284,23 @@ def correct(session: Session, model: nn.Module, state: Unkept) -> list[StepRepor
 def run(args: argparse.Namespace) -> None:
     check_options(args)
     started = time.perf_counter()
-    session = Session.of(args)
+    session = Session.of(common_options(args))
     model = load_model(args, session.model)
     contents = {"compressed model": content_hash(model.state_dict())}
-    marks = session.fingerprint(build_parser(), contents)
+    invocation = Invocation.of(build_parser(), args)
+    marks = session.fingerprint(invocation, contents)
     records.check_repeat(args.repeat, marks)
     folder = state_folder(args.save) if args.save else None
     with open_state(folder, marks, args.restart, session.world) if folder else Unkept() as state:
-        reports = correct(session, model, state)
+        reports = correct(args, session, model, state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save)
         accuracy = session.accuracy(model)
         if args.save:
             records.write_run(
                 Path(args.save).with_suffix(".json"),
-                "post_proc.py",
-                args,
+                invocation.command,
+                invocation.arguments,
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 top1=accuracy,

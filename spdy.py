@@ -4,10 +4,10 @@ OBC (arXiv 2208.11580), with the search of SPDY (Frantar & Alistarh, arXiv 2201.
 
     minimise  Σ_i error_i(level_i)   where  Σ_i cost_i(level_i) ≤ Σ_i dense cost_i / TARGET
 
---dp solves this (`dp.py`). Without, coefficients of the errors are searched for whose solution,
-stitched from the database and with its norms corrected, has the least mean cross-entropy on the
-calibration images, not augmented (`search.py`). An interrupted search is continued by the same
-command: its state is in a hidden folder beside the profile until the profile is written.
+--dp solves this (`dp.py`). Without it, the command searches for coefficients of the errors whose
+solution, stitched from the database and with its norms corrected, has the least mean cross-entropy
+on the calibration images, not augmented (`search.py`). An interrupted search is continued by the
+same command: its state is in a hidden folder next to the profile until the profile is written.
 
 Batch norms of a candidate are re-estimated in one pass, as plain averages over the calibration
 batches (`corrections.py`). Deviation from OBC: moving averages over 100 batches, which
@@ -23,20 +23,20 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from modelutils import mean_loss, placed
 from obc.inputs import files
 from obc.solver import dp
 from obc.solver.errors import UserError, log
-from obc.solver.search import Problem, State, make_problem, picks_key, search
+from obc.solver.search import ProfileProblem, SearchState, picks_key, profile_problem, search
 from obc.toolkit import cli, profiles
 from obc.toolkit.corrections import batchnorm_averages, correct_statistics, norm_moments
 from obc.toolkit.costs import CONSTRAINTS, layer_costs
@@ -44,12 +44,10 @@ from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.records import check_repeat, repeated, write_run
 from obc.toolkit.resume import Unkept, open_state, state_folder
-from obc.toolkit.session import Session
+from obc.toolkit.session import Invocation, Session, common_options
 
 ERRORS = ("squared", "loss", "spdy")
-DEFAULT_CONSTRAINTS = {"mixed": "bops", "4block": "flops", "unstr": "flops", "4block_8w8a": "bops"}
-
-SEARCH = "search"  # the one thing in the state of a search
+SEARCH = "search"  # the only entry in the state of a search
 
 
 # -- evaluation ------------------------------------------------------------------------------------
@@ -58,16 +56,18 @@ SEARCH = "search"  # the one thing in the state of a search
 class Evaluator:
     """Calibration loss of a profile; the decoded images and the dense model stay in memory.
 
-    Of several processes, each has its share of the images.
+    Of several processes, each has its share of the images. `correction` is how norms are corrected
+    before the loss is measured: "averages", "statcorr" or "none".
     """
 
-    def __init__(self, session: Session, db: Database, args: argparse.Namespace) -> None:
+    def __init__(self, session: Session, db: Database, correction: str = "averages") -> None:
         self.session, self.db, device = session, db, session.device
         self.world = world = session.world
-        own = session.calibration().shard(world.rank, world.size)
-        images = tqdm(own, desc="reading images", leave=False, disable=None)
+        shard = session.calibration().shard(world.rank, world.size)
+        images = tqdm(shard, desc="reading images", leave=False, disable=None)
         self.batches = [(placed(x, device) if device.type == "cpu" else x, y) for x, y in images]
-        if args.statcorr:
+        self.correct: Callable[[nn.Module], None] = lambda model: None
+        if correction == "statcorr":
             first = world.share(self.batches[0][0].cpu() if world.first else None)
             first = placed(first, device) if device.type == "cpu" else first
             self.correct = partial(
@@ -76,9 +76,7 @@ class Evaluator:
                 device=device,
                 wanted=norm_moments(session.model, first, device),
             )
-        elif args.nobatchnorm:
-            self.correct = lambda model: None
-        else:
+        elif correction == "averages":
             self.correct = partial(
                 batchnorm_averages, batches=self.batches, device=device, world=world
             )
@@ -88,20 +86,6 @@ class Evaluator:
         self.db.stitch(model, profile)
         self.correct(model)
         return mean_loss(model, self.batches, self.session.device, self.world)
-
-
-def fingerprint(
-    args: argparse.Namespace, problem: Problem, session: Session, db: Database
-) -> dict[str, str]:
-    """All that a profile depends on; of the database itself only if there is a search in it."""
-    tables = {"scores": problem.errors, "costs": problem.costs}
-    contents = {
-        name: content_hash({str(i): torch.as_tensor(x) for i, x in enumerate(table)})
-        for name, table in tables.items()
-    }
-    if not args.dp:
-        contents["database"] = db.hash
-    return session.fingerprint(build_parser(), contents)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -116,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         "target",
         metavar="TARGET",
         type=cli.positive_float,
-        help="how many times less the layers shall cost than at 32 bits and dense",
+        help="by which factor the layers must cost less than dense at 32 bits",
     )
     add("database", metavar="DATABASE", choices=list(KINDS), help=" ".join(KINDS))
     add("--dp", action="store_true", help="one solve of the dynamic programme, no search")
@@ -124,8 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--constr",
         choices=CONSTRAINTS,
-        help="what the target is about (default: flops for unstr and 4block, bops for mixed and "
-        "4block_8w8a, timingsq with --timings)",
+        help="what the target limits (default: timingsq with --timings, otherwise "
+        + ", ".join(f"{kind.constraint} for {name}" for name, kind in KINDS.items())
+        + ")",
     )
     add("--timings", metavar="FILE", help="seconds per layer and level, for timingsq")
     add(
@@ -153,47 +138,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """What argparse cannot see by itself."""
+    """What argparse cannot see by itself; fills in defaults."""
     if args.score and args.dp:
         raise UserError("--score FILE scores a profile, --dp makes one: choose")
-    args.constr = args.constr or (
-        "timingsq" if args.timings else DEFAULT_CONSTRAINTS[args.database]
-    )
+    default = "timingsq" if args.timings else KINDS[args.database].constraint
+    args.constr = args.constr or default
     if (args.constr == "timingsq") != bool(args.timings):
         raise UserError("--timings FILE goes with --constr timingsq, which needs it")
 
 
-def profile_file(args: argparse.Namespace) -> Path:
-    """<model>_<database>_<100·target>x_dp.txt, or _spdy.
+def profile_file(prefix: str | Path, model: str, kind: str, target: float, method: str) -> Path:
+    """<model>_<database>_<100·target>x_<method>.txt, the method being dp or spdy.
 
-    >>> words = ["rn18", "imagenet", "2.3", "unstr", "--dp"]
-    >>> str(profile_file(build_parser().parse_args(words)))
+    >>> str(profile_file(".", "rn18", "unstr", 2.3, "dp"))
     'rn18_unstr_230x_dp.txt'
     """
-    target, method = f"{100 * args.target:.10g}", "dp" if args.dp else "spdy"
-    name = f"{model_tag(args.model)}_{args.database}_{target}x_{method}.txt"
-    return Path(args.prefix) / name
-
-
-def read_problem(args: argparse.Namespace, db: Database, session: Session) -> Problem:
-    """Costs and scores of the database."""
-    path = profiles.score_file(args.score_path, db.model, db.kind, args.errors)
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file; make it with python database.py {args.model} "
-            f"{args.dataset} {args.database} {args.errors}"
-        )
-    costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
-    scores = profiles.read_scores(path)
-    return make_problem(db.levels, costs, scores, path, args.target, args.dpbuckets)
+    return Path(prefix) / f"{model_tag(model)}_{kind}_{100 * target:.10g}x_{method}.txt"
 
 
 def run_search(
-    args: argparse.Namespace, problem: Problem, evaluator: Evaluator, kept: Unkept
-) -> State:
+    problem: ProfileProblem,
+    evaluator: Callable[[Mapping[str, str]], float],
+    kept: Unkept,
+    seed: int,
+) -> SearchState:
     """Start the search, or continue it."""
     entry = kept.load(SEARCH)
-    state = State(**entry.figures) if entry else State.start(len(problem.levels), args.seed)
+    state = SearchState(**entry.figures) if entry else SearchState.start(len(problem.levels), seed)
     if entry:
         log.info("resuming: after %d candidates", state.candidates)
     return search(
@@ -204,16 +175,7 @@ def run_search(
     )
 
 
-def open_search(
-    path: Path, marks: dict[str, str], restart: bool, evaluator: Evaluator | None
-) -> Unkept:
-    """Where a search is kept while it is at work; nowhere, if there is none."""
-    if evaluator is None:
-        return Unkept()
-    return open_state(state_folder(path), marks, restart, evaluator.world)
-
-
-def report(problem: Problem, picks: list[int]) -> dict[str, float]:
+def print_choice(problem: ProfileProblem, picks: list[int]) -> dict[str, float]:
     """Print what a choice reaches; the same for the record."""
     cost, error = problem.cost(picks), problem.error(picks)
     reached = problem.dense / cost if cost else math.inf
@@ -229,74 +191,102 @@ def report(problem: Problem, picks: list[int]) -> dict[str, float]:
     }
 
 
-def score(args: argparse.Namespace, problem: Problem, evaluator: Evaluator) -> None:
-    """Print what the profile --score reaches, its objective and its calibration loss."""
-    picks = problem.picks(profiles.read_profile(args.score), args.score)
+def score(path: str, problem: ProfileProblem, evaluator: Evaluator) -> None:
+    """Print what the profile in a file reaches, its objective and its calibration loss."""
+    picks = problem.picks(profiles.read_profile(path), path)
     loss = evaluator(problem.profile(picks))
-    if report(problem, picks)["cost"] > problem.budget:
-        log.warning("%s misses the target %g", args.score, problem.target)
+    if print_choice(problem, picks)["cost"] > problem.budget:
+        log.warning("%s misses the target %g", path, problem.target)
     cli.print_result(f"calibration loss {loss:.6f}")
 
 
 def choose(
-    args: argparse.Namespace, problem: Problem, marks: dict[str, str], evaluator: Evaluator | None
+    path: Path,  # of the profile
+    problem: ProfileProblem,
+    invocation: Invocation,
+    marks: dict[str, str],
+    evaluator: Evaluator | None,  # None: no search
+    seed: int,
 ) -> None:
     """Make a profile, by a search if there is an evaluator; write and report it."""
-    started, path = time.perf_counter(), profile_file(args)
-    choice, found = problem.solve(), {}
-    with open_search(path, marks, args.restart, evaluator) as kept:
+    started, choice, figures = time.perf_counter(), problem.solve(), {}
+    kept = Unkept()  # only a search has something to resume
+    if evaluator is not None:
+        kept = open_state(state_folder(path), marks, invocation.restart, evaluator.world)
+    with kept:
         if evaluator is not None:
-            plain = picks_key(choice.levels)
-            state = run_search(args, problem, evaluator, kept)
+            dp_picks = picks_key(choice.levels)
+            state = run_search(problem, evaluator, kept, seed)
             choice = problem.solve(state.coefficients)
-            found = {
+            figures = {
                 "loss": state.loss,
-                "dp_loss": state.losses[plain],
+                "dp_loss": state.losses[dp_picks],
                 "candidates": state.candidates,
                 "evaluations": len(state.losses),
                 "coefficients": state.coefficients,
                 "history": state.history,
             }
-        figures = report(problem, choice.levels)
-        figures |= {"discretisation_error": choice.gap, "bucket": choice.bucket, **found}
+        picks = choice.levels
+        figures |= print_choice(problem, picks)
+        figures |= {"discretisation_error": choice.gap, "bucket": choice.bucket}
         cli.print_result(f"discretisation error at most {choice.gap:.3g}")
-        if found:
-            of_plain = math.nan if found["dp_loss"] is None else found["dp_loss"]
-            cli.print_result(f"calibration loss {found['loss']:.6f} (--dp: {of_plain:.6f})")
-        figures |= {"fingerprint": marks, "seconds": time.perf_counter() - started}
-        write_record(args, problem, choice.levels, figures)
-        profiles.write_profile(path, problem.profile(choice.levels))
+        if evaluator is not None:
+            dp_loss = math.nan if figures["dp_loss"] is None else figures["dp_loss"]
+            cli.print_result(f"calibration loss {figures['loss']:.6f} (--dp: {dp_loss:.6f})")
+        profile = problem.profile(picks)
+        table = zip(profile.items(), problem.costs, problem.errors, picks, strict=True)
+        write_run(
+            path.with_suffix(".json"),
+            invocation.command,
+            invocation.arguments,
+            **figures,
+            fingerprint=marks,
+            seconds=time.perf_counter() - started,
+            layers=[
+                {"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
+                for (layer, level), cost, error, pick in table
+            ],
+        )
+        profiles.write_profile(path, profile)
         kept.finish()
     cli.print_result(f"profile {path}")
 
 
-def write_record(
-    args: argparse.Namespace, problem: Problem, picks: list[int], figures: dict[str, Any]
-) -> None:
-    """Arguments, environment and figures of the run, as JSON beside the profile."""
-    rows = zip(problem.profile(picks).items(), problem.costs, problem.errors, picks, strict=True)
-    layers = [
-        {"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
-        for (layer, level), cost, error, pick in rows
-    ]
-    write_run(profile_file(args).with_suffix(".json"), "spdy.py", args, **figures, layers=layers)
-
-
 def run(args: argparse.Namespace) -> None:
     check_options(args)
+    method = "dp" if args.dp else "spdy"
+    path = profile_file(args.prefix, args.model, args.database, args.target, method)
     if not args.score:
-        files.check_writable(profile_file(args))
+        files.check_writable(path)
     db = Database.open(args.database, model_tag(args.model), args.prefix)
-    session = Session.of(args)
+    session = Session.of(common_options(args))
     db.check(session.model)
-    problem = read_problem(args, db, session)
+    scores_path = profiles.score_file(args.score_path, db.model, db.kind, args.errors)
+    if not scores_path.exists():
+        raise UserError(
+            f"{scores_path}: no such file; make it with python database.py {args.model} "
+            f"{args.dataset} {args.database} {args.errors}"
+        )
+    costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
+    scores = profiles.read_scores(scores_path)
+    problem = profile_problem(db.levels, costs, scores, scores_path, args.target, args.dpbuckets)
+    correction = "statcorr" if args.statcorr else "none" if args.nobatchnorm else "averages"
     if args.score:
-        score(args, problem, Evaluator(session, db, args))
+        score(args.score, problem, Evaluator(session, db, correction))
     else:
-        problem.solve()  # says that a target cannot be reached before any image is read
-        marks = fingerprint(args, problem, session, db)
+        problem.solve()  # reports a target that cannot be reached before any image is read
+        tables = {"scores": problem.errors, "costs": problem.costs}
+        contents = {
+            name: content_hash({str(i): torch.as_tensor(x) for i, x in enumerate(table)})
+            for name, table in tables.items()
+        }
+        if not args.dp:  # only a search depends on the weights in the database
+            contents["database"] = db.hash
+        invocation = Invocation.of(build_parser(), args)
+        marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks)
-        choose(args, problem, marks, None if args.dp else Evaluator(session, db, args))
+        evaluator = None if args.dp else Evaluator(session, db, correction)
+        choose(path, problem, invocation, marks, evaluator, args.seed)
     session.world.leave()
 
 

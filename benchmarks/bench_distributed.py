@@ -30,8 +30,8 @@ if not __package__:  # run by its path, not with -m
 from obc.solver import errors
 from obc.solver.distributed import ALONE, World, join
 from obc.toolkit import cli, records
+from obc.toolkit.modes import UnstrMode
 from obc.toolkit.planning import Plan, make_plan
-from obc.toolkit.task import Task
 from trueobs import TrueOBS
 
 RESNET18 = {  # rows, columns: how many such layers
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     world, layers = join(torch.device("cpu")), make_layers(args.part, args.shrink)
-    plan = make_plan(layers, Task(), None, world)
+    plan = make_plan(layers, UnstrMode(max_sparsity=0.0), None, world)
     times = []
     for repeat in range(-1, args.repeats):
         each = world.gather(busy_seconds(plan, layers, world))

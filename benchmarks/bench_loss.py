@@ -40,14 +40,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.networks import Batches, layout_of, random_images, random_model
+from benchmarks.networks import BatchList, layout_of, random_images, random_model
 from benchmarks.timing import against, alternating
-from main_trueobs import SPARSITY_GRIDS, sparsity_grid
 from modelutils import evaluating, find_layers
 from obc.solver import errors
 from obc.toolkit import cli, sensitivity
 from obc.toolkit.leveldb import Database, level_names, model_tag
-from obc.toolkit.session import Session
+from obc.toolkit.modes import UnstrMode
+from obc.toolkit.session import Session, common_options
 
 GOAL, SAME = 2.5, 1e-4
 
@@ -94,7 +94,7 @@ def set_norms(model: nn.Module, images: Tensor) -> None:
 
 def magnitude_database(model: nn.Module, name: str, levels: int) -> Database:
     """All layers at `levels` sparsities, the smallest weights of each layer gone."""
-    grid = sparsity_grid(*SPARSITY_GRIDS["unstr"])
+    grid = UnstrMode().sparsities
     if levels > len(grid):
         raise errors.UserError(f"--levels {levels} is more than the grid's {len(grid)}")
     last = max(1, levels - 1)
@@ -114,7 +114,7 @@ def magnitude_database(model: nn.Module, name: str, levels: int) -> Database:
 # -- the plain way ---------------------------------------------------------------------------------
 
 
-def mean_loss(model: nn.Module, batches: Batches, device: torch.device) -> float:
+def mean_loss(model: nn.Module, batches: BatchList, device: torch.device) -> float:
     total, images_seen = 0.0, 0
     for images, labels in batches:
         outputs = model(images.to(device, memory_format=layout_of(device)))
@@ -124,7 +124,7 @@ def mean_loss(model: nn.Module, batches: Batches, device: torch.device) -> float
 
 
 def plain_losses(
-    model: nn.Module, db: Database, batches: Batches, device: torch.device, pairs: Pairs
+    model: nn.Module, db: Database, batches: BatchList, device: torch.device, pairs: Pairs
 ) -> dict[tuple[str, str], float]:
     """Mean loss with one layer at one level, for each pair."""
     found = {}
@@ -166,10 +166,12 @@ def as_a_command(args: argparse.Namespace) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def subject(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Batches, Database]:
+def subject(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[nn.Module, BatchList, Database]:
     """The model, its images and the database, as the options have them."""
     if args.dataset:
-        session = Session.of(as_a_command(args))
+        session = Session.of(common_options(as_a_command(args)))
         model, batches = session.model, list(session.calibration())
     else:
         model = random_model(args.model, args.seed, device)

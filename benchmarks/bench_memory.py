@@ -27,7 +27,7 @@ if not __package__:  # run by its path, not with -m
 from obc.solver.memory import layer_needs
 from obc.solver.threads import give_back_freed_memory
 from obc.toolkit import cli, records
-from obc.toolkit.levelfile import LevelFile
+from obc.toolkit.leveldb import LevelFile
 from trueobs import TrueOBS
 
 LEVELS = [1 - 0.9**k for k in range(44)] + [0.99]

@@ -49,17 +49,14 @@ from torch import Tensor, nn
 from benchmarks import bench_trueobs, timing
 from benchmarks.networks import random_model
 from benchmarks.timing import PeakMemory, against, seconds
-from main_trueobs import SPARSITY_GRIDS
 from modelutils import find_layers
 from obc.solver import errors
 from obc.solver.inverse import damped_inverse
 from obc.solver.layers import view
-from obc.solver.levels import sparsity_grid
 from obc.solver.memory import default_memory
 from obc.toolkit import cli
-from obc.toolkit.compress import Database
-from obc.toolkit.leveldb import write_levels
-from obc.toolkit.levelfile import LevelFile
+from obc.toolkit.leveldb import LevelFile, level_file, write_levels
+from obc.toolkit.modes import UnstrMode
 from quant import fit_weight_grid
 from trueobs import TrueOBS
 
@@ -207,22 +204,22 @@ class Bench:
     def __init__(self, args: argparse.Namespace, device: torch.device, folder: Path):
         self.args, self.device = args, device
         self.memory = int(args.memory * 1e9) if args.memory else default_memory(device)
-        grid = sparsity_grid(*SPARSITY_GRIDS["unstr"]) if args.mode == "unstr" else []
-        self.database = Database(grid, folder / "partial")
-        self.database.folder.mkdir()
+        self.sparsities = UnstrMode().sparsities if args.mode == "unstr" else []
+        self.folder = folder / "partial"
+        self.folder.mkdir()
         self.files: dict[str, LevelFile] = {}
         self.peak = PeakMemory(device)
 
     def warm_up(self) -> None:
         small = nn.Linear(64, 64).to(self.device)
         solver = solver_for(small, hessian_for(small, self.device, 0), 1 << 28)
-        file = self.database.file("warm-up", small.weight)
-        solve(solver, self.args.mode, self.database.sparsities, file)
+        file = level_file(self.folder, "warm-up", small.weight)
+        solve(solver, self.args.mode, self.sparsities, file)
 
     def layer(self, name: str, like: nn.Module) -> Layer:
         layer = real_layer(like, self.args.rows_fraction, self.device, self.args.seed)
         dense, H = layer.weight.detach().clone(), hessian_for(layer, self.device, self.args.seed)
-        levels, file = self.database.sparsities, self.database.file(name, dense)
+        levels, file = self.sparsities, level_file(self.folder, name, dense)
         self.files[name] = file
         self.peak.reset()
         times, writing = [], []

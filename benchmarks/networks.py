@@ -15,7 +15,7 @@ from obc.solver import errors
 
 CLASSES = 1000  # ImageNet's
 
-Batches = list[tuple[Tensor, Tensor]]  # images (n, 3, s, s), labels (n,)
+BatchList = list[tuple[Tensor, Tensor]]  # images (n, 3, s, s), labels (n,)
 
 
 def random_model(name: str, seed: int, device: torch.device) -> nn.Module:
@@ -36,7 +36,7 @@ def random_model(name: str, seed: int, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
-def random_images(count: int, size: int, batchsize: int, seed: int) -> Batches:
+def random_images(count: int, size: int, batchsize: int, seed: int) -> BatchList:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, size, size, generator=generator)
     labels = torch.randint(CLASSES, (count,), generator=generator)

@@ -39,7 +39,7 @@ from obc.solver.errors import UserError, log
 from obc.solver.layers import view
 from obc.toolkit import cli
 from obc.toolkit.leveldb import model_tag
-from obc.toolkit.session import Session
+from obc.toolkit.session import Session, common_options
 from pruning_vs_quantization.expected_error import sqnr_db
 from pruning_vs_quantization.layer_methods import Record, pruned, quantised
 from pruning_vs_quantization.layer_options import settle
@@ -199,7 +199,7 @@ def summary(records: list[dict[str, Any]], own: str) -> dict[str, Any] | None:
 def run(study: Study, args: argparse.Namespace) -> None:
     """Every layer at every bit width that has no result yet; table and picture of all."""
     settle(args)
-    session = Session.of(args)
+    session = Session.of(common_options(args))
     layers = chosen_layers(session.model, args)
     common = settings(study, args, session)
     work = [(name, bits) for name in layers for bits in args.bits]

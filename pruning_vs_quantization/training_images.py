@@ -16,7 +16,7 @@ the images that it would have seen. A last batch that is not full is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datautils import ImageData, ImageSet, calibration_batches, load_data, normalise, test_batches
+from obc.inputs.batches import Batches
 
 IN_MEMORY = 4 << 30  # bytes of decoded images that are kept
 
 Batch = tuple[Tensor, Tensor]  # images (n, 3, s, s) float32, labels (n,) int64
-Batches = Iterable[Batch]
 
 
 @dataclass(frozen=True)

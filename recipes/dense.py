@@ -15,7 +15,7 @@ import obc.toolkit.starting  # noqa: E402, F401  # isort: skip
 import argparse  # noqa: E402
 
 from obc.toolkit import cli  # noqa: E402
-from obc.toolkit.session import Session  # noqa: E402
+from obc.toolkit.session import Session, common_options  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    session = Session.of(args)
+    session = Session.of(common_options(args))
     cli.print_result(f"top-1 {session.accuracy(session.model):.2f}")
 
 

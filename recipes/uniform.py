@@ -23,7 +23,7 @@ from obc.toolkit import cli  # noqa: E402
 from obc.toolkit.costs import CONSTRAINTS, layer_costs  # noqa: E402
 from obc.toolkit.leveldb import KINDS, Database, model_tag  # noqa: E402
 from obc.toolkit.profiles import write_profile  # noqa: E402
-from obc.toolkit.session import Session  # noqa: E402
+from obc.toolkit.session import Session, common_options  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     path = args.output or Path(args.prefix) / name
     files.check_writable(path)
     db = Database.open(args.kind, tag, args.prefix)
-    session = Session.of(args)
+    session = Session.of(common_options(args))
     db.check(session.model)
     costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
     dense = sum(costs.dense.values())

@@ -116,7 +116,7 @@ def test_zeros_of_rounding_are_not_pruning() -> None:
     blocks[0, :4] = 0  # 9 of 54 blocks of 4 input channels
     blocks[1, 0] = 0  # by rounding
     assert share_left(blocks, "4block_8w8a") == 45 / 54
-    assert share_left(blocks, "") == (180 - 9) / 216
+    assert share_left(blocks) == (180 - 9) / 216
     assert share_left(torch.zeros(3, 3, 3, 3), "mixed") == 1.0  # 27 columns: left dense
 
 

@@ -15,8 +15,7 @@ import database
 import main_trueobs
 from obc.inputs.files import save_checkpoint
 from obc.solver.errors import UserError
-from obc.toolkit.leveldb import Database, write_levels
-from obc.toolkit.levelfile import LevelFile
+from obc.toolkit.leveldb import Database, LevelFile, write_levels
 from obc.toolkit.profiles import read_profile, read_scores, write_profile, write_scores
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
 

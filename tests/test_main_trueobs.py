@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import main_trueobs
 from datautils import calibration_batches, load_data
 from modelutils import SHIPPED_WEIGHTS, CifarResNet
-from obc.solver.levels import sparsity_grid
+from obc.toolkit.modes import MODES
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--nsamples", "128", "--noaug")
@@ -300,6 +300,44 @@ def test_a_quantised_checkpoint_can_be_quantised_further_but_not_pruned(
     assert done.status == 2 and "prune first, then quantise" in done.err
 
 
+# -- the baselines: --order ------------------------------------------------------------------------
+
+
+def test_nearest_is_rounding_on_the_same_grid(command, tmp_path, dense):
+    path = tmp_path / "q.pth"
+    state = quantise(command, path, "--wbits", 3, "--wasym", "--order", "nearest")
+    record = record_of(path)
+    assert record["arguments"]["order"] == record["fingerprint"]["--order"] == "nearest"
+    obs = quantise(command, tmp_path / "obs.pth", "--wbits", 3, "--wasym")
+    for layer in LAYERS:
+        scale, zero, maxq = (state[f"{layer}.weight_quant.{x}"] for x in ("scale", "zero", "maxq"))
+        rows = dense[f"{layer}.weight"].flatten(1)
+        codes = (torch.round(rows / scale) + zero).clamp(0, maxq)
+        assert torch.equal(state[f"{layer}.weight"].flatten(1), scale * (codes - zero))
+        assert torch.equal(scale, obs[f"{layer}.weight_quant.scale"])
+        assert not torch.equal(state[f"{layer}.weight"], obs[f"{layer}.weight"])
+
+
+def test_magnitude_removes_the_smallest_weights_of_a_layer(command, tmp_path, dense):
+    states = make_database(command, tmp_path / "db", "unstr", "--order", "magnitude")
+    for state, sparsity in zip(states, LEVELS, strict=True):
+        for layer in LAYERS:
+            wanted = dense[f"{layer}.weight"].flatten().clone()
+            wanted[wanted.abs().argsort()[: math.ceil(len(wanted) * sparsity - 1e-6)]] = 0
+            assert torch.equal(state[f"{layer}.weight"].flatten(), wanted), (layer, sparsity)
+
+
+def test_magnitude_removes_the_smallest_weights_of_every_group(command, tmp_path, dense):
+    path = tmp_path / "nm.pth"
+    done = command("rn8", "digits", "nmprune", "--order", "magnitude", "--save", path, *QUICK)
+    assert accuracy(done) > 50
+    assert "sparsity 0.5000 (2:4), magnitude" in done.err
+    state = read(path)
+    for layer in LAYERS[1:]:
+        before, after = (groups(x[f"{layer}.weight"], 4) for x in (dense, state))
+        assert torch.equal(after, before.scatter(1, before.abs().argsort(1)[:, :2], 0.0)), layer
+
+
 # -- databases -------------------------------------------------------------------------------------
 
 
@@ -357,7 +395,7 @@ def test_structured_levels_drop_whole_input_channels(command, tmp_path, dense):
 
 
 def test_default_grids():
-    grids = {mode: sparsity_grid(*grid) for mode, grid in main_trueobs.SPARSITY_GRIDS.items()}
+    grids = {name: mode().sparsities for name, mode in MODES.items() if mode.yields_levels}
     assert {mode: (grid[0], grid[-1], len(grid)) for mode, grid in grids.items()} == {
         "unstr": (0.0, 0.99, 45),
         "blocked": (0.0, 0.95, 30),
@@ -482,8 +520,8 @@ def test_a_users_model_with_depthwise_grouped_and_token_layers(user_model, comma
 def test_what_is_in_no_layer_is_told(caplog):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose1d(8, 8, 3), nn.Embedding(4, 8))
     with caplog.at_level("INFO", "trueobs"):
-        main_trueobs.tell_other_weights(model)
-        main_trueobs.tell_other_weights(model[0])
+        main_trueobs.report_other_weights(model)
+        main_trueobs.report_other_weights(model[0])
     assert caplog.messages == [
         "left dense, in no Conv1d, Conv2d or Linear: 1.weight and 1 more (49 % of all parameters)"
     ]
@@ -596,6 +634,18 @@ REFUSED = {  # arguments, with files in the folder `bad` -> a part of the error
     "NaN": (f"rn8 digits {QUANT} --weights nan.pth", "linear.weight has NaN"),
     "NaN, loaded": (f"rn8 digits {QUANT} --load nan.pth", "linear.weight has NaN"),
     "empty folder": (f"rn8 folder {QUANT} --datapath images --image-size 16", "no images"),
+    "baseline of quant": (
+        "rn8 digits nmprune --order nearest --save out/q.pth",
+        "--order nearest is not for nmprune: choose obs or magnitude",
+    ),
+    "baseline of pruning": (
+        f"rn8 digits {QUANT} --order magnitude",
+        "--order magnitude is not for quant: choose obs or nearest",
+    ),
+    "another mode's": (
+        "rn8 digits quant --wbits 4 --min-sparsity 0.1 --save out/q.pth",
+        "--min-sparsity belongs to unstr, blocked and struct, not to quant",
+    ),
     "N > M": ("rn8 digits nmprune --prunen 5 --prunem 4 --save out/q.pth", "--prunen 5 is more"),
     "0 bits": ("rn8 digits quant --wbits 0 --save out/q.pth", "--wbits must be 1 to 16"),
     "33 bits": ("rn8 digits quant --abits 33 --save out/q.pth", "--abits must be 1 to 16"),
@@ -655,7 +705,7 @@ def test_no_layer_fits(bad, command):
     *layers, error = done.err.splitlines()
     assert done.status == 2 and done.out == ""
     assert len(layers) == len(LAYERS) and all("left dense" in line for line in layers)
-    assert error.startswith("error: rn8: no layer can be compressed")
+    assert error.startswith("error: no layer can be compressed")
     assert tree(bad) == before
 
 

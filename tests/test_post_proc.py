@@ -15,7 +15,7 @@ import main_trueobs
 import post_proc
 from modelutils import find_layers, get_model, load_checkpoint
 from obc.inputs.files import save_checkpoint
-from obc.toolkit.session import Session
+from obc.toolkit.session import Session, common_options
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
@@ -165,7 +165,8 @@ def test_every_epoch_has_all_images_in_another_order():
     words = ["rn8", "digits", "-", "--nsamples", "48", "--batchsize", "20"]
 
     def epochs(*more: str) -> post_proc.Epochs:
-        return post_proc.Epochs(Session.of(post_proc.build_parser().parse_args([*words, *more])))
+        args = post_proc.build_parser().parse_args([*words, *more])
+        return post_proc.Epochs(Session.of(common_options(args)))
 
     def passes(which: post_proc.Epochs) -> list[Tensor]:
         return [torch.cat([images for images, _ in which]) for _ in range(2)]
@@ -183,8 +184,9 @@ def test_every_epoch_has_all_images_in_another_order():
 
 def test_statistics_are_of_plain_images_even_if_the_others_are_augmented():
     words = ["rn8", "digits", "-", "--nsamples", "48", "--statcorr-samples", "40"]
-    session = Session.of(post_proc.build_parser().parse_args(words))
-    images = post_proc.statistics_images(session)
+    args = post_proc.build_parser().parse_args(words)
+    session = Session.of(common_options(args))
+    images = post_proc.statistics_images(session, args.statcorr_samples)
     plain = torch.cat([images for images, _ in session.calibration()])
     assert torch.equal(images, plain[:40])
 

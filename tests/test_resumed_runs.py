@@ -294,7 +294,7 @@ def test_a_damaged_file_of_levels_is_done_again(work, command):
     assert status == 0 and "resuming: 1 of 8 layers are done" in err
     for name in ("layer1.0.conv1", "conv1"):
         file = f"models_unstr/.rn8.partial/{name}.levels"
-        assert f"warning: {file}: damaged; it is done again" in err
+        assert f"warning: {file}: damaged; its layer is compressed again" in err
     assert contents(work) == expected
 
 
@@ -393,7 +393,7 @@ def test_a_wrong_hessian_is_noticed(work, command, monkeypatch):
     status, _, err = command(NM, "--check")
     warned = {name for name, line in checked(err).items() if line[0]}
     assert status == 0 and warned == {"linear"}
-    assert any(line.endswith("they part by more than 5 %") for line in err)
+    assert any(line.endswith("they differ by more than 5 %") for line in err)
 
 
 def test_fresh_images_are_test_images_where_all_others_are_taken(work, command):

@@ -17,7 +17,7 @@ from obc.solver.errors import UserError
 from obc.toolkit import fingerprints, resume
 from obc.toolkit.fingerprints import content_hash, difference
 from obc.toolkit.resume import Cache, Notes, State, Unkept
-from obc.toolkit.session import Session
+from obc.toolkit.session import Invocation, Session, common_options
 
 MARKS = {"MODEL": "rn8", "--wbits": "4", "--noaug": "True", "code": "0" * 32}
 
@@ -91,9 +91,9 @@ def test_memory_is_in_the_fingerprint_of_a_gpu_only(monkeypatch):
 
     def memory(device: str, *more: str) -> str | None:
         args = parser.parse_args(["rn8", "digits", "quant", "--device", "cpu", *more])
-        session = replace(Session.of(args), device=torch.device(device))
+        session = replace(Session.of(common_options(args)), device=torch.device(device))
         assert "--memory" not in session.fingerprint(None, {})  # Hessians are the same
-        return session.fingerprint(parser, {}).get("--memory")
+        return session.fingerprint(Invocation.of(parser, args), {}).get("--memory")
 
     assert memory("cpu", "--memory", "2") is None
     assert memory("cuda", "--memory", "2") == "2"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
@@ -43,7 +42,7 @@ def short_search(monkeypatch):
 def make_problem(seed=0, layers=20, levels=6, target=3.0):
     rng = np.random.default_rng(seed)
     size, density = rng.lognormal(0, 1, layers), 0.6 ** np.arange(levels)
-    return search.Problem(
+    return search.ProfileProblem(
         levels={f"layer{i}": [f"{k:04d}" for k in range(levels)] for i in range(layers)},
         costs=[s * density for s in size],
         errors=[scale * (1 - density) ** 2 for scale in rng.lognormal(-2, 1, layers)],
@@ -69,7 +68,7 @@ class Loss:
 
 
 def run_search(problem, loss, seed=0):
-    state = search.State.start(len(problem.levels), seed)
+    state = search.SearchState.start(len(problem.levels), seed)
     return search.search(problem, loss, state, lambda state: None)
 
 
@@ -101,7 +100,7 @@ def test_the_seed_decides():
 def test_local_search_draws_fewer_and_fewer_coefficients_until_nothing_improves():
     problem = make_problem()
     generator = np.random.default_rng(0)
-    state = search.State.start(20, 0)
+    state = search.SearchState.start(20, 0)
     assert state.resampled == 2
     drawn = []
     while state.resampled:
@@ -120,16 +119,17 @@ def test_local_search_draws_fewer_and_fewer_coefficients_until_nothing_improves(
 
 def kept_search(problem, loss, folder):
     """A search that goes on from the state in a folder."""
-    args = argparse.Namespace(seed=0)
     with resume.State(folder, {"MODEL": "rn8"}) as kept:
-        return spdy.run_search(args, ByPicks(problem), loss, kept)
+        return spdy.run_search(ByPicks(problem), loss, kept, seed=0)
 
 
-class ByPicks(search.Problem):
+class ByPicks(search.ProfileProblem):
     """A problem whose profiles are its picks, as the synthetic losses want them."""
 
     def __init__(self, problem):
-        super().__init__(**{x.name: getattr(problem, x.name) for x in fields(search.Problem)})
+        super().__init__(
+            **{x.name: getattr(problem, x.name) for x in fields(search.ProfileProblem)}
+        )
 
     def profile(self, choice):
         return choice
@@ -160,7 +160,7 @@ def test_losses_that_are_not_finite_are_never_the_best(tmp_path):
     assert state.loss == 1 and state.losses[search.picks_key(first)] is None
     with resume.State(tmp_path / "state", {}) as kept:
         kept.save("search", {}, asdict(state))
-        assert search.State(**kept.load("search").figures) == state
+        assert search.SearchState(**kept.load("search").figures) == state
     with pytest.raises(errors.UserError, match="no candidate has a finite"):
         run_search(problem, lambda picks: math.inf)
 
@@ -172,7 +172,7 @@ COSTS = Costs({"a": 8.0, "b": 2.0}, {"a": {"0": 8.0, "5": 4.0}, "b": {"0": 2.0, 
 
 
 def problem_of(scores, target=1.5, costs=COSTS):
-    return search.make_problem(["0", "5"], costs, scores, Path("scores.txt"), target, 100)
+    return search.profile_problem(["0", "5"], costs, scores, Path("scores.txt"), target, 100)
 
 
 def test_costs_and_scores_become_a_problem(caplog):
@@ -336,9 +336,9 @@ def test_the_search_from_end_to_end(options, workplace, capsys):
 
 def test_an_evaluation_leaves_the_dense_model_alone(workplace):
     args = spdy.build_parser().parse_args(["rn8", "digits", "2", "unstr", *COMMON])
-    session, db = spdy.Session.of(args), database.Database.open("unstr", "rn8")
+    session, db = spdy.Session.of(spdy.common_options(args)), database.Database.open("unstr", "rn8")
     before = copy.deepcopy(session.model.state_dict())
-    evaluator = spdy.Evaluator(session, db, args)
+    evaluator = spdy.Evaluator(session, db)
     losses = [evaluator(dict.fromkeys(db.layers, level)) for level in (*db.levels, db.levels[0])]
     assert losses[0] == losses[-1] != losses[1]
     for key, tensor in session.model.state_dict().items():
@@ -457,9 +457,7 @@ def test_defaults_of_the_recipes():
     ],
 )
 def test_names_of_profiles(target, name):
-    args = spdy.build_parser().parse_args(
-        ["rn8", "digits", target, "unstr", "--dp", "--prefix", "there"]
-    )
-    assert spdy.profile_file(args) == Path("there") / name
-    args.model = "nets/mine.py:net"
-    assert spdy.profile_file(args).name == name.replace("rn8", "net")
+    path = spdy.profile_file("there", "rn8", "unstr", float(target), "dp")
+    assert path == Path("there") / name
+    path = spdy.profile_file("there", "nets/mine.py:net", "unstr", float(target), "dp")
+    assert path.name == name.replace("rn8", "net")

@@ -1,6 +1,6 @@
 """Batches of images: in a fixed order, pass after pass, and in shards for many processes.
 
-    Passes(images, nrounds, seed) ─▶ Batches(passes, batchsize, workers) ─▶ (images, labels)
+    Passes(images, nrounds, seed) ─▶ ImageBatches(passes, batchsize, workers) ─▶ (images, labels)
 
 Batches run on across the seam between two passes: only the very last may be smaller. Shard r of N
 has batches r, r + N, r + 2N, …, so that shards differ by one batch at most, and no process decodes
@@ -10,7 +10,7 @@ an image that another one looks at.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,6 +24,8 @@ from obc.solver.errors import UserError, log
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, s, s) float32, labels (n,) int64
 
 
 class Pixels(Protocol):
@@ -48,7 +50,7 @@ class Passes(Dataset):
     """`nrounds` passes over an image set, one after the other, as one long dataset.
 
     A BadImage comes back as an item: a DataLoader would re-raise it with a worker's whole
-    traceback for a message. `Batches` raises it as it was, or skips it.
+    traceback for a message. `ImageBatches` raises it as it was, or skips it.
     """
 
     def __init__(self, images: Pixels, nrounds: int, seed: int | None) -> None:
@@ -84,7 +86,7 @@ def tell_skipped(bad: Mapping[str, str], of_what: str) -> None:
 
 
 @dataclass(frozen=True)
-class Batches:
+class ImageBatches:
     """Sized, and iterable any number of times: pairs (images, labels), always in the same order."""
 
     passes: Passes
@@ -94,7 +96,7 @@ class Batches:
     first: int = 0  # of the batches, then every step-th
     step: int = 1
 
-    def shard(self, number: int, count: int) -> Batches:
+    def shard(self, number: int, count: int) -> ImageBatches:
         """Every `count`-th batch, from the one of that number on."""
         return replace(self, first=self.first + number * self.step, step=self.step * count)
 

@@ -1,49 +1,62 @@
-"""All layers of a model compressed, each by its own Hessian and apart from the others.
+"""The layers of a model compressed, each by its own Hessian and independently of the others.
 
-OBC (arXiv 2208.11580), section 3. A layer is a task of its own: dense weights and the calibration
-images in, compressed weights (or all levels of a grid) and a report out. What is finished is kept
-in a state (`resuming.py`), so that a run that was interrupted does only the layers still to do.
-Hessians may be kept too, in a cache that later runs of the same calibration share, whatever their
-mode: a layer's Σxxᵀ depends on the dense model, its images and its activation grids alone, not on
-which other layers are calibrated with it.
+OBC (arXiv 2208.11580), section 3. Dense weights and calibration images in, compressed weights (or
+all levels of a database) and a report out. Finished layers are saved in a state (`resume.py`), so
+that a run that was interrupted only does the rest. Hessians can be saved, too, in a cache that
+later runs with the same calibration share, whatever their mode: a layer's Σxxᵀ depends on the dense
+model, its images and its activation grids, not on which other layers are calibrated with it.
 
     images ─▶ Σxxᵀ ─[cache]─▶ TrueOBS ─▶ weights or levels ─[state]─▶ model, database
 
-Levels go into files of their own beside the state (`levelfile.py`), as soon as they are made. Who
-does what, in how much memory, and in how many passes, is planned before (`planning.py`).
+Levels go to one file per layer next to the state (`leveldb.LevelFile`) as soon as they are made.
+
+--check measures the squared errors again, without a Hessian. The solver claims, per image,
+Σ_rows (w−ŵ) H (w−ŵ)ᵀ / 2 with H = (2/N) Σ x xᵀ. Since a layer is linear in its weights, that is
+the mean over the N images of
+
+    ‖layer(x; W) − layer(x; Ŵ)‖² = ‖layer(x; W − Ŵ)‖²        summed over channels and positions
+
+(without the bias), x being the layer's input in the dense model. On the calibration images the two
+must agree up to rounding: if they differ by more than `CHECK_TOLERANCE`, the Hessian or the solver
+is wrong. On *fresh* images, which H has not seen, the error shows how well the weights generalise.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import quant
-from modelutils import find_layers
+from datautils import ImageData, ImageSet
+from modelutils import evaluating, find_layers
 from obc.inputs.batches import Batches
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import SingularHessian, UserError, log
+from obc.solver.layers import view
 from obc.solver.threads import give_back_freed_memory
-from obc.toolkit.calibrate import calibrate
-from obc.toolkit.levelfile import LevelFile
-from obc.toolkit.planning import Plan, make_plan
-from obc.toolkit.resume import Entry, Unkept, file_of
-from obc.toolkit.task import Task
+from obc.toolkit.calibrate import calibrate, watching
+from obc.toolkit.leveldb import LevelFile, level_file
+from obc.toolkit.modes import Mode
+from obc.toolkit.planning import Plan, make_plan, operations, why_dense
+from obc.toolkit.resume import Entry, Unkept
 from trueobs import TrueOBS
+
+CHECK_TOLERANCE = 0.05  # relative
 
 
 @dataclass
 class LayerReport:
-    """What became of a layer; a line in the log and an entry in the record."""
+    """The outcome for one layer: a line in the log and an entry in the record."""
 
     name: str
     shape: tuple[int, ...]
-    result: str = ""  # e.g. "4 bits", "sparsity 0.5000"; why, if left dense
+    result: str = ""  # e.g. "4 bits", "sparsity 0.5000"; if left dense, why
     dense: bool = False
     seconds: float = 0.0
     squared_error: float = 0.0  # Σ (w−ŵ)H(w−ŵ)ᵀ/2
@@ -66,77 +79,29 @@ class LayerReport:
         return text
 
 
-# -- one layer -------------------------------------------------------------------------------------
-
-
-def why_dense(solver: TrueOBS, args: argparse.Namespace) -> str:
-    """The reason to leave a layer as it is, or nothing."""
-    size = {"nmprune": args.prunem, "blocked": args.blocked_size}.get(args.mode, 1)
-    if not solver.view.divides_by(size):
-        letter = "M" if args.mode == "nmprune" else "block size"
-        return f"{solver.columns} columns are not a multiple of {letter} = {size}"
-    if solver.nsamples == 0:
-        return "the model never calls it (attention may use its weights without a call)"
-    return ""
-
-
-def quantise_layer(solver: TrueOBS, args: argparse.Namespace) -> str:
-    weight = solver.view.matrix
-    solver.quantizer = quant.fit_weight_grid(
-        weight, args.wbits, not args.wasym, not args.wminmax, not args.wperweight
-    )
-    solver.quantize()
-    quant.set_weight_grid(solver.layer, solver.quantizer)
-    return f"{args.wbits} bits"
-
-
-def nmprune_layer(solver: TrueOBS, args: argparse.Namespace) -> str:
-    solver.nmprune(args.prunen, args.prunem)
-    return f"sparsity {sparsity(solver.layer.weight):.4f} ({args.prunen}:{args.prunem})"
-
-
-def write_levels(
-    solver: TrueOBS, args: argparse.Namespace, sparsities: list[float], file: LevelFile
-) -> Tensor:
-    """Write the layer's weights at all levels, a few rows at a time; those at the last level."""
-    if args.mode == "unstr":
-        solver.prepare_unstr()
-    elif args.mode == "blocked":
-        solver.prepare_blocked(args.blocked_size)
-    else:
-        solver.prepare_struct(size=solver.view.taps)
-    for rows, weights in solver.level_parts(sparsities):
-        file.write(rows, weights)
-    solver.world.meet()
-    return file.read(len(sparsities) - 1).to(solver.layer.weight.device)
-
-
-def sparsity(weight: Tensor) -> float:
-    return float((weight == 0).float().mean())
-
-
 def compress_layer(
     name: str,
     solver: TrueOBS,
-    args: argparse.Namespace,
-    database: Database | None,  # None: one result, put in the layer
+    mode: Mode,
+    levels: LevelFile | None,  # where the levels go, of a mode that yields them
 ) -> Entry:
-    """Compress one layer: its tensors, or a file of all its levels, and its report."""
-    report = LayerReport(name, tuple(solver.layer.weight.shape), why_dense(solver, args))
-    report.dense, tensors, levels = bool(report.result), {}, ""
+    """Compress one layer: its tensors, or the hash of the file of its levels, and its report."""
+    layer = solver.layer
+    report = LayerReport(name, tuple(layer.weight.shape), why_dense(layer, mode, solver.nsamples))
+    report.dense, tensors, levels_hash = bool(report.result), {}, ""
     if not report.dense:
-        before = solver.layer.weight.detach().clone()
+        before = layer.weight.detach().clone()
         started = time.perf_counter()
-        if database is None:
-            method = quantise_layer if args.mode == "quant" else nmprune_layer
-            report.result = method(solver, args)
-            after, tensors = solver.layer.weight.detach(), solver.layer.state_dict()
+        mode.solve(solver)
+        if levels is None:
+            after, tensors = layer.weight.detach(), layer.state_dict()
         else:
-            file = database.file(name, before)
-            after = write_levels(solver, args, database.sparsities, file)
-            levels = file.hash() if solver.world.first else ""
-            count = len(database.sparsities)
-            report.result = f"{count} levels to sparsity {sparsity(after):.4f}"
+            for rows, weights in solver.level_parts(mode.sparsities):
+                levels.write(rows, weights)
+            solver.world.meet()
+            after = levels.read(len(mode.sparsities) - 1).to(before.device)
+            levels_hash = levels.hash() if solver.world.first else ""
+        report.result = mode.label(after) + ("" if mode.order == "obs" else f", {mode.order}")
         report.seconds = time.perf_counter() - started
         report.squared_error = solver.squared_error(after, before)
         energy = solver.squared_error(torch.zeros_like(before), before)
@@ -144,52 +109,38 @@ def compress_layer(
         report.damping, report.rank_deficit = solver.damping, solver.rank_deficit
     solver.free()
     on_cpu = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-    return Entry(on_cpu, {"report": asdict(report), "levels": levels})
+    return Entry(on_cpu, {"report": asdict(report), "levels": levels_hash})
 
 
-# -- all layers ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Database:
-    """Where the levels of all layers go."""
-
-    sparsities: list[float]
-    folder: Path  # one that all processes share
-
-    def file(self, name: str, weight: Tensor) -> LevelFile:
-        """Of a layer, whose weight tells shape and precision."""
-        return LevelFile(file_of(self.folder, name, ".levels"), weight.shape, weight.dtype)
-
-
+@dataclass
 class Compression:
     """The layers of a model on their way from dense to compressed."""
 
-    def __init__(
-        self,
-        dense: nn.Module,  # shown the images
-        compressed: nn.Module,  # its layers are compressed, in place; maybe pruned already
-        args: argparse.Namespace,
-        state: Unkept,  # of finished layers
-        cache: Unkept,  # of Σxxᵀ
-        database: Database | None = None,
-        world: World = ALONE,
-    ) -> None:
-        self.dense, self.compressed, self.args = dense, compressed, args
-        self.state, self.cache, self.database, self.world = state, cache, database, world
-        self.layers = find_layers(compressed)
-        self.reports: dict[str, LayerReport] = {}
-        self.results: dict[str, Tensor] = {}  # the weights that squared errors are of, on the CPU
+    dense: nn.Module  # sees the images
+    compressed: nn.Module  # its layers are compressed in place; they may be pruned already
+    mode: Mode
+    state: Unkept  # finished layers
+    cache: Unkept  # Σxxᵀ
+    levels_folder: Path | None = None  # for modes that yield levels; all processes share it
+    rel_damp: float = 0.0  # × mean(diag H), added to the diagonal
+    memory_gb: float | None = None  # None: half of what is free
+    shards: int = 1  # of the calibration images
+    keep_results: bool = False  # for --check
+    world: World = ALONE
+    reports: dict[str, LayerReport] = field(default_factory=dict)
+    results: dict[str, Tensor] = field(default_factory=dict)  # weights, of the last level; CPU
+
+    def __post_init__(self) -> None:
+        self.layers = find_layers(self.compressed)
 
     def run(self, batches: Batches) -> list[LayerReport]:
-        """Calibrate and compress, in as many passes over the images as memory asks for.
+        """Calibrate and compress, in as many passes over the images as the memory requires.
 
         Of several processes, each does its share; all of them have the result.
         """
         self._resume()
         if to_do := {name: x for name, x in self.layers.items() if name not in self.reports}:
-            task = Task.of(self.args, len(self.database.sparsities) if self.database else 0)
-            plan = make_plan(to_do, task, self.args.memory, self.world)
+            plan = make_plan(to_do, self.mode, self.memory_gb, self.world)
             for number, names in enumerate(plan.passes, 1):
                 if (count := len(plan.passes)) > 1:
                     log.info("pass %d of %d over the images: %d layers", number, count, len(names))
@@ -197,89 +148,171 @@ class Compression:
         reports = [self.reports[name] for name in self.layers]
         if all(report.dense for report in reports):
             self.state.finish()
-            raise UserError(f"{self.args.model}: no layer can be compressed; {reports[0].line()}")
+            raise UserError(f"no layer can be compressed; {reports[0].line()}")
         return reports
+
+    def level_file(self, name: str) -> LevelFile | None:
+        """The file of a layer's levels, of a mode that yields them."""
+        if self.levels_folder is None:
+            return None
+        return level_file(self.levels_folder, name, self.layers[name].weight)
 
     def _resume(self) -> None:
         """Take over what an interrupted run has finished."""
         for name, layer in self.layers.items():
-            entry = self.state.load(name)
-            if entry and self._whole(name, entry):
-                if entry.tensors:
-                    quant.put_layer(layer, entry.tensors)
-                self._enter(entry)
+            if (entry := self.state.load(name)) is None or not self._levels_are_intact(name, entry):
+                continue
+            if entry.tensors:
+                quant.put_layer(layer, entry.tensors)
+            self._enter(entry)
         if self.reports:
             log.info("resuming: %d of %d layers are done", len(self.reports), len(self.layers))
 
-    def _whole(self, name: str, entry: Entry) -> bool:
-        """Whether the file of a layer's levels is as it was."""
+    def _levels_are_intact(self, name: str, entry: Entry) -> bool:
         if not entry.figures["levels"]:
             return True
-        file = self.database.file(name, self.layers[name].weight)
+        file = self.level_file(name)
         same = self.world.share(self.world.first and file.hash() == entry.figures["levels"])
         if not same:
-            log.warning("%s: damaged; it is done again", file.path)
+            log.warning("%s: damaged; its layer is compressed again", file.path)
         return same
 
     def _enter(self, entry: Entry) -> None:
         report = LayerReport(**entry.figures["report"])
         self.reports[report.name] = report
-        if not report.dense and self.args.check:
+        if self.keep_results and not report.dense:
             weight = entry.tensors.get("weight")
-            if self.database:
-                file = self.database.file(report.name, self.layers[report.name].weight)
-                weight = file.read(len(self.database.sparsities) - 1)
+            if (file := self.level_file(report.name)) is not None:
+                weight = file.read(len(self.mode.sparsities) - 1)
             self.results[report.name] = weight.to("cpu", copy=True)
 
     def _calibrated(self, plan: Plan, names: list[str], batches: Batches) -> dict[str, TrueOBS]:
-        """Solvers with the Hessians of some layers, from the cache or else from the images."""
-        damp = self.args.rel_damp
+        """Solvers with the Hessians of these layers, from the cache or else from the images."""
         solvers = {
-            name: TrueOBS(self.layers[name], damp, plan.memory, plan.sharing(name, self.world))
+            name: TrueOBS(
+                self.layers[name],
+                self.rel_damp,
+                plan.memory,
+                plan.sharing(name, self.world),
+                self.mode.order,
+            )
             for name in names
         }
-        known = {name: entry for name in names if (entry := self.cache.load(name))}
-        for theirs in self.world.gather(set(known)):  # several processes may read one folder
-            known = {name: entry for name, entry in known.items() if name in theirs}
-        for name, entry in known.items():
+        cached = {name: entry for name in names if (entry := self.cache.load(name))}
+        for names_there in self.world.gather(set(cached)):  # processes may read one folder
+            cached = {name: entry for name, entry in cached.items() if name in names_there}
+        for name, entry in cached.items():
             solvers[name].gram.sums().copy_(entry.tensors["total"])
             solvers[name].nsamples = entry.figures["nsamples"]
-        if known:
-            log.info("calibrated before (--cache): %d of %d layers", len(known), len(names))
-        if missing := {name: solver for name, solver in solvers.items() if name not in known}:
+        if cached:
+            log.info("calibrated before (--cache): %d of %d layers", len(cached), len(names))
+        if missing := {name: solver for name, solver in solvers.items() if name not in cached}:
             device = next(self.dense.parameters()).device
-            calibrate(self.dense, missing, batches, device, self.world, self.args.shards)
+            calibrate(self.dense, missing, batches, device, self.world, self.shards)
             give_back_freed_memory()
         for name, solver in missing.items() if self.world.first else ():
             self.cache.save(name, {"total": solver.gram.sums()}, {"nsamples": solver.nsamples})
         return solvers
 
     def _compress(self, plan: Plan, solvers: dict[str, TrueOBS]) -> None:
-        """Compress the layers of `solvers`, which it empties: this process those that are its own.
+        """Compress the layers of `solvers`, which it empties: this process only its own.
 
         Layers that all processes share come first: while one waits, the others have work.
         """
-        own = {}
-        for name in sorted(solvers, key=lambda name: plan.owners[name] is not None):
-            solver, owner = solvers.pop(name), plan.owners[name]
-            solver.memory = plan.memory - sum(plan.needs[other].sums for other in solvers)
-            if owner not in (None, self.world.rank):
-                continue
-            try:
-                entry = compress_layer(name, solver, self.args, self.database)
-            except (SingularHessian, ArithmeticError) as error:
-                raise UserError(f"{name}: {error}") from error
-            self._finish(name, entry)
-            if owner is not None:
-                own[name] = entry
-        for rank, theirs in enumerate(self.world.gather(own)):
-            for name, entry in theirs.items() if rank != self.world.rank else ():
-                if entry.tensors:
-                    quant.put_layer(self.layers[name], entry.tensors)
-                self._finish(name, entry)
+        entries = {}
+        with self._progress() as bar:
+            for name in sorted(solvers, key=lambda name: plan.owners[name] is not None):
+                solver, owner = solvers.pop(name), plan.owners[name]
+                solver.memory = plan.memory - sum(plan.needs[other].sums for other in solvers)
+                if owner not in (None, self.world.rank):
+                    continue
+                try:
+                    entry = compress_layer(name, solver, self.mode, self.level_file(name))
+                except (SingularHessian, ArithmeticError) as error:
+                    raise UserError(f"{name}: {error}") from error
+                self._finish(name, entry, bar)
+                if owner is not None:
+                    entries[name] = entry
+            for rank, entries_there in enumerate(self.world.gather(entries)):
+                for name, entry in entries_there.items() if rank != self.world.rank else ():
+                    if entry.tensors:
+                        quant.put_layer(self.layers[name], entry.tensors)
+                    self._finish(name, entry, bar)
 
-    def _finish(self, name: str, entry: Entry) -> None:
-        """Keep a layer that is done, and say so."""
+    def _progress(self) -> tqdm:
+        """A bar over the operations of all layers, as far as they are done."""
+        work = {
+            name: operations(layer)
+            for name, layer in self.layers.items()
+            if not self.mode.misfit(view(layer).columns)
+        }
+        done = sum(work.get(name, 0) for name in self.reports)
+        return tqdm(
+            total=sum(work.values()),
+            initial=done,
+            desc="compressing",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
+            smoothing=0,  # the average so far
+            leave=False,
+            disable=None,
+        )
+
+    def _finish(self, name: str, entry: Entry, bar: tqdm) -> None:
+        """Save a layer that is done, and log it."""
         self.state.save(name, entry.tensors, entry.figures)
         self._enter(entry)
         log.info(self.reports[name].line())
+        bar.update(0 if self.reports[name].dense else operations(self.layers[name]))
+
+
+# -- --check ---------------------------------------------------------------------------------------
+
+
+def measured_errors(
+    dense: nn.Module,
+    changes: Mapping[str, Tensor],  # layer → W − Ŵ, in the shape of its weight
+    batches: Batches,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean over images of ‖layer(x; W − Ŵ)‖² for every layer, in one pass over the images."""
+    sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in changes}
+    layers = {name: dense.get_submodule(name) for name in changes}
+    changes = {name: change.to(device) for name, change in changes.items()}
+    count = 0
+
+    def see(name: str, x: Tensor) -> None:
+        output = view(layers[name]).call(x.to(changes[name].dtype), changes[name])
+        sums[name] += output.double().square().sum()
+
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    with evaluating(dense), watching(layers, see):
+        for images, _ in tqdm(batches, desc="checking", leave=False, disable=None):
+            dense(images.to(device, memory_format=layout))
+            count += len(images)
+    return {name: float(total) / count for name, total in sums.items()}
+
+
+def fresh_images(data: ImageData, seed: int) -> tuple[ImageData, str]:
+    """The dataset with other images to calibrate on, at most as many; and which ones they are.
+
+    Training images that were not chosen; if all were, test images.
+    """
+    chosen, count = set(data.calibration.chosen), len(data.calibration.chosen)
+    source: ImageSet = data.calibration
+    unused = [index for index in range(len(source.source)) if index not in chosen]
+    origin = "training"
+    if not unused:
+        source, unused, origin = data.test, list(data.test.chosen), "test"
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [unused[i] for i in torch.randperm(len(unused), generator=generator)[:count].tolist()]
+    images = replace(source, chosen=drawn)
+    return replace(data, calibration=images), f"{len(drawn)} other {origin} images"
+
+
+def compare(name: str, claimed: float, measured: float, fresh: float) -> None:
+    """A line in the log; a warning if claim and measurement differ."""
+    line = f"{name} checked {measured:.4g} (claimed {claimed:.4g}), fresh images {fresh:.4g}"
+    if abs(measured - claimed) > CHECK_TOLERANCE * max(abs(measured), abs(claimed)):
+        log.warning("%s: they differ by more than %g %%", line, 100 * CHECK_TOLERANCE)
+    else:
+        log.info(line)

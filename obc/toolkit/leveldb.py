@@ -11,20 +11,33 @@ together.
     mixed        models_quant/<model>_<level>.pth and              8w8a, 4w4a, …
                  models_nm_quant/<model>_<level>.pth               24_8w8a, 24_4w4a, …
 
-A level is what stands between the model's name and the suffix: to add a level, add a file. Files
-are mapped into memory (.safetensors are read), so that opening a database reads names and shapes
-only, and stitching reads the layers it stitches. Which bits and how many zeros a level has is read
-off its tensors.
+A level is the part of a file name between the model's name and the suffix: to add a level, add a
+file. Files are mapped into memory (.safetensors are read), so that opening a database reads only
+names and shapes, and stitching only the layers that it stitches. Bits and zeros of a level are read
+from its tensors.
+
+While main_trueobs.py makes a database, each layer has a file of its own (`LevelFile`), written a
+few rows at a time and read a level at a time:
+
+    levels × rows × d numbers, and nothing else: level after level, row after row
+
+All levels of a layer together can be many times the layer: they are on disk as soon as they are
+made, and never in memory at once. Several processes may write their rows into one file.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,21 +47,59 @@ from obc.inputs.files import save_checkpoint, sync_folder
 from obc.solver.errors import UserError, log
 from obc.solver.layers import compressible, innermost_order
 from obc.toolkit.fingerprints import bytes_hash, content_hash
-from obc.toolkit.levelfile import LevelFile
+from obc.toolkit.modes import modes_serving
+from obc.toolkit.resume import file_of
 from quant import ACTIVATION_GRID, WEIGHT_GRID, put_layer
 
 SPARSITY = r"\d{4}"
+SUFFIXES = (".pth", ".safetensors")
+FULL_BITS = 32
 
 
-KINDS = {  # folders, and how levels are named
-    "mixed": (("models_quant", "models_nm_quant"), r"(\d+_)?\d+w\d+a"),
-    "4block": (("models_4block",), SPARSITY),
-    "unstr": (("models_unstr",), SPARSITY),
-    "4block_8w8a": (("models_4block_8w8a",), SPARSITY),
+# -- kinds of databases ----------------------------------------------------------------------------
+
+
+def nonzero_share(
+    columns: Tensor,  # (rows, d) channels innermost
+) -> float:
+    return int(torch.count_nonzero(columns)) / columns.numel()
+
+
+def share_of_2_of_4(
+    columns: Tensor,  # (rows, d) channels innermost
+) -> float:
+    """1/2 if the weight is 2:4 sparse, else 1."""
+    if columns.shape[1] % 4:
+        return 1.0
+    return 0.5 if bool(((columns == 0).view(-1, 4).sum(1) >= 2).all()) else 1.0
+
+
+def share_of_blocks(
+    columns: Tensor,  # (rows, d) channels innermost
+) -> float:
+    """The share of blocks of 4 that are not all zero."""
+    return 1.0 if columns.shape[1] % 4 else nonzero_share(columns.reshape(-1, 4).any(1))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of database; to add one, add an entry to `KINDS`."""
+
+    folders: tuple[str, ...]
+    level_pattern: str  # regular expression of the names of levels
+    constraint: str  # what a target of spdy.py limits by default
+    quantised_share: Callable[[Tensor], float] = nonzero_share  # of a quantised weight left
+
+
+KINDS = {
+    "mixed": Kind(("models_quant", "models_nm_quant"), r"(\d+_)?\d+w\d+a", "bops", share_of_2_of_4),
+    "4block": Kind(("models_4block",), SPARSITY, "flops"),
+    "unstr": Kind(("models_unstr",), SPARSITY, "flops"),
+    "4block_8w8a": Kind(("models_4block_8w8a",), SPARSITY, "bops", share_of_blocks),
 }
 
 
-SUFFIXES = (".pth", ".safetensors")
+# -- levels and their names ------------------------------------------------------------------------
 
 
 def model_tag(model: str) -> str:
@@ -85,28 +136,87 @@ def stray_levels(folder: Path, model: str, names: Sequence[str]) -> list[Path]:
     """Level files of the model that are not of this grid: they would be mixed in."""
     if not folder.is_dir():
         return []
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
-    levels = {path: path.stem.removeprefix(f"{model}_") for path in found}
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+    levels = {path: path.stem.removeprefix(f"{model}_") for path in paths}
     return [p for p, lv in levels.items() if re.fullmatch(SPARSITY, lv) and lv not in names]
+
+
+# -- making a database -----------------------------------------------------------------------------
+
+
+class LevelFile:
+    """A layer's weights at all levels, in a file; see the module docstring."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.path, self.shape, self.dtype = path, tuple(shape), dtype
+        self.row_bytes = math.prod(self.shape[1:]) * torch.finfo(dtype).bits // 8
+
+    def write(
+        self,
+        rows: Tensor,  # (R,) ascending
+        weights: Tensor,  # (levels, R, *shape[1:])
+    ) -> None:
+        """Write these rows of every level to their place; the file is made if it is missing."""
+        rows = rows.cpu()
+        runs = torch.tensor_split(rows, torch.nonzero(rows.diff() != 1)[:, 0] + 1)
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            for level, weight in enumerate(weights):
+                pieces = weight.cpu().to(self.dtype).flatten(1).split([len(run) for run in runs])
+                for run, piece in zip(runs, pieces, strict=True):
+                    place = (level * self.shape[0] + int(run[0])) * self.row_bytes
+                    content = piece.contiguous().numpy().data.cast("B")
+                    while content:
+                        written = os.pwrite(file, content, place)
+                        content, place = content[written:], place + written
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        finally:
+            os.close(file)
+
+    def read(self, level: int) -> Tensor:  # (*shape)
+        """All rows at a level."""
+        numbers = torch.empty(0, dtype=self.dtype).numpy().dtype
+        place = level * self.shape[0] * self.row_bytes
+        content = np.fromfile(self.path, numbers, math.prod(self.shape), offset=place)
+        return torch.from_numpy(content).view(self.shape)
+
+    def hash(self) -> str:
+        """A hash of the contents, which are forced to disk; empty if there is no file."""
+        try:
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+                return hashlib.file_digest(file, "blake2b").hexdigest()
+        except FileNotFoundError:
+            return ""
+
+
+def level_file(folder: Path, layer: str, weight: Tensor) -> LevelFile:
+    """The file of a layer's levels; shape and precision are those of the weight."""
+    return LevelFile(file_of(folder, layer, ".levels"), weight.shape, weight.dtype)
 
 
 def write_levels(
     folder: Path,
     model: str,
     sparsities: Sequence[float],
-    tensors: Mapping[str, Tensor],  # whatever is in no layer comes from them
+    tensors: Mapping[str, Tensor],  # everything that is not in `layers`
     layers: Mapping[str, LevelFile],
 ) -> list[Path]:
-    """Write the level files, a level at a time; they appear, whole, when all are made."""
+    """Write the checkpoints of all levels, one at a time; they appear when all are complete."""
     names = [f"{model}_{level}.pth" for level in level_names(sparsities)]
-    made = next(iter(layers.values())).path.parent / "levels"
+    hidden = next(iter(layers.values())).path.parent / "levels"
     for index, name in enumerate(names):
         weights = {f"{layer}.weight": file.read(index) for layer, file in layers.items()}
-        save_checkpoint({**tensors, **weights}, made / name)
+        save_checkpoint({**tensors, **weights}, hidden / name)
     for name in names:  # all at once, as far as a file system can
-        os.replace(made / name, folder / name)
+        os.replace(hidden / name, folder / name)
     sync_folder(folder)
     return [folder / name for name in names]
+
+
+# -- using a database ------------------------------------------------------------------------------
 
 
 class Database:
@@ -114,7 +224,7 @@ class Database:
 
     def __init__(self, kind: str, model: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.kind, self.model, self.states = kind, model, states
-        self.sound: set[tuple[str, str]] = set()  # layers and levels known to be finite
+        self.finite: set[tuple[str, str]] = set()  # layers and levels that were checked
         suffix = ".weight"
         self.layers = [
             key.removesuffix(suffix)
@@ -130,19 +240,20 @@ class Database:
     def open(cls, kind: str, model: str, prefix: str | Path = "") -> Database:
         """Map all level files of `model` in the folders of `kind` below `prefix`.
 
-        Raises UserError where there are none, or where they are not of one and the same model.
+        Raises UserError if there are none, or if they are not all of the same model.
         """
-        folders, pattern = KINDS[kind]
         files: dict[str, Path] = {}
-        for folder in folders:
-            for path in sorted((Path(prefix) / folder).glob(f"{glob_safe(model)}_*")):
+        for folder in KINDS[kind].folders:
+            for path in sorted((Path(prefix) / folder).glob(f"{glob.escape(model)}_*")):
                 level = path.stem.removeprefix(f"{model}_")
-                if path.suffix in SUFFIXES and re.fullmatch(pattern, level):
+                if path.suffix in SUFFIXES and re.fullmatch(KINDS[kind].level_pattern, level):
                     files[level] = path
         if not files:
-            where = " and ".join(str(Path(prefix) / folder) for folder in folders)
+            where = " and ".join(str(Path(prefix) / folder) for folder in KINDS[kind].folders)
+            modes = " or ".join(modes_serving(kind))
             raise UserError(
-                f"no {kind} database of {model} in {where}: make one with main_trueobs.py (README)"
+                f"no {kind} database of {model} in {where}: make one with main_trueobs.py, "
+                f"mode {modes} (README)"
             )
         states = {level: load_checkpoint(path, finite=False) for level, path in files.items()}
         names = list(files)
@@ -151,7 +262,7 @@ class Database:
         return cls(kind, model, states)
 
     def _size(self, level: str) -> float:
-        """What a level makes of the largest layer's BOPs, to put levels in order."""
+        """What is left of the largest layer's BOPs at a level, to put levels in order."""
         layer = max(self.layers, key=lambda name: self.states[level][f"{name}.weight"].numel())
         return unit_cost(self.layer(layer, level), self.kind, "bops")
 
@@ -162,24 +273,29 @@ class Database:
         state, start = self.states[level], f"{layer}."
         if f"{layer}.weight" not in state:
             raise UserError(f"no layer {layer} in the {self.kind} database of {self.model}")
-        found = {key: state[key] for key in state if key.startswith(start)}
-        if (layer, level) not in self.sound:
-            check_finite(found, f"{self.kind} database of {self.model}, level {level}")
-            self.sound.add((layer, level))
-        return {key.removeprefix(start): tensor for key, tensor in found.items()}
+        tensors = {key: state[key] for key in state if key.startswith(start)}
+        if (layer, level) not in self.finite:
+            check_finite(tensors, f"{self.kind} database of {self.model}, level {level}")
+            self.finite.add((layer, level))
+        return {key.removeprefix(start): tensor for key, tensor in tensors.items()}
 
     @cached_property
     def hash(self) -> str:
         """A hash of all layers at all levels; reads them all."""
-        return bytes_hash(f"{layer} {level} {content_hash(self.layer(layer, level))}".encode()
-                          for layer in self.layers for level in self.levels)  # fmt: skip
+        return bytes_hash(
+            f"{layer} {level} {content_hash(self.layer(layer, level))}".encode()
+            for layer in self.layers
+            for level in self.levels
+        )
 
     def stitch(self, model: nn.Module, profile: Mapping[str, str]) -> None:
         """Put each layer of `profile` (layer → level) into the model at its level, in place."""
         layers = dict(model.named_modules())
-        left = [name for name in self.layers if name not in profile]
-        if left and len(profile) > 1:
-            log.warning("%d layers are not in the profile and stay dense: %s …", len(left), left[0])
+        dense = [name for name in self.layers if name not in profile]
+        if dense and len(profile) > 1:
+            log.warning(
+                "%d layers are not in the profile and stay dense: %s …", len(dense), dense[0]
+            )
         for name, level in profile.items():
             tensors = self.layer(name, level)
             check_layer(name, layers.get(name), tensors["weight"], self.kind)
@@ -188,7 +304,7 @@ class Database:
     def check(self, model: nn.Module) -> None:
         """Raise a UserError unless the database's layers are those of the model.
 
-        Other matrices in the files, such as embeddings, are no layers from then on.
+        Other matrices in the files, such as embeddings, no longer count as layers afterwards.
         """
         layers = dict(model.named_modules())
         self.layers = [
@@ -201,10 +317,10 @@ class Database:
 
 def check_layer(name: str, layer: nn.Module | None, weight: Tensor, kind: str) -> None:
     """Raise a UserError unless the model's `layer` can take this weight."""
-    found = "not in the model" if layer is None else f"{tuple(layer.weight.shape)} in the model"
+    there = "not in the model" if layer is None else f"{tuple(layer.weight.shape)} in the model"
     if layer is None or layer.weight.shape != weight.shape:
         raise UserError(
-            f"layer {name} is {tuple(weight.shape)} in the {kind} database but {found}: "
+            f"layer {name} is {tuple(weight.shape)} in the {kind} database but {there}: "
             "a database of another model?"
         )
 
@@ -226,20 +342,13 @@ def check_same_model(
             )
 
 
-def glob_safe(text: str) -> str:
-    """`text` with the characters that mean something to a glob escaped."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
-
-# -- what a level saves -------
-
-FULL_BITS = 32
+# -- what a level saves ----------------------------------------------------------------------------
 
 
 def unit_cost(tensors: Mapping[str, Tensor], kind: str, constr: str) -> float:
-    """What a level makes of each of a layer's weights (params, bits) or FLOPs (flops, bops)."""
+    """What a level leaves of each of a layer's weights (params, bits) or FLOPs (flops, bops)."""
     weight_bits = grid_bits(tensors, WEIGHT_GRID)
-    share = share_left(tensors["weight"], kind if weight_bits < FULL_BITS else "")
+    share = share_left(tensors["weight"], kind if weight_bits < FULL_BITS else None)
     if constr == "bits":
         return share * weight_bits
     if constr == "bops":
@@ -249,19 +358,11 @@ def unit_cost(tensors: Mapping[str, Tensor], kind: str, constr: str) -> float:
 
 def share_left(
     weight: Tensor,
-    kind: str,  # of the database, if the weight is quantised; else ""
+    quantised_in: str | None = None,  # the kind of the database, if the weight is quantised
 ) -> float:
-    """The share of weights that was not pruned; see the module docstring."""
-    columns = weight.flatten(1)
-    if kind in ("mixed", "4block_8w8a"):
-        if columns.shape[1] % 4:
-            return 1.0
-        columns = columns[:, innermost_order(weight.shape)]
-    if kind == "mixed":
-        return 0.5 if bool(((columns == 0).view(-1, 4).sum(1) >= 2).all()) else 1.0
-    if kind == "4block_8w8a":
-        columns = columns.reshape(-1, 4).any(1)
-    return int(torch.count_nonzero(columns)) / columns.numel()
+    """The share of weights that was not pruned; see `costs.py`."""
+    columns = weight.flatten(1)[:, innermost_order(weight.shape)]
+    return (KINDS[quantised_in].quantised_share if quantised_in else nonzero_share)(columns)
 
 
 def grid_bits(tensors: Mapping[str, Tensor], grid: str) -> int:

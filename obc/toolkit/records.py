@@ -143,11 +143,11 @@ def environment() -> dict[str, Any]:
 def write_run(
     path: str | os.PathLike[str],
     command: str,  # the script, as in "spdy.py"
-    args: argparse.Namespace,
+    arguments: Mapping[str, Any],
     **figures: Any,
 ) -> None:
     """Write the record of a run: command, arguments, environment and its own figures."""
-    common = {"command": command, "arguments": vars(args), "environment": environment()}
+    common = {"command": command, "arguments": arguments, "environment": environment()}
     write_record(path, common | figures)
 
 

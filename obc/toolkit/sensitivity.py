@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelutils import evaluating, placed
+from obc.inputs.batches import Batches
 from obc.inputs.tracing import Resumable, Whole, runner
 from obc.solver.errors import log
 from obc.solver.layers import forward_hooks
@@ -32,7 +33,6 @@ from obc.toolkit.leveldb import Database
 from obc.toolkit.resume import Notes, Unkept
 from quant import put_layer
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # images, labels
 Scores = dict[str, dict[str, float]]  # layer → level → value
 
 

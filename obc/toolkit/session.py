@@ -1,12 +1,13 @@
-"""What every command starts from: device, data and dense model, as the common options say.
+"""What every command starts from: device, data and dense model, given by the common options.
 
-    Session.of(args) ─┬─ .model           the dense model, on the device
-                      ├─ .calibration()   calibration images, augmented or not
-                      ├─ .fingerprint(…)  what the run depends on
-                      ├─ .accuracy(m)     top-1 on the test images
-                      └─ .world           the processes that share the work (torchrun)
+    Session.of(common_options(args)) ─┬─ .model           the dense model, on the device
+                                      ├─ .calibration()   calibration images, augmented or not
+                                      ├─ .fingerprint(…)  what the run depends on
+                                      ├─ .accuracy(m)     top-1 on the test images
+                                      └─ .world           the processes that share the work
 
-`load_compressed` reads what the commands save: a state dict with the grids of a quantised model.
+`Invocation` is a command as it was called, for its fingerprint and its record. `load_compressed`
+reads what the commands save: a state dict with the grids of a quantised model.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,94 +33,135 @@ from modelutils import (
     load_checkpoint,
     load_state,
 )
-from obc.inputs.batches import Batches
+from obc.inputs.batches import ImageBatches
 from obc.solver.distributed import ALONE, World, join, resolve_device
 from obc.solver.errors import UserError
 from obc.solver.memory import default_memory
 from obc.toolkit.fingerprints import bytes_hash, chosen_options, content_hash, surroundings
 
-CALIBRATING = (
-    "obc.toolkit.calibrate",
-    "datautils",
-)  # the code that Hessians depend on, with imports
+CALIBRATING = ("obc.toolkit.calibrate", "datautils")  # the code that Hessians depend on
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """The options that every command takes (`cli.add_common_options`)."""
+
+    model: str
+    dataset: str
+    weights: str | None
+    datapath: str | None
+    image_size: int | None  # pixels
+    seed: int
+    nsamples: int
+    batchsize: int
+    workers: int | None
+    nrounds: int | None  # passes over the calibration images
+    skip_bad_images: bool
+    noaug: bool
+    device: str
+    memory: float | None  # GB
+
+
+def common_options(args: argparse.Namespace) -> CommonOptions:
+    """The common options of a command line."""
+    return CommonOptions(**{item.name: getattr(args, item.name) for item in fields(CommonOptions)})
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A command as it was called."""
+
+    command: str  # the script, as in "spdy.py"
+    arguments: dict[str, Any]  # every word and option, for the record
+    options: dict[str, str]  # those that change the result, by the names that users know
+    restart: bool
+    repeat: str | None  # the file of a record
+
+    @classmethod
+    def of(cls, parser: argparse.ArgumentParser, args: argparse.Namespace) -> Invocation:
+        """From options that are checked, their defaults filled in."""
+        options = chosen_options(parser, args)
+        return cls(parser.prog, dict(vars(args)), options, args.restart, args.repeat)
 
 
 @dataclass(frozen=True)
 class Session:
     """Device, data and dense model of one run."""
 
-    args: argparse.Namespace
+    options: CommonOptions
     device: torch.device
     data: ImageData
     model: nn.Module
     world: World = ALONE
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Session:
-        """From the common options; raises UserError for what is wrong with them."""
-        device = resolve_device(args.device)
+    def of(cls, options: CommonOptions) -> Session:
+        """Raises UserError for options that do not fit together."""
+        device = resolve_device(options.device)
         world = join(device)
         torch.backends.cudnn.allow_tf32 = False  # layers see inputs in full float32
         data = load_data(
-            args.dataset,
-            datapath=args.datapath,
-            image_size=args.image_size,
-            nsamples=args.nsamples,
-            seed=args.seed,
-            skip_bad_images=args.skip_bad_images,
+            options.dataset,
+            datapath=options.datapath,
+            image_size=options.image_size,
+            nsamples=options.nsamples,
+            seed=options.seed,
+            skip_bad_images=options.skip_bad_images,
         )
-        torch.manual_seed(args.seed)  # for a model of the user's own that starts at random
-        model = get_model(args.model, args.dataset, args.weights, len(data.classes)).to(device)
-        check_model(model, args.model, data)
-        return cls(args, device, data, model, world)
+        torch.manual_seed(options.seed)  # for a model of the user's own that starts at random
+        classes = len(data.classes)
+        model = get_model(options.model, options.dataset, options.weights, classes).to(device)
+        check_model(model, options.model, data)
+        return cls(options, device, data, model, world)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return (3, self.data.image_size, self.data.image_size)
 
-    def calibration(self, augment: bool = False, nrounds: int = 1) -> Batches:
-        """Passes over the calibration images; not augmented unless asked for."""
-        args = self.args
+    def calibration(self, augment: bool = False, nrounds: int = 1) -> ImageBatches:
+        """Passes over the calibration images, not augmented by default."""
         return calibration_batches(
             self.data,
-            batchsize=args.batchsize,
+            batchsize=self.options.batchsize,
             nrounds=nrounds,
             augment=augment,
-            seed=args.seed,
-            workers=args.workers,
+            seed=self.options.seed,
+            workers=self.options.workers,
         )
 
     def fingerprint(
         self,
-        parser: argparse.ArgumentParser | None,  # of the command; None: only of its calibration
+        invocation: Invocation | None,  # None: of the calibration only
         contents: Mapping[str, str],  # what else the result depends on, by name
-        threads: bool = True,  # whether it does on their number
+        threads: bool = True,  # whether it depends on their number
     ) -> dict[str, str]:
-        """Everything that the result is a function of, by name (resuming.py)."""
-        marks = {} if parser is None else chosen_options(parser, self.args)
-        modules = CALIBRATING if parser is None else (Path(parser.prog).stem,)
+        """Everything that the result is a function of, by name (`fingerprints.py`)."""
+        marks = dict(invocation.options) if invocation else {}
+        modules = (Path(invocation.command).stem,) if invocation else CALIBRATING
         marks["--image-size"] = str(self.data.image_size)
-        if ".py:" in self.args.model:
-            code = Path(self.args.model.rpartition(":")[0]).read_bytes()
+        if ".py:" in self.options.model:
+            code = Path(self.options.model.rpartition(":")[0]).read_bytes()
             marks["code of the model"] = bytes_hash([code])
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks["calibration images"] = images_hash(self.data.calibration)
-        if parser is not None and self.device.type != "cpu":  # how many rows go in one product
-            memory = self.args.memory or default_memory(self.device) / 1e9
+        if invocation and self.device.type != "cpu":  # how many rows go in one product
+            memory = self.options.memory or default_memory(self.device) / 1e9
             marks["--memory"] = f"{memory:g}"
         return marks | contents | surroundings(self.device, *modules, threads=threads)
 
     def accuracy(self, model: nn.Module) -> float:
-        """Top-1 in percent on the test images; each of several processes looks at its share."""
-        batches = test_batches(self.data, batchsize=self.args.batchsize, workers=self.args.workers)
+        """Top-1 in percent on the test images; each of several processes evaluates its share."""
+        batches = test_batches(
+            self.data, batchsize=self.options.batchsize, workers=self.options.workers
+        )
         shard = batches.shard(self.world.rank, self.world.size)
         return evaluate(model, shard, self.device, self.world)
 
 
 def images_hash(images: ImageSet) -> str:
-    """A hash of the chosen images as they are stored, their order, labels and view."""
+    """A hash of the chosen images as they are stored, with their order, labels and view."""
 
-    def parts() -> Iterator[bytes]:
+    def pieces() -> Iterator[bytes]:
         yield f"{images.view} {[images.source.labels[index] for index in images.chosen]}".encode()
         for index in images.chosen:
             if isinstance(images.source, ArrayImages):
@@ -126,7 +169,7 @@ def images_hash(images: ImageSet) -> str:
             else:
                 yield Path(images.source.files[index]).read_bytes()
 
-    return bytes_hash(parts())
+    return bytes_hash(pieces())
 
 
 def check_model(model: nn.Module, name: str, data: ImageData) -> None:
@@ -149,15 +192,13 @@ def check_model(model: nn.Module, name: str, data: ImageData) -> None:
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
         raise UserError(f"{name} does not return class scores of shape (images, classes)")
     if outputs.shape[1] < classes:
-        raise UserError(
-            f"{name} tells {outputs.shape[1]} classes apart, but {data.name} has {classes}"
-        )
+        raise UserError(f"{name} has {outputs.shape[1]} classes, but {data.name} has {classes}")
 
 
 def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
-    """Load a checkpoint that a command of ours saved, with its grids, into a dense model.
+    """Load a checkpoint that one of the commands saved, with its grids, into a dense model.
 
-    Returns the state dict. Raises UserError where it does not fit.
+    Returns the state dict. Raises UserError if it does not fit.
     """
     state = load_checkpoint(path, finite=False)
     try:
