@@ -138,7 +138,7 @@ def train(
     task: TrainingTask,
     loss_of: Callable[[Tensor, Tensor], Tensor],  # images, labels -> ()
     optimizers: Sequence[Optimizer],
-    tensors: Mapping[str, Tensor],  # everything else that training changes, by name
+    tensors: Callable[[], Mapping[str, Tensor]],  # everything else that training changes
     *,
     schedulers: Sequence[LRScheduler] = (),  # advanced after every step
     after_step: Callable[[], None] = lambda: None,  # before the schedulers
@@ -151,7 +151,7 @@ def train(
     UserError where the loss is not finite.
     """
     device, steps, pause = task.device, len(task.images), task.seconds_between_saves
-    history = load_training(task, tensors, optimizers)
+    history = load_training(task, tensors(), optimizers)
     steps_done, saved_at = len(history) * steps, time.monotonic()
     for scheduler in schedulers if history else ():
         scheduler.load_state_dict({"last_epoch": steps_done, "_step_count": steps_done + 1})
@@ -186,7 +186,7 @@ def train(
             figures["training_s"] = time.perf_counter() - started
             history.append(figures | dict(after_epoch(figures)))
             if time.monotonic() - saved_at >= (SECONDS_BETWEEN_SAVES if pause is None else pause):
-                save_training(task, tensors, optimizers, history)
+                save_training(task, tensors(), optimizers, history)
                 saved_at = time.monotonic()
     return history
 
@@ -320,8 +320,9 @@ def _train_constrained(
         values = {name: parameter.value() for name, parameter in parameters.items()}
         return loss_of(lambda x: functional_call(model, values, x), images, labels)
 
+    adam = torch.optim.Adam(latents.values(), lr=lr)
     with latents_in_charge(model):
-        history = train(task, loss_of_latents, [torch.optim.Adam(latents.values(), lr=lr)], latents)
+        history = train(task, loss_of_latents, [adam], lambda: latents)
     with torch.no_grad():
         for name, parameter in parameters.items():
             model.get_parameter(name).copy_(parameter.value())
