@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,35 +96,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--finetune", action="store_true", help="train all parameters on the labels")
     add("--finetune-mse", action="store_true", help="… on the dense logits instead")
     for name, epochs, lr in (("gap", 100, 1e-5), ("lintune", 100, 1e-4), ("finetune", 2, 1e-5)):
-        add(
-            f"--{name}-epochs",
-            metavar="N",
-            type=cli.positive_int,
-            default=epochs,
-            help="passes over the calibration images",
-        )
-        add(
-            f"--{name}-lr",
-            metavar="F",
-            type=cli.positive_float,
-            default=lr,
-            help="Adam's learning rate",
-        )
+        count = {"metavar": "N", "type": cli.positive_int, "default": epochs}
+        rate = {"metavar": "F", "type": cli.positive_float, "default": lr}
+        add(f"--{name}-epochs", **count, help="passes over the calibration images")
+        add(f"--{name}-lr", **rate, help="Adam's learning rate")
     return parser
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_options(options: Mapping[str, Any], file: str, save: str | None) -> None:
     """Checks beyond argparse's; raises UserError before any work is done."""
     for option, required in DEPENDENT.items():
-        if getattr(args, option) and not getattr(args, required):
+        if options[option] and not options[required]:
             flag, needed = (f"--{name.replace('_', '-')}" for name in (option, required))
             raise UserError(f"{flag} has no effect without {needed}")
-    if not Path(args.file).exists():
-        raise UserError(f"{args.file}: no such file")
-    if args.save:
-        if Path(args.save).suffix == ".json":
-            raise UserError(f"--save {args.save}: .json is for the record; name a .pth")
-        files.check_writable(args.save)
+    if not Path(file).exists():
+        raise UserError(f"{file}: no such file")
+    if save:
+        if Path(save).suffix == ".json":
+            raise UserError(f"--save {save}: .json is for the record; name a .pth")
+        files.check_writable(save)
 
 
 # -- the model and its images ----------------------------------------------------------------------
@@ -239,7 +230,7 @@ def correct(
 
 
 def run(args: argparse.Namespace) -> None:
-    check_options(args)
+    check_options(vars(args), args.file, args.save)
     args.nrounds = args.nrounds or (1 if args.noaug else 10)
     started = time.perf_counter()
     session = Session.of(args)

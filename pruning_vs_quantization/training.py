@@ -89,10 +89,8 @@ def make_optimizers(options: TrainingOptions, model: nn.Module) -> list[torch.op
     step_group = {"params": steps, "lr": rate, "weight_decay": options.quant_weight_decay}
     if steps and options.sep_quant_optimizer:
         step_group["lr"] = options.quant_learning_rate
-        return [
-            optimizer(options.optimizer, groups),
-            optimizer(options.quant_optimizer, [step_group]),
-        ]
+        of_steps = optimizer(options.quant_optimizer, [step_group])
+        return [optimizer(options.optimizer, groups), of_steps]
     return [optimizer(options.optimizer, [*groups, step_group] if steps else groups)]
 
 
@@ -136,13 +134,9 @@ class FineTuning:
         if self.pruning:
             self.pruning.start(self.model)
         self.optimizers = make_optimizers(options, self.model)
+        schedule = options.learning_rate_schedule
         self.schedulers = [
-            options.learning_rate_schedule.scheduler(
-                optimizer,
-                optimizer.param_groups[0]["lr"] / options.learning_rate,
-                len(images),
-                options.max_epochs,
-            )
+            schedule.scheduler(optimizer, options.learning_rate, len(images), options.max_epochs)
             for optimizer in self.optimizers
         ]
         self.history: list[dict[str, Any]] = []

@@ -50,13 +50,14 @@ class LearningRateSchedule:
     def scheduler(
         self,
         optimizer: Optimizer,
-        share: float,  # the optimiser's learning rate over --learning-rate, which η_min is for
+        learning_rate: float,  # η; the optimiser's own may be another one
         steps: int,  # of an epoch
         max_epochs: int,  # T
     ) -> lr_scheduler.LRScheduler:
         """PyTorch's scheduler, to be advanced after every step."""
         if self.kind == "cosine":
-            floor = self.value * share if self.value else 0.01 * optimizer.param_groups[0]["lr"]
+            share = self.value / learning_rate if self.value else 0.01
+            floor = share * optimizer.param_groups[0]["lr"]
             return lr_scheduler.CosineAnnealingLR(optimizer, max_epochs * steps, floor)
         if self.kind == "multistep":
             milestones = [epoch * steps for epoch in self.epochs]
@@ -107,15 +108,12 @@ def momentum(text: str) -> float:
     return value
 
 
-COUNT, RATE, WEIGHT = (
-    {"type": kind, "metavar": metavar}
-    for kind, metavar in (
-        (cli.positive_int, "N"),
-        (cli.positive_float, "F"),
-        (cli.nonnegative_float, "F"),
-    )
+COUNT, RATE = (
+    {"type": cli.positive_int, "metavar": "N"},
+    {"type": cli.positive_float, "metavar": "F"},
 )
 SPARSITY, BITS = {"type": cli.fraction, "metavar": "S"}, {"type": bits, "metavar": "B"}
+EPOCH, WEIGHT = COUNT | {"metavar": "E"}, {"type": cli.nonnegative_float, "metavar": "F"}
 
 
 def option(default: Any, help: str, **words: Any) -> Any:
@@ -234,8 +232,7 @@ class PruningOptions:
     prune_last_epoch: int | None = option(
         None,
         "epochs after which the last weights are removed (default: three quarters of --max-epochs)",
-        type=cli.positive_int,
-        metavar="E",
+        **EPOCH,
     )
     delta_t: int | None = option(
         None,
@@ -245,16 +242,11 @@ class PruningOptions:
     tile_size: int | None = option(
         None,
         "prune in tiles of T weights along input channels (default: no pattern)",
-        type=cli.positive_int,
-        metavar="T",
+        **COUNT | {"metavar": "T"},
     )
-    zeros_per_tile: int | None = option(
-        None, "zeros in each tile", type=cli.positive_int, metavar="Z"
-    )
+    zeros_per_tile: int | None = option(None, "zeros in each tile", **COUNT | {"metavar": "Z"})
     first_last_sparsity: float = option(
-        0.5,
-        "highest sparsity of the first and the last layer; 0.5 is the size of 8 bits",
-        **SPARSITY,
+        0.5, "highest sparsity of first and last layer; 0.5 is the size of 8 bits", **SPARSITY
     )
 
 

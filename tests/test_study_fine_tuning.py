@@ -210,7 +210,7 @@ def small():
 
 
 def test_a_killed_run_goes_on_bit_for_bit(folder, capsys, caplog):
-    """Quantised, pruned and freezing, with two optimisers and a network that draws lots."""
+    """Quantised, pruned and freezing, with two optimisers; the network draws random numbers."""
     Path("net.py").write_text(NETWORK)
     words = [
         "train-compressed",
@@ -338,7 +338,7 @@ def test_tensorboard(capsys):
     assert event.name.startswith("events.out.tfevents") and b"top1" in event.read_bytes()
 
 
-# -- what the user gets wrong ----------------------------------------------------------------------
+# -- user errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_tensorboard(capsys):
         ("--learning-rate 1e30", "the loss is not finite in epoch"),
     ],
 )
-def test_a_mistake_is_one_line(words, message, capsys):
+def test_an_error_is_one_line(words, message, capsys):
     try:
         status = main.main([*WEIGHTS_ONLY, *words.split()])
     except SystemExit as stop:  # argparse

@@ -237,7 +237,7 @@ def cosine_to(floor: float):
 def test_learning_rates_against_closed_formulas(text, share, rate):
     """8 epochs of 30 steps; of the optimiser that the schedule is for, and of the steps' own."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
-    scheduler = learning_rate_schedule(text).scheduler(optimizer, rate / 0.5, 30, 8)
+    scheduler = learning_rate_schedule(text).scheduler(optimizer, 0.5, 30, 8)
     for step in range(8 * 30):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate * share(step / 30), rel=1e-9)
         optimizer.step()
@@ -557,7 +557,7 @@ def digits(**options) -> TrainingData:
     return TrainingData.load("digits", None, None, **(defaults | options), workers=None)
 
 
-def test_epochs_hang_on_the_seed_and_their_number():
+def test_epochs_depend_on_the_seed_and_their_number():
     def batches(images: TrainingData, number: int) -> Tensor:
         return torch.cat([batch for batch, _ in images.epoch(number)])
 

@@ -38,6 +38,7 @@ norms and biases account for most of the improvement.
 
 from __future__ import annotations
 
+import io
 import math
 import random
 import time
@@ -201,24 +202,17 @@ def save_training(
     history: list[dict[str, Any]],
 ) -> None:
     """Save an epoch: tensors, optimizers, states of the random generators, figures."""
-    saved = {f"tensor {name}": tensor for name, tensor in tensors.items()}
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    for number, content in enumerate(states):
-        for index, entries in content["state"].items():
-            for key, value in entries.items():
-                if isinstance(value, Tensor):  # some are None
-                    saved[f"optimizer {number} {index} {key}"] = value
-    version, numbers, gauss = random.getstate()
-    saved |= {"random torch": torch.get_rng_state(), "random python": torch.tensor(numbers)}
-    if torch.cuda.is_available():
-        for number, gpu in enumerate(torch.cuda.get_rng_state_all()):
-            saved[f"random gpu {number}"] = gpu
-    figures = {
-        "history": history,
-        "groups": [content["param_groups"] for content in states],
-        "python": [version, gauss],
+    content = {
+        "tensors": dict(tensors),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "torch": torch.get_rng_state(),
+        "gpus": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
     }
-    task.state.save(f"{task.name} under way", saved, figures)
+    file = io.BytesIO()
+    torch.save(content, file)
+    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    task.state.save(f"{task.name} under way", {"packed": packed}, {"history": history})
 
 
 def load_training(
@@ -228,26 +222,20 @@ def load_training(
     entry = task.state.load(f"{task.name} under way")
     if entry is None:
         return []
-    saved, figures = entry.tensors, entry.figures
+    file = io.BytesIO(entry.tensors["packed"].numpy())
+    content = torch.load(file, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(saved[f"tensor {name}"])
-    for number, optimizer in enumerate(optimizers):
-        parameters: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, tensor in saved.items():
-            if name.startswith(f"optimizer {number} "):
-                index, key = name.split(" ")[2:]
-                parameters[int(index)][key] = tensor
-        groups = figures["groups"][number]
-        optimizer.load_state_dict({"state": dict(parameters), "param_groups": groups})
-    version, gauss = figures["python"]
-    random.setstate((version, tuple(saved["random python"].tolist()), gauss))
-    torch.set_rng_state(saved["random torch"])
-    gpus = [tensor for name, tensor in saved.items() if name.startswith("random gpu ")]
-    if gpus and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(gpus)
-    log.info("resuming: %d epochs are done", len(figures["history"]))
-    return figures["history"]
+            tensor.copy_(content["tensors"][name])
+    for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(content["torch"])
+    if content["gpus"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(content["gpus"])
+    random.setstate(content["python"])
+    history = entry.figures["history"]
+    log.info("resuming: %d epochs are done", len(history))
+    return history
 
 
 # -- parameters under the constraints of compression -----------------------------------------------
