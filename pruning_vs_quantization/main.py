@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import random
 import shutil
@@ -126,7 +125,7 @@ def train_compressed(args: argparse.Namespace) -> None:
     folder = state_folder(result)
     if figures is None:
         images, dense = load_inputs(options, args.seed, device)
-        marks = {f"--{name.replace('_', '-')}": json.dumps(x) for name, x in settings.items()}
+        marks = {f"--{name.replace('_', '-')}": str(x) for name, x in settings.items()}
         marks["dense weights"] = content_hash(dense.state_dict())
         marks |= surroundings(device, "pruning_vs_quantization.training")
         with State(folder, marks, args.restart) as state:
