@@ -194,6 +194,12 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if compressible(module)}
 
 
+def first_and_last(model: nn.Module) -> tuple[str, ...]:
+    """Names of the first and the last layer, by registration; one name if there is one layer."""
+    names = list(find_layers(model))
+    return tuple(dict.fromkeys((names[0], names[-1])))
+
+
 def check_layers(model: nn.Module, name: str) -> None:
     """Raise a UserError for a layer whose weight cannot be replaced by another one."""
     owners: dict[int, str] = {}

@@ -1,21 +1,20 @@
 """Correct a compressed model: `python post_proc.py MODEL DATASET FILE` (see --help).
 
-FILE is a checkpoint that main_trueobs.py saved or, with --database, a profile to stitch. Then the
-corrections that are asked for, always in this order; last, the model is saved and its accuracy
+FILE is a checkpoint saved by main_trueobs.py or, with --database, a profile to stitch. The
+requested corrections are made, always in this order; then the model is saved and its accuracy
 measured.
 
-    --gap        outputs of all layers back to the dense model's    retraining.py
+    --gap        outputs of all layers back to the dense model's    training.py
     --bnt        running statistics of batch norms                  corrections.py
     --statcorr   mean and deviation of norm outputs                 corrections.py
-    --lintune    biases and norms trained on the logits             retraining.py
-    --finetune   all parameters trained on the labels               retraining.py
+    --lintune    biases and norms trained on the logits             training.py
+    --finetune   all parameters trained on the labels               training.py
 
 Why this order. Global AdaPrune aims at the dense model's outputs before the norms, for which the
-dense statistics, that the norms still have, are the right ones: it comes first. Statistics are
-taken of what is there after that; the correction after the tuning, since tuning would replace the
-statistics that the correction was folded for. Training on logits or labels comes last and starts
-from good statistics: it is done with statistics fixed, so whatever changed them afterwards would
-undo what has been learned around them.
+dense statistics, still present in the norms, are the right ones: it comes first. Statistics are
+collected after that; the correction follows the tuning, because tuning would replace the statistics
+that the correction was folded for. Training on logits or labels comes last and starts from good
+statistics: it keeps them fixed, so changing them afterwards would undo what was learned.
 
 A training epoch is one pass over the calibration images, in a new order and, unless --noaug, with
 new augmentation. Statistics correction takes the first N of them, never augmented.
@@ -29,16 +28,16 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from datautils import calibration_batches
-from modelutils import find_layers
+from datautils import ImageData, calibration_batches
+from modelutils import find_layers, first_and_last
 from obc.inputs import files
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, records
@@ -48,10 +47,10 @@ from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile
 from obc.toolkit.resume import Unkept, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options, load_compressed
-from obc.toolkit.training import finetune, global_adaprune, train_vectors
+from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
 
-DEPENDENT = {  # option: the correction that it belongs to
+DEPENDENT = {  # option: the option that it requires
     "statcorr_samples": "statcorr",
     "lintune_loss": "lintune",
     "finetune_mse": "finetune",
@@ -80,14 +79,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=cli.positive_int,
         default=100,
-        help="batches that batch norms are tuned on",
+        help="batches to tune batch norms on",
     )
     add("--statcorr", action="store_true", help="match norm outputs' statistics to the dense ones")
     add(
         "--statcorr-samples",
         metavar="N",
         type=cli.positive_int,
-        help="images that statistics are taken of, one batch (default: --nsamples)",
+        help="images in the one batch used for statistics (default: --nsamples)",
     )
     group = parser.add_argument_group("corrections by training")
     add = group.add_argument
@@ -97,105 +96,94 @@ def build_parser() -> argparse.ArgumentParser:
     add("--finetune", action="store_true", help="train all parameters on the labels")
     add("--finetune-mse", action="store_true", help="… on the dense logits instead")
     for name, epochs, lr in (("gap", 100, 1e-5), ("lintune", 100, 1e-4), ("finetune", 2, 1e-5)):
-        add(
-            f"--{name}-epochs",
-            metavar="N",
-            type=cli.positive_int,
-            default=epochs,
-            help="passes over the calibration images",
-        )
-        add(
-            f"--{name}-lr",
-            metavar="F",
-            type=cli.positive_float,
-            default=lr,
-            help="Adam's learning rate",
-        )
+        count = {"metavar": "N", "type": cli.positive_int, "default": epochs}
+        rate = {"metavar": "F", "type": cli.positive_float, "default": lr}
+        add(f"--{name}-epochs", **count, help="passes over the calibration images")
+        add(f"--{name}-lr", **rate, help="Adam's learning rate")
     return parser
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """What argparse cannot see by itself; raises UserError before any work is done."""
-    for option, wanted in DEPENDENT.items():
-        if getattr(args, option) and not getattr(args, wanted):
-            flag, needed = (f"--{name.replace('_', '-')}" for name in (option, wanted))
+def check_options(options: Mapping[str, Any], file: str, save: str | None) -> None:
+    """Checks beyond argparse's; raises UserError before any work is done."""
+    for option, required in DEPENDENT.items():
+        if options[option] and not options[required]:
+            flag, needed = (f"--{name.replace('_', '-')}" for name in (option, required))
             raise UserError(f"{flag} has no effect without {needed}")
-    args.nrounds = args.nrounds or (1 if args.noaug else 10)
-    if not Path(args.file).exists():
-        raise UserError(f"{args.file}: no such file")
-    if args.save:
-        if Path(args.save).suffix == ".json":
-            raise UserError(f"--save {args.save}: .json is for the record; name a .pth")
-        files.check_writable(args.save)
+    if not Path(file).exists():
+        raise UserError(f"{file}: no such file")
+    if save:
+        if Path(save).suffix == ".json":
+            raise UserError(f"--save {save}: .json is for the record; name a .pth")
+        files.check_writable(save)
 
 
 # -- the model and its images ----------------------------------------------------------------------
 
 
-def load_model(args: argparse.Namespace, dense: nn.Module) -> nn.Module:
-    """The model in the checkpoint FILE, or stitched from a database by the profile FILE."""
+def load_model(
+    dense: nn.Module,
+    path: str,  # checkpoint or, with a kind of database, profile
+    skip_firstlast: bool,
+    kind: str | None,
+    tag: str,  # the model's name in the database
+    prefix: str,  # folder of the database
+) -> nn.Module:
+    """The model in a checkpoint, or stitched from a database by a profile."""
     model = copy.deepcopy(dense)
-    if args.database:
-        profile = read_profile(args.file)
-        db = Database.open(args.database, model_tag(args.model), args.prefix or ".")
-        db.stitch(model, profile)
+    if kind is None:
+        load_compressed(model, path)
+    else:
+        profile = read_profile(path)
+        Database.open(kind, tag, prefix).stitch(model, profile)
         for name in find_layers(model).keys() - profile.keys():
             log.info("%s left dense: not in the profile", name)
-    else:
-        load_compressed(model, args.file)
-    if args.skip_firstlast:
-        names = list(find_layers(model))
-        for name in dict.fromkeys((names[0], names[-1])):
-            put_layer(model.get_submodule(name), dense.get_submodule(name).state_dict())
-            log.info("%s left dense: --skip-firstlast", name)
+    for name in first_and_last(model) if skip_firstlast else ():
+        put_layer(model.get_submodule(name), dense.get_submodule(name).state_dict())
+        log.info("%s left dense: --skip-firstlast", name)
     return model
 
 
-class Epochs:
-    """Batches of calibration images: every iteration in a new order, with new augmentation.
+@dataclass(frozen=True)
+class CalibrationEpochs:
+    """Epochs of calibration images, each in its own order and, if so, its own augmentation."""
 
-    A new object begins at the same first epoch; epochs depend on --seed alone.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self.session, self.numbers = session, count()
+    data: ImageData
+    batchsize: int
+    workers: int | None
+    augment: bool
+    seed: int  # all that epochs depend on
 
     def __len__(self) -> int:
-        return len(self.session.calibration())
+        """Batches of an epoch."""
+        return -(-len(self.data.calibration) // self.batchsize)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        options, data = self.session.options, self.session.data
-        generator = torch.Generator().manual_seed(options.seed)
-        for _ in range(next(self.numbers) + 1):
+    def epoch(self, number: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, counted from 0."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(number + 1):
             seed = int(torch.randint(2**62, (), generator=generator))
         generator.manual_seed(seed)
-        chosen = data.calibration.chosen
-        order = torch.randperm(len(chosen), generator=generator).tolist()
-        images = replace(data.calibration, chosen=[chosen[index] for index in order])
-        shuffled = replace(data, calibration=images)
-        return iter(
-            calibration_batches(
-                shuffled,
-                batchsize=options.batchsize,
-                workers=options.workers,
-                augment=not options.noaug,
-                seed=seed,
-            )
+        images = self.data.calibration
+        order = torch.randperm(len(images), generator=generator).tolist()
+        images = replace(images, chosen=[images.chosen[index] for index in order])
+        return calibration_batches(
+            replace(self.data, calibration=images),
+            batchsize=self.batchsize,
+            workers=self.workers,
+            augment=self.augment,
+            seed=seed,
         )
 
 
-def statistics_images(session: Session, count: int | None) -> Tensor:  # (N, 3, s, s)
-    """The one batch that statistics correction looks at."""
-    available = len(session.data.calibration)
-    wanted = count or available
-    if wanted > available:
+def statistics_images(data: ImageData, count: int | None, workers: int | None) -> Tensor:
+    """The one batch for statistics correction, (count, 3, s, s): the first calibration images."""
+    available = len(data.calibration)
+    if (count or 0) > available:
         raise UserError(
-            f"--statcorr-samples {wanted} is more than the {available} calibration "
+            f"--statcorr-samples {count} is more than the {available} calibration "
             "images; pass --nsamples"
         )
-    workers = session.options.workers
-    images, _ = next(iter(calibration_batches(session.data, batchsize=wanted, workers=workers)))
-    return images
+    return next(iter(calibration_batches(data, batchsize=count or available, workers=workers)))[0]
 
 
 # -- the corrections -------------------------------------------------------------------------------
@@ -203,7 +191,7 @@ def statistics_images(session: Session, count: int | None) -> Tensor:  # (N, 3, 
 
 @dataclass
 class StepReport:
-    """What a correction did; a line in the log and an entry in the record."""
+    """What a correction did: a line in the log and an entry in the record."""
 
     name: str
     seconds: float
@@ -217,54 +205,14 @@ class StepReport:
         return text
 
 
-def corrections(
-    args: argparse.Namespace, session: Session, model: nn.Module, state: Unkept
-) -> dict[str, Callable[[], list[float] | None]]:
-    """All corrections by option, in the order of the module docstring; each changes `model`."""
-    dense, device = session.model, session.device
-    models = (model, dense)
-
-    def tune_batchnorms() -> None:
-        batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
-        batchnorm_tune(model, batches, device, args.bnt_batches)
-
-    return {
-        "gap": lambda: global_adaprune(
-            *models, Epochs(session), device, args.gap_epochs, args.gap_lr, state
-        ),
-        "bnt": tune_batchnorms,
-        "statcorr": lambda: statistics_correction(
-            *models, statistics_images(session, args.statcorr_samples), device
-        ),
-        "lintune": lambda: train_vectors(
-            *models,
-            Epochs(session),
-            device,
-            args.lintune_epochs,
-            args.lintune_lr,
-            cross_entropy=args.lintune_loss,
-            state=state,
-        ),
-        "finetune": lambda: finetune(
-            *models,
-            Epochs(session),
-            device,
-            args.finetune_epochs,
-            args.finetune_lr,
-            cross_entropy=not args.finetune_mse,
-            state=state,
-        ),
-    }
-
-
 def correct(
-    args: argparse.Namespace, session: Session, model: nn.Module, state: Unkept
+    model: nn.Module,
+    corrections: Mapping[str, Callable[[], list[float] | None]],  # each changes `model`
+    state: Unkept,
 ) -> list[StepReport]:
-    """Run the corrections that are asked for; a report of each, logged."""
+    """Make corrections in their order, except those in `state`; log and return their reports."""
     reports = []
-    for name, correction in corrections(args, session, model, state).items():
-        if not getattr(args, name):
-            continue
+    for name, correction in corrections.items():
         if entry := state.load(name):
             model.load_state_dict(entry.tensors)
             reports.append(StepReport(**entry.figures))
@@ -282,17 +230,42 @@ def correct(
 
 
 def run(args: argparse.Namespace) -> None:
-    check_options(args)
+    check_options(vars(args), args.file, args.save)
+    args.nrounds = args.nrounds or (1 if args.noaug else 10)
     started = time.perf_counter()
     session = Session.of(common_options(args))
-    model = load_model(args, session.model)
+    data, device = session.data, session.device
+    database = args.database, model_tag(args.model), args.prefix or "."
+    model = load_model(session.model, args.file, args.skip_firstlast, *database)
+    models = model, session.model
     contents = {"compressed model": content_hash(model.state_dict())}
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
     records.check_repeat(args.repeat, marks)
+
+    def task(name: str, epochs: int) -> TrainingTask:
+        images = CalibrationEpochs(data, args.batchsize, args.workers, not args.noaug, args.seed)
+        return TrainingTask(name, images, device, epochs, f"--{name}-lr", state)
+
+    corrections = {  # in the order of the module docstring
+        "gap": lambda: global_adaprune(*models, task("gap", args.gap_epochs), args.gap_lr),
+        "bnt": lambda: batchnorm_tune(
+            model, session.calibration(not args.noaug, args.nrounds), device, args.bnt_batches
+        ),
+        "statcorr": lambda: statistics_correction(
+            *models, statistics_images(data, args.statcorr_samples, args.workers), device
+        ),
+        "lintune": lambda: train_vectors(
+            *models, task("lintune", args.lintune_epochs), args.lintune_lr, args.lintune_loss
+        ),
+        "finetune": lambda: finetune(
+            *models, task("finetune", args.finetune_epochs), args.finetune_lr, not args.finetune_mse
+        ),
+    }
+    requested = {name: make for name, make in corrections.items() if getattr(args, name)}
     folder = state_folder(args.save) if args.save else None
     with open_state(folder, marks, args.restart, session.world) if folder else Unkept() as state:
-        reports = correct(args, session, model, state)
+        reports = correct(model, requested, state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save)
         accuracy = session.accuracy(model)

@@ -74,7 +74,7 @@ class Evaluator:
                 correct_statistics,
                 images=first,
                 device=device,
-                wanted=norm_moments(session.model, first, device),
+                targets=norm_moments(session.model, first, device),
             )
         elif correction == "averages":
             self.correct = partial(

@@ -1,18 +1,39 @@
-"""A network that is trained in compressed form, and the plain one that it stands for.
+"""A network that is trained in compressed form, the plain one it stands for, and that one folded.
 
-Every conv and linear layer computes with Q(M ⊙ W) in place of its weight W, and with Q'(x) in place
-of its input x; which of these there are depends on what was asked for:
+While a network is trained, every conv and linear layer computes with Q(M ⊙ W) in place of its
+weight W, and with Q'(x) in place of its input x, as far as the options ask for it:
 
     Q   `weight_step`     learned steps (learned_steps.py)    ┐
     Q'  `input_step`      the same, of the layer's input      ├ buffers and modules of the layer, so
-    M   `pruning_mask`    (magnitude_pruning.py)              ┘ that a state dict holds all there is
+    M   `pruning_mask`    (magnitude_pruning.py)              ┘ that a state dict is complete
 
-The optimiser moves W, which stays the layer's own parameter; the network is run with the values of
-Q(M ⊙ W) put in its place (`torch.func.functional_call`), gradients passing through.
+The optimiser updates W, which remains the layer's own parameter; the network is run with the values
+of Q(M ⊙ W) in its place (`torch.func.functional_call`), and gradients pass through.
 
-`deployed` makes the plain model: weights on their grids and zeros in place, grids beside them as
-quant.py stores them. It is what is evaluated and saved, so no difference between training and
-deployment can hide. Batch norms stay as they are; folding them is batchnorm_folding.py's.
+`deployed` makes the plain model: weights on their grids and zeros in place, with the grids stored
+as quant.py stores them. It is the one that is evaluated and saved, so that training and deployment
+cannot differ unnoticed.
+
+`folded` moves its batch norms into the layers before them, as on a device. With running mean m,
+variance v, weight γ and bias β,
+
+    BN(Σ w x + b) = Σ (g w) x + (β + g (b − m))        g = γ / √(v + ε), per output channel
+
+so the layer's weights become g w. Folding happens after training, to weights that are already on a
+grid, w = Δ q with whole numbers q from −z to 2^b − 1 − z. Codes are kept and steps take up the
+factors: Δ' = |g| Δ, per output channel even where the layer has a single Δ. That costs a device
+nothing: the factor that brings a channel's sum of integer products to the next layer's scale is
+needed anyway, as is the bias. Where g < 0, codes are reversed: code' = 2^b − 1 − code and
+z' = 2^b − 1 − z, so that g w = Δ' (code' − z') exactly. Where g = 0, the channel is its bias; its
+weights are 0 and its step is 1. (Folding before quantising would instead choose one Δ for the
+weights g w, whose channels differ far more in size than those of w. With a step per channel both
+are the same.)
+
+A folded model has the same layers and loads like any other checkpoint: the layer has the folded
+weight and grid, and of the batch norm only the bias remains, with m = 0, v = 1 − ε, γ = 1. Its
+statistics must not be tuned again; those of the unfolded model may. This, and norms derived from
+PyTorch's (such as timm's), is why torch.fx's own fusion of modules does not serve here. A norm is
+folded if it has γ and β and is the only consumer of its layer's output.
 """
 
 from __future__ import annotations
@@ -21,20 +42,21 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import quant
-from modelutils import find_layers
+from modelutils import find_layers, first_and_last
 from obc.solver.errors import UserError, log
 from pruning_vs_quantization.expected_error import DENSE_BITS
-from pruning_vs_quantization.first_and_last import first_and_last
-from pruning_vs_quantization.learned_steps import LearnedStep
+from pruning_vs_quantization.learned_steps import LearnedStep, weight_grid
 from pruning_vs_quantization.magnitude_pruning import MASK
-from pruning_vs_quantization.starting_ranges import weight_grid
 
 WEIGHT_STEP, INPUT_STEP = "weight_step", "input_step"
 FIRST_LAST_BITS = 8
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # and classes derived from them, such as timm's
+FOLDABLE = (nn.Conv2d, nn.Linear)
 
 
 def layer_bits(model: nn.Module, bits: int) -> dict[str, int]:
@@ -47,7 +69,7 @@ def quantise_weights(
     model: nn.Module,
     bits: Mapping[str, int],  # by name of the layer
     per_channel: bool,
-    method: str,  # of starting_ranges.METHODS
+    method: str,  # one of learned_steps.RANGE_METHODS
 ) -> None:
     """Give each layer a learned step for its weight."""
     for name, layer in find_layers(model).items():
@@ -62,31 +84,25 @@ def quantise_inputs(model: nn.Module, grids: Mapping[str, quant.Grid]) -> None:
             layer.add_module(INPUT_STEP, LearnedStep(grids[name]))
             layer.register_forward_pre_hook(_round_input)
         else:
-            log.info("%s: its input is not quantised: it saw no image", name)
+            log.info("%s: input not quantised: no image reached it", name)
 
 
 def _round_input(layer: nn.Module, args: tuple) -> tuple:
-    return (getattr(layer, INPUT_STEP).of_input(args[0]), *args[1:])
+    return (getattr(layer, INPUT_STEP).quantise_input(args[0]), *args[1:])
 
 
 def effective_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What the layers compute with, by name of the parameter, where it is not the parameter."""
+    """Q(M ⊙ W) by name of the parameter, of all layers that have Q or M."""
     weights = {}
     for name, layer in find_layers(model).items():
-        weight = effective_weight(layer)
+        weight = layer.weight
+        if hasattr(layer, MASK):
+            weight = weight * getattr(layer, MASK)
+        if hasattr(layer, WEIGHT_STEP):
+            weight = getattr(layer, WEIGHT_STEP).quantise_weight(weight)
         if weight is not layer.weight:
             weights[f"{name}.weight"] = weight
     return weights
-
-
-def effective_weight(layer: nn.Module) -> Tensor:
-    """Q(M ⊙ W), of the layer weight's shape."""
-    weight = layer.weight
-    if hasattr(layer, MASK):
-        weight = weight * getattr(layer, MASK)
-    if hasattr(layer, WEIGHT_STEP):
-        weight = getattr(layer, WEIGHT_STEP).of_weight(weight)
-    return weight
 
 
 def run_compressed(model: nn.Module, images: Tensor) -> Tensor:  # (n, classes)
@@ -101,19 +117,19 @@ def run_compressed(model: nn.Module, images: Tensor) -> Tensor:  # (n, classes)
 
 @torch.no_grad()
 def deployed(model: nn.Module, dense: nn.Module) -> nn.Module:
-    """A copy of `dense` with what `model` has learned: plain weights, grids beside them."""
+    """A copy of `dense` with what `model` has learned: plain weights and their grids."""
     plain, trained = copy.deepcopy(dense), model.state_dict()
     state = {key: trained[key] for key in plain.state_dict()}
     plain.load_state_dict(state | effective_weights(model))
     layers = find_layers(model)
     for name, layer in find_layers(plain).items():
-        of_weight, of_input = (
+        weight_step, input_step = (
             getattr(layers[name], kind, None) for kind in (WEIGHT_STEP, INPUT_STEP)
         )
-        if of_weight is not None:
-            quant.set_weight_grid(layer, of_weight.grid(len(layer.weight)))
-        if of_input is not None:
-            quant.set_activation_grid(layer, of_input.grid())
+        if weight_step is not None:
+            quant.set_weight_grid(layer, weight_step.grid(len(layer.weight)))
+        if input_step is not None:
+            quant.set_activation_grid(layer, input_step.grid())
     return plain
 
 
@@ -126,14 +142,91 @@ def sparsity(plain: nn.Module) -> float:
 def bits_per_weight(model: nn.Module) -> float:
     """Mean over the weights of all conv and linear layers: their bits × the share not masked.
 
-    Neither the masks nor the steps are counted, as in the study: 75 % of zeros and 4 bits weigh
-    the same.
+    Neither the masks nor the steps are counted, as in the study: 75 % zeros and 4 bits are equally
+    large.
     """
     bits = weights = 0.0
     for layer in find_layers(model).values():
-        step = getattr(layer, WEIGHT_STEP, None)
-        of_layer = DENSE_BITS if step is None else step.grid().bits
-        kept = getattr(layer, MASK).sum() if hasattr(layer, MASK) else layer.weight.numel()
-        bits += of_layer * float(kept)
-        weights += layer.weight.numel()
+        step, count = getattr(layer, WEIGHT_STEP, None), layer.weight.numel()
+        unmasked = getattr(layer, MASK).sum() if hasattr(layer, MASK) else count
+        bits += (DENSE_BITS if step is None else step.grid().bits) * float(unmasked)
+        weights += count
     return bits / weights
+
+
+# -- batch norms folded ----------------------------------------------------------------------------
+
+
+class _LayerTracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, (*FOLDABLE, *NORMS)) or super().is_leaf_module(module, name)
+
+
+def layers_before_norms(model: nn.Module) -> dict[str, str]:
+    """Layer → the batch norm to fold into it. Raises whatever tracing the model raises."""
+    modules = dict(model.named_modules())
+    calls = [node for node in _LayerTracer().trace(model).nodes if node.op == "call_module"]
+    targets = [node.target for node in calls]
+    pairs = {}
+    for call in calls:
+        layer, norm = call.args[0] if call.args else None, modules[call.target]
+        if not isinstance(norm, NORMS) or not norm.affine or norm.running_mean is None:
+            continue
+        if layer not in calls or not isinstance(modules[layer.target], FOLDABLE):
+            continue
+        once = targets.count(layer.target) == targets.count(call.target) == 1
+        if once and len(layer.users) == 1:
+            pairs[layer.target] = call.target
+    return pairs
+
+
+def folded(plain: nn.Module) -> nn.Module | None:
+    """A copy of a model with its batch norms folded; None, with a warning, if it is not possible.
+
+    `plain` is in eval mode, as `deployed` makes it.
+    """
+    model = copy.deepcopy(plain)
+    try:
+        pairs = layers_before_norms(model)
+    except Exception as error:  # tracing runs the model's own Python: anything can happen
+        log.warning("batch norms not folded: the model cannot be traced (%s)", error)
+        return None
+    for layer, norm in pairs.items():
+        fold(model.get_submodule(layer), model.get_submodule(norm))
+    for name, module in model.named_modules():
+        if isinstance(module, NORMS) and name not in pairs.values():
+            log.info("%s not folded: it does not follow a layer of its own", name)
+    return model
+
+
+@torch.no_grad()
+def fold(layer: nn.Module, norm: nn.Module) -> None:
+    """Move a norm's factors into a layer's weight and grid; the norm keeps the bias."""
+    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    weight, bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics)
+    grid = layer._modules.get(quant.WEIGHT_GRID)
+    if grid is not None:
+        shape = (-1, *[1] * (weight.ndim - 1))
+        codes = torch.round(layer.weight / grid.scale.view(shape))
+        factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # g
+        grid = scaled_grid(grid, factor[:, None])
+        weight = codes * (factor.sign()[:, None] * grid.scale).view(shape)
+        quant.set_weight_grid(layer, grid)
+    layer.weight.copy_(weight)
+    if layer.bias is not None:
+        layer.bias.zero_()
+    norm.weight.fill_(1)
+    norm.bias.copy_(bias)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+
+
+def scaled_grid(
+    grid: quant.Grid,  # scale and zero (rows, 1)
+    factor: Tensor,  # (rows, 1), of any sign
+) -> quant.Grid:
+    """The grid of factor · w for weights w on a grid, as in the module docstring."""
+    scale = factor.abs() * grid.scale
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.where(factor < 0, grid.maxq.to(grid.zero.dtype) - grid.zero, grid.zero)
+    return quant.Grid(scale, zero, grid.maxq.clone())

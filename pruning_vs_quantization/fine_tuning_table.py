@@ -1,10 +1,10 @@
-"""The table and the picture of fine-tuning: quantised against pruned at equal size.
+"""The table and the plot of fine-tuning: quantised against pruned at equal size.
 
-A row for each size of b bits a weight, pruned weights counted as FP16 with sparsity 1 − b/16. The
-runs of train-compressed are found by their settings, not by the names of their files; only runs
-that quantise weights and nothing else, or prune and nothing else, are of the study. Several seeds
-are averaged, with the range of what they gave. Results without training come from a text file with
-a line `<method> <bits> <reached> <top-1>` each, tab-separated, as recipes/fine_tuning.sh writes it.
+There is a row for each size of b bits per weight; pruned weights count as FP16 with sparsity
+1 − b/16. Runs of train-compressed are recognised by their settings, not by file names; only runs
+that quantise weights and nothing else, or prune and nothing else, are included. Several seeds are
+averaged, and their range is shown. Results without training come from a text file with a line
+`<method> <bits> <reached> <top-1>` each, tab-separated, as recipes/fine_tuning.sh writes it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pruning_vs_quantization.plots import (
 from pruning_vs_quantization.study_files import read_result
 
 QUANTISED, PRUNED, OBQ, EXACT = "quantised", "pruned", "OBQ", "ExactOBS"
-TITLE_WIDTH = 70  # characters that fit above the picture
+TITLE_WIDTH = 70  # characters that fit above the plot
 COLUMNS = {  # method: heading
     QUANTISED: "quantised, trained",
     PRUNED: "pruned, trained",
@@ -40,20 +40,20 @@ COLUMNS = {  # method: heading
 
 @dataclass(frozen=True)
 class Result:
-    """One network of the study."""
+    """One network in the comparison."""
 
     method: str  # of COLUMNS
-    bits: float  # size, in bits a weight
+    bits: float  # size, in bits per weight
     top1: float
     seed: int | None = None  # of training
-    seconds: float | None = None  # that training took
-    reached: float | None = None  # bits a weight, with the first and the last layer's own
+    seconds: float | None = None  # of training
+    reached: float | None = None  # bits per weight, with the first and the last layer's own
     training: str | None = None  # how long, and on what
 
 
 def trained_results(folder: Path, architecture: str, dataset: str) -> list[Result]:
-    """Of the runs in a folder, those of the study; the others are named. Raises UserError."""
-    found = []
+    """The comparable runs in a folder; logs the others. Raises UserError if there are none."""
+    results = []
     for path in sorted(folder.glob("*_seed*.json")):
         settings, figures = read_result(path)
         if (settings.get("architecture"), settings.get("dataset")) != (architecture, dataset):
@@ -62,7 +62,7 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
         if size is None:
             errors.log.info("%s: not a comparison at equal size, left out", path)
             continue
-        found.append(
+        results.append(
             Result(
                 *size,
                 figures["top1"],
@@ -72,16 +72,16 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
                 _training(settings, figures),
             )
         )
-    if not found:
+    if not results:
         raise UserError(
-            f"{folder}: no trained {architecture} on {dataset} in it; run "
+            f"{folder}: contains no trained {architecture} on {dataset}; run "
             "train-compressed first, or name another --out"
         )
-    return found
+    return results
 
 
 def _size(settings: dict[str, Any]) -> tuple[str, float] | None:
-    """Method and bits a weight; None for what is not of the study."""
+    """Method and bits per weight; None for runs that are not comparable."""
     pruned = settings["prune_method"] != "none"
     if settings["act_quant"] or pruned == settings["weight_quant"]:
         return None
@@ -99,39 +99,39 @@ def _training(settings: dict[str, Any], figures: dict[str, Any]) -> str:
 
 
 def conditions(results: Iterable[Result]) -> str:
-    """How the networks were trained, and a warning where that is not the same for all."""
+    """How the networks were trained, with a warning if they were trained differently."""
     methods: dict[str, list[str]] = {}
     for one in results:
         if one.training and one.method not in methods.setdefault(one.training, []):
             methods[one.training].append(one.method)
     if len(methods) == 1:
         return f"trained for {next(iter(methods))}"
-    return "not all trained alike: " + "; ".join(
+    return "not all trained the same way: " + "; ".join(
         f"{' and '.join(names)} for {training}" for training, names in methods.items()
     )
 
 
 def untrained_results(path: Path) -> list[Result]:
     """From lines `<method> <bits> <reached> <top-1>`. Raises UserError that names the line."""
-    found = []
+    results = []
     for number, words in read_lines(path):
         try:
-            found.append(Result(words[0], float(words[1]), float(words[-1])))
+            results.append(Result(words[0], float(words[1]), float(words[-1])))
         except (ValueError, IndexError):
             raise UserError(
                 f"{path}, line {number}: expected method, bits, reached, top-1; "
-                "did a command before it fail?"
+                "did an earlier command fail?"
             ) from None
         if words[0] not in (OBQ, EXACT):
             raise UserError(f"{path}, line {number}: {words[0]} is neither {OBQ} nor {EXACT}")
-    return found
+    return results
 
 
 def markdown(results: Iterable[Result]) -> str:
     """The table, largest size first."""
     results = list(results)
     lines = [
-        "| bits | sparsity | " + " | ".join(COLUMNS.values()) + " | seeds | minutes a run |",
+        "| bits | sparsity | " + " | ".join(COLUMNS.values()) + " | seeds | minutes per run |",
         "|---" * (len(COLUMNS) + 4) + "|",
     ]
     for bits in sorted({result.bits for result in results}, reverse=True):
@@ -187,7 +187,7 @@ def draw(results: Iterable[Result], title: str, stem: Path) -> None:
     labels = [f"{bits:g}\n{sparsity_percent(bits)}" for bits in sizes]
     axes.set_xticks(sizes, labels)
     axes.set(
-        xlabel="bits a weight, and the sparsity of FP16 weights of that size", ylabel="top-1 (%)"
+        xlabel="bits per weight, and the sparsity of FP16 weights of that size", ylabel="top-1 (%)"
     )
     axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
     draw_legend(axes)

@@ -1,22 +1,22 @@
 """Gradual magnitude pruning.
 
-Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), equation 1. From sparsity s_i at step
-t_0 to s_f at step t_0 + n along a cubic, steep first, when much can go,
+Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), equation 1. Sparsity grows from s_i
+at step t_0 to s_f at step t_0 + n along a cubic, steep at first, while many weights are redundant:
 
     s(t) = s_f + (s_i − s_f) (1 − (t − t_0)/n)³          t_0 ≤ t ≤ t_0 + n
 
-0 before and s_f after. Every Δt steps, and at t_0 + n, the weights of least magnitude in each layer
-are masked so that round(s(t) · weights) of them are zero. In patterns, tiles of T weights along the
-input channels (for each row and kernel position), round(s(t) T) of each tile are, with s_f = Z/T: Z
-of T zeros at the end.
+It is 0 before and s_f after. Every Δt steps, and at t_0 + n, the weights of smallest magnitude in
+each layer are masked so that round(s(t) · weights) of them are zero. With patterns, tiles of T
+weights along the input channels (for each row and kernel position) have round(s(t) T) zeros each
+and, with s_f = Z/T, Z zeros in the end.
 
-The first and the last layer are pruned no further than `limit` (for ½ they are as large in FP16 as
+The first and the last layer are pruned no further than `limit` (at ½ they are as large in FP16 as
 the 8 bits that a quantised network has there).
 
-Deviations. A weight that is masked is set to zero after every step of the optimiser, so it never
-comes back, whatever momentum and weight decay would do to it; in Zhu and Gupta it keeps its value,
-which nothing but their weight decay changes. Layers whose input channels are not a multiple of T
-are left dense and named.
+Deviations. A masked weight is set to zero after every step of the optimiser, so it never returns,
+whatever momentum and weight decay would do; in Zhu and Gupta it keeps its value, which only weight
+decay changes. Layers whose number of input channels is not a multiple of T are left dense and
+logged.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modelutils import find_layers
+from modelutils import find_layers, first_and_last
 from obc.solver.errors import log
-from pruning_vs_quantization.first_and_last import first_and_last
 
 MASK = "pruning_mask"  # a buffer of each pruned layer, bool, the weight's shape; False: zero
 
 
 @dataclass(frozen=True)
 class CubicSchedule:
-    """Sparsity as a function of the steps done, as in the module docstring."""
+    """Sparsity as a function of the number of steps, as in the module docstring."""
 
     initial: float  # s_i
     final: float  # s_f
@@ -50,15 +49,15 @@ class CubicSchedule:
         """
         if step < self.first_step:
             return 0.0
-        left = 1 - min(1.0, (step - self.first_step) / (self.last_step - self.first_step))
-        return self.final + (self.initial - self.final) * left**3
+        remaining = 1 - min(1.0, (step - self.first_step) / (self.last_step - self.first_step))
+        return self.final + (self.initial - self.final) * remaining**3
 
 
 def magnitude_mask(
     weight: Tensor,  # (rows, channels, …)
     sparsity: float,
 ) -> Tensor:  # bool, like weight
-    """Exactly round(sparsity · weights) are False: the smallest, of equals the first."""
+    """Exactly round(sparsity · weights) are False: the smallest, and the first of equal ones."""
     order = weight.abs().flatten().argsort(stable=True)
     mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
     mask[order[: round(sparsity * weight.numel())]] = False
@@ -79,7 +78,7 @@ def tile_mask(
 
 @dataclass(frozen=True)
 class GradualPruning:
-    """The plan for a whole model."""
+    """How to prune a whole model."""
 
     schedule: CubicSchedule
     every: int  # Δt, steps
@@ -87,7 +86,7 @@ class GradualPruning:
     tile: int | None = None  # T; None: no pattern
 
     def start(self, model: nn.Module) -> None:
-        """Give each layer that is to be pruned a mask, and say which are not."""
+        """Give each layer that is to be pruned a mask, and log the others."""
         for name, layer in find_layers(model).items():
             if self.tile and layer.weight.shape[1] % self.tile:
                 log.info(
@@ -109,11 +108,13 @@ class GradualPruning:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """After `step` steps: masked weights are zero again, and new masks if they are due."""
+        """After `step` steps: reset masked weights to zero, and make new masks if they are due."""
         ends, due = first_and_last(model), self.is_due(step)
         for name, layer in masked_layers(model).items():
             mask = getattr(layer, MASK)
-            layer.weight.masked_fill_(~mask, 0)  # momentum moved them: before seeking the smallest
+            layer.weight.masked_fill_(
+                ~mask, 0
+            )  # moved by momentum; before looking for the smallest
             if due:
                 sparsity = self.schedule.sparsity(step)
                 sparsity = min(sparsity, self.limit) if name in ends else sparsity

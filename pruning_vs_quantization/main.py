@@ -1,24 +1,31 @@
 """Fine-tuning at equal size: `python -m pruning_vs_quantization.main train-compressed …`.
 
-Kuzmin et al. (arXiv 2307.02973), the fourth part of the study: networks are trained in quantised
-form, or pruned as they are trained, from the same dense weights; which is better at equal size,
-b-bit weights against FP16 weights of sparsity 1 − b/16? Training is training.py's.
+Kuzmin et al. (arXiv 2307.02973), the fourth part of the study: starting from the same dense
+weights, networks are trained in quantised form or pruned during training. Which is better at equal
+size, b-bit weights or FP16 weights of sparsity 1 − b/16? The training itself is in training.py.
 
 A run leaves, under a name that says what was done (such as rn20_cifar10_w4_seed0), in --out:
 
-    <name>.json         settings, and figures: top-1 and seconds of each epoch, sparsity, bits
+    <name>.json         settings and figures: top-1 and seconds of each epoch, sparsity, bits
     <name>.pth          the compressed network, for every command of the toolkit: weights on their
-                        grids, grids beside them, batch norms in place
-    <name>_folded.pth   the same with batch norms folded (batchnorm_folding.py)
+                        grids, with the grids, and batch norms in place
+    <name>_folded.pth   the same with batch norms folded (compressed_model.py)
 
-and while it lasts <name>.state, from which it goes on if it was killed. `table` puts the runs of a
-folder beside each other; `first-last` makes untrained networks comparable (first_and_last.py).
+and, while it is running, a hidden folder that an interrupted run resumes from. `table` compares the
+runs in a folder; `first-last` makes untrained networks comparable.
+
+--architecture is `<network>_quantized`: any MODEL of the toolkit (resnet18, mobilenet_v2, rn20,
+path/to/file.py:function) or efficientnet_lite, timm's efficientnet_lite0. The suffix is that of the
+published commands; the network so named is the dense one, which training then compresses.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import logging
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,14 +35,17 @@ import torch
 from torch import nn
 
 from datautils import DATASETS
+from modelutils import first_and_last, get_model, load_checkpoint, load_state
 from obc.inputs import files
-from obc.solver import errors
+from obc.inputs.vision import torchvision
+from obc.solver.errors import UserError, log
 from obc.toolkit import cli
+from obc.toolkit.fingerprints import content_hash, surroundings
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.records import write_record
-from obc.toolkit.session import check_model
-from pruning_vs_quantization.architectures import dense_network, network_name
-from pruning_vs_quantization.batchnorm_folding import folded
+from obc.toolkit.resume import State, state_folder
+from obc.toolkit.session import check_model, load_compressed
+from pruning_vs_quantization.compressed_model import folded
 from pruning_vs_quantization.fine_tuning_table import (
     as_records,
     conditions,
@@ -44,17 +54,20 @@ from pruning_vs_quantization.fine_tuning_table import (
     trained_results,
     untrained_results,
 )
-from pruning_vs_quantization.first_and_last import replace_first_and_last
+from pruning_vs_quantization.plots import study_package
 from pruning_vs_quantization.study_files import PLOTS_DATA, finished, write_result
-from pruning_vs_quantization.training import Training, determinism
+from pruning_vs_quantization.training import FineTuning, determinism
 from pruning_vs_quantization.training_images import TrainingData
 from pruning_vs_quantization.training_options import (
+    TrainingOptions,
     add_training_options,
-    check_training_options,
-    run_name,
+    network_name,
     training_device,
-    training_settings,
+    training_options,
 )
+from quant import put_layer
+
+TIMM_NAMES = {"efficientnet_lite": "efficientnet_lite0"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,13 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_training_options(train)
     train.set_defaults(run=train_compressed)
-    table = commands.add_parser("table", help="the runs of a folder beside each other")
+    table = commands.add_parser("table", help="compare the runs in a folder")
     add_network(table)
     table.add_argument(
         "--untrained",
         metavar="FILE",
         type=Path,
-        help="lines method, bits, reached, top-1 of networks without training",
+        help="lines with method, bits, reached, top-1 of networks without training",
     )
     table.add_argument(
         "--out",
@@ -83,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder with the runs, and for the table",
     )
     table.set_defaults(run=make_table)
-    ends = commands.add_parser("first-last", help="first and last layer from another network")
+    ends = commands.add_parser("first-last", help="take first and last layer from another network")
     add_network(ends)
     ends.add_argument("strong", metavar="FILE", type=Path, help="checkpoint to change")
     ends.add_argument("mild", metavar="FILE", type=Path, help="checkpoint to take them from")
@@ -94,66 +107,72 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
-    """--architecture and --dataset, as train-compressed has them."""
+    """--architecture and --dataset, as in train-compressed."""
     add = parser.add_argument
     add("--architecture", metavar="NAME_quantized", required=True, help="of the networks")
-    add("--dataset", choices=DATASETS, default="imagenet", help="what they are for")
+    add("--dataset", choices=DATASETS, default="imagenet", help="what they were trained on")
 
 
 def train_compressed(args: argparse.Namespace) -> None:
-    """One run, unless it has been done before; its accuracy."""
-    check_training_options(args)
-    device, settings = training_device(args), training_settings(args)
-    stem = args.out / run_name(args)
+    """One run, unless it was done before; prints its accuracy."""
+    options = training_options(args)
+    device = training_device(args.device, args.cuda)
+    settings = options.settings() | {"seed": args.seed}
+    stem = args.out / options.run_name(args.seed)
     result = stem.with_name(f"{stem.name}.json")
     files.check_writable(result)
     figures = finished(result, settings, args.restart)
-    state = stem.with_name(f"{stem.name}.state")
+    folder = state_folder(result)
     if figures is None:
-        if args.restart:
-            state.unlink(missing_ok=True)
-        training = started(args, device)
-        with seeded(args.seed, device), determinism(args.deterministic):
-            plain = training.run(state, settings)
-        figures = training.figures()
-        save_networks(stem, plain)
-        write_result(result, settings, figures)
-    state.unlink(missing_ok=True)
+        images, dense = load_inputs(options, args.seed, device)
+        marks = {f"--{name.replace('_', '-')}": str(x) for name, x in settings.items()}
+        marks["dense weights"] = content_hash(dense.state_dict())
+        marks |= surroundings(device, "pruning_vs_quantization.training")
+        with State(folder, marks, args.restart) as state:
+            run = FineTuning(options, dense, images, device)
+            with seeded(args.seed, device), determinism(options.deterministic):
+                plain = run.run(state)
+            figures = run.figures()
+            save_networks(stem, plain)
+            write_result(result, settings, figures)
+    shutil.rmtree(folder, ignore_errors=True)
     cli.print_result(f"top-1 {figures['top1']:.2f}")
 
 
-def started(args: argparse.Namespace, device: torch.device) -> Training:
-    """Images, dense network and all else that a run begins with."""
+def load_inputs(
+    options: TrainingOptions, seed: int, device: torch.device
+) -> tuple[TrainingData, nn.Module]:
+    """Images, and the dense network on the device."""
     images = TrainingData.load(
-        args.dataset,
-        args.images_dir,
-        args.image_size,
-        args.train_samples,
-        args.batch_size,
-        args.augment,
-        args.seed,
-        args.num_workers,
+        options.dataset,
+        options.images_dir,
+        options.image_size,
+        options.train_samples,
+        options.batch_size,
+        options.augment,
+        seed,
+        options.num_workers,
     )
     classes = len(images.data.classes)
-    with seeded(args.seed, torch.device("cpu")):  # a model of the user's own may start at random
-        dense = dense_network(args.architecture, args.dataset, args.weights, classes)
-    check_model(dense, args.architecture, images.data)
+    with seeded(seed, torch.device("cpu")):  # a model of the user's own may start at random
+        dense = dense_network(options.architecture, options.dataset, options.weights, classes)
+    check_model(dense, options.architecture, images.data)
     if device.type == "cpu":
         dense = dense.to(memory_format=torch.channels_last)
-    return Training(args, dense.to(device), images, device)
+    return images, dense.to(device)
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, PyTorch's and Python's global generators begin at a seed."""
-    kept = random.getstate()
+    """Inside, PyTorch's and Python's global generators start from a seed."""
+    before = random.getstate()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         random.seed(seed)
         try:
             yield
         finally:
-            random.setstate(kept)
+            random.setstate(before)
 
 
 def save_networks(stem: Path, plain: nn.Module) -> None:
@@ -166,7 +185,7 @@ def save_networks(stem: Path, plain: nn.Module) -> None:
 
 
 def make_table(args: argparse.Namespace) -> None:
-    """The table on standard output; the same and the picture in --out."""
+    """Print the table; save it and the plot in --out."""
     results = trained_results(args.out, args.architecture, args.dataset)
     if args.untrained is not None:
         results += untrained_results(args.untrained)
@@ -184,11 +203,64 @@ def make_table(args: argparse.Namespace) -> None:
 
 
 def exchange_first_and_last(args: argparse.Namespace) -> None:
-    """A network with the first and the last layer of a milder one."""
+    """Save a network with the first and the last layer of a milder one.
+
+    Kuzmin et al. keep these layers at 8 bits. A network compressed without training has all layers
+    at the same level; since layers were compressed independently, taking two of them from a milder
+    network is as good as having compressed them that way.
+    """
     files.check_writable(args.save)
-    dense = dense_network(args.architecture, args.dataset, args.weights)
-    replace_first_and_last(dense, args.strong, args.mild, args.save)
-    errors.log.info("%s: first and last layer from %s", args.save, args.mild)
+    model = dense_network(args.architecture, args.dataset, args.weights)
+    milder = copy.deepcopy(model)
+    load_compressed(model, args.strong)
+    load_compressed(milder, args.mild)
+    for name in first_and_last(model):
+        put_layer(model.get_submodule(name), milder.get_submodule(name).state_dict())
+    files.save_checkpoint(model.state_dict(), args.save)
+    log.info("%s: first and last layer from %s", args.save, args.mild)
+
+
+# -- dense networks --------------------------------------------------------------------------------
+
+
+def dense_network(
+    architecture: str,
+    dataset: str,
+    weights: str | None,  # a file; None: the weights to download, or the shipped
+    classes: int | None = None,  # of the dataset; None: whatever the weights have
+) -> nn.Module:
+    """The trained dense network, in eval mode, on the CPU. Raises UserError if there is none."""
+    name = network_name(architecture)
+    if name not in TIMM_NAMES:
+        return get_model(name, dataset, weights, classes)
+    torchvision.ops  # noqa: B018  timm imports torchvision, which vision.py has to load first
+    timm = study_package("timm")
+    if weights is None:
+        return _downloaded(timm, name).float().eval()
+    state = load_checkpoint(weights)
+    weights_classes = len(state.get("classifier.weight", ()))
+    if classes not in (None, weights_classes):
+        raise UserError(
+            f"{weights}: these weights have {weights_classes} classes, the dataset has {classes}"
+        )
+    model = timm.create_model(TIMM_NAMES[name], num_classes=weights_classes)
+    load_state(model, state, weights)
+    return model.float().eval()
+
+
+def _downloaded(timm, name: str) -> nn.Module:
+    hub = logging.getLogger("huggingface_hub")  # logs every attempt; we report the last error
+    level = hub.level
+    hub.setLevel(logging.CRITICAL)
+    try:
+        return timm.create_model(TIMM_NAMES[name], pretrained=True)
+    except (OSError, RuntimeError) as error:  # no network, no such page
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{name}: its weights cannot be downloaded ({reason}); pass --weights FILE"
+        ) from None
+    finally:
+        hub.setLevel(level)
 
 
 def run(args: argparse.Namespace) -> None:

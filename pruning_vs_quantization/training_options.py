@@ -1,33 +1,95 @@
-"""The options of `train-compressed`, their defaults, and what cannot be asked for together."""
+"""The options of `train-compressed`: a dataclass for each group on its help page.
+
+Every field is an option of the same name (`n_bits` is --n-bits), with its type, default and help;
+`TrainingOptions` has all of them and is what training works with.
+
+Learning rates follow PyTorch's schedulers, advanced after every step. With t epochs done of T (a
+fraction within an epoch) and the initial learning rate η,
+
+    cosine[:η_min]           η_min + (η − η_min)(1 + cos(π t/T)) / 2     η_min: 0.01 η by default
+    multistep:E1,E2,…[:γ]    η γ^k, k of the epochs E1, E2, … are done   γ: 0.1 by default
+    exponential:γ            η γ^⌊t⌋
+    constant                 η
+
+Steps of quantisers follow the same curve, in proportion to their own learning rate.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim import Optimizer, lr_scheduler
 
 from datautils import DATASETS
 from obc.solver.distributed import resolve_device
 from obc.solver.errors import UserError
 from obc.toolkit import cli
 from obc.toolkit.leveldb import model_tag
-from pruning_vs_quantization.architectures import network_name
-from pruning_vs_quantization.schedules import FORMS, learning_rate_schedule
-from pruning_vs_quantization.starting_ranges import METHODS
+from pruning_vs_quantization.learned_steps import RANGE_METHODS
 from pruning_vs_quantization.study_files import add_study_options
 
+SUFFIX = "_quantized"  # of published architecture names
+FORMS = "cosine, cosine:1e-4, multistep:10,15, multistep:10,15:0.1, exponential:0.9 or constant"
 OPTIMISERS = ("SGD", "Adam", "AdamW")
-NOT_SETTINGS = {  # what the figures do not hang on
-    "command",
-    "run",
-    "out",
-    "restart",
-    "device",
-    "cuda",
-    "num_workers",
-    "tb_logging_dir",
-}
+NOT_SETTINGS = {"cuda", "num_workers", "tb_logging_dir"}  # results do not depend on them
+
+
+@dataclass(frozen=True)
+class LearningRateSchedule:
+    """One of the forms in the module docstring."""
+
+    kind: str
+    value: float | None = None  # η_min of a cosine, γ of the others
+    epochs: tuple[int, ...] = ()  # of multistep
+
+    def scheduler(
+        self,
+        optimizer: Optimizer,
+        learning_rate: float,  # η; the optimiser's own may be another one
+        steps: int,  # of an epoch
+        max_epochs: int,  # T
+    ) -> lr_scheduler.LRScheduler:
+        """PyTorch's scheduler, to be advanced after every step."""
+        if self.kind == "cosine":
+            share = self.value / learning_rate if self.value else 0.01
+            floor = share * optimizer.param_groups[0]["lr"]
+            return lr_scheduler.CosineAnnealingLR(optimizer, max_epochs * steps, floor)
+        if self.kind == "multistep":
+            milestones = [epoch * steps for epoch in self.epochs]
+            return lr_scheduler.MultiStepLR(optimizer, milestones, self.value)
+        return lr_scheduler.StepLR(optimizer, steps, self.value or 1.0)
+
+
+def learning_rate_schedule(text: str) -> LearningRateSchedule:
+    """argparse type: one of FORMS.
+
+    >>> learning_rate_schedule("multistep:10,15:0.5")
+    LearningRateSchedule(kind='multistep', value=0.5, epochs=(10, 15))
+    """
+    kind, *words = text.split(":")
+    epochs = ()
+    try:
+        if kind == "multistep":
+            epochs = tuple(int(word) for word in words.pop(0).split(",")) if words else ()
+            words = words or ["0.1"]
+        values = [float(word) for word in words]
+        counts = {"cosine": (0, 1), "multistep": (1,), "exponential": (1,), "constant": (0,)}
+        if len(values) not in counts.get(kind, ()):
+            raise ValueError
+        if not all(math.isfinite(value) and value > 0 for value in values):
+            raise ValueError
+        if kind == "multistep" and (
+            min(epochs, default=0) < 1 or list(epochs) != sorted({*epochs})
+        ):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {FORMS}; got {text}") from None
+    return LearningRateSchedule(kind, *(values or [None]), epochs)
 
 
 def bits(text: str) -> int:
@@ -46,312 +108,302 @@ def momentum(text: str) -> float:
     return value
 
 
-def switch(group: Any, name: str, default: bool | None, text: str) -> None:
-    """Add --name and --no-name."""
-    off = " (default: off)" if default is False else ""
-    option = group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text + off)
-    option.default = default  # given above, Python before 3.13 would tell of it a second time
+COUNT, RATE = (
+    {"type": cli.positive_int, "metavar": "N"},
+    {"type": cli.positive_float, "metavar": "F"},
+)
+SPARSITY, BITS = {"type": cli.fraction, "metavar": "S"}, {"type": bits, "metavar": "B"}
+EPOCH, WEIGHT = COUNT | {"metavar": "E"}, {"type": cli.nonnegative_float, "metavar": "F"}
+
+
+def option(default: Any, help: str, **words: Any) -> Any:
+    """A field that is an option; without type or choices, --name and --no-name."""
+    return dataclasses.field(default=default, metadata={"help": help, **words})
+
+
+@dataclass
+class NetworkOptions:
+    """network and images"""
+
+    architecture: str = option(
+        None,
+        "resnet18_quantized resnet50_quantized mobilenet_v2_quantized "
+        "efficientnet_lite_quantized, or any MODEL of main_trueobs.py with _quantized appended",
+        metavar="NAME_quantized",
+        required=True,
+    )
+    dataset: str = option("imagenet", "what to train on", choices=DATASETS)
+    images_dir: str | None = option(
+        None,
+        "folder with train/ and val/ (default: ../imagenet, ../cifar10; digits needs none)",
+        metavar="DIR",
+    )
+    weights: str | None = option(
+        None,
+        "dense weights to start from (default: downloaded, or shipped with the toolkit)",
+        metavar="FILE",
+    )
+    image_size: int | None = option(
+        None,
+        "side of the network's input in pixels "
+        "(default: imagenet and folder 224, cifar10 32, digits 16)",
+        **COUNT,
+    )
+    train_samples: int | None = option(
+        None, "training images, chosen by --seed (default: all)", **COUNT
+    )
+    augment: bool = option(True, "random crops or shifts, and flips, of training images")
+    num_workers: int | None = option(
+        None,
+        "processes that decode images (default: 0 for cifar10 and digits, which are decoded "
+        "once, otherwise one per core, 8 at most)",
+        type=cli.nonnegative_int,
+        metavar="N",
+    )
+
+
+@dataclass
+class OptimiserOptions:
+    """training"""
+
+    max_epochs: int = option(20, "passes over the training images", **COUNT)
+    batch_size: int = option(128, "images per batch", **COUNT)
+    optimizer: str = option("SGD", "optimiser of weights, biases and norms", choices=OPTIMISERS)
+    learning_rate: float = option(1e-2, "initial learning rate", **RATE)
+    learning_rate_schedule: LearningRateSchedule = option(
+        "cosine",
+        f"{FORMS}. The number of a cosine is the final learning rate "
+        "(default: 0.01 × --learning-rate), that of the others the factor",
+        type=learning_rate_schedule,
+        metavar="SCHEDULE",
+    )
+    momentum: float = option(0.9, "momentum of SGD", type=cli.fraction, metavar="F")
+    weight_decay: float = option(1e-4, "weight decay of the optimiser", **WEIGHT)
+    reestimate_bn_stats: bool = option(
+        False, "collect the running statistics of batch norms again before each evaluation"
+    )
+    reestimate_bn_batches: int = option(
+        50, "training batches, not augmented, to average them over", **COUNT
+    )
+
+
+@dataclass
+class QuantisationOptions:
+    """quantisation"""
+
+    weight_quant: bool = option(True, "quantise weights; first and last layer: 8 bits")
+    act_quant: bool = option(True, "quantise the inputs of layers; first and last layer: 8 bits")
+    n_bits: int = option(4, "bits of weights, 2 to 16", **BITS)
+    n_bits_act: int | None = option(None, "bits of inputs (default: as --n-bits)", **BITS)
+    per_channel: bool = option(False, "a step for each output channel, not for each layer")
+    weight_quant_method: str = option(
+        "MSE",
+        "initial range of weights: of least squared error, or from minimum to maximum",
+        choices=RANGE_METHODS,
+    )
+    act_quant_method: str = option("MSE", "the same for inputs", choices=RANGE_METHODS)
+    num_est_batches: int = option(1, "batches to estimate the ranges of inputs from", **COUNT)
+    sep_quant_optimizer: bool = option(True, "a separate optimiser for the steps")
+    quant_optimizer: str = option("Adam", "optimiser of the steps", choices=OPTIMISERS)
+    quant_learning_rate: float = option(
+        1e-5, "its initial learning rate; it follows the same schedule", **RATE
+    )
+    quant_weight_decay: float = option(
+        0.0, "weight decay of the steps, whichever optimiser they have", **WEIGHT
+    )
+
+
+@dataclass
+class PruningOptions:
+    """pruning"""
+
+    prune_method: str = option(
+        "none",
+        "zhu_gupta: gradual magnitude pruning, sparsity along a cubic",
+        choices=("none", "zhu_gupta"),
+    )
+    s_i: float = option(0.0, "initial sparsity", **SPARSITY)
+    s_f: float | None = option(
+        None, "final sparsity (default: 0.75, or that of the pattern)", **SPARSITY
+    )
+    prune_epoch_start: int = option(
+        0, "epochs before pruning begins", type=cli.nonnegative_int, metavar="E"
+    )
+    prune_last_epoch: int | None = option(
+        None,
+        "epochs after which the last weights are removed (default: three quarters of --max-epochs)",
+        **EPOCH,
+    )
+    delta_t: int | None = option(
+        None,
+        "steps between masks (default: 100, or a twentieth of the pruning if that is less)",
+        **COUNT,
+    )
+    tile_size: int | None = option(
+        None,
+        "prune in tiles of T weights along input channels (default: no pattern)",
+        **COUNT | {"metavar": "T"},
+    )
+    zeros_per_tile: int | None = option(None, "zeros in each tile", **COUNT | {"metavar": "Z"})
+    first_last_sparsity: float = option(
+        0.5, "highest sparsity of first and last layer; 0.5 is the size of 8 bits", **SPARSITY
+    )
+
+
+@dataclass
+class OscillationOptions:
+    """oscillating weights"""
+
+    oscillations_dampen_weight: float = option(
+        0.0, "weight in the loss of latent weights' squared distance to the grid; 0: none", **WEIGHT
+    )
+    oscillations_dampen_weight_final: float | None = option(
+        None, "its final value, reached along a cosine (default: the same)", **WEIGHT
+    )
+    oscillations_freeze_threshold: float = option(
+        0.0, "oscillations per step above which a weight is frozen; 0: never", **WEIGHT
+    )
+    oscillations_freeze_threshold_final: float | None = option(
+        None, "its final value, reached along a cosine (default: the same)", **RATE
+    )
+    oscillations_freeze_ema_momentum: float = option(
+        0.01, "momentum of the moving averages of frequency and code", type=momentum, metavar="F"
+    )
+
+
+@dataclass
+class MachineOptions:
+    """machine"""
+
+    cuda: bool | None = option(None, "as --device cuda; --no-cuda: as --device cpu")
+    deterministic: bool = option(False, "only algorithms that give the same bits every time")
+    tb_logging_dir: str | None = option(
+        None, "folder for TensorBoard logs (default: no logs)", metavar="DIR"
+    )
+
+
+GROUPS = (
+    NetworkOptions,
+    OptimiserOptions,
+    QuantisationOptions,
+    PruningOptions,
+    OscillationOptions,
+    MachineOptions,
+)
+
+
+@dataclass
+class TrainingOptions(*GROUPS):
+    """All of them, with their defaults filled in and checked."""
+
+    def __post_init__(self) -> None:
+        """Fill defaults that depend on other options; raise UserError for contradictions."""
+        network_name(self.architecture)
+        floor = self.learning_rate_schedule.value
+        if self.learning_rate_schedule.kind == "cosine" and (floor or 0) > self.learning_rate:
+            raise UserError(
+                f"--learning-rate-schedule: the cosine ends at {floor:g}, above "
+                f"--learning-rate {self.learning_rate:g}"
+            )
+        if self.prune_method != "none":
+            self._check_pruning()
+        elif self.tile_size or self.zeros_per_tile or self.s_f is not None:
+            raise UserError("--s-f, --tile-size and --zeros-per-tile need --prune-method zhu_gupta")
+        for name in ("dampen_weight", "freeze_threshold"):
+            first, last = (f"oscillations_{name}{end}" for end in ("", "_final"))
+            flag = f"--{first.replace('_', '-')}"
+            if getattr(self, last) is None:
+                setattr(self, last, getattr(self, first))
+            elif name == "freeze_threshold" and not getattr(self, first):
+                raise UserError(f"{flag}-final has no effect without {flag}")
+            if getattr(self, last) and not self.weight_quant:
+                raise UserError(f"{flag} has no effect with --no-weight-quant")
+        self.n_bits_act = self.n_bits_act or self.n_bits
+
+    def _check_pruning(self) -> None:
+        tile, zeros = self.tile_size, self.zeros_per_tile
+        if (tile is None) != (zeros is None):
+            raise UserError("--tile-size and --zeros-per-tile belong together")
+        if tile is not None and zeros >= tile:
+            raise UserError(f"--zeros-per-tile {zeros} must be below --tile-size {tile}")
+        default = 0.75 if tile is None else zeros / tile
+        if self.s_f is None:
+            self.s_f = default
+        elif tile is not None and self.s_f != default:
+            raise UserError(f"--s-f {self.s_f:g}: {zeros} zeros in tiles of {tile} are {default:g}")
+        if self.s_i > self.s_f:
+            raise UserError(f"--s-i {self.s_i:g} is above --s-f {self.s_f:g}")
+        start, epochs = self.prune_epoch_start, self.max_epochs
+        if self.prune_last_epoch is None:
+            self.prune_last_epoch = max(start + 1, 3 * epochs // 4)
+        if not start < self.prune_last_epoch <= epochs:
+            raise UserError(
+                f"--prune-last-epoch {self.prune_last_epoch} must be above "
+                f"--prune-epoch-start {start} and at most --max-epochs {epochs}"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the results depend on, except the seed."""
+        settings = {name: value for name, value in vars(self).items() if name not in NOT_SETTINGS}
+        return settings | {"learning_rate_schedule": str(self.learning_rate_schedule)}
+
+    def run_name(self, seed: int) -> str:
+        """The name of a run's files: network, dataset, compression, seed."""
+        words = [model_tag(network_name(self.architecture)), self.dataset]
+        if self.weight_quant:
+            words.append(f"w{self.n_bits}")
+        if self.act_quant:
+            words.append(f"a{self.n_bits_act}")
+        if self.prune_method != "none":
+            pattern = f"{self.zeros_per_tile}of{self.tile_size}" if self.tile_size else ""
+            words.append(f"zeros{pattern or f'{100 * self.s_f:.10g}'}")
+        if len(words) == 2:
+            words.append("dense")
+        return "_".join([*words, f"seed{seed}"])
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """All options of train-compressed."""
-    _add_network(parser.add_argument_group("network and images"))
-    _add_training(parser.add_argument_group("training"))
-    _add_quantisation(parser.add_argument_group("quantisation"))
-    _add_pruning(parser.add_argument_group("pruning"))
-    _add_oscillations(parser.add_argument_group("oscillating weights"))
-    group = parser.add_argument_group("machine")
-    switch(group, "cuda", None, "as --device cuda; --no-cuda: as --device cpu")
-    switch(group, "deterministic", False, "only algorithms that give the same bits every time")
-    group.add_argument(
-        "--tb-logging-dir", metavar="DIR", help="where to log for TensorBoard (default: nowhere)"
-    )
+    for kind in GROUPS:
+        group = parser.add_argument_group(kind.__doc__)
+        for field in dataclasses.fields(kind):
+            words = dict(field.metadata)
+            if not words.keys() & {"type", "metavar", "choices"}:
+                words["action"] = argparse.BooleanOptionalAction
+                words["help"] += " (default: off)" if field.default is False else ""
+            added = group.add_argument(f"--{field.name.replace('_', '-')}", **words)
+            added.default = field.default  # later, or Python before 3.13 would add it to the help
+            if field.name == "augment":
+                group.add_argument(
+                    "--noaug", dest="augment", action="store_false", help="--no-augment"
+                )
     add_study_options(parser, "fine_tuning")
 
 
-def _add_network(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "--architecture",
-        metavar="NAME_quantized",
-        required=True,
-        help="resnet18_quantized resnet50_quantized mobilenet_v2_quantized "
-        "efficientnet_lite_quantized, or any MODEL of main_trueobs.py and _quantized",
-    )
-    add("--dataset", choices=DATASETS, default="imagenet", help="what to train on")
-    add(
-        "--images-dir",
-        metavar="DIR",
-        help="folder with train/ and val/ (default: ../imagenet, ../cifar10; digits needs none)",
-    )
-    add(
-        "--weights",
-        metavar="FILE",
-        help="dense weights to start from (default: those to download, or the shipped)",
-    )
-    add(
-        "--image-size",
-        metavar="N",
-        type=cli.positive_int,
-        help="side of the network's input in pixels "
-        "(default: imagenet and folder 224, cifar10 32, digits 16)",
-    )
-    add(
-        "--train-samples",
-        metavar="N",
-        type=cli.positive_int,
-        help="training images, chosen by --seed (default: all)",
-    )
-    switch(group, "augment", True, "random crops or shifts, and flips, of training images")
-    add("--noaug", dest="augment", action="store_false", help="the same as --no-augment")
-    add(
-        "--num-workers",
-        metavar="N",
-        type=cli.nonnegative_int,
-        help="processes that decode images (default: 0 for cifar10 and digits, which are decoded "
-        "once, otherwise one per core, 8 at most)",
-    )
+def training_options(args: argparse.Namespace) -> TrainingOptions:
+    """From parsed arguments; raises UserError for contradictions."""
+    names = [field.name for field in dataclasses.fields(TrainingOptions)]
+    return TrainingOptions(**{name: getattr(args, name) for name in names})
 
 
-def _add_training(group: Any) -> None:
-    add = group.add_argument
-    add("--max-epochs", metavar="N", type=cli.positive_int, default=20, help="passes over images")
-    add("--batch-size", metavar="N", type=cli.positive_int, default=128, help="images per batch")
-    add("--optimizer", choices=OPTIMISERS, default="SGD", help="of weights, biases and norms")
-    add("--learning-rate", metavar="F", type=cli.positive_float, default=1e-2, help="at the start")
-    add(
-        "--learning-rate-schedule",
-        metavar="SCHEDULE",
-        type=learning_rate_schedule,
-        default="cosine",
-        help=f"{FORMS}. The number of a cosine is the learning rate at the end "
-        "(0.01 × --learning-rate without it), of the others the factor",
-    )
-    add("--momentum", metavar="F", type=cli.fraction, default=0.9, help="of SGD")
-    add(
-        "--weight-decay",
-        metavar="F",
-        type=cli.nonnegative_float,
-        default=1e-4,
-        help="of the optimiser",
-    )
-    switch(
-        group,
-        "reestimate-bn-stats",
-        False,
-        "collect the running statistics of batch norms anew before each evaluation",
-    )
-    add(
-        "--reestimate-bn-batches",
-        metavar="N",
-        type=cli.positive_int,
-        default=50,
-        help="training batches, not augmented, that they are averages of",
-    )
-
-
-def _add_quantisation(group: Any) -> None:
-    add = group.add_argument
-    switch(group, "weight-quant", True, "quantise weights; first and last layer: 8 bits")
-    switch(group, "act-quant", True, "quantise the inputs of layers; first and last: 8 bits")
-    add("--n-bits", metavar="B", type=bits, default=4, help="bits of weights, 2 to 16")
-    add("--n-bits-act", metavar="B", type=bits, help="bits of inputs (default: as --n-bits)")
-    switch(group, "per-channel", False, "a step for each output channel, not for each layer")
-    add(
-        "--weight-quant-method",
-        choices=METHODS,
-        default="MSE",
-        help="range of weights at the start: of least squared error, or from least to greatest",
-    )
-    add("--act-quant-method", choices=METHODS, default="MSE", help="the same of inputs")
-    add(
-        "--num-est-batches",
-        metavar="N",
-        type=cli.positive_int,
-        default=1,
-        help="batches that ranges of inputs are found on",
-    )
-    switch(group, "sep-quant-optimizer", True, "an optimiser of their own for the steps")
-    add("--quant-optimizer", choices=OPTIMISERS, default="Adam", help="which")
-    add(
-        "--quant-learning-rate",
-        metavar="F",
-        type=cli.positive_float,
-        default=1e-5,
-        help="its learning rate at the start; follows the same schedule",
-    )
-    add(
-        "--quant-weight-decay",
-        metavar="F",
-        type=cli.nonnegative_float,
-        default=0.0,
-        help="weight decay of the steps, whichever optimiser they have",
-    )
-
-
-def _add_pruning(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "--prune-method",
-        choices=("none", "zhu_gupta"),
-        default="none",
-        help="zhu_gupta: gradual magnitude pruning, sparsity along a cubic",
-    )
-    add("--s-i", metavar="S", type=cli.fraction, default=0.0, help="sparsity at the start")
-    add(
-        "--s-f",
-        metavar="S",
-        type=cli.fraction,
-        help="sparsity at the end (default: 0.75, or of the pattern)",
-    )
-    add(
-        "--prune-epoch-start",
-        metavar="E",
-        type=cli.nonnegative_int,
-        default=0,
-        help="epochs done when pruning begins",
-    )
-    add(
-        "--prune-last-epoch",
-        metavar="E",
-        type=cli.positive_int,
-        help="epochs done when the last weights go (default: three quarters of --max-epochs)",
-    )
-    add(
-        "--delta-t",
-        metavar="N",
-        type=cli.positive_int,
-        help="steps between masks (default: 100, or a twentieth of the pruning if that is less)",
-    )
-    add(
-        "--tile-size",
-        metavar="T",
-        type=cli.positive_int,
-        help="prune in tiles of T weights along input channels (default: no pattern)",
-    )
-    add("--zeros-per-tile", metavar="Z", type=cli.positive_int, help="zeros in each of them")
-    add(
-        "--first-last-sparsity",
-        metavar="S",
-        type=cli.fraction,
-        default=0.5,
-        help="most that the first and the last layer are pruned; 0.5 is the size of 8 bits",
-    )
-
-
-def _add_oscillations(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "--oscillations-dampen-weight",
-        metavar="F",
-        type=cli.nonnegative_float,
-        default=0.0,
-        help="weight in the loss of latent weights' squared distance to the grid; 0: none",
-    )
-    add(
-        "--oscillations-dampen-weight-final",
-        metavar="F",
-        type=cli.nonnegative_float,
-        help="the same at the end, reached along a cosine (default: the same)",
-    )
-    add(
-        "--oscillations-freeze-threshold",
-        metavar="F",
-        type=cli.nonnegative_float,
-        default=0.0,
-        help="oscillations per step above which a weight is frozen; 0: never",
-    )
-    add(
-        "--oscillations-freeze-threshold-final",
-        metavar="F",
-        type=cli.positive_float,
-        help="the same at the end, reached along a cosine (default: the same)",
-    )
-    add(
-        "--oscillations-freeze-ema-momentum",
-        metavar="F",
-        type=momentum,
-        default=0.01,
-        help="of the moving averages of frequency and code",
-    )
-
-
-# -- what argparse cannot see by itself ----------------------------------------------------------
-
-
-def check_training_options(args: argparse.Namespace) -> None:
-    """Fill defaults that hang on other options; raise UserError for what is no plan."""
-    network_name(args.architecture)
-    schedule, rate = args.learning_rate_schedule, args.learning_rate
-    if schedule.kind == "cosine" and schedule.value is not None and schedule.value > rate:
+def network_name(architecture: str) -> str:
+    """
+    >>> network_name("resnet18_quantized")
+    'resnet18'
+    """
+    name = architecture.removesuffix(SUFFIX)
+    if not name or name == architecture:
         raise UserError(
-            f"--learning-rate-schedule: the cosine ends at {schedule.value:g}, above "
-            f"--learning-rate {rate:g}"
+            f"--architecture {architecture}: must be a model's name and {SUFFIX}, "
+            f"as in resnet18{SUFFIX}"
         )
-    if args.prune_method != "none":
-        _check_pruning(args)
-    elif args.tile_size or args.zeros_per_tile or args.s_f is not None:
-        raise UserError("--s-f, --tile-size and --zeros-per-tile need --prune-method zhu_gupta")
-    for name in ("dampen_weight", "freeze_threshold"):
-        first, last = (f"oscillations_{name}{end}" for end in ("", "_final"))
-        flag = f"--{first.replace('_', '-')}"
-        if getattr(args, last) is None:
-            setattr(args, last, getattr(args, first))
-        elif name == "freeze_threshold" and not getattr(args, first):
-            raise UserError(f"{flag}-final has no effect without {flag}")
-        if getattr(args, last) and not args.weight_quant:
-            raise UserError(f"{flag} has no effect with --no-weight-quant")
-    args.n_bits_act = args.n_bits_act or args.n_bits
-    if args.cuda is not None and args.device != "auto":
+    return name
+
+
+def training_device(device: str, cuda: bool | None) -> torch.device:
+    """The device that --device, or --cuda or --no-cuda, names; raises UserError if it is absent."""
+    if cuda is not None and device != "auto":
         raise UserError("--cuda and --no-cuda stand for --device: pass one of them")
-
-
-def _check_pruning(args: argparse.Namespace) -> None:
-    tile, zeros = args.tile_size, args.zeros_per_tile
-    if (tile is None) != (zeros is None):
-        raise UserError("--tile-size and --zeros-per-tile belong together")
-    if tile is not None and zeros >= tile:
-        raise UserError(f"--zeros-per-tile {zeros} must be below --tile-size {tile}")
-    of_pattern = 0.75 if tile is None else zeros / tile
-    if args.s_f is None:
-        args.s_f = of_pattern
-    elif tile is not None and args.s_f != of_pattern:
-        raise UserError(f"--s-f {args.s_f:g}: {zeros} zeros in tiles of {tile} are {of_pattern:g}")
-    if args.s_i > args.s_f:
-        raise UserError(f"--s-i {args.s_i:g} is above --s-f {args.s_f:g}")
-    if args.prune_last_epoch is None:
-        args.prune_last_epoch = max(args.prune_epoch_start + 1, 3 * args.max_epochs // 4)
-    if not args.prune_epoch_start < args.prune_last_epoch <= args.max_epochs:
-        raise UserError(
-            f"--prune-last-epoch {args.prune_last_epoch} must be above "
-            f"--prune-epoch-start {args.prune_epoch_start} and at most --max-epochs "
-            f"{args.max_epochs}"
-        )
-
-
-def training_device(args: argparse.Namespace) -> torch.device:
-    """Where to compute. Raises UserError where that is not there."""
-    if args.cuda and not torch.cuda.is_available():
+    if cuda and not torch.cuda.is_available():
         raise UserError("--cuda: this PyTorch sees no GPU; pass --no-cuda to train on the CPU")
-    return resolve_device({None: args.device, True: "cuda", False: "cpu"}[args.cuda])
-
-
-def training_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """All that the figures hang on."""
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    return settings | {"learning_rate_schedule": str(args.learning_rate_schedule)}
-
-
-def run_name(args: argparse.Namespace) -> str:
-    """Of the files of a run: network, dataset, what is done to it, seed."""
-    words = [model_tag(network_name(args.architecture)), args.dataset]
-    if args.weight_quant:
-        words.append(f"w{args.n_bits}")
-    if args.act_quant:
-        words.append(f"a{args.n_bits_act}")
-    if args.prune_method != "none":
-        pattern = f"{args.zeros_per_tile}of{args.tile_size}" if args.tile_size else ""
-        words.append(f"zeros{pattern or f'{100 * args.s_f:.10g}'}")
-    if len(words) == 2:
-        words.append("dense")
-    return "_".join([*words, f"seed{args.seed}"])
+    return resolve_device({None: device, True: "cuda", False: "cpu"}[cuda])

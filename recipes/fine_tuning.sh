@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Quantised against pruned at equal size, fine-tuned (Kuzmin et al., arXiv 2307.02973, section 5):
 # b-bit weights and FP16 weights of sparsity 1 − b/16, first and last layer at 8 bits or half of
-# their weights; beside them the same sizes without training, OBQ and ExactOBS, batch-norm tuned.
-# What has been done before is not done again.
+# their weights; and, for comparison, OBQ and ExactOBS without training, batch-norm tuned.
+# Finished steps are not repeated.
 # Usage: recipes/fine_tuning.sh MODEL DATASET [common options]
 #   BITS="8 4 3 2"   SEEDS="0"   STUDY=plots_data/fine_tuning, where the trained networks go
 #   TRAIN="--max-epochs 20 --batch-size 256 …", options of train-compressed for both
@@ -24,7 +24,7 @@ if [ -e "$OUT/fine_tuning.options" ] && [ "$(cat "$OUT/fine_tuning.options")" !=
 fi
 echo "$options" > "$OUT/fine_tuning.options"
 
-seed=0 weights=() training=()  # of the common options, those that training has too
+seed=0 weights=() training=()  # the common options that training has, too
 set -- ${OPTIONS[@]+"${OPTIONS[@]}"}
 while [ $# -gt 1 ]; do
     case $1 in
@@ -38,7 +38,7 @@ while [ $# -gt 1 ]; do
 done
 training+=(${weights[@]+"${weights[@]}"})
 
-missing() {  # missing FILE: whether it has to be made
+missing() {  # missing FILE: whether it must be made
     if [ -e "$1" ]; then echo "$1: done already" >&2; return 1; fi
 }
 
@@ -53,7 +53,7 @@ tuned() {  # tuned METHOD BITS FILE MILD: first and last layer from MILD, tune, 
     record "$1" "$2" "$2 bits" "$top"
 }
 
-obq() {  # obq BITS: the file, made if it is missing
+obq() {  # obq BITS: make the file if it is missing
     local file=$OUT/${TAG}_w$1.pth
     if missing "$file"; then make_file main_trueobs.py quant --wbits "$1" --save "$file"; fi
 }
@@ -65,7 +65,7 @@ exactobs() {  # exactobs BITS SPARSITY
     fi
 }
 
-level() {  # level BITS: the file of a database that has one level
+level() {  # level BITS: the file of a database with one level
     echo "$OUT/models_size$1/${TAG}_$(awk "BEGIN { printf \"%04.0f\", 1e4 * (1 - $1 / 16) }").pth"
 }
 

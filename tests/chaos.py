@@ -36,7 +36,6 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
 from warm import Warm, warm_server  # noqa: E402
 
 from modelutils import load_checkpoint  # noqa: E402
@@ -168,9 +167,7 @@ class Course:
         kept = [
             path
             for path in sorted(self.folder.rglob("*"))
-            if (path.suffix == ".state" or is_hidden(path, self.folder))
-            and path.is_file()
-            and path.stat().st_size
+            if is_hidden(path, self.folder) and path.is_file() and path.stat().st_size
         ]
         if kept:
             path = self.rng.choice(kept)
@@ -213,8 +210,6 @@ def check_files(folder: Path) -> None:
         try:
             if path.suffix == ".pth":
                 load_checkpoint(path)
-            elif path.suffix == ".state":
-                torch.load(path, weights_only=True)
             elif path.suffix == ".json" and path.parent.name == "trained":
                 read_result(path)
             elif path.suffix == ".json":

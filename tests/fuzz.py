@@ -44,11 +44,6 @@ from obc.toolkit.fingerprints import content_hash, text_hash  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
 from obc.toolkit.records import read_record  # noqa: E402
 from obc.toolkit.resume import FINGERPRINT, State  # noqa: E402
-from pruning_vs_quantization.training_state import (  # noqa: E402
-    Progress,
-    load_training,
-    save_training,
-)
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # not on a disk
 SECONDS = 10  # of CPU time, for a case
@@ -117,23 +112,6 @@ FIGURES = json.dumps({"loss": 0.25, "line": "conv1", "levels": [1, 2]})
 def good_entry() -> bytes:
     marks = {"figures": FIGURES, "hash": content_hash(TENSORS, FIGURES)}
     return safetensors_bytes(TENSORS, marks)
-
-
-def training() -> tuple[dict[str, int], Small, list[torch.optim.Optimizer]]:
-    """What a run of training is loaded into: settings, a network, its optimiser."""
-    model = Small()
-    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    for weight in model.parameters():
-        weight.grad = torch.ones_like(weight)
-    optimiser.step()
-    return {"epochs": 2}, model, [optimiser]
-
-
-def good_training() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path, (settings, *rest) = Path(folder, "x"), training()
-        save_training(path, settings, Progress(1, 0.5, [{"epoch": 0}]), *rest)
-        return path.read_bytes()
 
 
 # -- mutations that know nothing -------------------------------------------------------------------
@@ -353,11 +331,6 @@ def read_weights(path: Path) -> object:
     return state
 
 
-def read_training(path: Path) -> object:
-    settings, *rest = training()
-    return load_training(path, settings, *rest)
-
-
 def read_fingerprint(path: Path) -> object:
     (path.parent / "finished.safetensors").touch()  # else there is nothing to lose, and no refusal
     with State(path.parent, MARKS) as state:
@@ -383,7 +356,6 @@ class Target:
 TARGETS = {
     "pth": Target(read_weights, "x.pth", (good_pth(), good_pth(wrap=True)), (archive_parts,)),
     "legacy": Target(read_weights, "x.th", (good_pth(zipped=False),), (blind,)),
-    "training": Target(read_training, "x.pth", (good_training(),), (archive_parts,)),
     "safetensors": Target(
         read_weights, "x.safetensors", (safetensors_bytes(good_state()),), (header_values,)
     ),

@@ -1,4 +1,4 @@
-"""corrections.py and retraining.py against plain procedures; what no correction may break."""
+"""corrections.py and training.py against plain procedures; what corrections must preserve."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelutils import CifarResNet, find_layers, get_model
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError
 from obc.toolkit.corrections import batchnorm_tune, norm_moments, placed, statistics_correction
-from obc.toolkit.training import finetune, global_adaprune, train_vectors
+from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
 
 CPU = torch.device("cpu")
@@ -287,6 +287,17 @@ def test_statistics_correction_leaves_no_hooks_and_restores_modes(compressed, de
 # ---------------------------------------------------------------------------------- training
 
 
+class SameBatches(list):
+    """The same batches in every epoch."""
+
+    def epoch(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        return list(self)
+
+
+def task(batches, epochs: int = 3, name: str = "finetune") -> TrainingTask:
+    return TrainingTask(name, SameBatches(batches), CPU, epochs, f"--{name}-lr")
+
+
 TRAININGS: dict[str, Callable] = {
     "gap": global_adaprune,
     "lintune": train_vectors,
@@ -298,7 +309,7 @@ TRAININGS: dict[str, Callable] = {
 
 def train(name: str, model: nn.Module, dense: nn.Module, batches, lr: float = 1e-3) -> list[float]:
     """Three epochs; at the default rate some weights move from grid value to grid value."""
-    return TRAININGS[name](model, dense, batches, CPU, epochs=3, lr=lr)
+    return TRAININGS[name](model, dense, task(batches), lr=lr)
 
 
 ALL = {name: partial(train, name) for name in TRAININGS} | {
@@ -368,7 +379,7 @@ def test_each_training_lowers_its_own_loss(name, compressed, dense, batches, ima
 
 def test_global_adaprune_reports_the_mean_relative_error_of_all_layers(compressed, dense, batches):
     expected = relative_errors(compressed, dense, batches[0][0])
-    losses = global_adaprune(compressed, dense, batches[:1], CPU, epochs=1, lr=1e-5)
+    losses = global_adaprune(compressed, dense, task(batches[:1], 1), lr=1e-5)
     assert losses[0] == pytest.approx(expected, rel=1e-4)
 
 
@@ -383,7 +394,7 @@ def test_lintune_moves_vectors_only(compressed, dense, batches):
     vectors = {name for name, parameter in compressed.named_parameters() if parameter.ndim == 1}
     assert changed == vectors
     with pytest.raises(UserError, match="no biases"):
-        train_vectors(nn.Linear(3, 2, bias=False), dense, batches, CPU)
+        train_vectors(nn.Linear(3, 2, bias=False), dense, task(batches))
 
 
 def test_gradients_pass_through_activation_grids(dense, batches, images):
@@ -396,17 +407,19 @@ def test_gradients_pass_through_activation_grids(dense, batches, images):
     with torch.no_grad():
         set_activation_grid(model[3], fit_activation_grid(model[1](model[0](images)), 3))
     before = model[0].weight.clone(), model(images).detach()
-    assert global_adaprune(model, wide, batches, CPU, 1, 1e-12)
+    assert global_adaprune(model, wide, task(batches, 1), 1e-12)
     assert torch.allclose(model(images), before[1], atol=1e-5)  # results of rounding are the same
-    finetune(model, wide, batches, CPU, 1, 1e-3, cross_entropy=False)
+    finetune(model, wide, task(batches, 1), 1e-3, cross_entropy=False)
     assert not torch.allclose(model[0].weight, before[0], atol=1e-4)
 
 
 def test_a_loss_that_runs_away_leaves_the_model_as_it_was(dense, batches):
     model = perturbed(dense)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError, match="finetune: the loss is not finite"):
-        finetune(model, dense, batches, CPU, 2, 1e30)
+    with pytest.raises(
+        UserError, match="finetune: the loss is not finite in epoch 1; pass a smaller --finetune-lr"
+    ):
+        finetune(model, dense, task(batches, 2), 1e30)
     assert all(map(torch.equal, model.state_dict().values(), before.values()))
 
 
@@ -433,5 +446,5 @@ def test_tied_and_unused_layers_are_no_trouble(batches):
     torch.manual_seed(0)
     dense = Odd().eval()
     model = perturbed(dense)
-    assert global_adaprune(model, dense, batches, CPU, 1, 1e-4)
+    assert global_adaprune(model, dense, task(batches, 1), 1e-4)
     assert model.net.layer1[0].conv2.weight is model.net.layer1[0].conv1.weight

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import main_trueobs
 import post_proc
+from datautils import calibration_batches, load_data
 from modelutils import find_layers, get_model, load_checkpoint
 from obc.inputs.files import save_checkpoint
-from obc.toolkit.session import Session, common_options
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
@@ -162,20 +162,21 @@ def test_a_profile_is_stitched(database, tmp_path, capsys):
 
 
 def test_every_epoch_has_all_images_in_another_order():
-    words = ["rn8", "digits", "-", "--nsamples", "48", "--batchsize", "20"]
+    data = load_data("digits", nsamples=48)
 
-    def epochs(*more: str) -> post_proc.Epochs:
-        args = post_proc.build_parser().parse_args([*words, *more])
-        return post_proc.Epochs(Session.of(common_options(args)))
+    def epochs(augment: bool = True, seed: int = 0) -> post_proc.CalibrationEpochs:
+        return post_proc.CalibrationEpochs(data, 20, None, augment, seed)
 
-    def passes(which: post_proc.Epochs) -> list[Tensor]:
-        return [torch.cat([images for images, _ in which]) for _ in range(2)]
+    def passes(epochs: post_proc.CalibrationEpochs) -> list[Tensor]:
+        return [torch.cat([images for images, _ in epochs.epoch(n)]) for n in range(2)]
 
-    first, second = passes(epochs("--noaug"))
+    first, second = passes(epochs(augment=False))
     assert len(epochs()) == 3 and len(first) == 48
     assert not torch.equal(first, second)
     assert sorted(first.sum((1, 2, 3)).tolist()) == sorted(second.sum((1, 2, 3)).tolist())
-    again, augmented, other = (passes(epochs(*more)) for more in (["--noaug"], [], ["--seed", "1"]))
+    again, augmented, other = (
+        passes(epochs(**more)) for more in ({"augment": False}, {}, {"seed": 1})
+    )
     assert torch.equal(first, again[0]) and torch.equal(second, again[1])
     sums = [sorted(images.sum((1, 2, 3)).tolist()) for images in (first, *augmented)]
     assert sums[0] != sums[1] and sums[1] != sums[2]
@@ -183,11 +184,9 @@ def test_every_epoch_has_all_images_in_another_order():
 
 
 def test_statistics_are_of_plain_images_even_if_the_others_are_augmented():
-    words = ["rn8", "digits", "-", "--nsamples", "48", "--statcorr-samples", "40"]
-    args = post_proc.build_parser().parse_args(words)
-    session = Session.of(common_options(args))
-    images = post_proc.statistics_images(session, args.statcorr_samples)
-    plain = torch.cat([images for images, _ in session.calibration()])
+    data = load_data("digits", nsamples=48)
+    images = post_proc.statistics_images(data, 40, None)
+    plain = torch.cat([images for images, _ in calibration_batches(data)])
     assert torch.equal(images, plain[:40])
 
 

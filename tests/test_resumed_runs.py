@@ -211,16 +211,16 @@ def test_a_training_goes_on_with_its_next_epoch(after, work, command, monkeypatc
     line = "post_proc start.pth --lintune --lintune-epochs 5 --save tuned.pth"
     assert command(line)[0] == 0
     expected = contents(work)
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_EPOCHS", 0.0)
-    save, saved = training._Course.save, []
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
+    save, saved = training.save_training, []
 
-    def interrupt(course, losses):
-        save(course, losses)
-        saved.append(losses)
+    def interrupt(*training_state):
+        save(*training_state)
+        saved.append(training_state)
         if len(saved) == after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Course, "save", interrupt)
+    monkeypatch.setattr(training, "save_training", interrupt)
     assert command(line)[0] == 130
     status, _, err = command(line)
     assert status == 0 and f"resuming: {after} epochs are done" in err

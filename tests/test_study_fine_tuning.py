@@ -24,7 +24,7 @@ from modelutils import find_layers, get_model, load_checkpoint
 from obc.toolkit.session import load_compressed
 from pruning_vs_quantization import main
 from pruning_vs_quantization.study_files import write_result
-from pruning_vs_quantization.training_options import check_training_options
+from pruning_vs_quantization.training_options import training_options
 
 QUANTISE = """train-compressed --architecture resnet18_quantized --batch-size 256 --n-bits 4
     --images-dir DIR --learning-rate 1e-2 --learning-rate-schedule cosine:1e-4 --no-act-quant
@@ -75,9 +75,8 @@ def result(path: Path) -> dict:
 
 @pytest.mark.parametrize("words", [QUANTISE, PRUNE], ids=["quantise", "prune"])
 def test_published_commands_are_understood(words, capsys):
-    args = main.build_parser().parse_args(words)
-    check_training_options(args)
-    assert (args.max_epochs, args.learning_rate, args.batch_size) == (20, 1e-2, 256)
+    options = training_options(main.build_parser().parse_args(words))
+    assert (options.max_epochs, options.learning_rate, options.batch_size) == (20, 1e-2, 256)
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: the command would train")
     assert main.main(words) == 2
@@ -162,7 +161,7 @@ def test_networks_go_into_the_toolkits_commands(folder, capsys):
             on_grid = quant.Grid(*layer.weight_quant.buffers())(layer.weight.flatten(1))
             torch.testing.assert_close(on_grid, layer.weight.flatten(1))
             assert len(layer.weight_quant.scale.unique()) > 1
-    assert not list(folder.glob("*.state")) and not list(folder.glob(".*"))
+    assert not list(folder.glob(".*"))
 
 
 def test_a_run_is_done_once(folder, capsys, caplog):
@@ -210,8 +209,8 @@ def small():
 """
 
 
-def test_a_killed_run_goes_on_bit_for_bit(folder, capsys):
-    """Quantised, pruned and freezing, with two optimisers and a network that draws lots."""
+def test_a_killed_run_goes_on_bit_for_bit(folder, capsys, caplog):
+    """Quantised, pruned and freezing, with two optimisers; the network draws random numbers."""
     Path("net.py").write_text(NETWORK)
     words = [
         "train-compressed",
@@ -246,23 +245,24 @@ def test_a_killed_run_goes_on_bit_for_bit(folder, capsys):
         env=environment,
         stderr=subprocess.DEVNULL,
     )
-    state = folder / "small_digits_w3_a3_zeros75_seed0.state"
-    while not state.exists():
+    name = "small_digits_w3_a3_zeros75_seed0"
+    state = folder / f".{name}.json.partial"
+    while not list(state.glob("*.safetensors")):
         assert running.poll() is None
         time.sleep(0.01)
     time.sleep(0.1)  # into the next epoch
     running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL and not state.with_suffix(".json").exists()
+    assert running.wait() == -signal.SIGKILL and not (folder / f"{name}.json").exists()
+    caplog.set_level("INFO", logger="trueobs")
     answer(words, capsys)
+    assert "epochs are done" in caplog.text and not state.exists()
     for ending in (".pth", "_folded.pth"):
         whole, resumed = (
-            load_checkpoint(place / f"{state.stem}{ending}") for place in (Path("whole"), folder)
+            load_checkpoint(place / f"{name}{ending}") for place in (Path("whole"), folder)
         )
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    epochs, others = (
-        result(place / f"{state.stem}.json")["epochs"] for place in (Path("whole"), folder)
-    )
+    epochs, others = (result(place / f"{name}.json")["epochs"] for place in (Path("whole"), folder))
     timeless = [
         {key: value for key, value in epoch.items() if "s" != key[-1:] or key == "loss"}
         for epoch in epochs + others
@@ -338,7 +338,7 @@ def test_tensorboard(capsys):
     assert event.name.startswith("events.out.tfevents") and b"top1" in event.read_bytes()
 
 
-# -- what the user gets wrong ----------------------------------------------------------------------
+# -- user errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_tensorboard(capsys):
         ("--learning-rate 1e30", "the loss is not finite in epoch"),
     ],
 )
-def test_a_mistake_is_one_line(words, message, capsys):
+def test_an_error_is_one_line(words, message, capsys):
     try:
         status = main.main([*WEIGHTS_ONLY, *words.split()])
     except SystemExit as stop:  # argparse
@@ -436,7 +436,7 @@ def test_table(folder, capsys, caplog):
     assert main.main([*TABLE, "--untrained", "untrained.tsv"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "| bits | sparsity | quantised, trained | pruned, trained | OBQ, BN tuning | "
-        "ExactOBS, BN tuning | seeds | minutes a run |",
+        "ExactOBS, BN tuning | seeds | minutes per run |",
         "|---|---|---|---|---|---|---|---|",
         "| 4 | 75 % | 91.00 (90.00 … 92.00) | 80.50 | 88.80 | – | 0 1 | 1.0 … 1.5 |",
         "| 2 | 87.5 % | – | 70.25 | – | 66.60 | 0 | 1.0 |",
@@ -449,13 +449,13 @@ def test_table(folder, capsys, caplog):
     assert (folder / "table_rn8_digits.png").read_bytes().startswith(b"\x89PNG")
     write_run(folder, "e", 80.5, s_f=0.5, max_epochs=9, **pruned)
     assert main.main(TABLE) == 0
-    assert "not all trained alike: quantised and pruned for 3" in capsys.readouterr().out
+    assert "not all trained the same way: quantised and pruned for 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no trained rn8_quantized on digits in it; run train-compressed first"),
+        (None, "contains no trained rn8_quantized on digits; run train-compressed first"),
         ("OBQ\t4\t4 bits\t\n", "line 1: expected method, bits, reached, top-1"),
         ("RTN\t4\t4 bits\t80\n", "line 1: RTN is neither OBQ nor ExactOBS"),
     ],

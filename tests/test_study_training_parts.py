@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from fractions import Fraction
 
@@ -12,16 +13,22 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from modelutils import evaluating, find_layers, get_model
+from modelutils import evaluating, find_layers, first_and_last, get_model
 from obc.inputs import files
 from obc.inputs.vision import torchvision
 from obc.solver import errors
+from obc.toolkit.resume import State
+from obc.toolkit.training import TrainingTask, load_training, save_training
 from pruning_vs_quantization import compressed_model as compressed
 from pruning_vs_quantization import oscillations
-from pruning_vs_quantization.architectures import dense_network
-from pruning_vs_quantization.batchnorm_folding import fold, folded, layers_before_norms
-from pruning_vs_quantization.first_and_last import first_and_last
-from pruning_vs_quantization.learned_steps import SMALLEST_STEP, LearnedStep
+from pruning_vs_quantization.compressed_model import fold, folded, layers_before_norms
+from pruning_vs_quantization.learned_steps import (
+    SMALLEST_STEP,
+    LearnedStep,
+    input_grids,
+    starting_grid,
+    weight_grid,
+)
 from pruning_vs_quantization.magnitude_pruning import (
     MASK,
     CubicSchedule,
@@ -30,16 +37,10 @@ from pruning_vs_quantization.magnitude_pruning import (
     masked_layers,
     tile_mask,
 )
-from pruning_vs_quantization.schedules import cosine, learning_rate_schedule
-from pruning_vs_quantization.starting_ranges import input_grids, starting_grid, weight_grid
+from pruning_vs_quantization.main import dense_network
+from pruning_vs_quantization.oscillations import annealed
 from pruning_vs_quantization.training_images import TrainingData, shift_and_flip
-from pruning_vs_quantization.training_state import (
-    Progress,
-    load_training,
-    random_states,
-    save_training,
-    set_random_states,
-)
+from pruning_vs_quantization.training_options import learning_rate_schedule
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -95,7 +96,7 @@ def test_values_are_the_toolkits_grid():
     weight = draw(6, 4, 3, 3)
     for rows in (1, 6):
         quantiser = learned(0.1 + 0.3 * draw(rows, 1, seed=1).abs(), 3)
-        rounded = quantiser.of_weight(weight).detach()
+        rounded = quantiser.quantise_weight(weight).detach()
         grid = quantiser.grid(len(weight))
         assert torch.equal(rounded.flatten(1), grid(weight.flatten(1)))
         assert torch.equal(grid(rounded.flatten(1)), rounded.flatten(1))
@@ -104,7 +105,7 @@ def test_values_are_the_toolkits_grid():
         assert codes.min() >= -4 and codes.max() <= 3 and torch.equal(codes, codes.round())
     images = draw(2, 3, 5, 5)
     quantiser = learned(torch.tensor(0.2), 4, zero=5)
-    assert torch.equal(quantiser.of_input(images).detach(), quantiser.grid()(images))
+    assert torch.equal(quantiser.quantise_input(images).detach(), quantiser.grid()(images))
 
 
 def test_a_share_of_the_gradient_by_size():
@@ -112,12 +113,12 @@ def test_a_share_of_the_gradient_by_size():
     weight = draw(6, 4, 3, 3)
     for rows, count in ((1, 216), (6, 36)):
         quantiser = learned(torch.full((rows, 1), 1e-6), 3)  # all beyond the range
-        quantiser.of_weight(weight).sum().backward()
+        quantiser.quantise_weight(weight).sum().backward()
         limits = torch.where(weight > 0, 3.0, -4.0)
         wanted = limits.sum().view(1, 1) if rows == 1 else limits.flatten(1).sum(1, keepdim=True)
         torch.testing.assert_close(quantiser.step.grad, wanted / (count * 3) ** 0.5)
     quantiser = learned(torch.tensor(1e-3), 4, zero=0)
-    quantiser.of_input(draw(8, 3, 2, 2).abs() + 1).sum().backward()
+    quantiser.quantise_input(draw(8, 3, 2, 2).abs() + 1).sum().backward()
     torch.testing.assert_close(quantiser.step.grad, torch.tensor(96 * 15 / (12 * 15) ** 0.5))
 
 
@@ -214,27 +215,32 @@ def test_ranges_of_inputs_are_those_of_all_batches(method):
         assert error <= least_error(values, -zero, 15 - zero) * 1.01
 
 
-# -- schedules -------------------------------------------------------------------------------------
+# -- learning rates --------------------------------------------------------------------------------
+
+
+def cosine_to(floor: float):
+    return lambda t: floor + (1 - floor) * (1 + math.cos(math.pi * t / 8)) / 2
 
 
 @pytest.mark.parametrize(
-    ("text", "oracle"),
+    ("text", "share"),
     [
-        ("cosine:1e-3", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8, eta_min=1e-3)),
-        ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8, eta_min=5e-3)),
-        ("multistep:2,5", lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 5], gamma=0.1)),
-        ("multistep:3:0.5", lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3], gamma=0.5)),
-        ("exponential:0.8", lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8)),
-        ("constant", lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 1.0)),
+        ("cosine:1e-3", cosine_to(2e-3)),
+        ("cosine", cosine_to(1e-2)),
+        ("multistep:2,5", lambda t: 0.1 ** ((t >= 2) + (t >= 5))),
+        ("multistep:3:0.5", lambda t: 0.5 ** (t >= 3)),
+        ("exponential:0.8", lambda t: 0.8 ** math.floor(t)),
+        ("constant", lambda t: 1.0),
     ],
 )
-def test_learning_rates_against_pytorchs_schedulers(text, oracle):
-    schedule = learning_rate_schedule(text)
-    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    scheduler = oracle(optimiser)
-    for epoch in range(8):
-        assert 0.5 * schedule.share(0.5, epoch, 8) == pytest.approx(optimiser.param_groups[0]["lr"])
-        optimiser.step()
+@pytest.mark.parametrize("rate", [0.5, 1e-5])
+def test_learning_rates_against_closed_formulas(text, share, rate):
+    """8 epochs of 30 steps; of the optimiser that the schedule is for, and of the steps' own."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    scheduler = learning_rate_schedule(text).scheduler(optimizer, 0.5, 30, 8)
+    for step in range(8 * 30):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate * share(step / 30), rel=1e-9)
+        optimizer.step()
         scheduler.step()
 
 
@@ -346,9 +352,9 @@ def test_frequencies_and_freezing_against_a_loop():
     history[:, 1] = torch.arange(60) // 2  # on and on
     history[:, 2] = 1
     momentum, threshold = 0.1, 0.45
-    tracker = oscillations.Tracker(history[0].float())
+    tracker = oscillations.OscillationTracker(history[0].float())
     for codes in history[1:]:
-        tracker.note(codes.float(), momentum, threshold)
+        tracker.update(codes.float(), momentum, threshold)
     for weight, codes in enumerate(history.T.tolist()):
         frequency, mean, last, frozen = 0.0, float(codes[0]), 0, None
         for before, now in zip(codes, codes[1:], strict=False):
@@ -388,11 +394,11 @@ def test_dampening_pulls_latent_weights_alone_to_the_grid():
     loss.backward()
     step = quantiser.step.detach().view(4, 1, 1, 1)
     inside = (weight >= -2 * step) & (weight <= step)
-    distance = torch.where(inside, weight - quantiser.of_weight(weight), 0).detach()
+    distance = torch.where(inside, weight - quantiser.quantise_weight(weight), 0).detach()
     torch.testing.assert_close(loss.detach(), distance.square().sum())
     torch.testing.assert_close(weight.grad, 2 * distance)
     assert quantiser.step.grad is None and not inside.all()
-    assert cosine(3.0, 1.0, 0.25) == pytest.approx(1 + 2 * (2 + 2**0.5) / 4)
+    assert annealed(3.0, 1.0, 0.25) == pytest.approx(1 + 2 * (2 + 2**0.5) / 4)
 
 
 # -- what was learned as a plain network -----------------------------------------------------------
@@ -551,12 +557,12 @@ def digits(**options) -> TrainingData:
     return TrainingData.load("digits", None, None, **(defaults | options), workers=None)
 
 
-def test_epochs_hang_on_the_seed_and_their_number():
+def test_epochs_depend_on_the_seed_and_their_number():
     def batches(images: TrainingData, number: int) -> Tensor:
         return torch.cat([batch for batch, _ in images.epoch(number)])
 
     images = digits()
-    assert images.steps == 3 and len(batches(images, 0)) == 96
+    assert len(images) == 3 and len(batches(images, 0)) == 96
     assert torch.equal(batches(images, 1), batches(digits(), 1))
     assert not torch.equal(batches(images, 0), batches(images, 1))
     assert not torch.equal(batches(images, 0), batches(digits(seed=1), 0))
@@ -585,30 +591,32 @@ def test_large_sets_are_streamed_alike(monkeypatch):
 # -- the state of training -------------------------------------------------------------------------
 
 
-def test_random_generators_go_on():
+def test_an_epoch_that_was_saved_comes_back(tmp_path):
+    """Weights, optimiser, figures, and what random generators draw next."""
+
+    def parts(lr: float):
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        return model.state_dict(), optimizer
+
     before = random.getstate()
     try:
-        states = random_states()
-        wanted = torch.rand(3), random.random()
-        set_random_states(states)
-        found = torch.rand(3), random.random()
+        with State(tmp_path / "state", {"n_bits": "4"}) as state:
+            task = TrainingTask("training", [], torch.device("cpu"), 4, "--lr", state)
+            tensors, optimizer = parts(1e-3)
+            history = [{"epoch": 1, "top1": 9.0}]
+            save_training(task, tensors, [optimizer], history)
+            drawn = torch.rand(3), random.random()
+            others, other = parts(1e-2)
+            assert load_training(task, others, [other]) == history
+            assert torch.equal(torch.rand(3), drawn[0]) and random.random() == drawn[1]
     finally:
         random.setstate(before)
-    assert torch.equal(wanted[0], found[0]) and wanted[1] == found[1]
-
-
-def test_a_state_that_is_not_whole_or_of_other_settings(tmp_path):
-    model = nn.Linear(2, 2)
-    optimisers = [torch.optim.Adam(model.parameters())]
-    path = tmp_path / "run.state"
-    save_training(path, {"n_bits": 4}, Progress(3, 1.5, [{"top1": 9.0}]), model, optimisers)
-    found = load_training(path, {"n_bits": 4}, model, optimisers)
-    assert found == Progress(3, 1.5, [{"top1": 9.0}])
-    with pytest.raises(errors.UserError, match="made with n_bits = 4, now 3"):
-        load_training(path, {"n_bits": 3}, model, optimisers)
-    with pytest.raises(errors.UserError, match="not a whole state of training"):
-        load_training(path, {"n_bits": 4}, nn.Linear(3, 2), optimisers)
-    for content in (path.read_bytes()[:-100], b"", b"text"):
-        path.write_bytes(content)
-        with pytest.raises(errors.UserError, match="not a whole state of training"):
-            load_training(path, {"n_bits": 4}, model, optimisers)
+    assert all(torch.equal(others[key], tensors[key]) for key in tensors)
+    groups = [x.state_dict()["param_groups"][0] for x in (optimizer, other)]
+    assert groups[0] | {"betas": [0.9, 0.999]} == groups[1] | {"betas": [0.9, 0.999]}
+    states = [x.state_dict()["state"] for x in (optimizer, other)]
+    for index, entries in states[0].items():
+        assert all(torch.equal(entries[key], states[1][index][key]) for key in entries)

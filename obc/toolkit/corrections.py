@@ -1,29 +1,28 @@
-"""Corrections of statistics: what a compressed model's norms should know, found by forward passes.
+"""Corrections of normalisation statistics by forward passes: batch-norm tuning, mean and deviation.
 
-Layers are compressed one by one, and their errors change the distributions that the norms after
-them were made for. Both corrections are those of OBC (arXiv 2208.11580, section 6: batch-norm
-tuning for models that have batch norm, a mean and variance correction for others); they touch
-nothing but norms, so zeros and grids of weights stay. Corrections by training are in
-`retraining.py`.
+Layers are compressed one by one, and their errors shift the distributions that the norms after them
+expect. Both corrections are OBC's (arXiv 2208.11580, section 6: batch-norm tuning for models with
+batch norm, a mean and variance correction for others). They change norms only, so zeros and grids
+of weights are preserved. Corrections by training are in `training.py`.
 
-Batch-norm tuning. A batch norm divides by running statistics m, v of the dense model; those of the
-compressed one are others. From m = 0, v = 1, with batch statistics m_t, v_t (v_t unbiased) and
-momentum a = 0.1,
+Batch-norm tuning. A batch norm normalises by running statistics m, v, which were collected on the
+dense model and do not fit the compressed one. They are collected again: from m = 0, v = 1, with
+batch statistics m_t, v_t (v_t unbiased) and momentum a = 0.1,
 
     m ← (1 − a) m + a m_t        v ← (1 − a) v + a v_t        t = 1 … T
 
 so that the start has weight 0.9^T at the end: 3·10⁻⁵ for T = 100. For the many candidates of the
-search (`spdy.py`), `batchnorm_averages` takes plain averages of one pass instead.
+search (`spdy.py`), `batchnorm_averages` takes plain averages over one pass instead.
 
 Statistics correction. For channel c of a norm's output y on one batch of images, with mean μ and
-standard deviation σ there, and μ°, σ° in the dense model,
+standard deviation σ, and μ°, σ° in the dense model,
 
     y_c ← r y_c + s        r = σ°/σ        s = μ° − r μ
 
-which is the norm again, with weight r·γ and bias r·β + s: it is folded there, and a saved model is
-corrected as it is. Norms are corrected in order of execution in one forward pass: when a norm is
-reached, all before it are corrected. A norm that is called several times is corrected by its first
-call. Where σ or σ° is nothing (a constant channel), r = 1.
+which is the same norm with weight r·γ and bias r·β + s: the correction is folded into the norm, so
+a saved model needs nothing else. Norms are corrected in order of execution in one forward pass:
+when a norm is reached, all norms before it are corrected. A norm that is called several times is
+corrected by its first call. Where σ or σ° is 0 (a constant channel), r = 1.
 
     symbol   variable        shape               meaning
     μ, σ     mean, std       the norm's weight   per channel, over images and positions; σ biased
@@ -33,6 +32,7 @@ call. Where σ or σ° is nothing (a constant channel), r = 1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -43,7 +43,7 @@ from tqdm import tqdm
 from modelutils import evaluating, placed
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError, log
-from obc.solver.layers import Call, forward_hooks
+from obc.solver.layers import forward_hooks
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of 1, 2 and 3 dimensions
 MOMENTUM = 0.1
@@ -59,41 +59,47 @@ def batchnorm_tune(
     device: torch.device,
     nbatches: int = 100,
 ) -> None:
-    """Collect the running statistics of all batch norms anew. Moves the model to `device`.
+    """Collect the running statistics of all batch norms again. Moves the model to `device`.
 
-    A batch of a single image is left out: it has no variance where a map is one pixel.
+    Batches of a single image are left out: maps of one pixel would have no variance.
 
     Raises:
-        UserError: if the model has no batch norm with running statistics, or there is no batch.
+        UserError: if the model has no batch norm with running statistics, or there are no batches.
     """
     norms = _running_norms(model)
     if not norms:
         raise UserError("batch-norm tuning (--bnt): this model has no batch norm; try --statcorr")
     model.to(device)
-    momenta = [norm.momentum for norm in norms]
     progress = {"desc": "batch norm", "total": nbatches, "leave": False, "disable": None}
+    with evaluating(model), _collecting(norms, MOMENTUM):
+        for images in tqdm(islice(_repeated(batches), nbatches), **progress):
+            model(placed(images, device))
+
+
+@contextmanager
+def _collecting(norms: list[nn.Module], momentum: float) -> Iterator[None]:
+    """Training mode of some norms, from fresh statistics; their own momentum comes back."""
+    momenta = [norm.momentum for norm in norms]
     try:
-        with evaluating(model):
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = MOMENTUM
-                norm.train()
-            for images in tqdm(islice(_repeated(batches), nbatches), **progress):
-                model(placed(images, device))
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm in norms:
+            norm.reset_running_stats()
             norm.momentum = momentum
+            norm.train()
+        yield
+    finally:
+        for norm, own in zip(norms, momenta, strict=True):
+            norm.momentum = own
 
 
 def _repeated(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """Images of the batches, over and over; not `itertools.cycle`, which would keep them all."""
+    """Images of the batches, over and over; `itertools.cycle` would keep them all in memory."""
     while True:
-        found = False
+        empty = True
         for images, _ in batches:
             if len(images) > 1:
-                found = True
+                empty = False
                 yield images
-        if not found:
+        if empty:
             raise UserError("batch-norm tuning (--bnt) needs batches of two images or more")
 
 
@@ -105,35 +111,31 @@ def batchnorm_averages(
 ) -> None:
     """Replace the statistics of all batch norms by their averages over `batches`, in place.
 
-    In training mode what a norm puts out does not depend on the averages so far. So each of several
-    processes looks at its own batches, and the averages are of all, in their order. A batch of a
-    single image is left out: it has no variance where a map is one pixel.
+    In training mode a norm's output does not depend on its running averages, so each of several
+    processes runs its own batches, and the averages are over all batches, in their order. Batches
+    of a single image are left out: maps of one pixel would have no variance.
     """
     norms = _running_norms(model)
     if not norms:
         return
-    momenta, found = [norm.momentum for norm in norms], []
-    with evaluating(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = 1.0, True  # the statistics of the last batch alone
+    statistics = []
+    with evaluating(model), _collecting(norms, 1.0):  # the statistics of the last batch alone
         for images, _ in batches:
             several = len(images) > 1
             if several:
                 model(images.to(device))
-            found.append(_statistics(norms).cpu() if several else None)
-    found = [statistics for statistics in world.interleave(found) if statistics is not None]
-    if not found:
+            statistics.append(_statistics(norms).cpu() if several else None)
+    statistics = [of_batch for of_batch in world.interleave(statistics) if of_batch is not None]
+    if not statistics:
         raise UserError(
             "batch norms need batches of two images or more: "
             "pass a larger --batchsize or --nsamples, or --nobatchnorm"
         )
-    average = sum(found) / len(found)
-    parts = iter(average.split([len(norm.running_mean) for norm in norms for _ in range(2)]))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.running_mean.copy_(next(parts))
-        norm.running_var.copy_(next(parts))
+    average = sum(statistics) / len(statistics)
+    tensors = iter(average.split([len(norm.running_mean) for norm in norms for _ in range(2)]))
+    for norm in norms:
+        norm.running_mean.copy_(next(tensors))
+        norm.running_var.copy_(next(tensors))
 
 
 def _statistics(norms: list[nn.Module]) -> Tensor:
@@ -155,7 +157,7 @@ def _running_norms(model: nn.Module) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of a norm's output, per channel; both of the shape of the norm's weight."""
+    """Moments of a norm's output per channel, in the shape of the norm's weight."""
 
     mean: Tensor
     std: Tensor
@@ -164,13 +166,13 @@ class Moments:
 def norm_moments(model: nn.Module, images: Tensor, device: torch.device) -> dict[str, Moments]:
     """Mean and standard deviation of every norm's output, on its first call. Logs norms left out.
 
-    This is the dense model's part of `statistics_correction`, for those who correct many models.
+    This is the dense model's part of `statistics_correction`, to be shared by many models.
     """
-    found: dict[str, Moments] = {}
+    moments: dict[str, Moments] = {}
 
-    def note(name: str, norm: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        if name not in found:
-            found[name] = _moments(output, _channel_axis(norm, args[0]), norm.weight.dim())
+    def measure(name: str, norm: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if name not in moments:
+            moments[name] = _moments(output, _channel_axis(norm, args[0]), norm.weight.dim())
 
     norms = _affine_norms(model)
     if not norms:
@@ -178,30 +180,34 @@ def norm_moments(model: nn.Module, images: Tensor, device: torch.device) -> dict
             "statistics correction (--statcorr): this model has no batch norm or layer "
             "norm with weight and bias"
         )
-    _forward_with(model, norms, note, images, device)
-    return found
+    model.to(device)
+    with evaluating(model), forward_hooks(norms, measure):
+        model(placed(images, device))
+    return moments
 
 
 def correct_statistics(
     model: nn.Module,
-    wanted: dict[str, Moments],  # by name of the norm; from the dense model, on the same images
+    targets: dict[str, Moments],  # by name of the norm; from the dense model, on the same images
     images: Tensor,  # (n, 3, s, s) one batch, not augmented
     device: torch.device,
 ) -> None:
-    """Give every norm's output the moments `wanted`, through the norm's own weight and bias."""
-    done: set[str] = set()
+    """Give every norm's output its target moments, through the norm's own weight and bias."""
+    corrected: set[str] = set()
 
     def correct(
         name: str, norm: nn.Module, args: tuple, kwargs: dict, output: Tensor
     ) -> Tensor | None:
-        if name in done or name not in wanted:
+        if name in corrected or name not in targets:
             return None
-        done.add(name)
+        corrected.add(name)
         axis = _channel_axis(norm, args[0])
-        _fold(norm, _moments(output, axis, norm.weight.dim()), wanted[name])
-        return norm.forward(*args, **kwargs)  # what the corrected norm yields, to the last bit
+        _fold(norm, _moments(output, axis, norm.weight.dim()), targets[name])
+        return norm.forward(*args, **kwargs)  # exactly what the corrected norm computes
 
-    _forward_with(model, _affine_norms(model), correct, images, device)
+    model.to(device)
+    with evaluating(model), forward_hooks(_affine_norms(model), correct):
+        model(placed(images, device))
 
 
 def statistics_correction(
@@ -210,7 +216,7 @@ def statistics_correction(
     images: Tensor,  # (n, 3, s, s) one batch, not augmented
     device: torch.device,
 ) -> None:
-    """Match mean and deviation of every norm output to the dense model's. Moves both to `device`.
+    """Match the moments of every norm's output to the dense model's. Moves both to `device`.
 
     Raises:
         UserError: if the model has no batch norm or layer norm with weight and bias.
@@ -229,28 +235,15 @@ def _affine_norms(model: nn.Module) -> dict[str, nn.Module]:
     return norms
 
 
-def _forward_with(
-    model: nn.Module,
-    norms: dict[str, nn.Module],
-    see: Call,  # every call of a norm
-    images: Tensor,
-    device: torch.device,
-) -> None:
-    """One forward pass in eval mode."""
-    model.to(device)
-    with evaluating(model), forward_hooks(norms, see):
-        model(placed(images, device))
-
-
 def _channel_axis(norm: nn.Module, x: Tensor) -> int:
-    """The axis of the output at which the norm's weight and bias stand (the first, if several).
+    """The axis of the output that the norm's weight and bias belong to (the first, if several).
 
-    A batch norm's is 1. Layer norms have it last, but subclasses move axes about (torchvision's
-    LayerNorm2d): with weight 0 and bias 0, 1, 2, … the output is a picture of the axis.
+    It is 1 in a batch norm and the last one in a layer norm, but subclasses permute axes
+    (torchvision's LayerNorm2d): with weight 0 and bias 0, 1, 2, … the output shows the axis.
     """
     if isinstance(norm, BatchNorm):
         return 1
-    kept = norm.weight.clone(), norm.bias.clone()
+    weight, bias = norm.weight.clone(), norm.bias.clone()
     count = torch.arange(norm.bias.numel(), dtype=norm.bias.dtype, device=x.device)
     count = count.view_as(norm.bias)
     try:
@@ -258,8 +251,8 @@ def _channel_axis(norm: nn.Module, x: Tensor) -> int:
         norm.bias.copy_(count)
         picture = norm.forward(x[:1] if x.ndim > count.ndim else x)
     finally:
-        norm.weight.copy_(kept[0])
-        norm.bias.copy_(kept[1])
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
     for axis in range(picture.ndim - count.ndim, -1, -1):
         after = picture.ndim - axis - count.ndim
         if picture.shape[axis : axis + count.ndim] == count.shape and torch.equal(
@@ -273,18 +266,18 @@ def _channel_axis(norm: nn.Module, x: Tensor) -> int:
 
 
 def _moments(y: Tensor, axis: int, width: int) -> Moments:
-    """Over all axes of y but `width` ones from `axis` on."""
+    """Moments over all axes of y except `width` axes from `axis` on."""
     others = [i for i in range(y.ndim) if not axis <= i < axis + width]
     var, mean = torch.var_mean(y, others, correction=0)
     return Moments(mean, var.sqrt())
 
 
-def _fold(norm: nn.Module, now: Moments, wanted: Moments) -> None:
+def _fold(norm: nn.Module, current: Moments, target: Moments) -> None:
     """weight ← r γ, bias ← r β + s."""
 
     def varies(m: Moments) -> Tensor:
         return m.std > CONSTANT * torch.hypot(m.mean, m.std)
 
-    r = torch.where(varies(now) & varies(wanted), wanted.std / now.std, 1.0)
+    r = torch.where(varies(current) & varies(target), target.std / current.std, 1.0)
     norm.weight.mul_(r)
-    norm.bias.mul_(r).add_(wanted.mean - r * now.mean)
+    norm.bias.mul_(r).add_(target.mean - r * current.mean)

@@ -1,40 +1,59 @@
-"""Corrections by training: after compression, on the calibration images, with zeros and grids kept.
+"""Training of compressed networks: one loop, one estimator, and the three corrections that train.
 
-Global AdaPrune is due to Hubara et al. (arXiv 2102.08124, a layer at a time) and Frantar & Alistarh
-(SPDY, ICML 2022, all layers at once). Parameters are trained with Adam to reduce
+Rounding has a zero derivative almost everywhere. Both kinds of training pass gradients *straight
+through* it (Bengio et al., arXiv 1308.3432): rounding to a grid of step Δ with codes from l to u,
+
+    Q(x) = Δ · round(clamp(x/Δ, l, u))            ∂Q/∂x        ∂Q/∂Δ
+    x/Δ below l − m                               0            l
+    x/Δ between l − m and u + m                   1            round(x/Δ) − x/Δ
+    x/Δ above u + m                               0            u
+
+is differentiated as if the rounding error were a constant. Corrections keep their steps and let
+gradients pass wherever rounding moves a value by half a step at most, m = ½; learned steps (the
+study's fine-tuning) have m = 0, where these are the exact derivatives for a constant error.
+
+Corrections train with Adam, on the calibration images, to reduce
 
     global AdaPrune    mean over conv and linear layers l of  ‖Ŷ_l − Y_l‖² / ‖Y_l‖²
-    vectors, or all    mean (ẑ − z)², or cross-entropy of ẑ
+    vectors, or all    mean (ẑ − z)², or the cross-entropy of ẑ
 
-with Y_l, z outputs and logits of the dense model, Ŷ_l, ẑ those of the compressed one on its own
-inputs. What compression has won is kept: the weight W of a conv or linear layer is a function of
-a free latent weight V, W = Q(M ⊙ V), with M = [W ≠ 0] at the start and Q the layer's grid, if any.
-A rounding's gradient is zero almost everywhere; it is taken to be 1 within the grid's range and 0
-beyond ("straight through", Bengio et al., arXiv 1308.3432), for weights and activations alike.
-Training is done in eval mode: batch norms keep their running statistics, so what is trained is
-what will be used, and dropout is off. V lives outside of the model, which is written once, at the
-end; whatever interrupts the training leaves the model as it was. A quantised weight moves once its
-latent has gone half a step: at rates of 1e-5, norms and biases do most of what can be done there.
+with Y_l, z the outputs and logits of the dense model, Ŷ_l, ẑ those of the compressed one on its own
+inputs. Global AdaPrune is due to Hubara et al. (arXiv 2102.08124, one layer at a time) and Frantar
+and Alistarh (SPDY, ICML 2022, all layers at once). Compression is preserved: the weight W of a conv
+or linear layer is a function of a free latent weight V, W = Q(M ⊙ V), with M = [W ≠ 0] at the start
+and Q the layer's grid, if it has one. Models are trained in eval mode: batch norms keep their
+running statistics, so what is trained is what will be used, and dropout is off. V is kept outside
+the model, which is written once, at the end; if training is interrupted, the model is unchanged. A
+quantised weight moves only once its latent has moved by half a step: at learning rates of 1e-5,
+norms and biases account for most of the improvement.
 
-    symbol   variable   shape               meaning
-    V        latent     the parameter's     what Adam moves
-    M        mask       the weight's, bool  False: zero, and stays so
-    Q        grid                           `weight_quant` of the layer (quant.py)
+    symbol   variable    shape               meaning
+    V        latent      the parameter's     what Adam moves
+    M        mask        the weight's, bool  False where the weight is zero and stays zero
+    Q        grid                            `weight_quant` of the layer (quant.py)
+    Δ        step        (rows, 1) or ()     step of a grid
+    l, u     low, high   broadcast to x      lowest and highest code
+    m        margin      float               in steps
 """
 
 from __future__ import annotations
 
+import io
 import math
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from modelutils import eval_mode, find_layers, placed
@@ -43,39 +62,187 @@ from obc.solver.layers import forward_hooks
 from obc.toolkit.resume import Unkept
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
 
-SECONDS_BETWEEN_EPOCHS = 5.0  # at least, that are kept
-LATENT, AVERAGES = "latent", ("step", "exp_avg", "exp_avg_sq")  # the latter as Adam names them
+SECONDS_BETWEEN_SAVES = 5.0  # at least, between two saved epochs of a correction
+HALF_STEP = 0.5001  # the margin of grids that are not trained: ½, and room for rounding
 
 Forward = Callable[[Tensor], Tensor]  # images -> logits, of the model that is trained
 Loss = Callable[[Forward, Tensor, Tensor], Tensor]  # forward, images, labels -> ()
 
 
-class Batches(Protocol):
-    """Pairs of images (n, 3, s, s) and labels (n,), iterated once an epoch, shuffled or not."""
+class EpochImages(Protocol):
+    """Training images: epochs of as many batches of images (n, 3, s, s) and labels (n,)."""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Batches of an epoch."""
 
-
-# -- constraints -----------------------------------------------------------------------------------
-
-
-class _StraightThrough(torch.autograd.Function):
-    """`rounded` forwards; backwards x's gradient, where x was not clamped."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rounded: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward((x - rounded).abs() <= 0.5001 * scale)
-        return rounded.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None, None
+    def epoch(self, number: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, counted from 0; a function of `number` alone."""
 
 
 @dataclass(frozen=True)
-class _Trainable:
+class TrainingTask:
+    """What to train on and for how long, and where finished epochs are saved."""
+
+    name: str  # in messages, and of the entry in `state`
+    images: EpochImages
+    device: torch.device
+    epochs: int
+    rate_option: str  # that sets the learning rate, for the error message
+    state: Unkept = field(default_factory=Unkept)
+    seconds_between_saves: float | None = None  # None: SECONDS_BETWEEN_SAVES
+
+
+# -- the straight-through estimator ----------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    """Q(x), with the derivatives in the module docstring."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        step: Tensor,
+        low: Tensor,
+        high: Tensor,
+        margin: float = 0.0,
+        step_share: Tensor | float = 1.0,  # what ∂Q/∂Δ is multiplied by
+    ) -> Tensor:  # like x
+        ctx.save_for_backward(x, step, low, high)
+        ctx.margin, ctx.step_share = margin, step_share
+        return torch.round(x / step).clamp_(low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, step, low, high = ctx.saved_tensors
+        ratio = x / step
+        inside = (ratio >= low - ctx.margin) & (ratio <= high + ctx.margin)
+        by_step = None
+        if ctx.needs_input_grad[1]:
+            ratio = ratio.clamp(low, high)
+            by_step = ratio.round()
+            by_step -= ratio * inside
+            by_step = (by_step * gradient).sum_to_size(step.shape) * ctx.step_share
+        return gradient * inside, by_step, None, None, None, None
+
+
+def round_to_grid(x: Tensor, grid: Grid) -> Tensor:
+    """`grid(x)`, with gradients for x."""
+    low, high = -grid.zero, grid.maxq - grid.zero
+    return StraightThrough.apply(x, grid.scale, low, high, HALF_STEP)
+
+
+# -- the loop --------------------------------------------------------------------------------------
+
+
+def train(
+    task: TrainingTask,
+    loss_of: Callable[[Tensor, Tensor], Tensor],  # images, labels -> ()
+    optimizers: Sequence[Optimizer],
+    tensors: Callable[[], Mapping[str, Tensor]],  # everything else that training changes
+    *,
+    schedulers: Sequence[LRScheduler] = (),  # advanced after every step
+    after_step: Callable[[], None] = lambda: None,  # before the schedulers
+    after_epoch: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda figures: {},
+) -> list[dict[str, Any]]:
+    """Run all epochs that are not done yet; the figures of each epoch.
+
+    Figures: `epoch` (from 1), `loss` (mean over its images), `learning_rate` (of its last step, in
+    the first optimizer), `training_s`, and whatever `after_epoch` returns for these. Raises
+    UserError where the loss is not finite.
+    """
+    device, steps, pause = task.device, len(task.images), task.seconds_between_saves
+    history = load_training(task, tensors(), optimizers)
+    steps_done, saved_at = len(history) * steps, time.monotonic()
+    for scheduler in schedulers if history else ():
+        scheduler.load_state_dict({"last_epoch": steps_done, "_step_count": steps_done + 1})
+    bar = tqdm(total=task.epochs * steps, desc=task.name, leave=False, disable=None)
+    bar.update(steps_done)
+    with bar:
+        for number in range(len(history), task.epochs):
+            started, count = time.perf_counter(), 0
+            total = torch.zeros((), dtype=torch.float64, device=device)
+            for images, labels in task.images.epoch(number):
+                loss = loss_of(placed(images, device), labels.to(device))
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                after_step()
+                learning_rate = optimizers[0].param_groups[0]["lr"]
+                for scheduler in schedulers:
+                    scheduler.step()
+                total += loss.detach() * len(images)
+                count += len(images)
+                bar.update()
+            loss = float(total) / max(count, 1)
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"{task.name}: the loss is not finite in epoch {number + 1}; "
+                    f"pass a smaller {task.rate_option}"
+                )
+            bar.set_postfix_str(f"loss {loss:.4g}")
+            figures = {"epoch": number + 1, "loss": loss, "learning_rate": learning_rate}
+            figures["training_s"] = time.perf_counter() - started
+            history.append(figures | dict(after_epoch(figures)))
+            if time.monotonic() - saved_at >= (SECONDS_BETWEEN_SAVES if pause is None else pause):
+                save_training(task, tensors(), optimizers, history)
+                saved_at = time.monotonic()
+    return history
+
+
+# -- what an interrupted training resumes from -----------------------------------------------------
+
+
+def save_training(
+    task: TrainingTask,
+    tensors: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    history: list[dict[str, Any]],
+) -> None:
+    """Save an epoch: tensors, optimizers, states of the random generators, figures."""
+    content = {
+        "tensors": dict(tensors),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "torch": torch.get_rng_state(),
+        "gpus": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+    }
+    file = io.BytesIO()
+    torch.save(content, file)
+    packed = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    task.state.save(f"{task.name} under way", {"packed": packed}, {"history": history})
+
+
+def load_training(
+    task: TrainingTask, tensors: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
+) -> list[dict[str, Any]]:
+    """Restore, in place, what `save_training` saved; the figures of the epochs that are done."""
+    entry = task.state.load(f"{task.name} under way")
+    if entry is None:
+        return []
+    file = io.BytesIO(entry.tensors["packed"].numpy())
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(content["tensors"][name])
+    for optimizer, saved in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(content["torch"])
+    if content["gpus"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(content["gpus"])
+    random.setstate(content["python"])
+    history = entry.figures["history"]
+    log.info("resuming: %d epochs are done", len(history))
+    return history
+
+
+# -- parameters under the constraints of compression -----------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConstrainedParameter:
     """A parameter as a function of its latent."""
 
     latent: Tensor
@@ -83,247 +250,142 @@ class _Trainable:
     grid: Grid | None = None
 
     def value(self) -> Tensor:
-        if self.mask is None:
-            return self.latent
-        value = self.latent * self.mask
-        if self.grid is not None:
-            rows = value.flatten(1)
-            rounded = self.grid(rows.detach())
-            value = _StraightThrough.apply(rows, rounded, self.grid.scale).view_as(value)
-        return value
+        """Q(M ⊙ V), of the parameter's shape."""
+        value = self.latent if self.mask is None else self.latent * self.mask
+        if self.grid is None:
+            return value
+        return round_to_grid(value.flatten(1), self.grid).view_as(value)
 
 
-def _trainables(model: nn.Module, chosen: Callable[[Tensor], bool]) -> dict[str, _Trainable]:
-    """The chosen parameters by name, with the constraints of conv and linear weights."""
+def constrained_parameters(
+    model: nn.Module, chosen: Callable[[Tensor], bool]
+) -> dict[str, ConstrainedParameter]:
+    """The chosen parameters by name, conv and linear weights with their masks and grids."""
     layers = {f"{name}.weight": layer for name, layer in find_layers(model).items()}
-    trainables = {}
+    parameters = {}
     for name, parameter in model.named_parameters():
         if chosen(parameter):
             latent = parameter.detach().clone().requires_grad_()
-            if name in layers:
-                grid = getattr(layers[name], WEIGHT_GRID, None)
-                trainables[name] = _Trainable(latent, parameter.detach() != 0, grid)
-            else:
-                trainables[name] = _Trainable(latent)
-    return trainables
+            mask = parameter.detach() != 0 if name in layers else None
+            grid = getattr(layers.get(name), WEIGHT_GRID, None)
+            parameters[name] = ConstrainedParameter(latent, mask, grid)
+    return parameters
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients for the model's own parameters: the latents stand in for them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_()
+def latents_in_charge(model: nn.Module) -> Iterator[None]:
+    """Eval mode, gradients through activation grids, none for the model's own parameters."""
 
-
-@contextmanager
-def _rounding_with_gradient(model: nn.Module) -> Iterator[None]:
-    """Activation grids let gradients through; their results stay the same."""
-
-    def pass_gradient(name: str, grid: Grid, args: tuple, kwargs: dict, rounded: Tensor) -> Tensor:
-        return _StraightThrough.apply(args[0], rounded.detach(), grid.scale)
+    def round_input(name: str, grid: Grid, args: tuple, kwargs: dict, rounded: Tensor) -> Tensor:
+        return round_to_grid(args[0], grid)
 
     grids = {
         name: module
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == ACTIVATION_GRID
     }
-    with forward_hooks(grids, pass_gradient):
-        yield
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        with eval_mode(model), forward_hooks(grids, round_input):
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
-# -- what an interrupted training goes on from -----------------------------------------------------
-
-
-class _Course:
-    """A training after so many epochs: latents, Adam's averages, losses; kept in a state."""
-
-    def __init__(
-        self, state: Unkept, task: str, trainables: dict[str, _Trainable], adam: torch.optim.Adam
-    ) -> None:
-        self.state, self.key = state, f"{task} under way"
-        self.latents, self.adam = {x: item.latent for x, item in trainables.items()}, adam
-        self.saved = time.monotonic()
-
-    def resume(self, batches: Batches) -> list[float]:
-        """Take over what is kept, and leave out the epochs it is from; their losses."""
-        entry = self.state.load(self.key)
-        if entry is None:
-            return []
-        for name, latent in self.latents.items():
-            latent.data.copy_(entry.tensors[f"{name} {LATENT}"])
-            kept = {key: entry.tensors.get(f"{name} {key}") for key in AVERAGES}
-            if any(tensor is None for tensor in kept.values()):
-                continue  # it had no gradient
-            self.adam.state[latent] = {  # Adam counts its steps on the CPU
-                key: tensor.to(latent.device) if tensor.ndim else tensor
-                for key, tensor in kept.items()
-            }
-        losses = entry.figures["losses"]
-        for _ in losses:
-            iter(batches)  # an epoch that is over
-        log.info("resuming: %d epochs are done", len(losses))
-        return losses
-
-    def save(self, losses: list[float]) -> None:
-        """Keep an epoch, if the last one that was kept is some seconds ago."""
-        if time.monotonic() - self.saved < SECONDS_BETWEEN_EPOCHS:
-            return
-        tensors = {}
-        for name, latent in self.latents.items():
-            parts = {LATENT: latent, **self.adam.state[latent]}
-            tensors |= {f"{name} {key}": parts[key] for key in (LATENT, *AVERAGES) if key in parts}
-        self.state.save(self.key, tensors, {"losses": losses})
-        self.saved = time.monotonic()
-
-
-# -- the loop ------------------------------------------------------------------------------------
-
-
-def _train(
+def _train_constrained(
+    task: TrainingTask,
     model: nn.Module,
-    batches: Batches,
-    device: torch.device,
+    parameters: dict[str, ConstrainedParameter],
     loss_of: Loss,
-    trainables: dict[str, _Trainable],
-    *,
-    epochs: int,
     lr: float,
-    task: str,
-    state: Unkept | None = None,
-) -> list[float]:
-    """Adam on the latents; then the parameters are written. Returns the mean loss per epoch."""
-    adam = torch.optim.Adam([item.latent for item in trainables.values()], lr=lr)
-    progress = tqdm(total=epochs * len(batches), desc=task, leave=False, disable=None)
-    course = _Course(state or Unkept(), task, trainables, adam)
-    losses = course.resume(batches)
-    progress.update(len(losses) * len(batches))
-    with progress, eval_mode(model), _frozen(model), _rounding_with_gradient(model):
-        for _ in range(len(losses), epochs):
-            total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-            for images, labels in batches:
-                values = {name: item.value() for name, item in trainables.items()}
-                images, labels = placed(images, device), labels.to(device)
-                loss = loss_of(lambda x, v=values: functional_call(model, v, x), images, labels)
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-                total += loss.detach() * len(images)
-                count += len(images)
-                progress.update()
-            losses.append(float(total) / max(count, 1))
-            progress.set_postfix_str(f"loss {losses[-1]:.4g}")
-            if not math.isfinite(losses[-1]):
-                raise UserError(f"{task}: the loss is not finite; pass a smaller --{task}-lr")
-            course.save(losses)
+) -> list[float]:  # mean loss per epoch
+    """Train latents with Adam, then write the parameters into the model."""
+    latents = {name: parameter.latent for name, parameter in parameters.items()}
+
+    def loss_of_latents(images: Tensor, labels: Tensor) -> Tensor:
+        values = {name: parameter.value() for name, parameter in parameters.items()}
+        return loss_of(lambda x: functional_call(model, values, x), images, labels)
+
+    adam = torch.optim.Adam(latents.values(), lr=lr)
+    with latents_in_charge(model):
+        history = train(task, loss_of_latents, [adam], lambda: latents)
     with torch.no_grad():
-        for name, item in trainables.items():
-            model.get_parameter(name).copy_(item.value())
-    return losses
+        for name, parameter in parameters.items():
+            model.get_parameter(name).copy_(parameter.value())
+    return [figures["loss"] for figures in history]
 
 
 # -- the corrections -------------------------------------------------------------------------------
 
 
 def global_adaprune(
-    model: nn.Module,
-    dense: nn.Module,
-    batches: Batches,
-    device: torch.device,
-    epochs: int = 100,
-    lr: float = 1e-5,
-    state: Unkept | None = None,  # of an interrupted training
+    model: nn.Module, dense: nn.Module, task: TrainingTask, lr: float = 1e-5
 ) -> list[float]:  # mean loss per epoch
-    """Train all parameters so that every conv and linear output is the dense model's again.
+    """Train all parameters to restore the dense model's outputs of every conv and linear layer.
 
-    Moves both models to `device`. Raises UserError where the loss is not finite.
+    Moves both models to the task's device. Raises UserError where the loss is not finite.
     """
-    layers, dense_layers = find_layers(model), find_layers(dense.to(device))
+    layers = find_layers(model.to(task.device))
+    dense_layers = {name: dense.get_submodule(name) for name in layers}
+    dense.to(task.device)
 
     def loss_of(forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
-        outputs: dict[str, list[Tensor]] = {name: [] for name in layers}  # a layer's calls
+        targets: dict[str, list[Tensor]] = defaultdict(list)  # an output for each call
         errors: list[Tensor] = []
 
-        def keep(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            outputs[name].append(output.clone())  # the next module may work in place
+        def record(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            targets[name].append(output.clone())  # the next module may work in place
 
         def compare(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            errors.append(_relative_error(output, outputs[name].pop(0)))
+            target = targets[name].pop(0)
+            norm = target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
+            errors.append((output - target).square().sum() / norm)
 
-        with forward_hooks(dense_layers, keep):
+        with forward_hooks(dense_layers, record):
             _logits(dense, images)
         with forward_hooks(layers, compare):
             forward(images)
         return torch.stack(errors).mean()
 
-    trainables = _trainables(model.to(device), lambda parameter: True)
-    return _train(
-        model, batches, device, loss_of, trainables, epochs=epochs, lr=lr, task="gap", state=state
-    )
+    parameters = constrained_parameters(model, lambda parameter: True)
+    return _train_constrained(task, model, parameters, loss_of, lr)
 
 
 def train_vectors(
     model: nn.Module,
     dense: nn.Module,
-    batches: Batches,
-    device: torch.device,
-    epochs: int = 100,
+    task: TrainingTask,
     lr: float = 1e-4,
     cross_entropy: bool = False,  # else squared distance to the dense model's logits
-    state: Unkept | None = None,  # of an interrupted training
 ) -> list[float]:  # mean loss per epoch
     """Train the parameters that are vectors: biases and norms.
 
-    Moves both models to `device`. Raises UserError if there are none, or the loss is not finite.
+    Moves both models to the task's device. Raises UserError if the model has no such parameters or
+    the loss is not finite.
     """
-    trainables = _trainables(model.to(device), lambda parameter: parameter.ndim == 1)
-    if not trainables:
+    parameters = constrained_parameters(model.to(task.device), lambda p: p.ndim == 1)
+    if not parameters:
         raise UserError("--lintune: this model has no biases and no norms to train")
-    loss_of = _cross_entropy if cross_entropy else _distance_to(dense.to(device))
-    return _train(
-        model,
-        batches,
-        device,
-        loss_of,
-        trainables,
-        epochs=epochs,
-        lr=lr,
-        task="lintune",
-        state=state,
-    )
+    loss_of = _cross_entropy if cross_entropy else _distance_to(dense.to(task.device))
+    return _train_constrained(task, model, parameters, loss_of, lr)
 
 
 def finetune(
     model: nn.Module,
     dense: nn.Module,
-    batches: Batches,
-    device: torch.device,
-    epochs: int = 2,
+    task: TrainingTask,
     lr: float = 1e-5,
     cross_entropy: bool = True,  # else squared distance to the dense model's logits
-    state: Unkept | None = None,  # of an interrupted training
 ) -> list[float]:  # mean loss per epoch
     """Train all parameters.
 
-    Moves both models to `device`. Raises UserError where the loss is not finite.
+    Moves both models to the task's device. Raises UserError where the loss is not finite.
     """
-    trainables = _trainables(model.to(device), lambda parameter: True)
-    loss_of = _cross_entropy if cross_entropy else _distance_to(dense.to(device))
-    return _train(
-        model,
-        batches,
-        device,
-        loss_of,
-        trainables,
-        epochs=epochs,
-        lr=lr,
-        task="finetune",
-        state=state,
-    )
+    parameters = constrained_parameters(model.to(task.device), lambda parameter: True)
+    loss_of = _cross_entropy if cross_entropy else _distance_to(dense.to(task.device))
+    return _train_constrained(task, model, parameters, loss_of, lr)
 
 
 def _cross_entropy(forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
@@ -331,17 +393,9 @@ def _cross_entropy(forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def _distance_to(dense: nn.Module) -> Loss:
-    def loss_of(forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
-        return F.mse_loss(forward(images), _logits(dense, images))
-
-    return loss_of
+    return lambda forward, images, labels: F.mse_loss(forward(images), _logits(dense, images))
 
 
 def _logits(dense: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad(), eval_mode(dense):
         return dense(images)
-
-
-def _relative_error(output: Tensor, wanted: Tensor) -> Tensor:
-    tiny = torch.finfo(wanted.dtype).tiny
-    return (output - wanted).square().sum() / wanted.square().sum().clamp(min=tiny)
