@@ -6,24 +6,24 @@ inverse of G on what is not removed and w the weights refitted, removing j costs
 
     loss += w_j²/A_jj        w −= A[:, j] w_j/A_jj        A −= A[:, j] A[j, :]/A_jj
 
-Kept weights need no rows of A: A and w over the candidates say all there is to know. A node that
-has to remove r more of its candidates 1 … m, sorted by falling single cost, has the children
+Kept weights need no rows of A: A and w over the candidates suffice. A node that has to remove r
+more of its candidates 1 … m, sorted by falling single cost, has the children
 
     child a:  removes candidate a, keeps 1 … a−1, may still remove a+1 … m         a ≤ m − r + 1
 
-so that each set is met once, and those without an expensive weight, the many cheap ones, come last
-and in small subtrees.
+so that each set is met once, and those without an expensive weight, which are many and cheap, come
+last and in small subtrees.
 
 Bounds. Removing more never loses less: loss(P ∪ Q) ≥ loss(P), as loss(P) is a minimum over fewer
-constraints. So (i) a child's loss bounds all below it, and (ii) whatever r candidates go, one of
-them costs at least the r-th smallest single cost c_(r), and loss + c_(r) bounds the node. The
-search starts from ExactOBS's own answer, the incumbent.
+constraints. So (i) a child's loss bounds everything below it, and (ii) whatever r candidates go,
+one of them costs at least the r-th smallest single cost c_(r), and loss + c_(r) bounds the node.
+The search starts from ExactOBS's own answer, the incumbent.
 
-Rounding. All is done in the scale in which G has a unit diagonal (the problem does not change). A's
-inverse is that of a G changed by a few nε‖G‖, and elimination changes A by a few nε‖A‖: with G's
-condition number κ either changes losses by a few nεκ, relative, and `lower` is reduced by 8nεκ. If
-κ > SINGULAR, the search runs on G with a ridge, which finds good subsets and proves nothing:
-`lower` is 0.
+Rounding. All computations use the scale in which G has a unit diagonal (the problem does not
+change). A is the inverse of a G changed by a few nε‖G‖, and elimination changes A by a few nε‖A‖:
+with G's condition number κ either changes losses by a few nεκ, relative, and `lower` is reduced by
+8nεκ. If κ > SINGULAR, the search runs on G with a ridge, which finds good subsets and proves
+nothing: `lower` is 0.
 
     symbol  variable  shape          meaning
     A       A         (r, n, n)      inverse over the candidates of each level's node
@@ -36,18 +36,23 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from obc.solver.elimination_cpu import compiled
-from pruning_vs_quantization.proof import TIE, Found, Limits, Reals, in_slices
-from pruning_vs_quantization.pruning_problem import PruningProblem, unit_diagonal
+from pruning_vs_quantization.proof import (
+    EPS,
+    TIE,
+    Integers,
+    ProvenSolution,
+    Reals,
+    SearchLimits,
+    compiled,
+    run_in_slices,
+)
+from pruning_vs_quantization.pruning_bounds import PruningProblem, unit_diagonal
 
 SINGULAR = 1e10
-EPS = float(np.finfo(np.float64).eps)
-Integers = npt.NDArray[np.int64]
 
 
-class Path(NamedTuple):
+class SubsetPath(NamedTuple):
     """The nodes from the root to where the search is; changed in place."""
 
     A: Reals  # (r, n, n)
@@ -58,45 +63,44 @@ class Path(NamedTuple):
     next: Integers  # (r,) the child to visit next
     loss: Reals  # (r,) of what is removed so far
     removed: Integers  # (r,) by each level
-    best: Integers  # (r,) removed by the best leaf; −1: none found
+    best: Integers  # (r,) removed by the best leaf; −1: there is none
     threshold: Reals  # (1,) nodes of this loss or more are cut off
     level: Integers  # (1,)
 
 
-def best_subset(problem: PruningProblem, start: Reals, limits: Limits) -> Found:
+def best_subset(problem: PruningProblem, start: Reals, limits: SearchLimits) -> ProvenSolution:
     """The weights of least error with `keep` nonzeros, or the best until a limit was reached.
 
     `start` are any weights with so many nonzeros; the better they are, the shorter the search.
     """
     live = np.flatnonzero(problem.live())
-    remove = len(live) - problem.keep
-    if remove <= 0:
-        return Found(problem.refitted(problem.live()), 0.0, 0.0, True, 0, 0.0)
+    if len(live) <= problem.keep:
+        return ProvenSolution(problem.refitted(problem.live()), 0.0, 0.0)
     error, solution = problem.error(start), start
-    path, condition = start_of(problem, live, remove, error)
-    finished, nodes, seconds = in_slices(lambda budget: advance(path, budget), limits)
+    path, condition = subset_root(problem, live, error)
+    finished, nodes, seconds = run_in_slices(lambda count: search_subsets(path, count), limits)
     if path.best[0] >= 0:
-        kept = problem.live()
-        kept[live[path.best]] = False
-        weights = problem.refitted(kept)
+        keep = problem.live()
+        keep[live[path.best]] = False
+        weights = problem.refitted(keep)
         if problem.error(weights) < error:
             error, solution = problem.error(weights), weights
     least = float(path.threshold[0])
     if not finished:
-        least = min(least, open_loss(path))
+        least = min(least, least_open_loss(path))
     certain = 1 - 8 * len(live) * EPS * condition if condition <= SINGULAR else 0.0
-    return Found(solution, error, min(least * certain, error), finished, nodes, seconds)
+    lower = min(least * certain, error)
+    return ProvenSolution(solution, error, lower, finished, nodes, seconds)
 
 
-def start_of(
+def subset_root(
     problem: PruningProblem,
     live: Integers,  # (n,) columns that are not dead
-    remove: int,
     error: float,  # of the best known weights
-) -> tuple[Path, float]:  # and the condition number of G, scaled
+) -> tuple[SubsetPath, float]:  # and the condition number of G, scaled
     """The path at the root."""
-    G, n = problem.G[np.ix_(live, live)], len(live)
-    G, scale = unit_diagonal(G)
+    n, remove = len(live), len(live) - problem.keep
+    G, scale = unit_diagonal(problem.G[np.ix_(live, live)])
     w = problem.w[live] * scale
     eigenvalues = np.linalg.eigvalsh(G)
     smallest = eigenvalues[-1] / SINGULAR
@@ -104,7 +108,7 @@ def start_of(
     ridge = max(0.0, smallest - float(eigenvalues[0]))
     A = np.linalg.inv(G + ridge * np.eye(n))
     levels = np.zeros(remove, dtype=np.int64)
-    path = Path(
+    path = SubsetPath(
         A=np.empty((remove, n, n)),
         w=np.empty((remove, n)),
         cost=np.empty((remove, n)),
@@ -128,7 +132,7 @@ def start_of(
 
 
 @compiled
-def advance(path: Path, budget: int) -> tuple[bool, int]:
+def search_subsets(path: SubsetPath, budget: int) -> tuple[bool, int]:
     """Visit up to `budget` nodes; whether the search is finished, and the nodes visited."""
     remove, level = len(path.loss), path.level[0]
     for visited in range(budget):
@@ -146,7 +150,7 @@ def advance(path: Path, budget: int) -> tuple[bool, int]:
             child = path.next[level]
             path.next[level] += 1
             if path.cost[level, child] < threshold:
-                remove_one(path, level, child)
+                remove_candidate(path, level, child)
                 level += 1
         if level < 0:
             return True, visited + 1
@@ -155,16 +159,20 @@ def advance(path: Path, budget: int) -> tuple[bool, int]:
 
 
 @compiled
-def remove_one(path: Path, level: int, child: int) -> None:
+def remove_candidate(path: SubsetPath, level: int, child: int) -> None:
     """Make the node below `level` that removes candidate `child` and keeps those before it."""
     A, w, first = path.A[level], path.w[level], child + 1
     m = path.candidates[level] - first
-    refitted, cost = np.empty(m), np.empty(m)
+    refitted, cost, order = np.empty(m), np.empty(m), np.empty(m, dtype=np.int64)
     for i in range(m):
         share = A[first + i, child] / A[child, child]
         refitted[i] = w[first + i] - share * w[child]
         cost[i] = refitted[i] ** 2 / (A[first + i, first + i] - share * A[first + i, child])
-    order = falling(cost)
+        place = i  # falling cost, by insertion: there are few
+        while place > 0 and cost[order[place - 1]] < cost[i]:
+            order[place] = order[place - 1]
+            place -= 1
+        order[place] = i
     below = level + 1
     for i in range(m):
         row = first + order[i]
@@ -182,20 +190,7 @@ def remove_one(path: Path, level: int, child: int) -> None:
 
 
 @compiled
-def falling(cost: Reals) -> Integers:  # (m,) -> (m,)
-    """The order of falling cost, by insertion: there are few."""
-    order = np.empty(len(cost), dtype=np.int64)
-    for i in range(len(cost)):
-        place = i
-        while place > 0 and cost[order[place - 1]] < cost[i]:
-            order[place] = order[place - 1]
-            place -= 1
-        order[place] = i
-    return order
-
-
-@compiled
-def open_loss(path: Path) -> float:
+def least_open_loss(path: SubsetPath) -> float:
     """The least bound of the nodes that have not been visited."""
     least, remove = np.inf, len(path.loss)
     for level in range(path.level[0] + 1):
