@@ -20,33 +20,21 @@ from tqdm import tqdm
 
 from obc.solver.errors import UserError
 from obc.toolkit import cli
-from pruning_vs_quantization import plots, study_files
-from pruning_vs_quantization.expected_error import (
-    TAIL,
-    Density,
-    Gaussian,
-    Laplace,
-    StudentT,
-    Uniform,
-    advantage_db,
-    best_quantisation,
-    break_even,
-    integer_codes,
-    pruning_sqnr_db,
-    round_to_grid,
-    sparsity_of,
-    sqnr_db,
-)
+from pruning_vs_quantization import expected_error, plots, study_files
+from pruning_vs_quantization.expected_error import TAIL, Density, StudentT
 
 CURVE_DEGREES = np.geomspace(30, 1.2, 25).tolist()  # of freedom: light tails to heavy ones
 
 
 def compared_densities(tail: float) -> dict[str, Density]:
     """The rows of the table."""
-    student = {
-        f"Student-t, ν = {degrees:g}": StudentT.with_tail(degrees, tail) for degrees in (3.0, 1.5)
+    return {
+        "uniform": expected_error.Uniform(),
+        "Gaussian": expected_error.Gaussian(),
+        "Laplace": expected_error.Laplace(),
+        "Student-t, ν = 3": StudentT.with_tail(3.0, tail),
+        "Student-t, ν = 1.5": StudentT.with_tail(1.5, tail),
     }
-    return {"uniform": Uniform(), "Gaussian": Gaussian(), "Laplace": Laplace()} | student
 
 
 def density_figures(density: Density, bits: list[int], balanced: bool) -> dict[str, Any]:
@@ -54,10 +42,12 @@ def density_figures(density: Density, bits: list[int], balanced: bool) -> dict[s
     figures: dict[str, Any] = {"kurtosis": density.kurtosis, "bits": {}}
     power = density.moment(2)
     for width in bits:
-        grid = best_quantisation(density, integer_codes(width, balanced))
+        grid = expected_error.best_quantisation(
+            density, expected_error.integer_codes(width, balanced)
+        )
         figures["bits"][str(width)] = {
-            "quant_sqnr": sqnr_db(power, grid.error),
-            "pruning_sqnr": pruning_sqnr_db(density, width),
+            "quant_sqnr": expected_error.sqnr_db(power, grid.error),
+            "pruning_sqnr": expected_error.pruning_sqnr_db(density, width),
             "step": grid.step / math.sqrt(power),
             "clipping_share": grid.clipping / grid.error,
         }
@@ -70,11 +60,13 @@ def kurtosis_figures(bits: list[int], balanced: bool, tail: float) -> dict[str, 
     kurtoses = [density.kurtosis for density in curve]
     figures: dict[str, Any] = {}
     for width in tqdm(bits, desc="kurtosis", leave=False, disable=None):
-        gains = [advantage_db(density, width, balanced) for density in curve]
+        gains = [expected_error.advantage_db(density, width, balanced) for density in curve]
         figures[str(width)] = {"kurtosis": kurtoses, "advantage_db": gains, "crossing": None}
         lost = next((i for i, gain in enumerate(gains) if gain <= 0), 0)
         if lost > 0:
-            even = break_even(width, *CURVE_DEGREES[lost - 1 : lost + 1], tail, balanced)
+            even = expected_error.break_even(
+                width, *CURVE_DEGREES[lost - 1 : lost + 1], tail, balanced
+            )
             figures[str(width)] |= {"crossing": even.kurtosis, "crossing_degrees": even.degrees}
     return figures
 
@@ -90,11 +82,13 @@ def largest_disagreement_db(
         power = float(np.square(values).sum())
         for width, expected in figures["densities"][name]["bits"].items():
             step = expected["step"] * math.sqrt(density.moment(2))
-            quantised = round_to_grid(values, step, integer_codes(int(width), balanced))
-            pruned = round(len(values) * sparsity_of(int(width)))
+            quantised = expected_error.round_to_grid(
+                values, step, expected_error.integer_codes(int(width), balanced)
+            )
+            pruned = round(len(values) * expected_error.sparsity_of(int(width)))
             smallest = np.partition(abs(values), pruned)[:pruned]
             for errors, method in ((values - quantised, "quant_sqnr"), (smallest, "pruning_sqnr")):
-                sampled = sqnr_db(power, float(np.square(errors).sum()))
+                sampled = expected_error.sqnr_db(power, float(np.square(errors).sum()))
                 largest = max(largest, abs(sampled - expected[method]))
     return largest
 

@@ -40,24 +40,11 @@ from tqdm import tqdm
 from modelutils import evaluating
 from obc.solver.hessian import Gram
 from obc.toolkit.calibrate import watching
+from pruning_vs_quantization import pruning_bounds, quantisation_bounds
 from pruning_vs_quantization.expected_error import Histogram, best_step, integer_codes, sparsity_of
 from pruning_vs_quantization.proof import PROVEN, ProvenSolution, Reals, SearchLimits
-from pruning_vs_quantization.pruning_bounds import (
-    PruningProblem,
-    exact_obs,
-    magnitude,
-    magnitude_least_squares,
-    relax_subset,
-)
-from pruning_vs_quantization.pruning_search import best_subset
-from pruning_vs_quantization.quantisation_bounds import (
-    QuantisationProblem,
-    babai,
-    descend,
-    obq,
-    randomised_rounding,
-    relax_codes,
-)
+from pruning_vs_quantization.pruning_bounds import PruningProblem
+from pruning_vs_quantization.quantisation_bounds import QuantisationProblem
 from pruning_vs_quantization.quantisation_search import closest
 
 RANGES = ("MSE", "minmax")
@@ -67,14 +54,14 @@ ROUNDING = 1e-12  # of the signal: errors are not known more precisely
 
 QUANTISERS: Mapping[str, Callable[[QuantisationProblem], Reals]] = {
     "nearest": QuantisationProblem.nearest,
-    "gptq": babai,
-    "gptq_act_order": lambda problem: babai(problem, falling=True),
-    "obq": obq,
+    "gptq": quantisation_bounds.babai,
+    "gptq_act_order": lambda problem: quantisation_bounds.babai(problem, falling=True),
+    "obq": quantisation_bounds.obq,
 }
 PRUNERS: Mapping[str, Callable[[PruningProblem], Reals]] = {
-    "magnitude": magnitude,
-    "magnitude_least_squares": magnitude_least_squares,
-    "exact_obs": exact_obs,
+    "magnitude": pruning_bounds.magnitude,
+    "magnitude_least_squares": pruning_bounds.magnitude_least_squares,
+    "exact_obs": pruning_bounds.exact_obs,
 }
 
 
@@ -294,11 +281,11 @@ def quantised(
     problem = QuantisationProblem.of(G, w, step, int(codes[0]), int(codes[-1]))
     solutions = {name: solve(problem) for name, solve in QUANTISERS.items()}
     record = SubproblemRecord.of_heuristics(problem, float(w @ G @ w), solutions)
-    best = descend(problem, np.stack(list(solutions.values())))
+    best = quantisation_bounds.descend(problem, np.stack(list(solutions.values())))
     record.improve(problem.error(best), best)
     if method != "exact":
-        relaxation = relax_codes(problem)
-        drawn = randomised_rounding(problem, relaxation, SAMPLES, generator)
+        relaxation = quantisation_bounds.relax_codes(problem)
+        drawn = quantisation_bounds.randomised_rounding(problem, relaxation, SAMPLES, generator)
         error = problem.error(drawn)
         record.add_relaxation(relaxation.lower, "randomised_rounding", error, drawn)
     if method != "sdp":
@@ -313,10 +300,10 @@ def pruned(G: Reals, w: Reals, bits: int, method: str, limits: SearchLimits) -> 
     record = SubproblemRecord.of_heuristics(problem, float(w @ problem.G @ w), solutions)
     record.ridge = problem.ridge
     if method != "exact":
-        relaxation = relax_subset(problem)
+        relaxation = pruning_bounds.relax_subset(problem)
         rounded = problem.refitted(problem.largest(relaxation.share))
         error = problem.error(rounded)
         record.add_relaxation(relaxation.lower, "relaxation_rounded", error, rounded)
     if method != "sdp":
-        record.add_search(best_subset(problem, np.array(record.solution), limits))
+        record.add_search(pruning_bounds.best_subset(problem, np.array(record.solution), limits))
     return record

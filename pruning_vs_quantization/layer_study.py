@@ -45,21 +45,9 @@ from obc.toolkit import cli
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.session import Session
-from pruning_vs_quantization import plots, study_files
+from pruning_vs_quantization import layer_problem, plots, study_files
 from pruning_vs_quantization.expected_error import sparsity_percent, sqnr_db
-from pruning_vs_quantization.layer_problem import (
-    METHODS,
-    RANGES,
-    Chunk,
-    Subproblem,
-    SubproblemRecord,
-    grid_steps,
-    pruned,
-    quantised,
-    rows_and_chunks,
-    second_moments,
-    subproblems,
-)
+from pruning_vs_quantization.layer_problem import Chunk, Subproblem, SubproblemRecord
 from pruning_vs_quantization.proof import Reals, SearchLimits
 
 MOST_UNKNOWNS = 256
@@ -112,7 +100,7 @@ class LayerSettings:
     def places(self, layer: nn.Module) -> list[tuple[int, Chunk]]:
         """Which rows and chunks of a layer are studied."""
         chunks = self.num_chunks or layer.weight[0].numel()
-        return rows_and_chunks(layer, self.opt_dim, self.num_output_channels, chunks)
+        return layer_problem.rows_and_chunks(layer, self.opt_dim, self.num_output_channels, chunks)
 
     def solver(
         self, kind: str, layer: nn.Module, bits: int
@@ -120,15 +108,17 @@ class LayerSettings:
         """All quantisers on the layer's grid, or all pruners, at the size of so many bits."""
         limits = SearchLimits(self.time_limit, self.node_limit or math.inf)
         if kind == "pruning":
-            return lambda sub: pruned(sub.G, sub.w, bits, self.method, limits)
+            return lambda sub: layer_problem.pruned(sub.G, sub.w, bits, self.method, limits)
         method = self.range_search_method
-        steps = grid_steps(layer.weight, bits, self.balanced, self.per_channel, method)
+        steps = layer_problem.grid_steps(
+            layer.weight, bits, self.balanced, self.per_channel, method
+        )
 
         def solve(sub: Subproblem) -> SubproblemRecord:
             seed = [self.calibration_seed, bits, sub.row, sub.chunk.start]
             generator, step = np.random.default_rng(seed), float(steps[sub.row])
             grid = (step, bits, self.balanced)
-            return quantised(sub.G, sub.w, *grid, self.method, limits, generator)
+            return layer_problem.quantised(sub.G, sub.w, *grid, self.method, limits, generator)
 
         return solve
 
@@ -147,7 +137,7 @@ def layer_figures(
 ) -> dict[str, Any]:
     """Every subproblem of a layer at a bit width, and their summary."""
     solve, records, silent = settings.solver(kind, layer, bits), [], 0
-    every = subproblems(layer, settings.places(layer), moments)
+    every = layer_problem.subproblems(layer, settings.places(layer), moments)
     for sub in tqdm(every, desc=f"{name}, {bits} bits", leave=False, disable=None):
         if not sub.signal > 0:
             silent += 1
@@ -315,7 +305,7 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
         if name in pending
     }
     images = session.calibration() if chunks else ()
-    moments = second_moments(session.model, chunks, images, session.device)
+    moments = layer_problem.second_moments(session.model, chunks, images, session.device)
     cli.print_result(table_head(kind))
     for (name, bits), done in figures.items():
         if done is None:
@@ -365,10 +355,10 @@ def settle_options(args: argparse.Namespace) -> None:
 
 def range_method(text: str) -> str:
     """argparse type: one of RANGES, however it is spelled."""
-    for known in RANGES:
+    for known in layer_problem.RANGES:
         if text.replace("_", "").replace("-", "").lower() == known.lower():
             return known
-    raise argparse.ArgumentTypeError(f"must be {' or '.join(RANGES)}; got {text}")
+    raise argparse.ArgumentTypeError(f"must be {' or '.join(layer_problem.RANGES)}; got {text}")
 
 
 def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -406,7 +396,7 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     group.set_defaults(bits=[8, 4, 3, 2])
     add("--n-bits", metavar="B", type=positive, help="the same as --bits B")
     ranges, text = (
-        "|".join(RANGES),
+        "|".join(layer_problem.RANGES),
         "range of the grid: of least squared error, or up to the largest weight",
     )
     add("--range-search-method", type=range_method, metavar=ranges, default="MSE", help=text)
@@ -421,7 +411,7 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
 
     add = parser.add_argument_group("solvers").add_argument
     text = "certified semidefinite bound, exact search, or both"
-    add("--method", choices=METHODS, default="both", help=text)
+    add("--method", choices=layer_problem.METHODS, default="both", help=text)
     text = "seconds for the search of a subproblem; after that its result is [proven bound, best]"
     add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
     add("--node-limit", metavar="N", type=positive, help="the same in nodes")

@@ -1,6 +1,6 @@
 """What a search over the solutions of a subproblem returns: its best solution and a proof.
 
-Both searches of the study (`quantisation_search.py`, `pruning_search.py`) walk a tree depth first.
+Both searches of the study (`quantisation_search.py`, `pruning_bounds.py`) walk a tree depth first.
 A node stands for all solutions that agree with the decisions made so far, and has a bound: none of
 them has a smaller error. Nodes whose bound is not below the best known error are cut off. Once no
 node is left, the best solution is optimal; if time runs out first, the least bound of the nodes not

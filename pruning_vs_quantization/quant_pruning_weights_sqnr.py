@@ -66,15 +66,8 @@ from obc.solver.errors import UserError, log
 from obc.toolkit import cli, records
 from obc.toolkit.fingerprints import bytes_hash
 from obc.toolkit.leveldb import model_tag
-from pruning_vs_quantization import study_files
-from pruning_vs_quantization.expected_error import (
-    DENSE_BITS,
-    Histogram,
-    best_step,
-    integer_codes,
-    round_to_grid,
-    sqnr_db,
-)
+from pruning_vs_quantization import expected_error, study_files
+from pruning_vs_quantization.expected_error import DENSE_BITS, Histogram
 
 COLUMNS = ("model", "bits", "tensors", "quantising", "pruning", "corrected", "pruning better in")
 NO_ERROR = 1e-28  # × the power of the weights: rounding errors of float64 where there is no error
@@ -92,10 +85,12 @@ def tensor_figures(
     Values that JSON cannot hold are None; `reason` then says why.
     """
     values, counts, size = histogram.values, histogram.counts, histogram.size
-    codes, power = integer_codes(bits, balanced), histogram.moment(2)
+    codes, power = expected_error.integer_codes(bits, balanced), histogram.moment(2)
     quantised = 0 * values
     if power > 0:
-        quantised = round_to_grid(values, best_step(histogram, codes), codes)
+        quantised = expected_error.round_to_grid(
+            values, expected_error.best_step(histogram, codes), codes
+        )
     zeros = int(counts[quantised == 0].sum())
     errors = [
         float(counts @ (values - quantised) ** 2) / size,
@@ -103,7 +98,10 @@ def tensor_figures(
         histogram.pruned_error((size - zeros) * bits // DENSE_BITS),
     ]
     errors = [error if error > NO_ERROR * power else 0.0 for error in errors]
-    (quant, pruning, corrected), decibels = errors, [sqnr_db(power, error) for error in errors]
+    (quant, pruning, corrected), decibels = (
+        errors,
+        [expected_error.sqnr_db(power, error) for error in errors],
+    )
     figures = {
         "sample_kurtosis": histogram.kurtosis,
         "quant_sqnr": decibels[0],
@@ -339,7 +337,7 @@ def run(args: argparse.Namespace) -> None:
             log_coverage(name, model)
             results.write(name, settings[name], figures)
         else:
-            log.info("%s: already done", name)
+            log.info("%s: done already", name)
         for row in results.rows(name, bits):
             cli.print_result(study_files.markdown_row(row))
     if len(skipped) == len(models):

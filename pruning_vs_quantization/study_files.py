@@ -79,7 +79,7 @@ def finished(
         return None
     earlier, figures = read_result(path)
     check_same_settings(path, earlier, settings)
-    log.info("%s: already done", path)
+    log.info("%s: done already", path)
     return figures
 
 

@@ -17,14 +17,11 @@ from hypothesis import strategies as st
 from scipy.optimize import lsq_linear
 from torch import nn
 
-from pruning_vs_quantization import lattice
 from pruning_vs_quantization import quantisation_bounds as bounds
-from pruning_vs_quantization.box import box_minimum
-from pruning_vs_quantization.layer_methods import QUANTISERS, quantised
-from pruning_vs_quantization.proof import Limits, Reals
-from pruning_vs_quantization.quantisation_heuristics import babai, descend, obq
-from pruning_vs_quantization.quantisation_problem import QuantisationProblem
-from pruning_vs_quantization.quantisation_search import closest
+from pruning_vs_quantization.layer_problem import QUANTISERS, quantised
+from pruning_vs_quantization.proof import Reals, SearchLimits
+from pruning_vs_quantization.quantisation_bounds import QuantisationProblem, babai, descend, obq
+from pruning_vs_quantization.quantisation_search import closest, search_coordinates
 from quant import Grid
 from trueobs import TrueOBS
 
@@ -76,7 +73,7 @@ def test_the_search_finds_what_enumeration_finds(kind, bits, n):
     for seed in range(3):
         problem = problem_of(kind, bits, n, seed)
         least, size = all_errors(problem).min(), np.trace(problem.G)
-        found = closest(problem, problem.nearest(), Limits())
+        found = closest(problem, problem.nearest(), SearchLimits())
         assert found.finished and in_box(problem, found.solution)
         assert found.error == pytest.approx(problem.error(found.solution), abs=1e-12 * size)
         assert found.error == pytest.approx(least, rel=1e-6, abs=1e-9 * size)
@@ -90,7 +87,7 @@ def test_the_search_is_right_wherever_the_box_is(spread):
     for seed in range(4):
         problem = problem_of("correlated", 2, 8, seed, spread)
         start = np.full(8, float(problem.low))
-        found = closest(problem, start, Limits())
+        found = closest(problem, start, SearchLimits())
         assert found.proven
         assert found.error == pytest.approx(all_errors(problem).min(), rel=1e-9)
 
@@ -101,7 +98,7 @@ def test_a_search_that_stops_early_says_what_it_has_proved(kind, nodes):
     stopped = 0
     for seed in range(4):
         problem = problem_of(kind, 2, 8, seed)
-        found = closest(problem, problem.nearest(), Limits(nodes=nodes))
+        found = closest(problem, problem.nearest(), SearchLimits(nodes=nodes))
         least = all_errors(problem).min()
         assert found.nodes <= nodes and in_box(problem, found.solution)
         assert found.lower <= least * (1 + 1e-12) <= found.error * (1 + 1e-9)
@@ -112,7 +109,7 @@ def test_a_search_that_stops_early_says_what_it_has_proved(kind, nodes):
 
 def test_time_runs_out_as_well():
     problem = problem_of("singular", 8, 40, 0)  # 20 directions that cost nothing: hopeless
-    found = closest(problem, problem.nearest(), Limits(seconds=0.05))
+    found = closest(problem, problem.nearest(), SearchLimits(seconds=0.05))
     assert not found.finished and found.seconds < 5
     assert 0 <= found.lower <= found.error
 
@@ -120,16 +117,16 @@ def test_time_runs_out_as_well():
 def test_directions_that_cost_nothing_end_at_the_box():
     for seed in range(3):  # 8 of 16 directions; costs alone end after 10^8 nodes or never
         problem = problem_of("singular", 2, 16, seed)
-        found = closest(problem, problem.nearest(), Limits(nodes=3_000_000))
+        found = closest(problem, problem.nearest(), SearchLimits(nodes=3_000_000))
         assert found.finished and in_box(problem, found.solution)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_layer_without_live_inputs_needs_no_search(n):
     problem = QuantisationProblem.of(np.zeros((n, n)), np.ones(n), 0.3, -2, 1)
-    found = closest(problem, problem.nearest(), Limits())
+    found = closest(problem, problem.nearest(), SearchLimits())
     assert found.proven and found.error == 0
-    relaxation = bounds.relax(problem)
+    relaxation = bounds.relax_codes(problem)
     assert relaxation.lower == 0
     drawn = bounds.randomised_rounding(problem, relaxation, 2, np.random.default_rng(0))
     assert in_box(problem, drawn)
@@ -139,8 +136,10 @@ def test_a_layer_without_live_inputs_needs_no_search(n):
 def test_one_unknown_is_rounded_and_its_relaxation_is_tight(t):
     problem = QuantisationProblem(np.array([[2.0]]), np.array([t]), -2, 1)
     least = 2 * min((z - t) ** 2 for z in (-2, -1, 0, 1))
-    assert closest(problem, np.array([-2.0]), Limits()).error == pytest.approx(least, rel=1e-9)
-    assert bounds.relax(problem).lower == pytest.approx(least, rel=1e-4, abs=1e-6)
+    assert closest(problem, np.array([-2.0]), SearchLimits()).error == pytest.approx(
+        least, rel=1e-9
+    )
+    assert bounds.relax_codes(problem).lower == pytest.approx(least, rel=1e-4, abs=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -150,7 +149,7 @@ def test_bounds_and_solutions_stand_in_order_at_any_size(seed, kind, bits):
     n = (1, 4, 11)[seed % 3]
     G, w = second_moment(kind, n, rng), rng.standard_normal(n) + 1e-3
     step = float(np.abs(w).max()) / 2 ** (bits - 1) * rng.uniform(0.3, 1.5)
-    record = quantised(G, w, step, bits, bool(seed % 2), "both", Limits(nodes=2000), rng)
+    record = quantised(G, w, step, bits, bool(seed % 2), "both", SearchLimits(nodes=2000), rng)
     slack = 1e-9 * record.error + 1e-12 * np.trace(G) * float(w @ w)
     assert 0 <= record.relaxation <= record.error + slack
     assert record.lower <= record.error
@@ -195,7 +194,7 @@ def value_by_scs(problem: QuantisationProblem) -> float:
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_relaxation_is_that_of_another_solver(kind, bits, n, seed):
     problem = problem_of(kind, bits, n, seed)
-    relaxation = bounds.relax(problem)
+    relaxation = bounds.relax_codes(problem)
     assert relaxation.value == pytest.approx(value_by_scs(problem), rel=1e-4)
     assert relaxation.value * (1 - 1e-4) <= relaxation.lower <= relaxation.value * (1 + 1e-6)
 
@@ -204,7 +203,7 @@ def test_the_relaxation_is_that_of_another_solver(kind, bits, n, seed):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_certified_bound_is_below_everything(kind, bits, n):
     problem = problem_of(kind, bits, n, seed=3)
-    relaxation = bounds.relax(problem)
+    relaxation = bounds.relax_codes(problem)
     least, size = all_errors(problem).min(), np.trace(problem.G)
     assert 0 <= relaxation.lower <= least * (1 + 1e-12) + 1e-14 * size
     if kind in ("plain", "correlated"):
@@ -220,7 +219,7 @@ def test_no_multipliers_make_the_bound_wrong(seed, kind):
     origin = np.clip(np.floor(problem.t), problem.low, problem.high - 1)
     size = np.trace(problem.G) * 10.0 ** rng.uniform(-4, 1)
     cuts, box = size * rng.standard_normal((n, 3)), size * rng.standard_normal(n)
-    lower = bounds.certified_bound(
+    lower = bounds.quantisation_certificate(
         problem.G, problem.t - origin, problem.low - origin, problem.high - origin, cuts, box
     )
     assert 0 <= lower <= all_errors(problem).min() * (1 + 1e-12) + 1e-14 * np.trace(problem.G)
@@ -232,9 +231,9 @@ def test_a_solver_that_fails_leaves_a_bound_that_holds(monkeypatch):
     def fail(*args, **options):
         raise cp.SolverError("gave up")
 
-    bounds.relax(problem)
-    monkeypatch.setattr(bounds._program(6).problem, "solve", fail)
-    relaxation = bounds.relax(problem)
+    bounds.relax_codes(problem)
+    monkeypatch.setattr(bounds.code_program(6)[0], "solve", fail)
+    relaxation = bounds.relax_codes(problem)
     assert 0 <= relaxation.lower <= all_errors(problem).min()
     drawn = bounds.randomised_rounding(problem, relaxation, 5, np.random.default_rng(0))
     assert in_box(problem, drawn)
@@ -293,7 +292,7 @@ def test_the_continuous_optimum_is_scipys(spread):
         root = np.linalg.cholesky(problem.G).T
         limits = (problem.low, problem.high)
         expected = lsq_linear(root, root @ problem.t, limits, tol=1e-14, method="bvls").x
-        assert problem.error(box_minimum(problem)) == pytest.approx(
+        assert problem.error(problem.box_minimum()) == pytest.approx(
             problem.error(expected), rel=1e-7, abs=1e-9
         )
 
@@ -303,7 +302,7 @@ def test_the_coordinates_of_the_search_are_integer_reduced_and_triangular(held):
     rng = np.random.default_rng(held)
     G = second_moment("ill-conditioned", 9, rng) + 1e-9 * np.eye(9)
     flags = np.arange(9) < held
-    U, R = lattice.coordinates(G, flags)
+    U, R = search_coordinates(G, flags)
     assert (U == np.rint(U)).all() and abs(np.linalg.det(U)) == pytest.approx(1)
     assert np.allclose(R, np.triu(R)) and (np.diagonal(R) > 0).all()
     np.testing.assert_allclose(R.T @ R, U.T @ G @ U, rtol=1e-7, atol=1e-9 * np.abs(G).max())
