@@ -7,7 +7,7 @@ is one result file,
 
     <out>/<model>_<layer>_<b>_bits_<quantisation|pruning>.json
         subproblems   a record each (layer_problem.SubproblemRecord), with row and columns
-        summary       of the layer (`summary`)
+        summary       of the layer (`layer_summary`)
 
 and is skipped if it exists. SQNRs are those of the chunks together: 10·log₁₀ of the sum of the
 signals over the sum of the errors, so that sums of proven bounds bound the whole:
@@ -149,7 +149,7 @@ def layer_figures(
     if silent:
         skipped = "%s: %d of %d chunks skipped, their output is always zero"
         log.info(skipped, name, silent, len(every))
-    figures = {"kind": kind, "layer": name, "bits": bits, "summary": summary(records, kind)}
+    figures = {"kind": kind, "layer": name, "bits": bits, "summary": layer_summary(records, kind)}
     return figures | {"silent": silent, "subproblems": records}
 
 
@@ -167,7 +167,7 @@ def solver_line(name: str, bits: int, record: Mapping[str, Any]) -> str:
     return line + ("" if record["proven"] else ", not proven optimal")
 
 
-def summary(records: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
+def layer_summary(records: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
     """SQNRs in dB of all chunks together, and how far from optimal the toolkit's answers are."""
     if not records:
         return None
@@ -193,7 +193,7 @@ def summary(records: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
     }
 
 
-def table_head(kind: str) -> str:
+def layer_table_head(kind: str) -> str:
     """The head of the Markdown table; SQNRs and gaps in dB."""
     *_, own = names = HEURISTICS[kind].values()
     gaps = [f"{own} below optimum: mean", "worst"]
@@ -202,7 +202,7 @@ def table_head(kind: str) -> str:
     )
 
 
-def table_row(figures: Mapping[str, Any]) -> str:
+def layer_row(figures: Mapping[str, Any]) -> str:
     """A layer at a bit width."""
     layer, names = figures["summary"], HEURISTICS[figures["kind"]]
     start = f"| {figures['layer']} | {figures['bits']} |"
@@ -210,12 +210,12 @@ def table_row(figures: Mapping[str, Any]) -> str:
         return f"{start} no output" + " |" * (len(names) + 5)
     unproven = "≥ " if layer["proven"] < layer["subproblems"] else ""
     sqnrs = [*(layer["sqnr"][name] for name in names), layer["sqnr_best"], layer["sqnr_limit"]]
-    gaps = [unproven + decibels(layer[key]) for key in ("own_gap_mean", "own_gap_worst")]
-    cells = [f"{layer['proven']} of {layer['subproblems']}", *map(decibels, sqnrs), *gaps]
+    gaps = [unproven + decibel_text(layer[key]) for key in ("own_gap_mean", "own_gap_worst")]
+    cells = [f"{layer['proven']} of {layer['subproblems']}", *map(decibel_text, sqnrs), *gaps]
     return f"{start} {' | '.join(cells)} |"
 
 
-def decibels(value: float | None) -> str:
+def decibel_text(value: float | None) -> str:
     """`4.13`; JSON has null for infinity."""
     return "∞" if value is None or value == math.inf else f"{value:.2f}"
 
@@ -306,13 +306,13 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     }
     images = session.calibration() if chunks else ()
     moments = layer_problem.second_moments(session.model, chunks, images, session.device)
-    cli.print_result(table_head(kind))
+    cli.print_result(layer_table_head(kind))
     for (name, bits), done in figures.items():
         if done is None:
             layer = (name, layers[name], bits, moments[name])
             done = layer_figures(kind, settings, *layer, args.verbose_solvers)
             study_files.write_result(*work[name, bits], done)
-        cli.print_result(table_row(done))
+        cli.print_result(layer_row(done))
     draw_layers(args.out, model_tag(args.model), args.model, list(find_layers(session.model)))
 
 
@@ -363,11 +363,8 @@ def range_method(text: str) -> str:
 
 def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argparse.ArgumentParser:
     """The options of both commands, which are the same."""
-    parser, positive, natural = (
-        cli.Parser(prog=prog, description=text),
-        cli.positive_int,
-        cli.nonnegative_int,
-    )
+    parser = cli.Parser(prog=prog, description=text)
+    positive, natural = cli.positive_int, cli.nonnegative_int
     text = "the question; there is one"
     parser.add_argument("command", nargs="?", choices=commands, default=commands[0], help=text)
 
@@ -395,11 +392,9 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     study_files.add_grid_options(group)
     group.set_defaults(bits=[8, 4, 3, 2])
     add("--n-bits", metavar="B", type=positive, help="the same as --bits B")
-    ranges, text = (
-        "|".join(layer_problem.RANGES),
-        "range of the grid: of least squared error, or up to the largest weight",
-    )
-    add("--range-search-method", type=range_method, metavar=ranges, default="MSE", help=text)
+    text = "range of the grid: of least squared error, or up to the largest weight"
+    ranges = {"type": range_method, "metavar": "MSE|minmax", "default": "MSE"}
+    add("--range-search-method", **ranges, help=text)
     text = "a grid for each output channel (default: one for the layer)"
     add("--per-channel", action="store_true", help=text)
     text = "output channels of each layer, evenly spread"

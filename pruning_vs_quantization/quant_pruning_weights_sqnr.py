@@ -88,31 +88,20 @@ def tensor_figures(
     codes, power = expected_error.integer_codes(bits, balanced), histogram.moment(2)
     quantised = 0 * values
     if power > 0:
-        quantised = expected_error.round_to_grid(
-            values, expected_error.best_step(histogram, codes), codes
-        )
+        step = expected_error.best_step(histogram, codes)
+        quantised = expected_error.round_to_grid(values, step, codes)
     zeros = int(counts[quantised == 0].sum())
-    errors = [
-        float(counts @ (values - quantised) ** 2) / size,
-        histogram.pruned_error(size * bits // DENSE_BITS),
-        histogram.pruned_error((size - zeros) * bits // DENSE_BITS),
-    ]
-    errors = [error if error > NO_ERROR * power else 0.0 for error in errors]
-    (quant, pruning, corrected), decibels = (
-        errors,
-        [expected_error.sqnr_db(power, error) for error in errors],
-    )
-    figures = {
-        "sample_kurtosis": histogram.kurtosis,
-        "quant_sqnr": decibels[0],
-        "quant_mse": quant,
-        "quant_sparsity": zeros / size,
-        "pruning_sqnr": decibels[1],
-        "pruning_mse": pruning,
-        "pruning_sqnr_corrected": decibels[2],
-        "pruning_mse_corrected": corrected,
-    }
-    reasons = []
+    figures, reasons = {"sample_kurtosis": histogram.kurtosis}, []
+    for method, suffix, error in (
+        ("quant", "", float(counts @ (values - quantised) ** 2) / size),
+        ("pruning", "", histogram.pruned_error(size * bits // DENSE_BITS)),
+        ("pruning", "_corrected", histogram.pruned_error((size - zeros) * bits // DENSE_BITS)),
+    ):
+        mse = error if error > NO_ERROR * power else 0.0
+        figures[f"{method}_sqnr{suffix}"] = expected_error.sqnr_db(power, mse)
+        figures[f"{method}_mse{suffix}"] = mse
+        if method == "quant":
+            figures["quant_sparsity"] = zeros / size
     for name, value in figures.items():
         if not math.isfinite(value):
             figures[name] = None

@@ -258,14 +258,14 @@ def reduced_basis(
             rest -= mu[k, i] ** 2 * length[i]
             i += 1
         if i < k:  # move row k up to where it is shorter than the row there, and go on from there
-            move_row(B, k, i)
-            move_row(U, k, i)
+            raise_row(B, k, i)
+            raise_row(U, k, i)
         k = i if i < k else k + 1
     return U
 
 
 @compiled
-def move_row(rows: Reals, k: int, i: int) -> None:
+def raise_row(rows: Reals, k: int, i: int) -> None:
     """Move row k up to place i."""
     moved = rows[k].copy()
     rows[i + 1 : k + 1] = rows[i:k].copy()

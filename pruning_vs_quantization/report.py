@@ -40,7 +40,7 @@ from obc.toolkit.leveldb import model_tag
 from pruning_vs_quantization import expected_sqnr, plot_weights_sqnr, plots, study_files
 from pruning_vs_quantization.expected_error import sparsity_percent
 from pruning_vs_quantization.fine_tuning_table import PRUNED, QUANTISED, Result, markdown
-from pruning_vs_quantization.layer_study import decibels
+from pruning_vs_quantization.layer_study import decibel_text
 from pruning_vs_quantization.study_files import TextTable, signed
 
 QUESTION = (
@@ -264,12 +264,12 @@ def layers_table(pairs: dict[tuple[str, int], LayerPair]) -> TextTable:
     """A row per layer and bit width; `best … limit` where the two differ."""
 
     def interval(summary: dict[str, Any]) -> str:
-        ends = [decibels(summary[key]) for key in ("sqnr_best", "sqnr_limit")]
+        ends = [decibel_text(summary[key]) for key in ("sqnr_best", "sqnr_limit")]
         return " … ".join(dict.fromkeys(ends))
 
     def own_gap(summary: dict[str, Any]) -> str:
         more = "≥ " if summary["proven"] < summary["subproblems"] else ""
-        return more + decibels(summary["own_gap_mean"])
+        return more + decibel_text(summary["own_gap_mean"])
 
     rows = []
     for (layer, bits), pair in pairs.items():

@@ -50,7 +50,7 @@ def write_weights(folder: Path, model: str, bits: int, pairs: list[tuple]) -> No
 
 
 def write_outputs(folder: Path, layer: str, bits: int, quantised: tuple, pruned: tuple) -> None:
-    """Each of (signal, own error, best error, bound), as layer_study.py itself sums them up."""
+    """Each of (signal, own error, best error, bound), as layer_study.py sums them up."""
     for kind, own, (signal, error, best, bound) in (
         ("quantisation", "obq", quantised),
         ("pruning", "exact_obs", pruned),
@@ -67,7 +67,7 @@ def write_outputs(folder: Path, layer: str, bits: int, quantised: tuple, pruned:
             "kind": kind,
             "layer": layer,
             "bits": bits,
-            "summary": layer_study.summary([record], kind),
+            "summary": layer_study.layer_summary([record], kind),
         }
         path = folder / "layer_outputs" / f"rn8_{layer}_{bits}_bits_{kind}.json"
         write_result(path, {"model": "rn8", "dataset": "digits"}, figures)
