@@ -198,7 +198,7 @@ def layer_table_head(kind: str) -> str:
     *_, own = names = HEURISTICS[kind].values()
     gaps = [f"{own} below optimum: mean", "worst"]
     return study_files.markdown_head(
-        ["layer", "bits", "proven optimal", *names, "best found", "limit", *gaps]
+        ["layer", "bits", "proven optimal", *names, "best known", "limit", *gaps]
     )
 
 
@@ -365,7 +365,7 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     """The options of both commands, which are the same."""
     parser = cli.Parser(prog=prog, description=text)
     positive, natural = cli.positive_int, cli.nonnegative_int
-    text = "the question; there is one"
+    text = "the question (there is only one)"
     parser.add_argument("command", nargs="?", choices=commands, default=commands[0], help=text)
 
     add = parser.add_argument_group("network and images").add_argument

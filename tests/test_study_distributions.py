@@ -56,23 +56,23 @@ def case(request):
 def test_half_moments_equal_quadrature(case, order):
     density, pdf, _ = case
     for x in (0.03, 0.7, 1.0):
-        wanted = integrate.quad(lambda t: t**order * pdf(t), 0, x, epsabs=1e-13)[0]
-        assert density.half_moment(order, np.float64(x)) == pytest.approx(wanted, rel=1e-10)
+        expected = integrate.quad(lambda t: t**order * pdf(t), 0, x, epsabs=1e-13)[0]
+        assert density.half_moment(order, np.float64(x)) == pytest.approx(expected, rel=1e-10)
 
 
 def test_primitives_are_those_of_an_even_density(case):
     density, pdf, end = case
     for low, high in ((-0.9, 0.4), (-0.5, -0.2), (-np.inf, 0.3), (0.2, np.inf)):
         for order in (0, 1, 2):
-            found = density.primitive(order, high) - density.primitive(order, low)
-            wanted = integrate.quad(
+            result = density.primitive(order, high) - density.primitive(order, low)
+            expected = integrate.quad(
                 lambda t, k=order: t**k * pdf(t),
                 max(low, -end),
                 min(high, end),
                 points=[0],
                 limit=300,
             )[0]
-            assert found == pytest.approx(wanted, abs=1e-8)
+            assert result == pytest.approx(expected, abs=1e-8)
 
 
 def test_known_kurtoses():
@@ -117,10 +117,10 @@ def test_quantisation_error_equals_quadrature(case, balanced):
     density, pdf, end = case
     codes = integer_codes(3, balanced)
     for step in (0.05, 0.31, 1.4):
-        found = quantisation_error(density, step, codes)
-        wanted = error_by_quadrature(pdf, end, step, codes)
-        assert found.error == pytest.approx(wanted, rel=1e-6, abs=1e-9)
-        assert found.rounding >= 0 and found.clipping >= -1e-12
+        result = quantisation_error(density, step, codes)
+        expected = error_by_quadrature(pdf, end, step, codes)
+        assert result.error == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert result.rounding >= 0 and result.clipping >= -1e-12
 
 
 def test_nothing_is_clipped_by_a_wide_grid_nor_rounded_much_by_a_narrow_one():
@@ -173,8 +173,8 @@ def test_pruning_error_equals_quadrature(case):
     density, pdf, _ = case
     for sparsity in (0.25, 0.5, 0.875):
         t = density.magnitude_quantile(sparsity)
-        wanted = 2 * integrate.quad(lambda x: x**2 * pdf(x), 0, t)[0]
-        assert pruning_error(density, sparsity) == pytest.approx(wanted, rel=1e-9)
+        expected = 2 * integrate.quad(lambda x: x**2 * pdf(x), 0, t)[0]
+        assert pruning_error(density, sparsity) == pytest.approx(expected, rel=1e-9)
 
 
 def test_decibels():
@@ -218,8 +218,8 @@ def test_ten_million_numbers_agree(name):
         magnitudes = abs(values)
         threshold = np.quantile(magnitudes[::97], sparsity_of(bits))
         power, lost = np.mean(values**2), np.mean(np.where(magnitudes < threshold, values, 0) ** 2)
-        found = sqnr_db(power, np.mean((values - quantised) ** 2))
-        assert quantisation_sqnr_db(density, bits) == pytest.approx(found, abs=0.05)
+        result = sqnr_db(power, np.mean((values - quantised) ** 2))
+        assert quantisation_sqnr_db(density, bits) == pytest.approx(result, abs=0.05)
         assert pruning_sqnr_db(density, bits) == pytest.approx(sqnr_db(power, lost), abs=0.05)
 
 

@@ -1,7 +1,7 @@
-"""Quantising in a box: bounds, search and heuristics against all codes there are, and against SCS.
+"""Quantising in a box: bounds, search and heuristics, against all possible codes and against SCS.
 
-The oracle is exhaustive enumeration; the relaxation's is cvxpy with another solver, in coordinates
-of its own. Compiling the searches takes most of the time here.
+The oracle is exhaustive enumeration; the relaxation's is cvxpy with another solver, in other
+coordinates. Compiling the searches takes most of the time here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = ("plain", "correlated", "ill-conditioned", "singular", "copies", "dead i
 
 
 def second_moment(kind: str, n: int, rng: np.random.Generator) -> Reals:  # (n, n)
-    """Inputs as layers have them, and as they should not be."""
+    """Inputs as in real layers, and degenerate ones."""
     X = rng.standard_normal((200, n))
     if kind == "correlated":  # a large common part, rectified
         X = np.maximum(X + 2 * rng.standard_normal((200, 1)) + 1, 0)
@@ -73,13 +73,13 @@ def test_the_search_finds_what_enumeration_finds(kind, bits, n):
     for seed in range(3):
         problem = problem_of(kind, bits, n, seed)
         least, size = all_errors(problem).min(), np.trace(problem.G)
-        found = closest(problem, problem.nearest(), SearchLimits())
-        assert found.finished and in_box(problem, found.solution)
-        assert found.error == pytest.approx(problem.error(found.solution), abs=1e-12 * size)
-        assert found.error == pytest.approx(least, rel=1e-6, abs=1e-9 * size)
-        assert found.lower <= least * (1 + 1e-12) + 1e-14 * size
+        result = closest(problem, problem.nearest(), SearchLimits())
+        assert result.finished and in_box(problem, result.solution)
+        assert result.error == pytest.approx(problem.error(result.solution), abs=1e-12 * size)
+        assert result.error == pytest.approx(least, rel=1e-6, abs=1e-9 * size)
+        assert result.lower <= least * (1 + 1e-12) + 1e-14 * size
         if kind not in ("singular", "copies", "ill-conditioned"):
-            assert found.proven
+            assert result.proven
 
 
 @pytest.mark.parametrize("spread", [0.05, 3.0])  # all near zero; most far outside of the box
@@ -87,9 +87,9 @@ def test_the_search_is_right_wherever_the_box_is(spread):
     for seed in range(4):
         problem = problem_of("correlated", 2, 8, seed, spread)
         start = np.full(8, float(problem.low))
-        found = closest(problem, start, SearchLimits())
-        assert found.proven
-        assert found.error == pytest.approx(all_errors(problem).min(), rel=1e-9)
+        result = closest(problem, start, SearchLimits())
+        assert result.proven
+        assert result.error == pytest.approx(all_errors(problem).min(), rel=1e-9)
 
 
 @pytest.mark.parametrize("nodes", [1, 7, 60, 500])
@@ -98,34 +98,34 @@ def test_a_search_that_stops_early_says_what_it_has_proved(kind, nodes):
     stopped = 0
     for seed in range(4):
         problem = problem_of(kind, 2, 8, seed)
-        found = closest(problem, problem.nearest(), SearchLimits(nodes=nodes))
+        result = closest(problem, problem.nearest(), SearchLimits(nodes=nodes))
         least = all_errors(problem).min()
-        assert found.nodes <= nodes and in_box(problem, found.solution)
-        assert found.lower <= least * (1 + 1e-12) <= found.error * (1 + 1e-9)
-        assert found.error <= problem.error(problem.nearest())
-        stopped += not found.finished
+        assert result.nodes <= nodes and in_box(problem, result.solution)
+        assert result.lower <= least * (1 + 1e-12) <= result.error * (1 + 1e-9)
+        assert result.error <= problem.error(problem.nearest())
+        stopped += not result.finished
     assert stopped or nodes == 500
 
 
 def test_time_runs_out_as_well():
     problem = problem_of("singular", 8, 40, 0)  # 20 directions that cost nothing: hopeless
-    found = closest(problem, problem.nearest(), SearchLimits(seconds=0.05))
-    assert not found.finished and found.seconds < 5
-    assert 0 <= found.lower <= found.error
+    result = closest(problem, problem.nearest(), SearchLimits(seconds=0.05))
+    assert not result.finished and result.seconds < 5
+    assert 0 <= result.lower <= result.error
 
 
 def test_directions_that_cost_nothing_end_at_the_box():
     for seed in range(3):  # 8 of 16 directions; costs alone end after 10^8 nodes or never
         problem = problem_of("singular", 2, 16, seed)
-        found = closest(problem, problem.nearest(), SearchLimits(nodes=3_000_000))
-        assert found.finished and in_box(problem, found.solution)
+        result = closest(problem, problem.nearest(), SearchLimits(nodes=3_000_000))
+        assert result.finished and in_box(problem, result.solution)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_layer_without_live_inputs_needs_no_search(n):
     problem = QuantisationProblem.of(np.zeros((n, n)), np.ones(n), 0.3, -2, 1)
-    found = closest(problem, problem.nearest(), SearchLimits())
-    assert found.proven and found.error == 0
+    result = closest(problem, problem.nearest(), SearchLimits())
+    assert result.proven and result.error == 0
     relaxation = bounds.relax_codes(problem)
     assert relaxation.lower == 0
     drawn = bounds.randomised_rounding(problem, relaxation, 2, np.random.default_rng(0))
@@ -163,9 +163,9 @@ def test_bounds_and_solutions_stand_in_order_at_any_size(seed, kind, bits):
 def value_by_scs(problem: QuantisationProblem) -> float:
     """The relaxation by another solver, in coordinates of its own: the box is [−1, 1]ⁿ.
 
-    SCS, a first-order method, is at the mercy of scaling. Unscaled and with its acceleration it
-    ends after a thousand steps or never, which of the two hangs on the processor's last bits; so
-    without, and with numbers about 1, where it takes 550 to 2,500 steps.
+    SCS, a first-order method, is sensitive to scaling. Unscaled and with its acceleration it ends
+    after a thousand steps or never, depending on the processor's last bits; so it runs without
+    acceleration and on numbers of about 1, where it takes 550 to 2,500 steps.
     """
     n, middle = len(problem.t), (problem.low + problem.high) / 2
     half = (problem.high - problem.low) / 2

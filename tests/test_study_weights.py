@@ -89,9 +89,9 @@ def as_fp16(weight: torch.Tensor) -> np.ndarray:
 def test_no_step_at_all_is_better(kind, bits, balanced):
     weight, codes = random_weights(kind, 60), integer_codes(bits, balanced)
     w = as_fp16(weight)
-    found = error_of(w, best_step(Histogram.of(weight), codes), codes)
-    wanted = least_error_of_any_step(w, codes)
-    assert found == pytest.approx(wanted, rel=2e-7, abs=1e-12 * float(w @ w))
+    result = error_of(w, best_step(Histogram.of(weight), codes), codes)
+    expected = least_error_of_any_step(w, codes)
+    assert result == pytest.approx(expected, rel=2e-7, abs=1e-12 * float(w @ w))
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,16 +103,16 @@ def test_no_step_at_all_is_better_for_few_weights(numbers, bits, balanced):
         with pytest.raises(ValueError, match="all values are zero"):
             best_step(Histogram.of(weight), codes)
         return
-    found = error_of(w, best_step(Histogram.of(weight), codes), codes)
-    assert found == pytest.approx(least_error_of_any_step(w, codes), rel=1e-6, abs=1e-10)
+    result = error_of(w, best_step(Histogram.of(weight), codes), codes)
+    assert result == pytest.approx(least_error_of_any_step(w, codes), rel=1e-6, abs=1e-10)
 
 
 def test_eight_bits_and_many_weights_against_many_steps():
     weight, codes = random_weights("heavy", 20000), integer_codes(8)
     w, step = as_fp16(weight), best_step(Histogram.of(weight), codes)
-    found = error_of(w, step, codes)
+    result = error_of(w, step, codes)
     others = np.concatenate([np.geomspace(0.1, 10, 300), np.linspace(0.98, 1.02, 300)]) * step
-    assert found <= min(error_of(w, other, codes) for other in others) * (1 + 2e-7)
+    assert result <= min(error_of(w, other, codes) for other in others) * (1 + 2e-7)
 
 
 def test_ten_million_weights_take_seconds():
@@ -162,7 +162,7 @@ def test_a_gpu_counts_alike():
 def test_figures_are_what_the_definitions_say(kind, bits):
     weight = random_weights(kind, 333)
     original = weight.clone()
-    w, found = as_fp16(weight), tensor_figures(Histogram.of(weight), bits)
+    w, result = as_fp16(weight), tensor_figures(Histogram.of(weight), bits)
     codes = integer_codes(bits)
     step = best_step(Histogram.of(weight), codes)
     quantised = step * np.clip(np.rint(w / step), codes[0], codes[-1])
@@ -174,7 +174,7 @@ def test_figures_are_what_the_definitions_say(kind, bits):
         return left
 
     zeros = int((quantised == 0).sum())
-    assert found["quant_sparsity"] == zeros / 333
+    assert result["quant_sparsity"] == zeros / 333
     results = {
         "quant": quantised,
         "pruning": pruned(333 * bits // 16),
@@ -185,10 +185,10 @@ def test_figures_are_what_the_definitions_say(kind, bits):
         power = np.mean(w**2)
         sqnr_db = 10 * np.log10(power / mse) if mse > 1e-28 * power else math.inf
         method, _, suffix = name.partition("_")
-        assert found[f"{method}_mse{suffix}"] == pytest.approx(mse, rel=1e-9, abs=1e-20)
-        sqnr = found[f"{method}_sqnr{suffix}"]
+        assert result[f"{method}_mse{suffix}"] == pytest.approx(mse, rel=1e-9, abs=1e-20)
+        sqnr = result[f"{method}_sqnr{suffix}"]
         assert (math.inf if sqnr is None else sqnr) == pytest.approx(sqnr_db, rel=1e-9)
-    assert found["pruning_mse_corrected"] >= found["pruning_mse"]
+    assert result["pruning_mse_corrected"] >= result["pruning_mse"]
     assert torch.equal(weight, original)
 
 
