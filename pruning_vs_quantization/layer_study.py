@@ -198,7 +198,7 @@ def layer_table_head(kind: str) -> str:
     *_, own = names = HEURISTICS[kind].values()
     gaps = [f"{own} below optimum: mean", "worst"]
     return study_files.markdown_head(
-        ["layer", "bits", "proven optimal", *names, "best known", "limit", *gaps]
+        ["layer", "bits", "proven optimal", *names, "best found", "limit", *gaps]
     )
 
 
