@@ -43,15 +43,16 @@ from datautils import calibration_batches, load_data
 from modelutils import find_layers, get_model
 from obc.inputs import files
 from obc.toolkit import cli, records
-from pruning_vs_quantization.layer_methods import pruned, quantised
 from pruning_vs_quantization.layer_problem import (
     Subproblem,
     grid_steps,
+    pruned,
+    quantised,
     rows_and_chunks,
     second_moments,
     subproblems,
 )
-from pruning_vs_quantization.proof import PROVEN, Limits
+from pruning_vs_quantization.proof import PROVEN, SearchLimits
 
 UNKNOWNS = 32
 NETWORKS = {"rn20": ("rn20_cifar10.pth", 32), "rn18": ("rn18_cifar10_64px.pth", 64)}  # pixels
@@ -101,7 +102,7 @@ def solved(
     method: str,  # both, or exact: without the relaxation
 ) -> dict[str, Any]:
     """Its record, checked."""
-    limits = Limits(args.time_limit)
+    limits = SearchLimits(args.time_limit)
     if kind == "pruning":
         record = pruned(sub.G, sub.w, bits, method, limits)
     else:

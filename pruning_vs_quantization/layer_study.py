@@ -1,31 +1,36 @@
-"""Layer by layer: the command of part 3 behind both of its scripts.
+"""Layer by layer: part 3 of the study, behind both post_training_*_acts_sqnr commands.
 
 Kuzmin et al. (arXiv 2307.02973), section 5.1: for real inputs of real layers, how well can b-bit
-weights do at all, and how well weights of sparsity 1 − b/16? Subproblems are those of
-layer_problem.py, one for each output channel and chunk of inputs that is looked at. A layer at a
-bit width is one result file,
+weights do at best, and how well weights of sparsity 1 − b/16? Subproblems are those of
+layer_problem.py, one for each selected output channel and chunk of inputs. A layer at a bit width
+is one result file,
 
     <out>/<model>_<layer>_<b>_bits_<quantisation|pruning>.json
-        subproblems   a record each (layer_methods.Record), with row and columns
-        summary       of the layer (`summary`)
+        subproblems   a record each (layer_problem.SubproblemRecord), with row and columns
+        summary       of the layer (`layer_summary`)
 
-and is skipped when it is there. SQNRs are those of the chunks together: 10·log₁₀ of the sum of the
+and is skipped if it exists. SQNRs are those of the chunks together: 10·log₁₀ of the sum of the
 signals over the sum of the errors, so that sums of proven bounds bound the whole:
 
-    sqnr_best = that of the best solutions found  ≤  the optimum's  ≤  sqnr_limit, of the bounds
+    sqnr_best = that of the best known solutions  ≤  the optimum's  ≤  sqnr_limit, of the bounds
 
 The gap of a heuristic is what an optimal solution would gain over it, in dB: at least
-error / best error, at most error / bound; with all subproblems proven the two are the same.
+error / best error, at most error / bound; if all subproblems are proven, the two are the same.
+
+The picture is Fig. 4 of the paper with both sides proven: for each layer an interval from the SQNR
+of the best known solutions to the limit that no solution can exceed, for quantising and for pruning
+at the same size, a panel per bit width. Where everything is proven optimal the two ends coincide.
+The toolkit's own answers are the small circles. It shows all results in the folder, of both
+studies.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,144 +43,140 @@ from obc.inputs import files
 from obc.solver.errors import UserError, log
 from obc.solver.layers import view
 from obc.toolkit import cli
+from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.session import Session, common_options
-from pruning_vs_quantization.expected_error import sqnr_db
-from pruning_vs_quantization.layer_methods import Record, pruned, quantised
-from pruning_vs_quantization.layer_options import settle
-from pruning_vs_quantization.layer_problem import (
-    Chunk,
-    Subproblem,
-    grid_steps,
-    rows_and_chunks,
-    second_moments,
-    subproblems,
-)
-from pruning_vs_quantization.layer_report import draw, header, table_row
-from pruning_vs_quantization.proof import Limits, Reals
-from pruning_vs_quantization.study_files import finished, write_result
+from pruning_vs_quantization import layer_problem, plots, study_files
+from pruning_vs_quantization.expected_error import sparsity_percent, sqnr_db
+from pruning_vs_quantization.layer_problem import Chunk, Subproblem, SubproblemRecord
+from pruning_vs_quantization.proof import Reals, SearchLimits
 
-Solver = Callable[[argparse.Namespace, nn.Module, int], Callable[[Subproblem], Record]]
+MOST_UNKNOWNS = 256
+INCHES_A_LAYER, INCHES_A_PANEL = 0.28, 2.3
+HEURISTICS = {  # by kind: name in the files → heading; the last one is the toolkit's own
+    "quantisation": {
+        "nearest": "nearest",
+        "gptq": "GPTQ",
+        "gptq_act_order": "GPTQ, act order",
+        "obq": "OBQ",
+    },
+    "pruning": {
+        "magnitude": "magnitude",
+        "magnitude_least_squares": "magnitude + LS",
+        "exact_obs": "ExactOBS",
+    },
+}
+STYLES = {  # by kind: colour, marker, shift from the layer's place
+    "quantisation": (plots.QUANTISATION_COLOUR, "s", -0.12),
+    "pruning": (plots.PRUNING_COLOUR, "D", 0.12),
+}
 
 
 @dataclass(frozen=True)
-class Study:
-    """What the two scripts differ in."""
+class LayerSettings:
+    """Everything that a layer's figures depend on, apart from its name and the bit width."""
 
-    kind: str  # quantisation or pruning
-    own: str  # the toolkit's own heuristic
-    solver: Solver
-    settings: tuple[str, ...]  # options that only it hangs on
+    model: str
+    dataset: str
+    nsamples: int
+    opt_dim: int
+    num_output_channels: int
+    num_chunks: int
+    method: str
+    time_limit: float
+    node_limit: int | None
+    range_search_method: str
+    per_channel: bool
+    balanced: bool
+    image_size: int
+    calibration_seed: int
+    weights: str  # content hash
 
+    def as_json(self, kind: str) -> dict[str, Any]:
+        """For a result file; grids do not matter to pruning."""
+        grid = ("range_search_method", "per_channel", "balanced")
+        values = asdict(self).items()
+        return {name: x for name, x in values if kind == "quantisation" or name not in grid}
 
-# -- the two studies -------------------------------------------------------------------------------
+    def places(self, layer: nn.Module) -> list[tuple[int, Chunk]]:
+        """Which rows and chunks of a layer are studied."""
+        chunks = self.num_chunks or view(layer).columns
+        return layer_problem.rows_and_chunks(layer, self.opt_dim, self.num_output_channels, chunks)
 
-
-def quantiser(
-    args: argparse.Namespace, layer: nn.Module, bits: int
-) -> Callable[[Subproblem], Record]:
-    """All quantisers, on the layer's grid."""
-    steps = grid_steps(
-        layer.weight, bits, args.balanced, args.per_channel, args.range_search_method
-    )
-
-    def solve(sub: Subproblem) -> Record:
-        seed = [args.seed, bits, sub.row, sub.chunk.start]
-        return quantised(
-            sub.G,
-            sub.w,
-            float(steps[sub.row]),
-            bits,
-            args.balanced,
-            args.method,
-            limits_of(args),
-            np.random.default_rng(seed),
+    def solver(
+        self, kind: str, layer: nn.Module, bits: int
+    ) -> Callable[[Subproblem], SubproblemRecord]:
+        """All quantisers on the layer's grid, or all pruners, at the size of so many bits."""
+        limits = SearchLimits(self.time_limit, self.node_limit or math.inf)
+        if kind == "pruning":
+            return lambda sub: layer_problem.pruned(sub.G, sub.w, bits, self.method, limits)
+        method = self.range_search_method
+        steps = layer_problem.grid_steps(
+            layer.weight, bits, self.balanced, self.per_channel, method
         )
 
-    return solve
+        def solve(sub: Subproblem) -> SubproblemRecord:
+            seed = [self.calibration_seed, bits, sub.row, sub.chunk.start]
+            generator, step = np.random.default_rng(seed), float(steps[sub.row])
+            grid = (step, bits, self.balanced)
+            return layer_problem.quantised(sub.G, sub.w, *grid, self.method, limits, generator)
 
-
-def pruner(args: argparse.Namespace, layer: nn.Module, bits: int) -> Callable[[Subproblem], Record]:
-    """All pruners, at the size of so many bits."""
-    return lambda sub: pruned(sub.G, sub.w, bits, args.method, limits_of(args))
-
-
-QUANTISATION = Study(
-    "quantisation", "obq", quantiser, ("range_search_method", "per_channel", "balanced")
-)
-PRUNING = Study("pruning", "exact_obs", pruner, ())
-
-
-def limits_of(args: argparse.Namespace) -> Limits:
-    return Limits(args.time_limit, args.node_limit or math.inf)
+        return solve
 
 
 # -- a layer ---------------------------------------------------------------------------------------
 
 
 def layer_figures(
-    study: Study,
-    args: argparse.Namespace,
+    kind: str,
+    settings: LayerSettings,
     name: str,
     layer: nn.Module,
     bits: int,
     moments: Mapping[Chunk, Reals],
+    verbose: bool = False,  # log a line for each subproblem
 ) -> dict[str, Any]:
     """Every subproblem of a layer at a bit width, and their summary."""
-    solve, records, silent = study.solver(args, layer, bits), [], 0
-    parts = subproblems(layer, wanted_parts(layer, args), moments)
-    for sub in tqdm(parts, desc=f"{name}, {bits} bits", leave=False, disable=None):
+    solve, records, silent = settings.solver(kind, layer, bits), [], 0
+    every = layer_problem.subproblems(layer, settings.places(layer), moments)
+    for sub in tqdm(every, desc=f"{name}, {bits} bits", leave=False, disable=None):
         if not sub.signal > 0:
             silent += 1
             continue
-        record = solve(sub)
-        where = {"row": sub.row, "start": sub.chunk.start, "stop": sub.chunk.stop}
-        records.append(where | record.as_json())
-        if args.verbose_solvers:
+        place = {"row": sub.row, "start": sub.chunk.start, "stop": sub.chunk.stop}
+        records.append(place | solve(sub).as_json())
+        if verbose:
             log.info("%s", solver_line(name, bits, records[-1]))
     if silent:
-        log.info(
-            "%s: %d of %d chunks left out, their output is always zero", name, silent, len(parts)
-        )
-    return {
-        "kind": study.kind,
-        "layer": name,
-        "bits": bits,
-        "summary": summary(records, study.own),
-        "silent": silent,
-        "subproblems": records,
-    }
-
-
-def wanted_parts(layer: nn.Module, args: argparse.Namespace) -> list[tuple[int, Chunk]]:
-    return rows_and_chunks(
-        layer, args.opt_dim, args.num_output_channels, args.num_chunks or view(layer).columns
-    )
+        skipped = "%s: %d of %d chunks skipped, their output is always zero"
+        log.info(skipped, name, silent, len(every))
+    figures = {"kind": kind, "layer": name, "bits": bits, "summary": layer_summary(records, kind)}
+    return figures | {"silent": silent, "subproblems": records}
 
 
 def solver_line(name: str, bits: int, record: Mapping[str, Any]) -> str:
     """One subproblem's solvers on one line."""
-    relaxation = record["relaxation"]
-    parts = [
-        f"{name}, {bits} bits, channel {record['row']}, inputs {record['start']}–{record['stop']}:",
-        f"error {record['error']:.6g}, proven above {record['lower']:.6g}",
-    ]
-    if relaxation is not None:
-        parts.append(f"(relaxation {relaxation:.6g})")
+    inputs = f"inputs {record['start']}–{record['stop']}"
+    line = (
+        f"{name}, {bits} bits, channel {record['row']}, {inputs}: "
+        f"error {record['error']:.6g}, proven above {record['lower']:.6g}"
+    )
+    if record["relaxation"] is not None:
+        line += f" (relaxation {record['relaxation']:.6g})"
     if record["nodes"]:
-        parts.append(f"{record['nodes']} nodes in {record['seconds']:.3f} s")
-    return " ".join(parts) + ("" if record["proven"] else ", not proven optimal")
+        line += f" {record['nodes']} nodes in {record['seconds']:.3f} s"
+    return line + ("" if record["proven"] else ", not proven optimal")
 
 
-def summary(records: list[dict[str, Any]], own: str) -> dict[str, Any] | None:
+def layer_summary(records: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
     """SQNRs in dB of all chunks together, and how far from optimal the toolkit's answers are."""
     if not records:
         return None
-    signal = sum(record["signal"] for record in records)
-    best, bound = (sum(record[key] for record in records) for key in ("error", "lower"))
-    errors = {
-        name: sum(record["errors"][name] for record in records) for name in records[0]["errors"]
-    }
+    signal, best, bound = (
+        sum(record[key] for record in records) for key in ("signal", "error", "lower")
+    )
+    names, own = records[0]["errors"], list(HEURISTICS[kind])[-1]
+    errors = {name: sum(record["errors"][name] for record in records) for name in names}
     gaps = [sqnr_db(record["errors"][own], record["error"]) for record in records]
     gaps = [0.0 if math.isnan(gap) else gap for gap in gaps]  # both without error
     seconds = [record["seconds"] for record in records]
@@ -193,85 +194,224 @@ def summary(records: list[dict[str, Any]], own: str) -> dict[str, Any] | None:
     }
 
 
+def layer_table_head(kind: str) -> str:
+    """The head of the Markdown table; SQNRs and gaps in dB."""
+    *_, own = names = HEURISTICS[kind].values()
+    gaps = [f"{own} below optimum: mean", "worst"]
+    return study_files.markdown_head(
+        ["layer", "bits", "proven optimal", *names, "best found", "limit", *gaps]
+    )
+
+
+def layer_row(figures: Mapping[str, Any]) -> str:
+    """A layer at a bit width."""
+    layer, names = figures["summary"], HEURISTICS[figures["kind"]]
+    start = f"| {figures['layer']} | {figures['bits']} |"
+    if layer is None:
+        return f"{start} no output" + " |" * (len(names) + 5)
+    unproven = "≥ " if layer["proven"] < layer["subproblems"] else ""
+    sqnrs = [*(layer["sqnr"][name] for name in names), layer["sqnr_best"], layer["sqnr_limit"]]
+    gaps = [unproven + decibel_text(layer[key]) for key in ("own_gap_mean", "own_gap_worst")]
+    cells = [f"{layer['proven']} of {layer['subproblems']}", *map(decibel_text, sqnrs), *gaps]
+    return f"{start} {' | '.join(cells)} |"
+
+
+def decibel_text(value: float | None) -> str:
+    """`4.13`; JSON has null for infinity."""
+    return "∞" if value is None or value == math.inf else f"{value:.2f}"
+
+
+# -- the picture -----------------------------------------------------------------------------------
+
+
+def draw_layers(
+    folder: Path,
+    stem: str,  # of the result files and of the picture
+    model: str,
+    layers: list[str],  # of the model, in their order
+) -> None:
+    """Draw <stem>_layer_outputs.png and .pdf of all results in a folder."""
+    results: dict[int, dict[str, dict[str, Any]]] = {}  # bits → kind → layer → summary
+    for path in sorted(folder.glob(f"{stem}_*_bits_*.json")):
+        settings, figures = study_files.read_result(path)
+        if settings.get("model") == model and figures.get("summary"):
+            kinds = results.setdefault(figures["bits"], {kind: {} for kind in HEURISTICS})
+            kinds[figures["kind"]][figures["layer"]] = figures["summary"]
+    if not results:
+        return
+    drawn = {name for kinds in results.values() for every in kinds.values() for name in every}
+    places = {name: place for place, name in enumerate(name for name in layers if name in drawn)}
+    size = max(6.0, 1.5 + INCHES_A_LAYER * len(places)), 1.5 + INCHES_A_PANEL * len(results)
+    try:
+        figure, panels = plots.new_figure(len(results), 1, *size, sharex=True, squeeze=False)
+    except UserError as error:  # matplotlib is missing; the results are complete
+        log.warning("no picture: %s", error)
+        return
+    for axes, bits in zip(panels[:, 0], sorted(results, reverse=True), strict=True):
+        for kind, summaries in results[bits].items():
+            at_places = {places[name]: x for name, x in summaries.items() if name in places}
+            draw_intervals(axes, kind, dict(sorted(at_places.items())))
+        axes.set_ylabel("SQNR (dB)", fontsize=9)
+        axes.set_title(f"{bits} bits, {sparsity_percent(bits)} sparsity", fontsize=10)
+    panels[-1, 0].set_xticks(range(len(places)), places, rotation=90, fontsize=8)
+    panels[-1, 0].set_xlim(-0.7, len(places) - 0.3)  # a single layer stays in the middle
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
+    plots.save_figure(figure, folder / f"{stem}_layer_outputs")
+
+
+def draw_intervals(axes: Any, kind: str, summaries: Mapping[int, Mapping[str, Any]]) -> None:
+    """Intervals of one study, a little to the left or right of each layer's place."""
+    colour, marker, shift = STYLES[kind]
+    label = f"{kind}: best to proven limit"
+    for number, (place, layer) in enumerate(summaries.items()):
+        if layer["sqnr_best"] is None:  # no error at all
+            continue
+        x, own = place + shift, layer["sqnr"][layer["own"]]
+        labels = [label, HEURISTICS[kind][layer["own"]]] if number == 0 else [None, None]
+        look = {"color": colour, "label": labels[0]}
+        axes.plot(x, layer["sqnr_best"], marker, markersize=4.5, **look)
+        if layer["sqnr_limit"] is not None:
+            axes.vlines(x, layer["sqnr_best"], layer["sqnr_limit"], color=colour, linewidth=2)
+        if own is not None:
+            look = {"color": colour, "label": labels[1], "fillstyle": "none"}
+            axes.plot(x, own, "o", markersize=4, **look)
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
-def run(study: Study, args: argparse.Namespace) -> None:
+def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     """Every layer at every bit width that has no result yet; table and picture of all."""
-    settle(args)
+    settle_options(args)
     session = Session.of(common_options(args))
-    layers = chosen_layers(session.model, args)
-    common = settings(study, args, session)
-    work = [(name, bits) for name in layers for bits in args.bits]
-    figures = {each: _earlier(study, args, common, *each) for each in work}
+    layers = chosen_layers(session.model, args.model, args.layer_name or ())
+    names = list(LayerSettings.__annotations__)[:-3]
+    settings = LayerSettings(
+        *(getattr(args, name) for name in names),
+        image_size=session.data.image_size,
+        calibration_seed=args.seed,
+        weights=content_hash(session.model.state_dict()),
+    )
+    work, figures = {}, {}
+    for name, bits in ((name, bits) for name in layers for bits in args.bits):
+        path = args.out / f"{model_tag(args.model)}_{name}_{bits}_bits_{kind}.json"
+        work[name, bits] = path, settings.as_json(kind) | {"layer": name, "bits": bits}
+        files.check_writable(path)
+        figures[name, bits] = study_files.finished(*work[name, bits], args.restart)
     pending = {name for (name, _), done in figures.items() if done is None}
     chunks = {
-        name: [chunk for _, chunk in wanted_parts(layer, args)]
+        name: [chunk for _, chunk in settings.places(layer)]
         for name, layer in layers.items()
         if name in pending
     }
     images = session.calibration() if chunks else ()
-    moments = second_moments(session.model, chunks, images, session.device)
-    cli.print_result(header(study.kind))
-    for name, bits in work:
-        done = figures[name, bits]
+    moments = layer_problem.second_moments(session.model, chunks, images, session.device)
+    cli.print_result(layer_table_head(kind))
+    for (name, bits), done in figures.items():
         if done is None:
-            done = layer_figures(study, args, name, layers[name], bits, moments[name])
-            path = result_path(args, study, name, bits)
-            write_result(path, common | {"layer": name, "bits": bits}, done)
-        cli.print_result(table_row(done))
-    draw(args.out, model_tag(args.model), args.model, list(find_layers(session.model)))
+            layer = (name, layers[name], bits, moments[name])
+            done = layer_figures(kind, settings, *layer, args.verbose_solvers)
+            study_files.write_result(*work[name, bits], done)
+        cli.print_result(layer_row(done))
+    draw_layers(args.out, model_tag(args.model), args.model, list(find_layers(session.model)))
 
 
-def _earlier(
-    study: Study, args: argparse.Namespace, common: Mapping[str, Any], name: str, bits: int
-) -> dict[str, Any] | None:
-    path = result_path(args, study, name, bits)
-    files.check_writable(path)
-    return finished(path, {**common, "layer": name, "bits": bits}, args.restart)
-
-
-def result_path(args: argparse.Namespace, study: Study, name: str, bits: int) -> Path:
-    return args.out / f"{model_tag(args.model)}_{name}_{bits}_bits_{study.kind}.json"
-
-
-def settings(study: Study, args: argparse.Namespace, session: Session) -> dict[str, Any]:
-    """Everything that a layer's figures depend on."""
-    names = (
-        "model",
-        "dataset",
-        "nsamples",
-        "opt_dim",
-        "num_output_channels",
-        "num_chunks",
-        "method",
-        "time_limit",
-        "node_limit",
-        *study.settings,
-    )
-    chosen = {name: getattr(args, name) for name in names}
-    return chosen | {
-        "image_size": session.data.image_size,
-        "calibration_seed": args.seed,
-        "weights": fingerprint(session.model),
-    }
-
-
-def fingerprint(model: nn.Module) -> str:
-    """What tells one set of weights from another."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def chosen_layers(model: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The layers that --layer-name names, or all."""
+def chosen_layers(
+    model: nn.Module,
+    model_name: str,
+    names: list[str],  # none: all
+) -> dict[str, nn.Module]:
+    """Layers by name. Raises UserError for names that the model lacks."""
     layers = find_layers(model)
-    for name in args.layer_name or ():
+    for name in names:
         if name not in layers:
             close = difflib.get_close_matches(name, layers, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(layers)}"
-            raise UserError(f"--layer-name {name}: no such layer in {args.model}; {hint}")
-    return {name: layers[name] for name in dict.fromkeys(args.layer_name or layers)}
+            raise UserError(f"--layer-name {name}: no such layer in {model_name}; {hint}")
+    return {name: layers[name] for name in dict.fromkeys(names or layers)}
+
+
+def settle_options(args: argparse.Namespace) -> None:
+    """Merge options that mean the same; raise UserError where they contradict each other."""
+    if args.image_net_dir is not None:
+        if args.dataset not in (None, "imagenet") or args.datapath is not None:
+            raise UserError(
+                "--image-net-dir DIR is --dataset imagenet --datapath DIR; give one or the other"
+            )
+        args.datapath = args.image_net_dir
+    args.dataset = args.dataset or "imagenet"
+    if args.n_bits is not None:
+        lowest, highest = study_files.LOWEST_BITS, study_files.HIGHEST_BITS
+        if not lowest <= args.n_bits <= highest:
+            raise UserError(f"--n-bits must be from {lowest} to {highest}; got {args.n_bits}")
+        args.bits = [args.n_bits]
+    args.bits = list(dict.fromkeys(args.bits))
+    if args.opt_dim > MOST_UNKNOWNS:
+        raise UserError(
+            f"--opt-dim must be at most {MOST_UNKNOWNS}; got {args.opt_dim}. "
+            "Larger subproblems cannot be solved with a proof"
+        )
+
+
+def range_method(text: str) -> str:
+    """argparse type: one of RANGES, however it is spelled."""
+    for known in layer_problem.RANGES:
+        if text.replace("_", "").replace("-", "").lower() == known.lower():
+            return known
+    raise argparse.ArgumentTypeError(f"must be {' or '.join(layer_problem.RANGES)}; got {text}")
+
+
+def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argparse.ArgumentParser:
+    """The options of both commands, which are the same."""
+    parser = cli.Parser(prog=prog, description=text)
+    positive, natural = cli.positive_int, cli.nonnegative_int
+    text = "the question (there is only one)"
+    parser.add_argument("command", nargs="?", choices=commands, default=commands[0], help=text)
+
+    add = parser.add_argument_group("network and images").add_argument
+    text = "rn18, rn20, any torchvision classification model, or path/to/file.py:function"
+    add("--model-name", metavar="MODEL", dest="model", required=True, help=text)
+    add("--weights", metavar="FILE", help="dense weights (default: torchvision's, or the shipped)")
+    text = "imagenet, cifar10, digits or folder (default: imagenet)"
+    add("--dataset", metavar="DATASET", help=text)
+    add("--datapath", metavar="DIR", help="where the images are")
+    add("--image-net-dir", metavar="DIR", help="--dataset imagenet --datapath DIR")
+    text = "side of the network's input in pixels (default: that of the dataset)"
+    add("--image-size", metavar="N", type=positive, help=text)
+    add("--nsamples", metavar="N", type=positive, default=256, help="calibration images")
+    add("--batchsize", metavar="N", type=positive, default=32, help="images per batch")
+    text = "skip images that cannot be read, instead of refusing to start"
+    add("--skip-bad-images", action="store_true", help=text)
+    text = "processes that decode images (default: depends on the dataset)"
+    add("--workers", metavar="N", type=natural, help=text)
+
+    group = parser.add_argument_group("subproblems")
+    add = group.add_argument
+    text = "a layer; may be given several times (default: all)"
+    add("--layer-name", metavar="NAME", action="append", help=text)
+    study_files.add_grid_options(group)
+    group.set_defaults(bits=[8, 4, 3, 2])
+    add("--n-bits", metavar="B", type=positive, help="the same as --bits B")
+    text = "range of the grid: of least squared error, or up to the largest weight"
+    ranges = {"type": range_method, "metavar": "MSE|minmax", "default": "MSE"}
+    add("--range-search-method", **ranges, help=text)
+    text = "a grid for each output channel (default: one for the layer)"
+    add("--per-channel", action="store_true", help=text)
+    text = "output channels of each layer, evenly spread"
+    add("--num-output-channels", metavar="N", type=positive, default=8, help=text)
+    text = "unknowns of a subproblem: a row is cut into chunks of at most this many inputs"
+    add("--opt-dim", metavar="N", type=positive, default=32, help=text)
+    text = "chunks of each output channel, evenly spread; 0: all"
+    add("--num-chunks", metavar="N", type=natural, default=8, help=text)
+
+    add = parser.add_argument_group("solvers").add_argument
+    text = "certified semidefinite bound, exact search, or both"
+    add("--method", choices=layer_problem.METHODS, default="both", help=text)
+    text = "seconds for the search of a subproblem; after that its result is [proven bound, best]"
+    add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
+    add("--node-limit", metavar="N", type=positive, help="the same in nodes")
+    add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
+    study_files.add_study_options(parser, "layer_outputs")
+    parser.set_defaults(nrounds=None, noaug=True, memory=None)  # common options that are fixed here
+    return parser

@@ -3,7 +3,7 @@
     python -m pruning_vs_quantization.plot_weights_sqnr [FOLDER] [--corrected]
 
 Reads every <model>_<b>_bits_mse.json in FOLDER (`quant_pruning_weights_sqnr.py`, or any other with
-the same fields) and draws a colour per bit width with the diagonal on which both lose the same:
+the same fields) and draws a colour per bit width, with the diagonal on which both lose the same:
 above it quantisation wins. Dots without a finite value are counted, not drawn.
 """
 
@@ -24,9 +24,9 @@ Points = dict[int, list[tuple[float, float]]]  # bits → (pruning, quantisation
 
 
 def read_points(folder: Path, corrected: bool = False) -> tuple[Points, int]:
-    """The dots of all models in a folder, by falling bit width, and how many have no finite value.
+    """The dots of all models in a folder, from many bits to few, and how many are not finite.
 
-    Raises UserError for a folder without results, and for a file that is none.
+    Raises UserError for a folder without results, and for a file that is not one.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; run quant_pruning_weights_sqnr first")
@@ -34,17 +34,16 @@ def read_points(folder: Path, corrected: bool = False) -> tuple[Points, int]:
     points: Points = {}
     infinite = 0
     for path in sorted(folder.iterdir()):
-        named = FILE_NAME.fullmatch(path.name)
-        if named is None:
+        if (match := FILE_NAME.fullmatch(path.name)) is None:
             continue
-        of_width = points.setdefault(int(named["bits"]), [])
+        dots = points.setdefault(int(match["bits"]), [])
         for layer, figures in study_files.read_json(path).items():
             try:
                 x, y = figures[pruning], figures["quant_sqnr"]
             except (KeyError, TypeError):
                 raise UserError(f"{path}: {layer} has no {pruning} and quant_sqnr") from None
             if isinstance(x, int | float) and isinstance(y, int | float):
-                of_width.append((float(x), float(y)))
+                dots.append((float(x), float(y)))
             else:
                 infinite += 1
     if not any(points.values()):
@@ -52,39 +51,32 @@ def read_points(folder: Path, corrected: bool = False) -> tuple[Points, int]:
     return dict(sorted(points.items(), reverse=True)), infinite
 
 
-def pruning_wins(of_width: list[tuple[float, float]]) -> int:
-    """How many tensors pruning loses less on."""
-    return sum(pruning > quantisation for pruning, quantisation in of_width)
+def pruning_wins(dots: list[tuple[float, float]]) -> str:
+    """On how many tensors pruning loses less."""
+    return f"{sum(pruning > quantisation for pruning, quantisation in dots)} of {len(dots)}"
 
 
-def draw(points: Points, corrected: bool = False) -> Any:
+def draw_points(points: Points, corrected: bool = False) -> Any:
     """The picture; both axes have the same scale."""
     figure, axes = plots.new_figure(width=6.0, height=6.0)
-    count = sum(map(len, points.values()))
-    for bits, of_width in points.items():
-        label = f"{bits} bits: {pruning_wins(of_width)} of {len(of_width)}"
+    few = sum(map(len, points.values())) < 2000
+    for bits, dots in points.items():
         axes.plot(
-            [x for x, _ in of_width],
-            [y for _, y in of_width],
+            *zip(*dots, strict=True) if dots else ((), ()),
             plots.bit_marker(bits),
             color=plots.bit_colour(bits),
-            alpha=0.6 if count < 2000 else 0.3,
-            markersize=5 if count < 2000 else 3,
+            alpha=0.6 if few else 0.3,
+            markersize=5 if few else 3,
             markeredgewidth=0,
-            label=label,
+            label=f"{bits} bits: {pruning_wins(dots)}",
         )
-    highest = 1.04 * max(max(point) for of_width in points.values() for point in of_width)
+    highest = 1.04 * max(max(dot) for dots in points.values() for dot in dots)
     axes.plot([0, highest], [0, highest], color=plots.NEUTRAL_COLOUR, linewidth=0.8)
-    axes.set(
-        xlim=(0, highest),
-        ylim=(0, highest),
-        aspect="equal",
-        xlabel="SQNR of pruning" + (", zeros matched" if corrected else "") + " (dB)",
-        ylabel="SQNR of quantisation (dB)",
-    )
-    plots.draw_legend(
-        axes, "tensors on which\npruning is better", loc="lower right", markerscale=1.2
-    )
+    axes.set(xlim=(0, highest), ylim=(0, highest), aspect="equal")
+    axes.set_xlabel("SQNR of pruning" + (", zeros matched" if corrected else "") + " (dB)")
+    axes.set_ylabel("SQNR of quantisation (dB)")
+    title = "tensors on which\npruning is better"
+    plots.draw_legend(axes, title, loc="lower right", markerscale=1.2)
     return figure
 
 
@@ -93,34 +85,20 @@ def run(args: argparse.Namespace) -> None:
     if infinite:
         log.info("%d tensors without a finite SQNR are not drawn", infinite)
     name = "weights_sqnr_corrected" if args.corrected else "weights_sqnr"
-    plots.save_figure(draw(points, args.corrected), (args.out or args.folder) / name)
-    for bits, of_width in points.items():
-        cli.print_result(
-            f"{bits} bits: pruning better in {pruning_wins(of_width)} of {len(of_width)} tensors"
-        )
+    plots.save_figure(draw_points(points, args.corrected), (args.out or args.folder) / name)
+    for bits, dots in points.items():
+        cli.print_result(f"{bits} bits: pruning better in {pruning_wins(dots)} tensors")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="plot_weights_sqnr", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folder",
-        metavar="FOLDER",
-        nargs="?",
-        type=Path,
-        default=study_files.PLOTS_DATA / "weights_sqnr",
-        help="where the JSON files are",
-    )
-    parser.add_argument(
-        "--corrected",
-        action="store_true",
-        help="pruning with the zeros of the quantised tensor matched too",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="folder of weights_sqnr.png and .pdf (default: FOLDER)",
-    )
+    add, default = parser.add_argument, study_files.PLOTS_DATA / "weights_sqnr"
+    text = "where the JSON files are"
+    add("folder", metavar="FOLDER", nargs="?", type=Path, default=default, help=text)
+    text = "plot pruning with the zeros of the quantised tensor matched as well"
+    add("--corrected", action="store_true", help=text)
+    text = "folder of weights_sqnr.png and .pdf (default: FOLDER)"
+    add("--out", metavar="DIR", type=Path, help=text)
     return parser
 
 

@@ -1,13 +1,13 @@
-"""Pictures of the study: one restrained style, saved as PNG and PDF, whole or not at all.
+"""Pictures of the study in one restrained style, saved as PNG and PDF, whole or not at all.
 
     figure, axes = new_figure()
     axes.plot(…, color=bit_colour(4))
     axes.set(xlabel="pruning SQNR (dB)", ylabel="quantisation SQNR (dB)")
-    save_figure(figure, args.out / "weights_sqnr")          .png and .pdf
+    save_figure(figure, out / "weights_sqnr")               .png and .pdf
 
 Bit widths are an ordered quantity, so their colours are steps of an ordered map (viridis), which
-colour-blind readers and grey printers keep apart; markers say it once more. Figures are made
-without pyplot: no window, no global state.
+colour-blind readers and grey printers can tell apart; markers distinguish them as well. Figures are
+made without pyplot: no window, no global state.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obc.inputs import files
-from obc.solver import errors
-from obc.solver.errors import UserError
+from obc.solver.errors import UserError, log
 from pruning_vs_quantization.study_files import HIGHEST_BITS, LOWEST_BITS
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ DPI = 150
 
 
 def study_package(name: str) -> Any:
-    """A package that only the study needs, or a module of it; a UserError where it is missing."""
+    """A package that only the study needs, or a module of it; a UserError if it is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
@@ -60,7 +59,7 @@ def new_figure(
 
 
 def bit_colour(bits: int) -> tuple[float, float, float, float]:
-    """The colour of a bit width, red green blue alpha: dark for few, light for many."""
+    """The colour of a bit width, red green blue alpha: dark for few bits, light for many."""
     share = (bits - LOWEST_BITS) / (HIGHEST_BITS - LOWEST_BITS)
     return study_package("matplotlib").colormaps["viridis"](0.9 * min(max(share, 0.0), 1.0))
 
@@ -80,11 +79,11 @@ def save_figure(figure: Figure, stem: Path) -> None:
     for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
         with files.atomic_write(stem.with_name(f"{stem.name}.{kind}")) as file:
             figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
-    errors.log.info("picture: %s.png and .pdf", stem)
+    log.info("picture: %s.png and .pdf", stem)
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The picture as a PNG, for a page that holds it."""
+    """The picture as a PNG, for a page that embeds it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

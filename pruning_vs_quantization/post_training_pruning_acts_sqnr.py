@@ -3,36 +3,31 @@
     python -m pruning_vs_quantization.post_training_pruning_acts_sqnr prune-bounds-data-opt \\
         --model-name rn18 --layer-name layer1.0.conv1 --n-bits 4 --image-net-dir DIR
 
-At the size of b bits a share of b/16 of the weights is kept. For every output channel and chunk of
-inputs that is looked at: magnitude pruning with and without least squares, ExactOBS, and the best
-subset, or an interval that is proven to hold it. See `layer_study.py`. The options are those of
-`post_training_quant_acts_sqnr`; those about grids change nothing here.
+At the size of b bits a fraction of b/16 of the weights is kept. For every selected output channel
+and chunk of inputs: magnitude pruning with and without least squares, ExactOBS, and the best
+subset, or an interval that is proven to contain it. See `layer_study.py`. The options are those of
+`post_training_quant_acts_sqnr`; those about grids have no effect here.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 
 from obc.toolkit import cli
-from pruning_vs_quantization import layer_options
-from pruning_vs_quantization.layer_study import PRUNING
-from pruning_vs_quantization.layer_study import run as run_study
+from pruning_vs_quantization import layer_study
 
 COMMANDS = ("prune-bounds-data-opt", "pruning-bounds-data-opt", "quant-bounds-data-opt")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    return layer_options.build_parser(
-        "post_training_pruning_acts_sqnr", __doc__.splitlines()[0], COMMANDS
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    run_study(PRUNING, args)
+    text = __doc__.splitlines()[0]
+    return layer_study.layer_study_parser("post_training_pruning_acts_sqnr", text, COMMANDS)
 
 
 def main(argv: list[str] | None = None) -> int:
+    run = functools.partial(layer_study.run_layer_study, "pruning")
     return cli.command(build_parser, run, argv)
 
 

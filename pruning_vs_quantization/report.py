@@ -1,38 +1,453 @@
-"""One page of whatever has been run: is pruning or quantisation better, for the user's own model?
+"""One page of everything that has been run: is pruning or quantisation better, for your own model?
 
     python -m pruning_vs_quantization.report [FOLDER] [--model rn20]
 
-Gathers below FOLDER (plots_data) what the parts of the study have left (`report_sections.py`) and
-writes report.html, a page that holds its pictures and needs no network, and report.md
-(`report_page.py`).
+Gathers the results of the study's parts in FOLDER (plots_data) and writes report.html, a page that
+embeds its pictures and needs no network (`report.html.jinja`), and report.md. Each part gives, by
+bit width, a gap
+
+    quantisation − pruning at equal size      above 0: quantisation loses less
+
+in dB of SQNR or in points of accuracy:
+
+    densities       gap of a Gaussian's SQNR, dB                        expected_sqnr
+    weights         median over tensors of the gap of SQNR, dB          quant_pruning_weights_sqnr
+    layer outputs   median over layers of the best solutions' gap, dB   post_training_*_acts_sqnr
+    fine-tuning     gap of mean top-1, points                           main train-compressed, table
+
+The parts are ordered: the later, the closer to what a user wants, so the answer follows the last
+one that has been run, and says where others disagree. Gaps within EVEN favour neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import math
+import re
+import statistics
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modelutils import TORCHVISION_ALIASES
 from obc.inputs import files
-from obc.solver import errors
-from obc.solver.errors import UserError
+from obc.solver.errors import UserError, log
 from obc.toolkit import cli
-from pruning_vs_quantization import study_files
-from pruning_vs_quantization.report_page import (
-    COMMANDS,
-    Section,
-    answer,
-    html_page,
-    markdown_page,
-    markdown_table,
-    summary_table,
+from obc.toolkit.leveldb import model_tag
+from pruning_vs_quantization import expected_sqnr, plot_weights_sqnr, plots, study_files
+from pruning_vs_quantization.expected_error import sparsity_percent
+from pruning_vs_quantization.fine_tuning_table import PRUNED, QUANTISED, Result, markdown
+from pruning_vs_quantization.layer_study import decibel_text
+from pruning_vs_quantization.study_files import TextTable, signed
+
+QUESTION = (
+    "b-bit weights take the room of 16-bit weights of which a fraction of b/16 is kept. "
+    "Which of the two loses less?"
 )
-from pruning_vs_quantization.report_sections import gather
+LEGEND = "Quantisation − pruning: above 0, quantisation loses less."
+EVEN = {"dB": 0.1, "points": 0.3}  # points: the standard error of a difference on 10,000 images
+CLOSEST = 5  # tensors that are named
+LayerPair = tuple[dict[str, Any], dict[str, Any]]  # a layer's summaries, quantised and pruned
+
+
+@dataclass
+class Section:
+    """What one part says about one network."""
+
+    part: str  # of PARTS
+    subject: str  # the network, or a density
+    unit: str
+    gaps: dict[float, float]  # bits → quantisation − pruning
+    text: str
+    tables: list[TextTable] = field(default_factory=list)
+    pictures: list[tuple[str, bytes]] = field(default_factory=list)  # caption, PNG
+
+    @property
+    def title(self) -> str:
+        return f"{self.part.capitalize()}: {self.subject}"
+
+
+def is_model(name: str, requested: str | None) -> bool:
+    """Whether a result is of the requested model, or of any: rn18 is resnet18."""
+    full = TORCHVISION_ALIASES.get(name, name)
+    return requested is None or full == TORCHVISION_ALIASES.get(requested, requested)
+
+
+# -- the parts -------------------------------------------------------------------------------------
+
+
+def densities_section(folder: Path, model: str | None) -> Iterator[Section]:
+    """Part 1, which concerns no model."""
+    path = folder / "expected_sqnr" / "expected_sqnr.json"
+    if not path.exists():
+        return
+    settings, figures = study_files.read_result(path)
+    bits = settings["bits"]
+    gaussian = figures["densities"]["Gaussian"]["bits"].items()
+    crossings = [
+        f"{line['crossing']:.1f} at {width} bits"
+        for width, line in sorted(figures["kurtosis"].items())
+        if line["crossing"] is not None
+    ]
+    text = "Closed-form expected errors, each grid with its range of least error. "
+    if crossings:
+        text += "Heavy tails favour pruning: on truncated Student-t densities it starts to win at "
+        text += f"an excess kurtosis of {', '.join(crossings)}."
+    else:
+        text += "Pruning does not win at any of the kurtoses considered."
+    ahead = "How much quantisation is ahead, against kurtosis"
+    pictures = [
+        ("Expected SQNR of densities", plots.png_bytes(expected_sqnr.draw_sqnr(figures, bits))),
+        (ahead, plots.png_bytes(expected_sqnr.draw_kurtosis(figures, bits))),
+    ]
+    gaps = {int(width): x["quant_sqnr"] - x["pruning_sqnr"] for width, x in gaussian}
+    tables = [expected_sqnr.sqnr_table(figures, bits)]
+    yield Section("densities", "a Gaussian", "dB", gaps, text, tables, pictures)
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """A weight tensor at one bit width, with finite figures in dB."""
+
+    model: str
+    bits: int
+    layer: str
+    kurtosis: float  # excess
+    quantised: float
+    pruned: float
+
+    @property
+    def gap(self) -> float:
+        return self.quantised - self.pruned
+
+
+def tensor_results(folder: Path, model: str | None) -> Iterator[TensorResult]:
+    """All tensors with finite figures in a folder."""
+    for path in sorted(folder.glob("*_bits_mse.json")):
+        match = plot_weights_sqnr.FILE_NAME.fullmatch(path.name)
+        if match and is_model(match["model"], model and model_tag(model)):
+            for layer, x in study_files.read_json(path).items():
+                sqnrs = x["quant_sqnr"], x["pruning_sqnr"]
+                if None not in sqnrs:
+                    place = match["model"], int(match["bits"]), layer
+                    yield TensorResult(*place, x["sample_kurtosis"], *sqnrs)
+
+
+def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
+    """Part 2."""
+    results = list(tensor_results(folder / "weights_sqnr", model))
+    if not results:
+        return
+    models = sorted({tensor.model for tensor in results})
+    by_bits: dict[int, list[TensorResult]] = {}
+    for tensor in sorted(results, key=lambda tensor: -tensor.bits):
+        by_bits.setdefault(tensor.bits, []).append(tensor)
+    sizes = TextTable(
+        ["bits", "sparsity", "tensors"]
+        + ["quantising, median dB", "pruning, median dB", "pruning better in"],
+        [
+            [f"{bits}", sparsity_percent(bits), f"{len(tensors)}"]
+            + [f"{statistics.median(tensor.quantised for tensor in tensors):.2f}"]
+            + [f"{statistics.median(tensor.pruned for tensor in tensors):.2f}"]
+            + [f"{sum(tensor.gap < 0 for tensor in tensors)}"]
+            for bits, tensors in by_bits.items()
+        ],
+    )
+    closest = TextTable(
+        ["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"],
+        [
+            [x.model, x.layer, f"{x.bits}", f"{x.kurtosis:.1f}", signed(x.gap, "dB")]
+            for x in sorted(results, key=lambda tensor: tensor.gap)[:CLOSEST]
+        ],
+    )
+    points = {bits: [(x.pruned, x.quantised) for x in tensors] for bits, tensors in by_bits.items()}
+    caption = "A dot per tensor; above the diagonal quantisation loses less"
+    yield Section(
+        "weights",
+        models[0] if len(models) == 1 else f"{len(models)} models",
+        "dB",
+        {bits: statistics.median(x.gap for x in tensors) for bits, tensors in by_bits.items()},
+        f"Every Conv2d and Linear tensor of {', '.join(models)}, rounded to FP16; one grid per "
+        "tensor, with the range of least squared error, against magnitude pruning. The second "
+        "table names the tensors on which pruning comes closest.",
+        [sizes, closest],
+        [(caption, plots.png_bytes(plot_weights_sqnr.draw_points(points)))],
+    )
+
+
+def layer_outputs_section(folder: Path, model: str | None) -> Iterator[Section]:
+    """Part 3: layers that both studies have covered."""
+    networks: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
+    for path in sorted((folder / "layer_outputs").glob("*_bits_*.json")):
+        settings, figures = study_files.read_result(path)
+        if is_model(settings["model"], model) and figures["summary"]:
+            layers = networks.setdefault((settings["model"], settings["dataset"]), {})
+            kinds = layers.setdefault((figures["layer"], figures["bits"]), {})
+            kinds[figures["kind"]] = figures["summary"]
+    for (name, dataset), layers in networks.items():
+        pairs = {
+            key: (kinds["quantisation"], kinds["pruning"])
+            for key, kinds in sorted(layers.items(), key=lambda item: natural_order(*item[0]))
+            if len(kinds) == 2
+        }
+        by_bits: dict[int, list[LayerPair]] = {}
+        for (_, bits), pair in sorted(pairs.items(), key=lambda item: -item[0][1]):
+            by_bits.setdefault(bits, []).append(pair)
+        pictures = sorted((folder / "layer_outputs").glob(f"{model_tag(name)}_layer_outputs.png"))
+        caption = "From the best known solution to the proven limit, by layer"
+        text = (
+            "The best known solutions of the layers' least-squares problems on real inputs; no "
+            "solution can exceed their limits. One side is proven better where its best exceeds "
+            "the other's limit. Below optimum: the mean loss of the toolkit's own answer against "
+            "the best one."
+        )
+        if pairs:
+            yield Section(
+                "layer outputs",
+                f"{name} on {dataset}",
+                "dB",
+                {bits: median_gap(pairs) for bits, pairs in by_bits.items()},
+                text,
+                [sizes_table(by_bits), layers_table(pairs)],
+                [(caption, path.read_bytes()) for path in pictures],
+            )
+
+
+def natural_order(layer: str, bits: int) -> tuple[list[str | int], int]:
+    """A key that sorts features.2 before features.10, and many bits before few."""
+    words = re.split(r"(\d+)", layer)  # text and numbers, in turns
+    return [int(word) if i % 2 else word for i, word in enumerate(words)], -bits
+
+
+def finite_or_inf(summary: dict[str, Any], key: str) -> float:
+    """A figure in dB; null is infinite."""
+    return math.inf if summary[key] is None else summary[key]
+
+
+def output_gap(pair: LayerPair) -> float:
+    """The difference of the best solutions' SQNR; 0 if both have no error."""
+    quantised, pruned = (finite_or_inf(side, "sqnr_best") for side in pair)
+    return 0.0 if quantised == pruned else quantised - pruned
+
+
+def median_gap(pairs: list[LayerPair]) -> float:
+    return statistics.median(map(output_gap, pairs))
+
+
+def sizes_table(by_bits: dict[int, list[LayerPair]]) -> TextTable:
+    """A row per bit width."""
+
+    def proven_better(pairs: list[LayerPair], one: int) -> str:
+        best, limit = "sqnr_best", "sqnr_limit"
+        ahead = [finite_or_inf(x[one], best) > finite_or_inf(x[1 - one], limit) for x in pairs]
+        return f"{sum(ahead)}"
+
+    def own_gap(pairs: list[LayerPair], side: int) -> str:
+        return f"{statistics.fmean(pair[side]['own_gap_mean'] or 0.0 for pair in pairs):.2f} dB"
+
+    return TextTable(
+        ["bits", "sparsity", "layers", "quantisation − pruning, median"]
+        + ["quantisation proven better in", "pruning proven better in"]
+        + ["OBQ below optimum", "ExactOBS below optimum"],
+        [
+            [f"{bits}", sparsity_percent(bits), f"{len(x)}", signed(median_gap(x), "dB")]
+            + [proven_better(x, 0), proven_better(x, 1), own_gap(x, 0), own_gap(x, 1)]
+            for bits, x in by_bits.items()
+        ],
+    )
+
+
+def layers_table(pairs: dict[tuple[str, int], LayerPair]) -> TextTable:
+    """A row per layer and bit width; `best … limit` where the two differ."""
+
+    def interval(summary: dict[str, Any]) -> str:
+        ends = [decibel_text(summary[key]) for key in ("sqnr_best", "sqnr_limit")]
+        return " … ".join(dict.fromkeys(ends))
+
+    def own_gap(summary: dict[str, Any]) -> str:
+        more = "≥ " if summary["proven"] < summary["subproblems"] else ""
+        return more + decibel_text(summary["own_gap_mean"])
+
+    rows = []
+    for (layer, bits), pair in pairs.items():
+        proven, total = (sum(side[key] for side in pair) for key in ("proven", "subproblems"))
+        cells = [layer, f"{bits}", f"{proven} of {total}", *map(interval, pair)]
+        rows.append([*cells, signed(output_gap(pair), "dB"), *map(own_gap, pair)])
+    head = ["layer", "bits", "proven optimal", "quantised, dB", "pruned, dB"]
+    head += ["quantisation − pruning", "OBQ below optimum, dB", "ExactOBS below optimum, dB"]
+    return TextTable(head, rows, folded="Layer by layer")
+
+
+def fine_tuning_section(folder: Path, model: str | None) -> Iterator[Section]:
+    """Part 4: the tables that `main table` has made."""
+    for path in sorted((folder / "fine_tuning").glob("table_*.json")):
+        record = study_files.read_json(path)
+        name = record["architecture"].removesuffix("_quantized")
+        if not is_model(name, model):
+            continue
+        results = [Result(**one) for one in record["results"]]
+        top1: dict[str, dict[float, list[float]]] = {QUANTISED: {}, PRUNED: {}}
+        for one in results:
+            top1.setdefault(one.method, {}).setdefault(one.bits, []).append(one.top1)
+        gaps = {
+            bits: statistics.fmean(values) - statistics.fmean(top1[PRUNED][bits])
+            for bits, values in sorted(top1[QUANTISED].items(), reverse=True)
+            if bits in top1[PRUNED]
+        }
+        text = f"Top-1 in percent; {record['conditions']}."
+        picture, subject = path.with_suffix(".png"), f"{name} on {record['dataset']}"
+        pictures = [("Top-1 against size", picture.read_bytes())] if picture.exists() else []
+        tables = [TextTable.parse(markdown(results))]
+        yield Section("fine-tuning", subject, "points", gaps, text, tables, pictures)
+
+
+PARTS: dict[str, tuple[Callable[[Path, str | None], Iterator[Section]], str]] = {
+    # what reads its results, and what to run for it; in the order of the answer's weight
+    "densities": (densities_section, "python -m pruning_vs_quantization.expected_sqnr"),
+    "weights": (
+        weights_section,
+        "python -m pruning_vs_quantization.quant_pruning_weights_sqnr --models MODEL",
+    ),
+    "layer outputs": (
+        layer_outputs_section,
+        "python -m pruning_vs_quantization.post_training_quant_acts_sqnr "
+        "quant-bounds-data-opt … and post_training_pruning_acts_sqnr …",
+    ),
+    "fine-tuning": (
+        fine_tuning_section,
+        "python -m pruning_vs_quantization.main train-compressed … and … table …",
+    ),
+}
+
+
+def study_sections(folder: Path, model: str | None) -> list[Section]:
+    """Everything that has been run, in the order of the answer's weight. Raises UserError."""
+    sections: list[Section] = []
+    for part, (read_sections, _) in PARTS.items():
+        try:
+            sections += read_sections(folder, model)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{folder}: a result of the part {part} is not as its command writes "
+                f"it ({type(error).__name__}: {error}); run it again with --restart"
+            ) from None
+    return sections
+
+
+# -- the answer ------------------------------------------------------------------------------------
+
+
+def better(gap: float, unit: str) -> str:
+    """Which of the two a gap favours."""
+    if abs(gap) <= EVEN[unit]:
+        return "neither"
+    return "quantisation" if gap > 0 else "pruning"
+
+
+def join_words(words: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), words[-1]])
+
+
+def answer(sections: list[Section]) -> str:
+    """The study's question answered in a sentence or two, and where earlier parts disagree."""
+    sections = [section for section in sections if section.gaps]
+    if not sections:
+        return "No size has been both quantised and pruned yet, so there is nothing to compare."
+    last = sections[-1]
+
+    def sizes(section: Section, bits: list[float]) -> str:
+        return join_words([f"{b:g} bits ({signed(section.gaps[b], section.unit)})" for b in bits])
+
+    by_winner: dict[str, list[float]] = {}
+    for bits in sorted(last.gaps, reverse=True):
+        by_winner.setdefault(better(last.gaps[bits], last.unit), []).append(bits)
+    verdicts = [f"{winner} is better at {sizes(last, bits)}" for winner, bits in by_winner.items()]
+    heads = {"quantisation": "Quantise.", "pruning": "Prune.", "neither": "Either will do."}
+    head = heads[next(iter(by_winner))] if len(by_winner) == 1 else "It depends on the size."
+    text = f"{head} By {last.part}, {last.subject}: {'; '.join(verdicts)}."
+    text = text.replace("neither is better", "neither is clearly better")
+    dissent = []
+    for section in sections[:-1]:
+        bits = [
+            b
+            for b, gap in section.gaps.items()
+            if b in last.gaps and better(gap, section.unit) != better(last.gaps[b], last.unit)
+        ]
+        if bits:
+            dissent.append(f"{section.part}, {section.subject}, at {sizes(section, bits)}")
+    if dissent:
+        return f"{text} Otherwise by {'; '.join(dissent)}."
+    return text + (" The other parts that have been run agree." if sections[:-1] else "")
+
+
+def summary_table(sections: list[Section]) -> TextTable:
+    """Quantisation − pruning, a row per size and a column per part."""
+    sections = [section for section in sections if section.gaps]
+    rows = [
+        [f"{bits:g}", sparsity_percent(bits)]
+        + [signed(section.gaps.get(bits), section.unit) for section in sections]
+        for bits in sorted({bits for section in sections for bits in section.gaps}, reverse=True)
+    ]
+    return TextTable(["bits", "sparsity", *(section.title for section in sections)], rows)
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def parts_not_run(sections: list[Section]) -> list[tuple[str, str]]:
+    """The parts without results, and the commands to run for them."""
+    done = {section.part for section in sections}
+    return [(part, command) for part, (_, command) in PARTS.items() if part not in done]
+
+
+def text_columns(table: TextTable) -> list[bool]:
+    """Which columns hold words rather than numbers."""
+    columns = [
+        [row[i] for row in table.rows if row[i] not in ("", "–")] for i in range(len(table.head))
+    ]
+    return [
+        bool(column) and not any(cell.lstrip("+-−≥ ")[:1] in "0123456789∞" for cell in column)
+        for column in columns
+    ]
+
+
+def html_page(title: str, sections: list[Section]) -> str:
+    """The whole page, with its pictures."""
+    jinja2 = plots.study_package("jinja2")
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        question=QUESTION,
+        answer=answer(sections),
+        summary=summary_table(sections),
+        legend=LEGEND,
+        sections=sections,
+        missing=parts_not_run(sections),
+        text_columns=text_columns,
+    )
+
+
+def markdown_page(title: str, sections: list[Section]) -> str:
+    """The same without pictures."""
+    paragraphs = [f"# {title}", QUESTION, f"**{answer(sections)}**"]
+    paragraphs += [summary_table(sections).markdown(), LEGEND]
+    for section in sections:
+        tables = [table.markdown() for table in section.tables]
+        paragraphs += [f"## {section.title}", section.text, *tables]
+    paragraphs += [f"Not run: {part}. `{command}`" for part, command in parts_not_run(sections)]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def page_title(sections: list[Section]) -> str:
-    """The question, and of which network, if there is one only."""
+    """The question, and the network if there is only one."""
     subjects = [section.subject for section in sections if section.part != "densities"]
     names = {subject.partition(" on ")[0] for subject in subjects}
     one = len({TORCHVISION_ALIASES.get(name, name) for name in names}) == 1
@@ -40,42 +455,29 @@ def page_title(sections: list[Section]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    sections = gather(args.folder, args.model)
+    sections = study_sections(args.folder, args.model)
     if not sections or (args.model and all(section.part == "densities" for section in sections)):
-        raise UserError(
-            f"{args.folder}: nothing of the study in it"
-            + (f" for {args.model}" if args.model else "")
-            + f"; begin with {COMMANDS['weights']}"
-        )
+        whose = f" for {args.model}" if args.model else ""
+        command = PARTS["weights"][1]
+        raise UserError(f"{args.folder}: no results of the study{whose}; begin with {command}")
     title, out = page_title(sections), args.out or args.folder
-    for name, page in (
-        ("report.md", markdown_page(title, sections)),
-        ("report.html", html_page(title, sections)),
-    ):
+    pages = {"report.md": markdown_page, "report.html": html_page}
+    for name, page in pages.items():
+        content = page(title, sections).encode()
         with files.atomic_write(out / name) as file:
-            file.write(page.encode())
-    cli.print_result(f"{markdown_table(summary_table(sections))}\n\n{answer(sections)}")
-    errors.log.info("page: %s", out / "report.html")
+            file.write(content)
+    cli.print_result(f"{summary_table(sections).markdown()}\n\n{answer(sections)}")
+    log.info("page: %s", out / "report.html")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="report", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add(
-        "folder",
-        metavar="FOLDER",
-        nargs="?",
-        type=Path,
-        default=study_files.PLOTS_DATA,
-        help="below it a folder for each part that has been run",
-    )
-    add("--model", metavar="MODEL", help="only this one's results (default: all there are)")
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="where report.html and report.md go (default: FOLDER)",
-    )
+    add, default = parser.add_argument, study_files.PLOTS_DATA
+    text = "contains a folder for each part that has been run"
+    add("folder", metavar="FOLDER", nargs="?", type=Path, default=default, help=text)
+    add("--model", metavar="MODEL", help="only the results of this one (default: all)")
+    text = "where report.html and report.md go (default: FOLDER)"
+    add("--out", metavar="DIR", type=Path, help=text)
     return parser
 
 

@@ -1,32 +1,35 @@
-"""Result files of the study, so that a run that was killed goes on where it stopped.
+"""Options and result files that all parts of the study share.
 
-A finished piece of work (a layer, a model, a training run) is one JSON file, whole or not there:
+A finished piece of work (a layer, a model, a training run) is one JSON file, complete or absent, so
+that a run that was killed goes on where it stopped:
 
-    {"settings": what was asked for, "figures": what came out, "environment": on what machine}
+    {"settings": what was asked for, "figures": the results, "environment": on what machine}
 
-    figures = finished(path, settings, args.restart)       None: not done yet
+    figures = finished(path, settings, restart)            None: not done yet
     if figures is None:
         figures = …
         write_result(path, settings, figures)
 
-Settings are everything that the figures depend on and nothing else (no output folder, no number of
-threads): a file with other settings is never used and never overwritten in silence. NaN and
-infinity, which JSON lacks, are null.
+Settings are the result's fingerprint (`obc/toolkit/fingerprints.py`): everything that the figures
+depend on and nothing else (no output folder, no number of threads). A file with other settings is
+never used, and never overwritten unless asked for. NaN and infinity, which JSON lacks, are null.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, records
+from obc.toolkit.fingerprints import difference
 
-PLOTS_DATA = Path("plots_data")  # below it a folder for each part
-LOWEST_BITS, HIGHEST_BITS = 2, 8  # that are compared with pruning: half to an eighth of 16 bits
+PLOTS_DATA = Path("plots_data")  # contains a folder for each part
+LOWEST_BITS, HIGHEST_BITS = 2, 8  # that are compared with pruning: 1/8 to 1/2 of 16 bits
 
 
 def add_study_options(
@@ -35,44 +38,30 @@ def add_study_options(
     device: bool = True,  # whether it computes with tensors
 ) -> None:
     """Add the options of every part: --out (plots_data/<part>), --seed, --device, --restart."""
-    group = parser.add_argument_group("options of every part of the study")
-    add = group.add_argument
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=PLOTS_DATA / part,
-        help="folder for results and pictures, made if it is missing",
-    )
+    add = parser.add_argument_group("options of every part of the study").add_argument
+    text = "folder for results and pictures, created if missing"
+    add("--out", metavar="DIR", type=Path, default=PLOTS_DATA / part, help=text)
     add("--seed", metavar="N", type=cli._seed, default=0, help="seed of every random choice")
     if device:
         add("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="where to compute")
-    add("--restart", action="store_true", help="do again, and replace, what has been done before")
+    text = "repeat what has been done before, and replace its results"
+    add("--restart", action="store_true", help=text)
 
 
-def add_grid_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says which grids are compared: --bits, --balanced."""
-    parser.add_argument(
-        "--bits",
-        metavar="B",
-        type=_bit_width,
-        nargs="+",
-        default=list(range(HIGHEST_BITS, LOWEST_BITS - 1, -1)),
-        help="bit widths; pruning leaves a share of bits/16",
-    )
-    parser.add_argument(
-        "--balanced",
-        action="store_true",
-        help="grids of 2^b - 1 levels, as many below 0 as above (default: all 2^b, one more below)",
-    )
+def add_grid_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say which grids are compared: --bits, --balanced."""
+    every = list(range(HIGHEST_BITS, LOWEST_BITS - 1, -1))
+    text = "bit widths; pruning keeps a fraction of bits/16"
+    add = parser.add_argument
+    add("--bits", metavar="B", type=_bit_width, nargs="+", default=every, help=text)
+    text = "grids of 2^b - 1 levels, as many below 0 as above (default: all 2^b, one more below)"
+    add("--balanced", action="store_true", help=text)
 
 
 def _bit_width(text: str) -> int:
-    value = cli.positive_int(text)
-    if not LOWEST_BITS <= value <= HIGHEST_BITS:
-        raise argparse.ArgumentTypeError(
-            f"must be from {LOWEST_BITS} to {HIGHEST_BITS}; got {text}"
-        )
+    if not LOWEST_BITS <= (value := cli.positive_int(text)) <= HIGHEST_BITS:
+        message = f"must be from {LOWEST_BITS} to {HIGHEST_BITS}; got {text}"
+        raise argparse.ArgumentTypeError(message)
     return value
 
 
@@ -81,10 +70,10 @@ def finished(
     settings: Mapping[str, Any],
     restart: bool = False,  # then nothing counts as finished
 ) -> dict[str, Any] | None:
-    """The figures of an earlier run with the same settings, or None where there was none.
+    """The figures of an earlier run with the same settings, or None if there was none.
 
-    Raises UserError for a file that is not whole, and for one with other settings, naming the
-    first that differs.
+    Raises UserError for an incomplete file, and for one with other settings, naming the first
+    difference.
     """
     if restart or not path.exists():
         return None
@@ -96,17 +85,17 @@ def finished(
 
 def write_result(path: Path, settings: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
     """Write a finished result. Anything in `figures` may be a tensor or an array."""
-    content = {"settings": _as_json(settings), "figures": figures}
-    records.write_record(path, content | {"environment": records.environment()})
+    content = {"settings": settings, "figures": figures, "environment": records.environment()}
+    records.write_record(path, content)
 
 
 def read_result(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and figures in a result file. Raises UserError unless it is one."""
+    """Settings and figures in a result file. Raises UserError for any other file."""
     content = read_json(path)
-    parts = [content.get(part) for part in ("settings", "figures")]
-    if not all(isinstance(part, dict) for part in parts):
+    settings, figures = content.get("settings"), content.get("figures")
+    if not (isinstance(settings, dict) and isinstance(figures, dict)):
         raise UserError(f"{path}: not a result of this study; move it away, or pass --restart")
-    return parts[0], parts[1]
+    return settings, figures
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -116,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:  # not JSON, or not even text
-        raise UserError(f"{path}: not a whole JSON file; delete it, or pass --restart") from None
+        raise UserError(f"{path}: not a complete JSON file; delete it, or pass --restart") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; delete it, or pass --restart")
     return content
@@ -128,16 +117,53 @@ def check_same_settings(
     settings: Mapping[str, Any],
 ) -> None:
     """Raise a UserError that names the first setting in which two runs differ."""
-    settings = _as_json(settings)
-    for name in [*settings, *earlier]:
-        before, now = earlier.get(name), settings.get(name)
-        if before != now:
-            raise UserError(
-                f"{path}: made with {name} = {json.dumps(before)}, now {json.dumps(now)}; "
-                "pass --restart to replace it, or another --out"
-            )
+    old, new = (
+        {name: json.dumps(value, default=str) for name, value in each.items()}
+        for each in (earlier, settings)
+    )
+    if differing := difference(old, new):
+        raise UserError(
+            f"{path}: made {differing[0]}, this run {differing[1]}; "
+            "pass --restart to replace it, or another --out"
+        )
 
 
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` as they come back from a file: tuples as lists, paths and devices as text."""
-    return json.loads(json.dumps(settings, default=str))
+# -- tables ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of formatted cells."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    folded: str = ""  # a heading under which the study's page hides it until it is opened
+
+    @classmethod
+    def parse(cls, markdown: str) -> TextTable:
+        """The inverse of `markdown`."""
+        lines = [
+            line.strip().strip("|").split("|") for line in markdown.split("\n") if line.strip()
+        ]
+        cells = [[cell.strip() for cell in line] for line in lines]
+        return cls(cells[0], cells[2:])
+
+    def markdown(self) -> str:
+        return "\n".join([markdown_head(self.head), *map(markdown_row, self.rows)])
+
+
+def markdown_head(head: Sequence[str]) -> str:
+    """The first two lines of a Markdown table."""
+    return f"{markdown_row(head)}\n{'|---' * len(head)}|"
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def signed(value: float | None, unit: str = "", digits: int = 2) -> str:
+    """`+4.13 dB` with a true minus sign, and never −0; a dash for None."""
+    if value is None:
+        return "–"
+    text = f"{round(value, digits) + 0.0:+.{digits}f} {unit}".strip()
+    return text.replace("-", "−").replace("inf", "∞")

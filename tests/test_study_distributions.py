@@ -9,12 +9,17 @@ import sys
 import numpy as np
 import pytest
 
+from obc.solver.errors import UserError
 from pruning_vs_quantization import expected_sqnr, report, study_files
-from pruning_vs_quantization.distributions import TAIL, Gaussian, Laplace, StudentT, Uniform
 from pruning_vs_quantization.expected_error import (
+    TAIL,
+    Gaussian,
+    Laplace,
+    StudentT,
+    Uniform,
     advantage_db,
     best_quantisation,
-    crossing,
+    break_even,
     integer_codes,
     pruning_error,
     pruning_sqnr_db,
@@ -51,23 +56,23 @@ def case(request):
 def test_half_moments_equal_quadrature(case, order):
     density, pdf, _ = case
     for x in (0.03, 0.7, 1.0):
-        wanted = integrate.quad(lambda t: t**order * pdf(t), 0, x, epsabs=1e-13)[0]
-        assert density.half_moment(order, np.float64(x)) == pytest.approx(wanted, rel=1e-10)
+        expected = integrate.quad(lambda t: t**order * pdf(t), 0, x, epsabs=1e-13)[0]
+        assert density.half_moment(order, np.float64(x)) == pytest.approx(expected, rel=1e-10)
 
 
 def test_primitives_are_those_of_an_even_density(case):
     density, pdf, end = case
     for low, high in ((-0.9, 0.4), (-0.5, -0.2), (-np.inf, 0.3), (0.2, np.inf)):
         for order in (0, 1, 2):
-            found = density.primitive(order, high) - density.primitive(order, low)
-            wanted = integrate.quad(
+            result = density.primitive(order, high) - density.primitive(order, low)
+            expected = integrate.quad(
                 lambda t, k=order: t**k * pdf(t),
                 max(low, -end),
                 min(high, end),
                 points=[0],
                 limit=300,
             )[0]
-            assert found == pytest.approx(wanted, abs=1e-8)
+            assert result == pytest.approx(expected, abs=1e-8)
 
 
 def test_known_kurtoses():
@@ -112,10 +117,10 @@ def test_quantisation_error_equals_quadrature(case, balanced):
     density, pdf, end = case
     codes = integer_codes(3, balanced)
     for step in (0.05, 0.31, 1.4):
-        found = quantisation_error(density, step, codes)
-        wanted = error_by_quadrature(pdf, end, step, codes)
-        assert found.error == pytest.approx(wanted, rel=1e-6, abs=1e-9)
-        assert found.rounding >= 0 and found.clipping >= -1e-12
+        result = quantisation_error(density, step, codes)
+        expected = error_by_quadrature(pdf, end, step, codes)
+        assert result.error == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        assert result.rounding >= 0 and result.clipping >= -1e-12
 
 
 def test_nothing_is_clipped_by_a_wide_grid_nor_rounded_much_by_a_narrow_one():
@@ -168,8 +173,8 @@ def test_pruning_error_equals_quadrature(case):
     density, pdf, _ = case
     for sparsity in (0.25, 0.5, 0.875):
         t = density.magnitude_quantile(sparsity)
-        wanted = 2 * integrate.quad(lambda x: x**2 * pdf(x), 0, t)[0]
-        assert pruning_error(density, sparsity) == pytest.approx(wanted, rel=1e-9)
+        expected = 2 * integrate.quad(lambda x: x**2 * pdf(x), 0, t)[0]
+        assert pruning_error(density, sparsity) == pytest.approx(expected, rel=1e-9)
 
 
 def test_decibels():
@@ -193,7 +198,7 @@ def test_gaussian_table():
 
 @pytest.mark.parametrize(("bits", "kurtosis"), [(2, 6), (3, 11), (4, 18)])
 def test_kurtosis_from_which_pruning_wins(bits, kurtosis):
-    even = crossing(bits, 4.0, 1.3, TAIL)
+    even = break_even(bits, 4.0, 1.3, TAIL)
     assert even.kurtosis == pytest.approx(kurtosis, abs=1)
     assert advantage_db(even, bits) == pytest.approx(0, abs=1e-4)
     lighter = StudentT.with_tail(1.1 * even.degrees)
@@ -204,7 +209,7 @@ def test_kurtosis_from_which_pruning_wins(bits, kurtosis):
 
 @pytest.mark.parametrize("name", ["Gaussian", "Laplace", "Student-t, ν = 1.5"])
 def test_ten_million_numbers_agree(name):
-    density = expected_sqnr.densities(TAIL)[name]
+    density = expected_sqnr.compared_densities(TAIL)[name]
     values = density.sample(10**7, np.random.default_rng(0))
     for bits in (8, 2):
         codes = integer_codes(bits)
@@ -213,8 +218,8 @@ def test_ten_million_numbers_agree(name):
         magnitudes = abs(values)
         threshold = np.quantile(magnitudes[::97], sparsity_of(bits))
         power, lost = np.mean(values**2), np.mean(np.where(magnitudes < threshold, values, 0) ** 2)
-        found = sqnr_db(power, np.mean((values - quantised) ** 2))
-        assert quantisation_sqnr_db(density, bits) == pytest.approx(found, abs=0.05)
+        result = sqnr_db(power, np.mean((values - quantised) ** 2))
+        assert quantisation_sqnr_db(density, bits) == pytest.approx(result, abs=0.05)
         assert pruning_sqnr_db(density, bits) == pytest.approx(sqnr_db(power, lost), abs=0.05)
 
 
@@ -236,7 +241,7 @@ def test_the_command_prints_draws_and_resumes(tmp_path, capsys, caplog, monkeypa
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
-    (section,) = report.gather(tmp_path, None)  # what the study's page makes of it
+    (section,) = report.study_sections(tmp_path, None)  # what the study's page makes of it
     assert section.gaps[2] == pytest.approx(8.26 - 3.03, abs=0.01)
     assert "excess kurtosis of 6.1 at 2 bits" in section.text and len(section.pictures) == 2
 
@@ -246,7 +251,7 @@ def test_the_command_prints_draws_and_resumes(tmp_path, capsys, caplog, monkeypa
 
     assert expected_sqnr.main([*words, "--balanced"]) == 2
     error = capsys.readouterr().err
-    assert "balanced = false, now true" in error and "--restart" in error
+    assert "made with balanced false, this run with balanced true" in error and "--restart" in error
 
 
 def test_broken_results_are_named(tmp_path, capsys):
@@ -301,14 +306,14 @@ def test_results_come_back_and_infinity_is_null(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"bits": [8], "seed": 0}, "bits = [8, 2], now [8]"),
-        ({"bits": [8, 2]}, "seed = 0, now null"),
-        ({"bits": [8, 2], "seed": 0, "new": "x"}, 'new = null, now "x"'),
+        ({"bits": [8], "seed": 0}, "made with bits [8, 2], this run with bits [8]"),
+        ({"bits": [8, 2]}, "made with seed 0, this run with seed None"),
+        ({"bits": [8, 2], "seed": 0, "new": "x"}, 'made with new None, this run with new "x"'),
     ],
 )
 def test_other_settings_are_refused(tmp_path, settings, named):
     path = tmp_path / "result.json"
     study_files.write_result(path, {"bits": [8, 2], "seed": 0}, {})
-    with pytest.raises(study_files.UserError) as refused:
+    with pytest.raises(UserError) as refused:
         study_files.finished(path, settings)
     assert named in str(refused.value) and "--restart" in str(refused.value)

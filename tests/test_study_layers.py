@@ -18,15 +18,16 @@ from pruning_vs_quantization import (
     layer_study,
     post_training_pruning_acts_sqnr,
     post_training_quant_acts_sqnr,
+    study_files,
 )
 from pruning_vs_quantization.expected_error import integer_codes
 from pruning_vs_quantization.layer_problem import (
     Chunk,
     ChunkMoments,
+    evenly_spread,
     grid_steps,
     rows_and_chunks,
     second_moments,
-    spread,
     subproblems,
 )
 
@@ -113,7 +114,7 @@ def test_chunks_cover_a_row_and_rows_know_their_group():
     assert {row: chunk.group for row, chunk in parts} == {0: 0, 1: 0, 2: 0, 3: 1, 4: 1, 5: 1}
     assert [(c.start, c.stop) for row, c in parts if row == 4] == [(0, 16), (16, 32), (32, 36)]
     assert len(rows_and_chunks(layer, 16, channels=2, chunks=1)) == 2
-    assert spread(4, 4) == [0, 1, 2, 3] and spread(1, 7) == [0]
+    assert evenly_spread(4, 4) == [0, 1, 2, 3] and evenly_spread(1, 7) == [0]
 
 
 # -- grids -----------------------------------------------------------------------------------------
@@ -246,13 +247,13 @@ def test_other_settings_are_refused_unless_told_to_restart(folder, capsys):
     changed = [*SMALL, "--out", str(folder), "--opt-dim", "10"]
     assert QUANT(changed) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "opt_dim = 12, now 10" in error and "--restart" in error
+    assert "made with opt_dim 12, this run with opt_dim 10" in error and "--restart" in error
     assert PRUNE([*SMALL, "--out", str(folder), "--method", "exact", "--per-channel"]) == 0
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     command = [*SMALL, "--out", str(tmp_path), "--method", "exact"]
-    write, written = layer_study.write_result, []
+    write, written = study_files.write_result, []
 
     def killed_later(path: Path, *content: object) -> None:
         if written:
@@ -261,7 +262,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
         write(path, *content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(layer_study, "write_result", killed_later)
+        patch.setattr(study_files, "write_result", killed_later)
         assert QUANT(command) == 130
     assert [path.name for path in tmp_path.glob("*.json")] == [written[0].name]
     stamp = written[0].stat().st_mtime_ns

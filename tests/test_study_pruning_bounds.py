@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from oracles import unstructured_oracle
 
 from pruning_vs_quantization import pruning_bounds as bounds
-from pruning_vs_quantization.layer_methods import PRUNERS, pruned
-from pruning_vs_quantization.proof import Limits, Reals
-from pruning_vs_quantization.pruning_problem import (
+from pruning_vs_quantization.layer_problem import PRUNERS, pruned
+from pruning_vs_quantization.proof import Reals, SearchLimits
+from pruning_vs_quantization.pruning_bounds import (
     CONDITION,
     PruningProblem,
+    best_subset,
     exact_obs,
     magnitude,
     magnitude_least_squares,
 )
-from pruning_vs_quantization.pruning_search import best_subset
 
 SIZES = [(8, 4), (12, 6), (12, 3), (14, 2), (7, 0), (6, 6)]  # unknowns, of which kept
 KINDS = ("plain", "correlated", "ill-conditioned", "dead input")
@@ -29,7 +29,7 @@ SINGULAR = ("low rank", "copies")
 
 
 def problem_of(kind: str, n: int, keep: int, seed: int) -> PruningProblem:
-    """Inputs as layers have them, and as they should not be; no ridge."""
+    """Inputs as in real layers, and degenerate ones; no ridge."""
     rng = np.random.default_rng([seed, n, keep])
     X = rng.standard_normal((200, n))
     if kind == "correlated":  # a large common part, rectified
@@ -70,12 +70,12 @@ def test_the_search_finds_what_enumeration_finds(kind, n, keep):
     for seed in range(2):
         problem = problem_of(kind, n, keep, seed)
         least, signal = least_error(problem), problem.error(np.zeros(n))
-        found = best_subset(problem, magnitude(problem), Limits())
-        assert found.finished and found.proven or least < 1e-12 * signal
-        assert fits(problem, found.solution)
-        assert found.error == pytest.approx(problem.error(found.solution), abs=1e-14 * signal)
-        assert found.error == pytest.approx(least, rel=1e-8, abs=1e-12 * signal)
-        assert found.lower <= least * (1 + 1e-9) + 1e-12 * signal
+        result = best_subset(problem, magnitude(problem), SearchLimits())
+        assert result.finished and result.proven or least < 1e-12 * signal
+        assert fits(problem, result.solution)
+        assert result.error == pytest.approx(problem.error(result.solution), abs=1e-14 * signal)
+        assert result.error == pytest.approx(least, rel=1e-8, abs=1e-12 * signal)
+        assert result.lower <= least * (1 + 1e-9) + 1e-12 * signal
 
 
 @pytest.mark.parametrize("keep", [2, 4, 8])  # of 2, 4 and 8 bits' worth
@@ -86,18 +86,18 @@ def test_sixteen_unknowns_against_all_their_subsets(kind, keep):
     A, w = np.linalg.inv(problem.G), problem.w[gone]
     blocks = A[gone[:, :, None], gone[:, None, :]]  # loss of P: w_P (A_PP)⁻¹ w_Pᵀ
     losses = (w * np.linalg.solve(blocks, w[:, :, None])[:, :, 0]).sum(1)
-    found = best_subset(problem, magnitude(problem), Limits())
-    assert found.proven and found.error == pytest.approx(losses.min(), rel=1e-9)
-    assert np.flatnonzero(found.solution == 0).tolist() == gone[losses.argmin()].tolist()
+    result = best_subset(problem, magnitude(problem), SearchLimits())
+    assert result.proven and result.error == pytest.approx(losses.min(), rel=1e-9)
+    assert np.flatnonzero(result.solution == 0).tolist() == gone[losses.argmin()].tolist()
 
 
 @pytest.mark.parametrize("kind", SINGULAR)
 def test_without_a_ridge_singular_inputs_prove_nothing_wrong(kind):
     problem = problem_of(kind, 10, 4, seed=0)
-    found = best_subset(problem, magnitude(problem), Limits())
+    result = best_subset(problem, magnitude(problem), SearchLimits())
     least, signal = least_error(problem), problem.error(np.zeros(10))
-    assert found.lower <= least + 1e-12 * signal and least <= found.error + 1e-12 * signal
-    assert bounds.relax(problem).lower <= least + 1e-12 * signal
+    assert result.lower <= least + 1e-12 * signal and least <= result.error + 1e-12 * signal
+    assert bounds.relax_subset(problem).lower <= least + 1e-12 * signal
 
 
 @pytest.mark.parametrize("kind", SINGULAR)
@@ -105,9 +105,9 @@ def test_with_a_ridge_singular_inputs_are_a_problem_like_others(kind):
     raw = problem_of(kind, 10, 4, seed=0)
     problem = PruningProblem.of(raw.G, raw.w, 0.6)
     assert problem.keep == 4 and 0 < problem.ridge <= 10 / CONDITION
-    found = best_subset(problem, exact_obs(problem), Limits())
-    assert found.proven
-    assert found.error == pytest.approx(least_error(problem), rel=1e-6)
+    result = best_subset(problem, exact_obs(problem), SearchLimits())
+    assert result.proven
+    assert result.error == pytest.approx(least_error(problem), rel=1e-6)
     assert problem_of("plain", 10, 4, 0).ridge == 0
 
 
@@ -117,12 +117,12 @@ def test_a_search_that_stops_early_says_what_it_has_proved(nodes):
     for seed in range(4):
         problem = problem_of("correlated", 10, 5, seed)
         start = magnitude(problem)
-        found = best_subset(problem, start, Limits(nodes=nodes))
+        result = best_subset(problem, start, SearchLimits(nodes=nodes))
         least = least_error(problem)
-        assert found.nodes <= nodes and fits(problem, found.solution)
-        assert found.lower <= least * (1 + 1e-9)
-        assert least * (1 - 1e-9) <= found.error <= problem.error(start)
-        stopped += not found.finished
+        assert result.nodes <= nodes and fits(problem, result.solution)
+        assert result.lower <= least * (1 + 1e-9)
+        assert least * (1 - 1e-9) <= result.error <= problem.error(start)
+        stopped += not result.finished
     assert stopped
 
 
@@ -131,7 +131,7 @@ def test_a_search_that_stops_early_says_what_it_has_proved(nodes):
 def test_bounds_and_solutions_stand_in_order_at_any_size(seed, kind, bits):
     n = (2, 5, 9)[seed % 3]
     raw = problem_of(kind, n, 0, seed)
-    record = pruned(raw.G, raw.w, bits, "both", Limits(nodes=500))
+    record = pruned(raw.G, raw.w, bits, "both", SearchLimits(nodes=500))
     slack = 1e-9 * record.error + 1e-11 * record.signal
     assert 0 <= record.relaxation <= record.error + slack
     assert record.lower <= record.error
@@ -160,17 +160,17 @@ def value_by_scs(problem: PruningProblem) -> float:
 @pytest.mark.parametrize(("n", "keep"), [(6, 3), (8, 2)])
 def test_the_relaxation_is_that_of_another_solver(n, keep):
     problem = problem_of("correlated", n, keep, seed=1)
-    relaxation = bounds.relax(problem)
+    relaxation = bounds.relax_subset(problem)
     assert relaxation.value == pytest.approx(value_by_scs(problem), rel=1e-4)
     assert relaxation.value * (1 - 1e-3) <= relaxation.lower <= relaxation.value * (1 + 1e-6)
-    assert fits(problem, bounds.rounded(problem, relaxation))
+    assert fits(problem, problem.refitted(problem.largest(relaxation.share)))
 
 
 @pytest.mark.parametrize(("n", "keep"), [(8, 4), (12, 3), (7, 0), (6, 6)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_certified_bound_is_below_everything(kind, n, keep):
     problem = problem_of(kind, n, keep, seed=3)
-    least, lower = least_error(problem), bounds.relax(problem).lower
+    least, lower = least_error(problem), bounds.relax_subset(problem).lower
     assert 0 <= lower <= least * (1 + 1e-9) + 1e-12 * problem.error(np.zeros(n))
     if kind == "plain" and keep < n:
         assert lower >= 0.2 * least  # or it would say nothing
@@ -183,7 +183,7 @@ def test_no_multipliers_make_the_bound_wrong(seed, kind):
     problem = problem_of(kind, 6, int(rng.integers(0, 6)), seed % 100)
     size = 10.0 ** rng.uniform(-4, 1)
     d, u = size * rng.standard_normal(6), rng.standard_normal(6) * rng.choice([0, 0.1, 1])
-    lower = bounds.certified_bound(problem.G, problem.w, problem.keep, d, u)
+    lower = bounds.pruning_certificate(problem.G, problem.w, problem.keep, d, u)
     assert 0 <= lower <= least_error(problem) * (1 + 1e-9) + 1e-12 * problem.error(np.zeros(6))
 
 

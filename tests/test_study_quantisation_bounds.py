@@ -1,7 +1,7 @@
-"""Quantising in a box: bounds, search and heuristics against all codes there are, and against SCS.
+"""Quantising in a box: bounds, search and heuristics, against all possible codes and against SCS.
 
-The oracle is exhaustive enumeration; the relaxation's is cvxpy with another solver, in coordinates
-of its own. Compiling the searches takes most of the time here.
+The oracle is exhaustive enumeration; the relaxation's is cvxpy with another solver, in other
+coordinates. Compiling the searches takes most of the time here.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from hypothesis import strategies as st
 from scipy.optimize import lsq_linear
 from torch import nn
 
-from pruning_vs_quantization import lattice
 from pruning_vs_quantization import quantisation_bounds as bounds
-from pruning_vs_quantization.box import box_minimum
-from pruning_vs_quantization.layer_methods import QUANTISERS, quantised
-from pruning_vs_quantization.proof import Limits, Reals
-from pruning_vs_quantization.quantisation_heuristics import babai, descend, obq
-from pruning_vs_quantization.quantisation_problem import QuantisationProblem
-from pruning_vs_quantization.quantisation_search import closest
+from pruning_vs_quantization.layer_problem import QUANTISERS, quantised
+from pruning_vs_quantization.proof import Reals, SearchLimits
+from pruning_vs_quantization.quantisation_bounds import QuantisationProblem, babai, descend, obq
+from pruning_vs_quantization.quantisation_search import closest, search_coordinates
 from quant import Grid
 from trueobs import TrueOBS
 
@@ -33,7 +30,7 @@ KINDS = ("plain", "correlated", "ill-conditioned", "singular", "copies", "dead i
 
 
 def second_moment(kind: str, n: int, rng: np.random.Generator) -> Reals:  # (n, n)
-    """Inputs as layers have them, and as they should not be."""
+    """Inputs as in real layers, and degenerate ones."""
     X = rng.standard_normal((200, n))
     if kind == "correlated":  # a large common part, rectified
         X = np.maximum(X + 2 * rng.standard_normal((200, 1)) + 1, 0)
@@ -76,13 +73,13 @@ def test_the_search_finds_what_enumeration_finds(kind, bits, n):
     for seed in range(3):
         problem = problem_of(kind, bits, n, seed)
         least, size = all_errors(problem).min(), np.trace(problem.G)
-        found = closest(problem, problem.nearest(), Limits())
-        assert found.finished and in_box(problem, found.solution)
-        assert found.error == pytest.approx(problem.error(found.solution), abs=1e-12 * size)
-        assert found.error == pytest.approx(least, rel=1e-6, abs=1e-9 * size)
-        assert found.lower <= least * (1 + 1e-12) + 1e-14 * size
+        result = closest(problem, problem.nearest(), SearchLimits())
+        assert result.finished and in_box(problem, result.solution)
+        assert result.error == pytest.approx(problem.error(result.solution), abs=1e-12 * size)
+        assert result.error == pytest.approx(least, rel=1e-6, abs=1e-9 * size)
+        assert result.lower <= least * (1 + 1e-12) + 1e-14 * size
         if kind not in ("singular", "copies", "ill-conditioned"):
-            assert found.proven
+            assert result.proven
 
 
 @pytest.mark.parametrize("spread", [0.05, 3.0])  # all near zero; most far outside of the box
@@ -90,9 +87,9 @@ def test_the_search_is_right_wherever_the_box_is(spread):
     for seed in range(4):
         problem = problem_of("correlated", 2, 8, seed, spread)
         start = np.full(8, float(problem.low))
-        found = closest(problem, start, Limits())
-        assert found.proven
-        assert found.error == pytest.approx(all_errors(problem).min(), rel=1e-9)
+        result = closest(problem, start, SearchLimits())
+        assert result.proven
+        assert result.error == pytest.approx(all_errors(problem).min(), rel=1e-9)
 
 
 @pytest.mark.parametrize("nodes", [1, 7, 60, 500])
@@ -101,35 +98,35 @@ def test_a_search_that_stops_early_says_what_it_has_proved(kind, nodes):
     stopped = 0
     for seed in range(4):
         problem = problem_of(kind, 2, 8, seed)
-        found = closest(problem, problem.nearest(), Limits(nodes=nodes))
+        result = closest(problem, problem.nearest(), SearchLimits(nodes=nodes))
         least = all_errors(problem).min()
-        assert found.nodes <= nodes and in_box(problem, found.solution)
-        assert found.lower <= least * (1 + 1e-12) <= found.error * (1 + 1e-9)
-        assert found.error <= problem.error(problem.nearest())
-        stopped += not found.finished
+        assert result.nodes <= nodes and in_box(problem, result.solution)
+        assert result.lower <= least * (1 + 1e-12) <= result.error * (1 + 1e-9)
+        assert result.error <= problem.error(problem.nearest())
+        stopped += not result.finished
     assert stopped or nodes == 500
 
 
 def test_time_runs_out_as_well():
     problem = problem_of("singular", 8, 40, 0)  # 20 directions that cost nothing: hopeless
-    found = closest(problem, problem.nearest(), Limits(seconds=0.05))
-    assert not found.finished and found.seconds < 5
-    assert 0 <= found.lower <= found.error
+    result = closest(problem, problem.nearest(), SearchLimits(seconds=0.05))
+    assert not result.finished and result.seconds < 5
+    assert 0 <= result.lower <= result.error
 
 
 def test_directions_that_cost_nothing_end_at_the_box():
     for seed in range(3):  # 8 of 16 directions; costs alone end after 10^8 nodes or never
         problem = problem_of("singular", 2, 16, seed)
-        found = closest(problem, problem.nearest(), Limits(nodes=3_000_000))
-        assert found.finished and in_box(problem, found.solution)
+        result = closest(problem, problem.nearest(), SearchLimits(nodes=3_000_000))
+        assert result.finished and in_box(problem, result.solution)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_layer_without_live_inputs_needs_no_search(n):
     problem = QuantisationProblem.of(np.zeros((n, n)), np.ones(n), 0.3, -2, 1)
-    found = closest(problem, problem.nearest(), Limits())
-    assert found.proven and found.error == 0
-    relaxation = bounds.relax(problem)
+    result = closest(problem, problem.nearest(), SearchLimits())
+    assert result.proven and result.error == 0
+    relaxation = bounds.relax_codes(problem)
     assert relaxation.lower == 0
     drawn = bounds.randomised_rounding(problem, relaxation, 2, np.random.default_rng(0))
     assert in_box(problem, drawn)
@@ -139,8 +136,10 @@ def test_a_layer_without_live_inputs_needs_no_search(n):
 def test_one_unknown_is_rounded_and_its_relaxation_is_tight(t):
     problem = QuantisationProblem(np.array([[2.0]]), np.array([t]), -2, 1)
     least = 2 * min((z - t) ** 2 for z in (-2, -1, 0, 1))
-    assert closest(problem, np.array([-2.0]), Limits()).error == pytest.approx(least, rel=1e-9)
-    assert bounds.relax(problem).lower == pytest.approx(least, rel=1e-4, abs=1e-6)
+    assert closest(problem, np.array([-2.0]), SearchLimits()).error == pytest.approx(
+        least, rel=1e-9
+    )
+    assert bounds.relax_codes(problem).lower == pytest.approx(least, rel=1e-4, abs=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -150,7 +149,7 @@ def test_bounds_and_solutions_stand_in_order_at_any_size(seed, kind, bits):
     n = (1, 4, 11)[seed % 3]
     G, w = second_moment(kind, n, rng), rng.standard_normal(n) + 1e-3
     step = float(np.abs(w).max()) / 2 ** (bits - 1) * rng.uniform(0.3, 1.5)
-    record = quantised(G, w, step, bits, bool(seed % 2), "both", Limits(nodes=2000), rng)
+    record = quantised(G, w, step, bits, bool(seed % 2), "both", SearchLimits(nodes=2000), rng)
     slack = 1e-9 * record.error + 1e-12 * np.trace(G) * float(w @ w)
     assert 0 <= record.relaxation <= record.error + slack
     assert record.lower <= record.error
@@ -164,9 +163,9 @@ def test_bounds_and_solutions_stand_in_order_at_any_size(seed, kind, bits):
 def value_by_scs(problem: QuantisationProblem) -> float:
     """The relaxation by another solver, in coordinates of its own: the box is [−1, 1]ⁿ.
 
-    SCS, a first-order method, is at the mercy of scaling. Unscaled and with its acceleration it
-    ends after a thousand steps or never, which of the two hangs on the processor's last bits; so
-    without, and with numbers about 1, where it takes 550 to 2,500 steps.
+    SCS, a first-order method, is sensitive to scaling. Unscaled and with its acceleration it ends
+    after a thousand steps or never, depending on the processor's last bits; so it runs without
+    acceleration and on numbers of about 1, where it takes 550 to 2,500 steps.
     """
     n, middle = len(problem.t), (problem.low + problem.high) / 2
     half = (problem.high - problem.low) / 2
@@ -195,7 +194,7 @@ def value_by_scs(problem: QuantisationProblem) -> float:
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_relaxation_is_that_of_another_solver(kind, bits, n, seed):
     problem = problem_of(kind, bits, n, seed)
-    relaxation = bounds.relax(problem)
+    relaxation = bounds.relax_codes(problem)
     assert relaxation.value == pytest.approx(value_by_scs(problem), rel=1e-4)
     assert relaxation.value * (1 - 1e-4) <= relaxation.lower <= relaxation.value * (1 + 1e-6)
 
@@ -204,7 +203,7 @@ def test_the_relaxation_is_that_of_another_solver(kind, bits, n, seed):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_certified_bound_is_below_everything(kind, bits, n):
     problem = problem_of(kind, bits, n, seed=3)
-    relaxation = bounds.relax(problem)
+    relaxation = bounds.relax_codes(problem)
     least, size = all_errors(problem).min(), np.trace(problem.G)
     assert 0 <= relaxation.lower <= least * (1 + 1e-12) + 1e-14 * size
     if kind in ("plain", "correlated"):
@@ -220,7 +219,7 @@ def test_no_multipliers_make_the_bound_wrong(seed, kind):
     origin = np.clip(np.floor(problem.t), problem.low, problem.high - 1)
     size = np.trace(problem.G) * 10.0 ** rng.uniform(-4, 1)
     cuts, box = size * rng.standard_normal((n, 3)), size * rng.standard_normal(n)
-    lower = bounds.certified_bound(
+    lower = bounds.quantisation_certificate(
         problem.G, problem.t - origin, problem.low - origin, problem.high - origin, cuts, box
     )
     assert 0 <= lower <= all_errors(problem).min() * (1 + 1e-12) + 1e-14 * np.trace(problem.G)
@@ -232,9 +231,9 @@ def test_a_solver_that_fails_leaves_a_bound_that_holds(monkeypatch):
     def fail(*args, **options):
         raise cp.SolverError("gave up")
 
-    bounds.relax(problem)
-    monkeypatch.setattr(bounds._program(6).problem, "solve", fail)
-    relaxation = bounds.relax(problem)
+    bounds.relax_codes(problem)
+    monkeypatch.setattr(bounds.code_program(6)[0], "solve", fail)
+    relaxation = bounds.relax_codes(problem)
     assert 0 <= relaxation.lower <= all_errors(problem).min()
     drawn = bounds.randomised_rounding(problem, relaxation, 5, np.random.default_rng(0))
     assert in_box(problem, drawn)
@@ -293,7 +292,7 @@ def test_the_continuous_optimum_is_scipys(spread):
         root = np.linalg.cholesky(problem.G).T
         limits = (problem.low, problem.high)
         expected = lsq_linear(root, root @ problem.t, limits, tol=1e-14, method="bvls").x
-        assert problem.error(box_minimum(problem)) == pytest.approx(
+        assert problem.error(problem.box_minimum()) == pytest.approx(
             problem.error(expected), rel=1e-7, abs=1e-9
         )
 
@@ -303,7 +302,7 @@ def test_the_coordinates_of_the_search_are_integer_reduced_and_triangular(held):
     rng = np.random.default_rng(held)
     G = second_moment("ill-conditioned", 9, rng) + 1e-9 * np.eye(9)
     flags = np.arange(9) < held
-    U, R = lattice.coordinates(G, flags)
+    U, R = search_coordinates(G, flags)
     assert (U == np.rint(U)).all() and abs(np.linalg.det(U)) == pytest.approx(1)
     assert np.allclose(R, np.triu(R)) and (np.diagonal(R) > 0).all()
     np.testing.assert_allclose(R.T @ R, U.T @ G @ U, rtol=1e-7, atol=1e-9 * np.abs(G).max())

@@ -12,18 +12,17 @@ import pytest
 
 from pruning_vs_quantization import layer_study, report
 from pruning_vs_quantization.fine_tuning_table import Result, as_records
-from pruning_vs_quantization.report_page import (
+from pruning_vs_quantization.report import (
     Section,
-    Table,
     answer,
     html_page,
-    listed,
+    join_words,
     markdown_page,
-    signed,
     summary_table,
 )
-from pruning_vs_quantization.study_files import write_result
+from pruning_vs_quantization.study_files import TextTable, signed, write_result
 
+pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
@@ -51,7 +50,7 @@ def write_weights(folder: Path, model: str, bits: int, pairs: list[tuple]) -> No
 
 
 def write_outputs(folder: Path, layer: str, bits: int, quantised: tuple, pruned: tuple) -> None:
-    """Each of (signal, own error, best error, bound), as layer_study.py itself sums them up."""
+    """Each of (signal, own error, best error, bound), as layer_study.py sums them up."""
     for kind, own, (signal, error, best, bound) in (
         ("quantisation", "obq", quantised),
         ("pruning", "exact_obs", pruned),
@@ -68,7 +67,7 @@ def write_outputs(folder: Path, layer: str, bits: int, quantised: tuple, pruned:
             "kind": kind,
             "layer": layer,
             "bits": bits,
-            "summary": layer_study.summary([record], own),
+            "summary": layer_study.layer_summary([record], kind),
         }
         path = folder / "layer_outputs" / f"rn8_{layer}_{bits}_bits_{kind}.json"
         write_result(path, {"model": "rn8", "dataset": "digits"}, figures)
@@ -114,7 +113,7 @@ def results(tmp_path) -> Path:
 
 
 def section_of(folder: Path, part: str, model: str | None = None) -> Section:
-    (found,) = [each for each in report.gather(folder, model) if each.part == part]
+    (found,) = [each for each in report.study_sections(folder, model) if each.part == part]
     return found
 
 
@@ -174,7 +173,7 @@ def test_layers_without_error_are_infinitely_good(tmp_path):
 def test_a_layer_that_only_one_side_has_seen_does_not_count(tmp_path):
     write_outputs(tmp_path, "conv1", 4, (1.0, 0.1, 0.1, 0.1), (1.0, 0.2, 0.2, 0.2))
     (tmp_path / "layer_outputs" / "rn8_conv1_4_bits_pruning.json").unlink()
-    assert report.gather(tmp_path, None) == []
+    assert report.study_sections(tmp_path, None) == []
 
 
 def test_fine_tuning_compares_means_over_seeds(results):
@@ -216,7 +215,7 @@ def part(name: str, unit: str = "dB", **gaps: float) -> Section:
         (
             [part("densities", b4=13.0), part("weights", b4=5.0, b2=3.0)],
             "Quantise. By weights, rn8: quantisation is better at 4 bits (+5.00 dB) and "
-            "2 bits (+3.00 dB). What else has been run agrees.",
+            "2 bits (+3.00 dB). The other parts that have been run agree.",
         ),
     ],
 )
@@ -250,8 +249,14 @@ def test_small_words():
         "−∞",
         "–",
     ]
-    assert [listed(list(words)) for words in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
-    assert Table.parse("| a | b |\n|---|---|\n| 1 | x y |\n") == Table(["a", "b"], [["1", "x y"]])
+    assert [join_words(list(words)) for words in ("a", "ab", "abc")] == [
+        "a",
+        "a and b",
+        "a, b and c",
+    ]
+    assert TextTable.parse("| a | b |\n|---|---|\n| 1 | x y |\n") == TextTable(
+        ["a", "b"], [["1", "x y"]]
+    )
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -292,7 +297,7 @@ def test_the_page_holds_everything_it_shows():
         "dB",
         {4: 1.0},
         "5 < 6 & 7",
-        [Table(["layer", "gap"], [["<i>x", "+1.00 dB"]])],
+        [TextTable(["layer", "gap"], [["<i>x", "+1.00 dB"]])],
         [('a "dot"', PNG)],
     )
     text = html_page("A <title>", [section])
@@ -314,7 +319,7 @@ def test_long_tables_are_folded():
         "dB",
         {4: 1.0},
         "",
-        [Table(["layer"], [["conv1"]], folded="Layer by layer")],
+        [TextTable(["layer"], [["conv1"]], folded="Layer by layer")],
     )
     text = html_page("Title", [section])
     assert "<summary>Layer by layer</summary>" in text and "conv1" in Page(text).words
@@ -357,14 +362,14 @@ def test_nothing_to_report(words, tmp_path, capsys):
         write_weights(tmp_path, "rn8", 4, [(20.0, 5.0)])
     assert report.main([str(tmp_path), *words]) == 2
     error = capsys.readouterr().err
-    assert "nothing of the study in it" in error and error.count("\n") == 1
+    assert "no results of the study" in error and error.count("\n") == 1
     assert not list(tmp_path.glob("report.*"))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("weights_sqnr/rn8_4_bits_mse.json", "{", "not a whole JSON file"),
+        ("weights_sqnr/rn8_4_bits_mse.json", "{", "not a complete JSON file"),
         ("weights_sqnr/rn8_4_bits_mse.json", '{"conv1": {}}', "part weights is not as its command"),
         (
             "layer_outputs/rn8_conv1_4_bits_pruning.json",

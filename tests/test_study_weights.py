@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import modelutils
 from obc.solver.errors import UserError
-from pruning_vs_quantization import model_zoo, plot_weights_sqnr
+from pruning_vs_quantization import plot_weights_sqnr
 from pruning_vs_quantization import quant_pruning_weights_sqnr as weights_command
-from pruning_vs_quantization.expected_error import best_step, integer_codes
-from pruning_vs_quantization.tensor_sqnr import Histogram, tensor_figures
+from pruning_vs_quantization.expected_error import Histogram, best_step, integer_codes
+from pruning_vs_quantization.quant_pruning_weights_sqnr import tensor_figures
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -89,9 +89,9 @@ def as_fp16(weight: torch.Tensor) -> np.ndarray:
 def test_no_step_at_all_is_better(kind, bits, balanced):
     weight, codes = random_weights(kind, 60), integer_codes(bits, balanced)
     w = as_fp16(weight)
-    found = error_of(w, best_step(Histogram.of(weight), codes), codes)
-    wanted = least_error_of_any_step(w, codes)
-    assert found == pytest.approx(wanted, rel=2e-7, abs=1e-12 * float(w @ w))
+    result = error_of(w, best_step(Histogram.of(weight), codes), codes)
+    expected = least_error_of_any_step(w, codes)
+    assert result == pytest.approx(expected, rel=2e-7, abs=1e-12 * float(w @ w))
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,16 +103,16 @@ def test_no_step_at_all_is_better_for_few_weights(numbers, bits, balanced):
         with pytest.raises(ValueError, match="all values are zero"):
             best_step(Histogram.of(weight), codes)
         return
-    found = error_of(w, best_step(Histogram.of(weight), codes), codes)
-    assert found == pytest.approx(least_error_of_any_step(w, codes), rel=1e-6, abs=1e-10)
+    result = error_of(w, best_step(Histogram.of(weight), codes), codes)
+    assert result == pytest.approx(least_error_of_any_step(w, codes), rel=1e-6, abs=1e-10)
 
 
 def test_eight_bits_and_many_weights_against_many_steps():
     weight, codes = random_weights("heavy", 20000), integer_codes(8)
     w, step = as_fp16(weight), best_step(Histogram.of(weight), codes)
-    found = error_of(w, step, codes)
+    result = error_of(w, step, codes)
     others = np.concatenate([np.geomspace(0.1, 10, 300), np.linspace(0.98, 1.02, 300)]) * step
-    assert found <= min(error_of(w, other, codes) for other in others) * (1 + 2e-7)
+    assert result <= min(error_of(w, other, codes) for other in others) * (1 + 2e-7)
 
 
 def test_ten_million_weights_take_seconds():
@@ -120,8 +120,8 @@ def test_ten_million_weights_take_seconds():
     start = time.process_time()
     figures = tensor_figures(Histogram.of(weight), 8)
     assert time.process_time() - start < 5
-    assert figures.quant_sqnr == pytest.approx(40.57, abs=0.02)
-    assert figures.pruning_sqnr == pytest.approx(11.47, abs=0.02)
+    assert figures["quant_sqnr"] == pytest.approx(40.57, abs=0.02)
+    assert figures["pruning_sqnr"] == pytest.approx(11.47, abs=0.02)
 
 
 # -- the figures -----------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_a_gpu_counts_alike():
 def test_figures_are_what_the_definitions_say(kind, bits):
     weight = random_weights(kind, 333)
     original = weight.clone()
-    w, found = as_fp16(weight), tensor_figures(Histogram.of(weight), bits)
+    w, result = as_fp16(weight), tensor_figures(Histogram.of(weight), bits)
     codes = integer_codes(bits)
     step = best_step(Histogram.of(weight), codes)
     quantised = step * np.clip(np.rint(w / step), codes[0], codes[-1])
@@ -174,7 +174,7 @@ def test_figures_are_what_the_definitions_say(kind, bits):
         return left
 
     zeros = int((quantised == 0).sum())
-    assert found.quant_sparsity == zeros / 333
+    assert result["quant_sparsity"] == zeros / 333
     results = {
         "quant": quantised,
         "pruning": pruned(333 * bits // 16),
@@ -185,25 +185,26 @@ def test_figures_are_what_the_definitions_say(kind, bits):
         power = np.mean(w**2)
         sqnr_db = 10 * np.log10(power / mse) if mse > 1e-28 * power else math.inf
         method, _, suffix = name.partition("_")
-        assert getattr(found, f"{method}_mse{suffix}") == pytest.approx(mse, rel=1e-9, abs=1e-20)
-        assert getattr(found, f"{method}_sqnr{suffix}") == pytest.approx(sqnr_db, rel=1e-9)
-    assert found.pruning_mse_corrected >= found.pruning_mse
+        assert result[f"{method}_mse{suffix}"] == pytest.approx(mse, rel=1e-9, abs=1e-20)
+        sqnr = result[f"{method}_sqnr{suffix}"]
+        assert (math.inf if sqnr is None else sqnr) == pytest.approx(sqnr_db, rel=1e-9)
+    assert result["pruning_mse_corrected"] >= result["pruning_mse"]
     assert torch.equal(weight, original)
 
 
 def test_what_json_cannot_hold_is_null_with_a_reason():
-    zeros = tensor_figures(Histogram.of(torch.zeros(8)), 4).as_json()
+    zeros = tensor_figures(Histogram.of(torch.zeros(8)), 4)
     assert zeros["quant_sqnr"] is zeros["sample_kurtosis"] is zeros["pruning_sqnr"] is None
     assert zeros["quant_mse"] == 0 and zeros["quant_sparsity"] == 1
     assert "sample_kurtosis: undefined" in zeros["reason"]
-    grid = tensor_figures(Histogram.of(torch.tensor([-1.0, 0.0, 0.5, 1.0] * 4)), 4).as_json()
+    grid = tensor_figures(Histogram.of(torch.tensor([-1.0, 0.0, 0.5, 1.0] * 4)), 4)
     assert grid["quant_sqnr"] is None and grid["quant_mse"] == 0
     assert grid["reason"] == "quant_sqnr: infinite, no error"
     thirds = tensor_figures(Histogram.of(torch.tensor([0.1, -0.3, 0.2] * 9)), 4)
-    assert thirds.quant_mse > 0  # FP16 has no thirds
+    assert thirds["quant_mse"] > 0  # FP16 has no thirds
     exact = tensor_figures(Histogram.of(torch.tensor([0.5] * 99 + [1.5] * 3)), 6)
-    assert exact.quant_sqnr == math.inf  # not the 319 dB that rounding in float64 leaves
-    assert list(tensor_figures(Histogram.of(torch.randn(50)), 4).as_json()) == FIELDS
+    assert exact["quant_sqnr"] is None  # not the 319 dB that rounding in float64 leaves
+    assert list(tensor_figures(Histogram.of(torch.randn(50)), 4)) == FIELDS
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -223,14 +224,14 @@ def test_the_command_on_the_shipped_network(tmp_path, capsys, monkeypatch):
         assert list(layers) == list(modelutils.find_layers(model))
         assert all(list(figures) == FIELDS for figures in layers.values())
         histogram = Histogram.of(model.layer1[0].conv1.weight)
-        assert layers["layer1.0.conv1"] == tensor_figures(histogram, bits).as_json()
+        assert layers["layer1.0.conv1"] == tensor_figures(histogram, bits)
 
-    monkeypatch.setattr(weights_command, "load_model", None)  # would fail if it loaded again
+    monkeypatch.setattr(weights_command, "zoo_model", None)  # would fail if it loaded again
     assert run("--models", "rn8", "--bits", 2, 4, "--out", tmp_path) == 0
     assert capsys.readouterr().out == printed
 
     assert run("--models", "rn8", "--balanced", "--out", tmp_path) == 2
-    assert "rn8: made with balanced = false, now true" in capsys.readouterr().err
+    assert "rn8: made with balanced false, this run with balanced true" in capsys.readouterr().err
 
 
 def test_more_bits_are_added_and_restart_replaces(tmp_path, capsys):
@@ -247,7 +248,7 @@ def test_a_broken_result_is_named(tmp_path, capsys):
     assert run("--models", "rn8", "--bits", 2, "--out", tmp_path) == 0
     (tmp_path / "rn8_2_bits_mse.json").write_text('{"conv1": {')
     assert run("--models", "rn8", "--bits", 2, "--out", tmp_path) == 2
-    assert "rn8_2_bits_mse.json: not a whole JSON file" in capsys.readouterr().err
+    assert "rn8_2_bits_mse.json: not a complete JSON file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -281,48 +282,48 @@ def unreachable(asked: list[str], error: Exception):
 def test_a_server_that_does_not_answer_is_asked_once(tmp_path, capsys, monkeypatch):
     asked: list[str] = []
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(model_zoo, "urlopen", unreachable(asked, URLError("no route")))
+    monkeypatch.setattr(weights_command, "urlopen", unreachable(asked, URLError("no route")))
     models = ["vgg11", "fasterrcnn_resnet50_fpn", "fcn_resnet50", "r3d_18"]
     assert run("--models", *models, "rn8", "--bits", 2, "--out", tmp_path) == 0
     captured = capsys.readouterr()
     assert len(asked) == 1 and "vgg11" in asked[0]
     assert all(f"{name} skipped" in captured.err for name in models)
-    assert "does not answer (no route)" in captured.err and "has not answered" in captured.err
+    assert "does not answer (no route)" in captured.err and "did not answer before" in captured.err
     assert "4 of 5 models skipped" in captured.err and "| rn8 | 2 |" in captured.out
     assert run("--models", *models, "--bits", 2, "--out", tmp_path) == 2
-    assert "no model's weights could be had" in capsys.readouterr().err
+    assert "no model's weights are available" in capsys.readouterr().err
 
 
 def test_a_page_that_is_missing_says_nothing_about_others(tmp_path, capsys, monkeypatch):
     asked: list[str] = []
     missing = HTTPError("https://x/y", 404, "Not Found", None, None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(model_zoo, "urlopen", unreachable(asked, missing))
+    monkeypatch.setattr(weights_command, "urlopen", unreachable(asked, missing))
     assert run("--models", "vgg11", "r3d_18", "--out", tmp_path) == 2
     assert len(asked) == 2 and "404 Not Found" in capsys.readouterr().err
 
 
 def test_weights_that_were_downloaded_need_no_server(tmp_path, monkeypatch):
-    url = model_zoo.pretrained("vgg11").url
+    url = weights_command.pretrained_weights("vgg11").url
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(model_zoo, "urlopen", unreachable([], URLError("no route")))
+    monkeypatch.setattr(weights_command, "urlopen", unreachable([], URLError("no route")))
     with pytest.raises(UserError, match="does not answer"):
-        model_zoo.Downloads().check(url)
+        weights_command.Downloads().check(url)
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / url.rpartition("/")[2]).touch()
-    model_zoo.Downloads().check(url)
+    weights_command.Downloads().check(url)
 
 
 def test_without_arguments_it_is_the_whole_zoo():
     args = weights_command.build_parser().parse_args([])
-    models = weights_command.wanted_models(args)
+    models = weights_command.chosen_models([], None)
     assert {"resnet18", "fasterrcnn_resnet50_fpn", "fcn_resnet50", "r3d_18"} <= set(models)
     assert len(models) == len(set(models)) > 80
     assert not any(name.startswith(("quantized", "raft")) for name in models)
     assert args.bits == [8, 7, 6, 5, 4, 3, 2]
     assert str(args.out) == "plots_data/weights_sqnr"
-    assert all(model_zoo.pretrained(name).url for name in models)
+    assert all(weights_command.pretrained_weights(name).url for name in models)
 
 
 @pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
@@ -394,7 +395,7 @@ def test_the_plot_reads_any_such_folder(tmp_path, capsys):
 
 
 def test_dots_are_where_the_figures_are():
-    figure = plot_weights_sqnr.draw({4: [(2.0, 20.0), (3.0, 18.0)], 2: [(4.0, 1.0)]})
+    figure = plot_weights_sqnr.draw_points({4: [(2.0, 20.0), (3.0, 18.0)], 2: [(4.0, 1.0)]})
     axes = figure.axes[0]
     four, two, diagonal = axes.lines
     assert four.get_xdata().tolist() == [2.0, 3.0] and four.get_ydata().tolist() == [20.0, 18.0]
@@ -411,7 +412,7 @@ def test_dots_are_where_the_figures_are():
     ("name", "content", "message"),
     [
         (None, None, "no <model>_<b>_bits_mse.json"),
-        ("x_4_bits_mse.json", "{", "not a whole JSON file"),
+        ("x_4_bits_mse.json", "{", "not a complete JSON file"),
         ("x_4_bits_mse.json", '{"a": {"quant_sqnr": 1}}', "a has no pruning_sqnr"),
         ("x_4_bits_mse.json", '{"a": 3}', "a has no pruning_sqnr"),
         ("x_4_bits_mse.json", "{}", "no <model>_<b>_bits_mse.json"),
