@@ -13,7 +13,7 @@ has the least loss according to the caller's evaluation:
     2  from the best one, draw RESAMPLED of its coefficients anew; after TRIES draws in a row
        without a lower loss, draw one coefficient fewer; stop at none
 
-A candidate whose solution has been seen before costs no evaluation. A `State` is all that the
+A candidate whose solution has been seen before costs no evaluation. A `SearchState` is all that the
 further course depends on, the random generator included: saved after each evaluation, it lets an
 interrupted search end where it would have ended. Nothing here knows of models or images.
 """
@@ -49,7 +49,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ProfileProblem:
     """The levels of every layer, their costs and errors, and the budget."""
 
     levels: dict[str, list[str]]  # layer → names
@@ -112,14 +112,14 @@ class Problem:
         return math.fsum(error[pick] for error, pick in zip(self.errors, picks, strict=True))
 
 
-def make_problem(
+def profile_problem(
     levels: Sequence[str],
     costs: Costs,
     scores: Mapping[str, Mapping[str, float]],
     path: Path,  # of the scores, for error messages
     target: float,
     buckets: int,
-) -> Problem:
+) -> ProfileProblem:
     """Costs and scores as one problem; raises UserError where they do not fit."""
     for layer in costs.dense:
         missing = [level for level in levels if level not in scores.get(layer, {})]
@@ -143,14 +143,14 @@ def make_problem(
     for errors in error_table:
         errors[~np.isfinite(errors)] = np.nan  # not even the coefficient 0 makes it finite
     names = {layer: list(levels) for layer in costs.dense}
-    return Problem(names, cost_table, error_table, dense, target, buckets)
+    return ProfileProblem(names, cost_table, error_table, dense, target, buckets)
 
 
 # -- the search ------------------------------------------------------------------------------------
 
 
 @dataclass
-class State:
+class SearchState:
     """Where a search stands: all that its further course depends on."""
 
     generator: dict[str, Any]  # of NumPy's PCG64
@@ -164,22 +164,22 @@ class State:
     history: list[list[float]] = field(default_factory=list)  # [candidate, lowest loss so far]
 
     @classmethod
-    def start(cls, layers: int, seed: int) -> State:
+    def start(cls, layers: int, seed: int) -> SearchState:
         generator = np.random.Generator(np.random.PCG64(seed)).bit_generator.state
         return cls(generator, max(1, round(RESAMPLED * layers)))
 
 
 def picks_key(picks: Sequence[int]) -> str:
-    """A choice as a key of `State.losses`."""
+    """A choice as a key of `SearchState.losses`."""
     return " ".join(map(str, picks))
 
 
 def search(
-    problem: Problem,
+    problem: ProfileProblem,
     evaluate: Callable[[list[int]], float],  # picks → loss
-    state: State,
-    save: Callable[[State], None],
-) -> State:
+    state: SearchState,
+    save: Callable[[SearchState], None],
+) -> SearchState:
     """Run a search to its end from wherever `state` is, which it changes; returns it."""
     generator = np.random.Generator(np.random.PCG64())
     generator.bit_generator.state = state.generator
@@ -204,7 +204,9 @@ def search(
     return state
 
 
-def next_coefficients(state: State, layers: int, generator: np.random.Generator) -> list[float]:
+def next_coefficients(
+    state: SearchState, layers: int, generator: np.random.Generator
+) -> list[float]:
     """Step 1, then step 2 of the search."""
     if state.candidates == 0:
         return [1.0] * layers
@@ -216,7 +218,9 @@ def next_coefficients(state: State, layers: int, generator: np.random.Generator)
     return coefficients.tolist()
 
 
-def advance(state: State, coefficients: list[float], picks: list[int], loss: float | None) -> None:
+def advance(
+    state: SearchState, coefficients: list[float], picks: list[int], loss: float | None
+) -> None:
     """Record a candidate's loss."""
     state.candidates += 1
     if loss is not None and (state.loss is None or loss < state.loss):
