@@ -16,13 +16,10 @@ Weights are tensors in a file and nothing else (`checkpoints.py`).
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,7 +30,8 @@ from tqdm import tqdm
 
 from obc.inputs.checkpoints import load_checkpoint, load_state
 from obc.inputs.cifar_resnets import CifarResNet
-from obc.inputs.tracing import folded
+from obc.inputs.tracing import resumable
+from obc.inputs.usercode import user_module
 from obc.inputs.vision import make_importable, torchvision
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError
@@ -149,31 +147,20 @@ def _from_file(name: str) -> nn.Module:
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"{name}: there is no file {path}")
+    make_importable()  # torchvision, should the file import it
     try:
-        build = getattr(_run_file(Path(path)), function, None)
-        if not callable(build):
-            raise UserError(f"{path}: no function {function or '(empty name)'} in it")
-        model = build()
+        with user_module(Path(path)) as module:
+            build = getattr(module, function, None)
+            if not callable(build):
+                raise UserError(f"{path}: no function {function or '(empty name)'} in it")
+            model = build()
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # the user's own code: anything can happen
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UserError(f"{name}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} returned a {type(model).__name__}; it has to return an nn.Module")
     return model
-
-
-def _run_file(path: Path) -> ModuleType:
-    """The module in a file, imported as Python would: it may import torchvision, and its
-    neighbours in the folder (but modules of ours go before those of the same name)."""
-    make_importable()
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(f"user_model_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -264,9 +251,10 @@ def _outputs(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # logits (n, classes), labels (n,)
     model.to(device)
     with evaluating(model):
-        run = folded(model)
+        run = resumable(model)
         for images, labels in tqdm(batches, desc=task, leave=False, disable=None):
-            logits = run(placed(images, device))
+            run.begin(placed(images, device))
+            logits = run.finish()
             if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
                 raise UserError("the model does not return class scores of shape (images, classes)")
             if int(labels.max()) >= logits.shape[1]:
