@@ -386,7 +386,7 @@ def test_what_is_not_a_tensor_is_mentioned(tmp_path, caplog):
     torch.save({"w": torch.ones(1), "epoch": 3}, tmp_path / "x.pth")
     with caplog.at_level(logging.WARNING, "trueobs"):
         assert list(load_checkpoint(tmp_path / "x.pth")) == ["w"]
-    assert "not used, since not tensors: epoch" in caplog.text
+    assert "ignored, since not tensors: epoch" in caplog.text
 
 
 def test_a_state_has_to_fit_exactly():

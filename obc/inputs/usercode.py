@@ -18,7 +18,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -33,14 +33,12 @@ numbers = count(1)
 
 
 class UserLoader(SourceFileLoader):
-    """Runs a source file with other builtins."""
+    """Runs a source file with another `__import__`."""
 
-    def __init__(self, name: str, path: str, import_name: Any) -> None:
-        super().__init__(name, path)
-        self.builtins = vars(builtins) | {"__import__": import_name}
+    import_name: Callable[..., ModuleType]
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__builtins__ = self.builtins
+        module.__builtins__ = vars(builtins) | {"__import__": self.import_name}
         super().exec_module(module)
 
 
@@ -65,8 +63,13 @@ class UserPackage:
             return None
         spec = PathFinder.find_spec(name, path) if "." in rest else self.locate(name)
         if spec and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = UserLoader(name, spec.origin, self.import_name)
+            spec.loader = self.loader(name, spec.origin)
         return spec
+
+    def loader(self, name: str, path: str) -> UserLoader:
+        loader = UserLoader(name, path)
+        loader.import_name = self.import_name
+        return loader
 
     def locate(self, name: str) -> ModuleSpec | None:
         """Where a top-level module is, with the user's folder in the place of the toolkit's."""
@@ -90,14 +93,14 @@ class UserPackage:
     def import_name(
         self,
         name: str,
-        globals_: dict[str, Any] | None = None,
-        locals_: dict[str, Any] | None = None,
+        globals: dict[str, Any] | None = None,
+        locals: dict[str, Any] | None = None,
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> ModuleType:
         """`__import__` for the user's modules."""
         full = name if level else self.private(name)
-        module = __import__(full, globals_, locals_, fromlist, level)
+        module = __import__(full, globals, locals, fromlist, level)
         if full != name and not fromlist:  # `import a.b` binds a
             return sys.modules[f"{self.name}.{name.partition('.')[0]}"]
         if module is importlib:
@@ -122,7 +125,7 @@ def user_module(path: Path) -> Iterator[ModuleType]:
     spec = package.find_spec(name)
     if spec is None or spec.origin != str(path):  # my.net.py; net.py next to a folder net/
         name = f"{package.name}.__main__"
-        loader = UserLoader(name, str(path), package.import_name)
+        loader = package.loader(name, str(path))
         spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     added = [str(path.parent)] if str(path.parent) not in sys.path else []
