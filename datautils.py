@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from obc.inputs.batches import Batches, Passes, normalise, tell_skipped
+from obc.inputs.batches import Batches, Passes, normalise, log_skipped
 from obc.inputs.images import BadImage, FileImages, damaged, list_images, subfolders
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
@@ -215,7 +215,7 @@ def _readable(
     first, flaw = next(iter(bad.items()))
     if not skip or len(bad) == len(chosen):
         raise BadImage(first, flaw, len(bad) - 1)
-    tell_skipped(bad, f"of {len(chosen)} {part} images")
+    log_skipped(bad, f"of {len(chosen)} {part} images")
     return [index for index in chosen if source.files[index] not in bad]
 
 

@@ -1,10 +1,10 @@
-"""Batches of images: in a fixed order, pass after pass, and in shards for many processes.
+"""Batches of images: in a fixed order, pass after pass, and in shards for several processes.
 
     Passes(images, nrounds, seed) ─▶ Batches(passes, batchsize, workers) ─▶ (images, labels)
 
-Batches run on across the seam between two passes: only the very last may be smaller. Shard r of N
-has batches r, r + N, r + 2N, …, so that shards differ by one batch at most, and no process decodes
-an image that another one looks at.
+A batch may contain the end of one pass and the start of the next: only the very last can be
+smaller. Shard r of N has batches r, r + N, r + 2N, …, so shards differ by at most one batch, and
+no process decodes an image that another one uses.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 class Pixels(Protocol):
-    """A set of images, before normalisation: `datautils.ImageSet`."""
+    """Images before normalisation: `datautils.ImageSet`."""
 
     def __len__(self) -> int: ...
 
@@ -45,10 +45,10 @@ def normalise(
 
 
 class Passes(Dataset):
-    """`nrounds` passes over an image set, one after the other, as one long dataset.
+    """`nrounds` passes over the images, one after another, as one long dataset.
 
-    A BadImage comes back as an item: a DataLoader would re-raise it with a worker's whole
-    traceback for a message. `Batches` raises it as it was, or skips it.
+    A BadImage is returned as an item, for `Batches` to raise or skip: if it were raised here, a
+    DataLoader would raise another one with the worker's whole traceback as its message.
     """
 
     def __init__(self, images: Pixels, nrounds: int, seed: int | None) -> None:
@@ -75,27 +75,30 @@ def _collate(
     return images, torch.tensor([label for _, label in good]), bad
 
 
-def tell_skipped(bad: Mapping[str, str], of_what: str) -> None:
-    """One line for all images that --skip-bad-images leaves out."""
-    first, flaw = next(iter(bad.items()))
+def log_skipped(flaws: Mapping[str, str], which: str) -> None:
+    """One line for all images that --skip-bad-images leaves out: file -> what is wrong with it."""
+    first, flaw = next(iter(flaws.items()))
     log.warning(
-        "%d %s cannot be read and are skipped; the first: %s (%s)", len(bad), of_what, first, flaw
+        "%d %s cannot be read and are skipped; the first: %s (%s)", len(flaws), which, first, flaw
     )
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Sized, and iterable any number of times: pairs (images, labels), always in the same order."""
+    """Pairs (images, labels), in the same order whenever they are iterated over.
+
+    images: (n, 3, s, s) float32, normalised;  labels: (n,) int64.
+    """
 
     passes: Passes
     batchsize: int
     workers: int
     skip_bad_images: bool = False
-    first: int = 0  # of the batches, then every step-th
+    first: int = 0  # the first batch, then every step-th
     step: int = 1
 
     def shard(self, number: int, count: int) -> Batches:
-        """Every `count`-th batch, from the one of that number on."""
+        """Every `count`-th batch, starting with batch `number`."""
         return replace(self, first=self.first + number * self.step, step=self.step * count)
 
     def _positions(self) -> list[range]:
@@ -107,12 +110,12 @@ class Batches:
     def __len__(self) -> int:
         return len(self._positions())
 
-    def _decoded(self) -> Iterator[tuple[Tensor | None, Tensor, list[BadImage]]]:
-        """As `_collate` makes them, by as many processes as were asked for."""
-        with warnings.catch_warnings():  # of more processes than cores, in every loop
-            warnings.filterwarnings("ignore", "This DataLoader will create")
-            return iter(
-                DataLoader(
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        flaws: dict[str, str] = {}
+        try:
+            with warnings.catch_warnings():  # about more workers than cores, in every loop
+                warnings.filterwarnings("ignore", "This DataLoader will create")
+                loader = DataLoader(
                     self.passes,
                     batch_sampler=self._positions(),
                     num_workers=self.workers,
@@ -120,23 +123,19 @@ class Batches:
                     worker_init_fn=leave_interrupts,
                     generator=torch.Generator(),  # else every loop would advance the global one
                 )
-            )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        skipped: dict[str, str] = {}
-        try:
-            for images, labels, bad in self._decoded():
+                decoded = iter(loader)
+            for images, labels, bad in decoded:
                 if bad and not self.skip_bad_images:
                     raise bad[0]
-                skipped |= {error.path: error.flaw for error in bad}
+                flaws |= {error.path: error.flaw for error in bad}
                 if images is not None:
                     yield images, labels
-            if skipped:
-                tell_skipped(skipped, "more images")
+            if flaws:
+                log_skipped(flaws, "more images")
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
-                "a process that decodes images died, perhaps for lack of (shared) "
-                "memory; pass --workers 0 or a smaller --batchsize"
+                "a process that decodes images died, perhaps for lack of (shared) memory; "
+                "pass --workers 0 or a smaller --batchsize"
             ) from error
