@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from obc.inputs.batches import Batches, Passes, normalise, log_skipped
+from obc.inputs.batches import Batches, Passes, log_skipped, normalise
 from obc.inputs.images import BadImage, FileImages, damaged, list_images, subfolders
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log

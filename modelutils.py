@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
+from obc.inputs.batches import ImageBatches
 from obc.inputs.checkpoints import load_checkpoint, load_state
 from obc.inputs.cifar_resnets import CifarResNet
 from obc.inputs.tracing import resumable
@@ -41,8 +42,6 @@ from quant import ACTIVATION_GRID, WEIGHT_GRID
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 CIFAR_BLOCKS = {f"rn{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # name: n, blocks per stage
 SHIPPED_WEIGHTS = {("rn8", "digits"): Path(__file__).resolve().parent / "assets/rn8_digits.pth"}
-
-Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, s, s) float32, labels (n,) int64
 
 
 # ---------------------------------------------------------------------------- models by name
@@ -166,7 +165,7 @@ def _from_file(name: str) -> nn.Module:
 
 
 def _dense_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """A checkpoint to start from. Its values are not read before it is known to fit (load_state)."""
+    """A checkpoint to start from. Its values are read once it is known to fit (load_state)."""
     state = load_checkpoint(path, finite=False)
     if any(f".{grid}." in key for grid in (ACTIVATION_GRID, WEIGHT_GRID) for key in state):
         raise UserError(f"{path}: a quantised checkpoint; --weights takes dense ones")
@@ -246,7 +245,7 @@ def placed(images: Tensor, device: torch.device) -> Tensor:
 
 
 def _outputs(
-    model: nn.Module, batches: Batches, device: torch.device, task: str
+    model: nn.Module, batches: ImageBatches, device: torch.device, task: str
 ) -> Iterator[tuple[Tensor, Tensor]]:  # logits (n, classes), labels (n,)
     model.to(device)
     with evaluating(model):
@@ -266,7 +265,7 @@ def _outputs(
 
 def evaluate(
     model: nn.Module,
-    batches: LabelledBatches,  # this process's share
+    batches: ImageBatches,  # this process's share
     device: torch.device,
     world: World = ALONE,
 ) -> float:
@@ -283,7 +282,7 @@ def evaluate(
 
 def mean_loss(
     model: nn.Module,
-    batches: LabelledBatches,  # this process's share: every N-th
+    batches: ImageBatches,  # this process's share: every N-th
     device: torch.device,
     world: World = ALONE,
 ) -> float:

@@ -40,10 +40,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.networks import Batches, layout_of, random_images, random_model
+from benchmarks.networks import layout_of, random_images, random_model
 from benchmarks.timing import against, alternating
 from main_trueobs import SPARSITY_GRIDS, sparsity_grid
 from modelutils import evaluating, find_layers
+from obc.inputs.batches import ImageBatches
 from obc.solver import errors
 from obc.toolkit import cli, sensitivity
 from obc.toolkit.leveldb import Database, level_names, model_tag
@@ -114,7 +115,7 @@ def magnitude_database(model: nn.Module, name: str, levels: int) -> Database:
 # -- the plain way ---------------------------------------------------------------------------------
 
 
-def mean_loss(model: nn.Module, batches: Batches, device: torch.device) -> float:
+def mean_loss(model: nn.Module, batches: ImageBatches, device: torch.device) -> float:
     total, images_seen = 0.0, 0
     for images, labels in batches:
         outputs = model(images.to(device, memory_format=layout_of(device)))
@@ -124,7 +125,7 @@ def mean_loss(model: nn.Module, batches: Batches, device: torch.device) -> float
 
 
 def plain_losses(
-    model: nn.Module, db: Database, batches: Batches, device: torch.device, pairs: Pairs
+    model: nn.Module, db: Database, batches: ImageBatches, device: torch.device, pairs: Pairs
 ) -> dict[tuple[str, str], float]:
     """Mean loss with one layer at one level, for each pair."""
     found = {}
@@ -166,7 +167,9 @@ def as_a_command(args: argparse.Namespace) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def subject(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Batches, Database]:
+def subject(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[nn.Module, ImageBatches, Database]:
     """The model, its images and the database, as the options have them."""
     if args.dataset:
         session = Session.of(as_a_command(args))

@@ -7,15 +7,14 @@ commands, without models of the user's own.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modelutils import CIFAR_BLOCKS, TORCHVISION_ALIASES, CifarResNet
+from obc.inputs.batches import ImageBatches
 from obc.inputs.vision import torchvision
 from obc.solver import errors
 
 CLASSES = 1000  # ImageNet's
-
-Batches = list[tuple[Tensor, Tensor]]  # images (n, 3, s, s), labels (n,)
 
 
 def random_model(name: str, seed: int, device: torch.device) -> nn.Module:
@@ -36,7 +35,7 @@ def random_model(name: str, seed: int, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
-def random_images(count: int, size: int, batchsize: int, seed: int) -> Batches:
+def random_images(count: int, size: int, batchsize: int, seed: int) -> ImageBatches:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, size, size, generator=generator)
     labels = torch.randint(CLASSES, (count,), generator=generator)

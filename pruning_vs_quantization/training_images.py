@@ -29,7 +29,6 @@ from datautils import ImageData, ImageSet, calibration_batches, load_data, norma
 IN_MEMORY = 4 << 30  # bytes of decoded images that are kept
 
 Batch = tuple[Tensor, Tensor]  # images (n, 3, s, s) float32, labels (n,) int64
-Batches = Iterable[Batch]
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class TrainingData:
             )
         )
 
-    def plain(self, batches: int) -> Batches:
+    def plain(self, batches: int) -> Iterable[Batch]:
         """Some training batches, not augmented, always the same; fewer if there are not as many."""
         count = batches * self.batchsize
         if self.train is not None:
@@ -165,7 +164,7 @@ class TrainingData:
             replace(self.data, calibration=some), batchsize=self.batchsize, workers=self.workers
         )
 
-    def test_batches(self) -> Batches:
+    def test_batches(self) -> Iterable[Batch]:
         """All test images."""
         if self.test is not None:
             return self.test

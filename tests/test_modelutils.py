@@ -457,7 +457,7 @@ def test_evaluation_counts_right_and_restores_every_mode():
 
 def test_modes_come_back_after_an_error_too():
     model = Scores(classes=2).train()
-    with pytest.raises(UserError, match="the model tells 2 classes apart, but there is .* class 5"):
+    with pytest.raises(UserError, match="the model has 2 classes, but there is .* class 5"):
         evaluate(model, [(torch.zeros(1, 3, 2, 2), torch.tensor([5]))], CPU)
     assert model.training and model.drop.training
     with pytest.raises(UserError, match="does not return class scores"):

@@ -26,6 +26,13 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
+class ImageBatches(Protocol):
+    """Pairs of images (n, 3, s, s) float32, normalised, and labels (n,) int64."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __len__(self) -> int: ...
+
+
 class Pixels(Protocol):
     """Images before normalisation: `datautils.ImageSet`."""
 
@@ -85,10 +92,7 @@ def log_skipped(flaws: Mapping[str, str], which: str) -> None:
 
 @dataclass(frozen=True)
 class Batches:
-    """Pairs (images, labels), in the same order whenever they are iterated over.
-
-    images: (n, 3, s, s) float32, normalised;  labels: (n,) int64.
-    """
+    """`ImageBatches` in an order that is always the same."""
 
     passes: Passes
     batchsize: int

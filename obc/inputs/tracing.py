@@ -145,5 +145,5 @@ def resumable(model: nn.Module) -> TracedModel | UntracedModel:
     try:
         return TracedModel(model)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
-        log.warning("the model cannot be traced (%s): every level runs all of it", error)
+        log.warning("the model cannot be traced (%s): it always runs as a whole", error)
         return UntracedModel(model)

@@ -13,7 +13,7 @@ images, which H has not seen, the error shows how far the choice of weights carr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -23,18 +23,17 @@ from tqdm import tqdm
 
 from datautils import ImageData, ImageSet
 from modelutils import evaluating
+from obc.inputs.batches import ImageBatches
 from obc.solver.errors import log
 from obc.toolkit.calibrate import watching
 
 TOLERANCE = 0.05  # relative
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # images, labels
-
 
 def measured_errors(
     dense: nn.Module,
     changes: Mapping[str, Tensor],  # layer → W − Ŵ, in the shape of its weight
-    batches: Batches,
+    batches: ImageBatches,
     device: torch.device,
 ) -> dict[str, float]:
     """Mean over images of ‖layer(x; W − Ŵ)‖² for every layer, in one pass over the images."""

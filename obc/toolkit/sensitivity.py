@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelutils import evaluating, placed
+from obc.inputs.batches import ImageBatches
 from obc.inputs.tracing import TracedModel, UntracedModel, resumable
 from obc.solver.errors import log
 from obc.solver.threads import in_pieces
@@ -30,7 +31,6 @@ from obc.toolkit.leveldb import Database
 from obc.toolkit.resume import Notes, Unkept
 from quant import put_layer
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # images, labels
 Scores = dict[str, dict[str, float]]  # layer → level → value
 
 
@@ -71,7 +71,7 @@ def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | No
 def losses(
     model: nn.Module,
     db: Database,
-    batches: Batches,  # of several processes, each its own: every N-th
+    batches: ImageBatches,  # of several processes, each its own: every N-th
     device: torch.device,
     notes: Notes | None = None,  # of what an interrupted run has measured
 ) -> Scores:
@@ -145,7 +145,7 @@ def batch_changes(
         yield layer, changes
 
 
-def _count(batches: Batches) -> int:
+def _count(batches: ImageBatches) -> int:
     return len(batches) if hasattr(batches, "__len__") else 1
 
 
@@ -156,7 +156,7 @@ def _loss(outputs: object, labels: Tensor) -> float:
 def squared_errors(
     model: nn.Module,
     db: Database,
-    batches: Batches,  # of several processes, each its own: every N-th
+    batches: ImageBatches,  # of several processes, each its own: every N-th
     device: torch.device,
     notes: Notes | None = None,  # of what an interrupted run has measured
 ) -> Scores:

@@ -150,9 +150,7 @@ def check_model(model: nn.Module, name: str, data: ImageData) -> None:
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
         raise UserError(f"{name} does not return class scores of shape (images, classes)")
     if outputs.shape[1] < classes:
-        raise UserError(
-            f"{name} tells {outputs.shape[1]} classes apart, but {data.name} has {classes}"
-        )
+        raise UserError(f"{name} has {outputs.shape[1]} classes, but {data.name} has {classes}")
 
 
 def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[str, Tensor]:

@@ -29,7 +29,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from modelutils import eval_mode, find_layers, placed
+from obc.inputs.batches import ImageBatches
 from obc.solver.errors import UserError, log
 from obc.toolkit.resume import Unkept
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
@@ -47,13 +47,6 @@ LATENT, AVERAGES = "latent", ("step", "exp_avg", "exp_avg_sq")  # the latter as 
 
 Forward = Callable[[Tensor], Tensor]  # images -> logits, of the model that is trained
 Loss = Callable[[Forward, Tensor, Tensor], Tensor]  # forward, images, labels -> ()
-
-
-class Batches(Protocol):
-    """Pairs of images (n, 3, s, s) and labels (n,), iterated once an epoch, shuffled or not."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-    def __len__(self) -> int: ...
 
 
 # -- constraints -----------------------------------------------------------------------------------
@@ -146,7 +139,7 @@ class _Course:
         self.latents, self.adam = {x: item.latent for x, item in trainables.items()}, adam
         self.saved = time.monotonic()
 
-    def resume(self, batches: Batches) -> list[float]:
+    def resume(self, batches: ImageBatches) -> list[float]:
         """Take over what is kept, and leave out the epochs it is from; their losses."""
         entry = self.state.load(self.key)
         if entry is None:
@@ -183,7 +176,7 @@ class _Course:
 
 def _train(
     model: nn.Module,
-    batches: Batches,
+    batches: ImageBatches,
     device: torch.device,
     loss_of: Loss,
     trainables: dict[str, _Trainable],
@@ -229,7 +222,7 @@ def _train(
 def global_adaprune(
     model: nn.Module,
     dense: nn.Module,
-    batches: Batches,
+    batches: ImageBatches,
     device: torch.device,
     epochs: int = 100,
     lr: float = 1e-5,
@@ -267,7 +260,7 @@ def global_adaprune(
 def train_vectors(
     model: nn.Module,
     dense: nn.Module,
-    batches: Batches,
+    batches: ImageBatches,
     device: torch.device,
     epochs: int = 100,
     lr: float = 1e-4,
@@ -298,7 +291,7 @@ def train_vectors(
 def finetune(
     model: nn.Module,
     dense: nn.Module,
-    batches: Batches,
+    batches: ImageBatches,
     device: torch.device,
     epochs: int = 2,
     lr: float = 1e-5,
