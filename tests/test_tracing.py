@@ -128,6 +128,29 @@ def test_the_same_answer_with_any_layer_changed(make: Callable[[], nn.Module]) -
             torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", MODELS.values(), ids=list(MODELS))
+def test_the_changed_layer_has_exactly_the_plain_models_input(
+    make: Callable[[], nn.Module],
+) -> None:
+    model, inputs = randomise(make()), {}
+    images = torch.randn(2, 3, 5, 5)
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Conv2d)}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.setdefault(name, args[0].clone()) and None
+        )
+    with evaluating(model):
+        model(images.clone())
+        plain = dict(inputs)
+        run = TracedModel(model)
+        run.begin(images.clone())
+        for number, name in sorted((run.calls(name)[0], name) for name in layers):
+            run.advance(number)
+            inputs.clear()
+            run.finish()
+            assert torch.equal(inputs[name], plain[name])
+
+
 def test_which_norms_are_folded() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

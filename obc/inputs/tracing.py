@@ -7,8 +7,9 @@ this: a batch norm (in eval mode) that alone reads the output of a convolution i
 
     y = γ (W∗x + b − μ)/√(σ² + ε) + β  =  W'∗x + b',    W' = W γ/√(σ² + ε),
 
-except for the layer that is being changed. The two differ by rounding only. A model that cannot be
-traced runs as a whole.
+after the layer that is being changed. This changes the output by rounding only. The layer's input
+is exactly the plain model's, or a layer with 4-bit inputs could round them to other codes. A model
+that cannot be traced runs as a whole.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class TracedModel(fx.Interpreter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, graph=InPlaceTracer().trace(model))
         self.nodes = list(self.graph.nodes)
-        self.changed: fx.Node | None = None  # runs as it is, neither folded nor its norm left out
+        self.place = {node: number for number, node in enumerate(self.nodes)}
+        self.folded_from = 0  # operations before this one run as the model has them
         self.folded: dict[fx.Node, nn.Module] = {}  # convolution -> the same with its norm in it
         self.norms: dict[fx.Node, fx.Node] = {}  # batch norm -> the convolution that includes it
         for norm in self.nodes:
@@ -84,25 +86,25 @@ class TracedModel(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> object:
         """One operation, on the values in `env`."""
-        if node in self.folded and node is not self.changed:
+        if node in self.folded and self.place[node] >= self.folded_from:
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             return self.folded[node](*args, **kwargs)
-        if node in self.norms and self.norms[node] is not self.changed:
+        if node in self.norms and self.place[self.norms[node]] >= self.folded_from:
             return self.env[self.norms[node]]
         return super().run_node(node)
 
     def begin(self, images: Tensor) -> None:
         """Get ready to run on a batch of images, with no layer changed."""
-        self.env, self.args_iter, self.changed = {}, iter([images]), None
+        self.env, self.args_iter, self.folded_from = {}, iter([images]), 0
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self.position = 0
         self._run_to(len(placeholders))
 
     def advance(self, number: int) -> None:
         """Run up to operation `number`, which is the first call of a layer that will be changed."""
-        self.changed = None
+        self.folded_from = len(self.nodes)
         self._run_to(number)
-        self.changed = self.nodes[number]
+        self.folded_from = number + 1
 
     def finish(self) -> object:
         """The model's output. Can be called again, with other weights in the changed layer."""
