@@ -135,10 +135,12 @@ def test_the_changed_layer_has_exactly_the_plain_models_input(
     model, inputs = randomise(make()), {}
     images = torch.randn(2, 3, 5, 5)
     layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Conv2d)}
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name: inputs.setdefault(name, args[0].clone()) and None
-        )
+
+    def see(layer: nn.Module, args: tuple[Tensor]) -> None:
+        inputs.setdefault(layer, args[0].clone())
+
+    for layer in layers.values():
+        layer.register_forward_pre_hook(see)
     with evaluating(model):
         model(images.clone())
         plain = dict(inputs)
@@ -148,7 +150,7 @@ def test_the_changed_layer_has_exactly_the_plain_models_input(
             run.advance(number)
             inputs.clear()
             run.finish()
-            assert torch.equal(inputs[name], plain[name])
+            assert torch.equal(inputs[layers[name]], plain[layers[name]])
 
 
 def test_which_norms_are_folded() -> None:
