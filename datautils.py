@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from obc.inputs.batches import Batches, Passes, log_skipped, normalise
+from obc.inputs.batches import ImageBatches, Passes, log_skipped, normalise
 from obc.inputs.images import BadImage, FileImages, damaged, list_images, subfolders
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
@@ -279,7 +279,7 @@ def calibration_batches(
     augment: bool = False,
     seed: int = 0,
     workers: int | None = None,  # None: what suits the dataset
-) -> Batches:
+) -> ImageBatches:
     """`nrounds` passes over the calibration images; each augmented pass has new views of them.
 
     A batch may contain the end of one pass and the start of the next: only the very last can be
@@ -287,7 +287,7 @@ def calibration_batches(
     """
     workers = data.workers if workers is None else workers
     passes = Passes(data.calibration, nrounds, seed if augment else None)
-    return Batches(passes, batchsize, workers, data.skip_bad_images)
+    return ImageBatches(passes, batchsize, workers, data.skip_bad_images)
 
 
 def test_batches(
@@ -295,10 +295,10 @@ def test_batches(
     *,
     batchsize: int = 128,
     workers: int | None = None,  # None: what suits the dataset
-) -> Batches:
+) -> ImageBatches:
     """One pass over the test images."""
     workers = data.workers if workers is None else workers
-    return Batches(Passes(data.test, 1, None), batchsize, workers, data.skip_bad_images)
+    return ImageBatches(Passes(data.test, 1, None), batchsize, workers, data.skip_bad_images)
 
 
 test_batches.__test__ = False  # pytest would take it for a test by its name

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import quant
 from modelutils import find_layers, other_weights
 from obc.inputs import files
-from obc.inputs.batches import Batches
+from obc.inputs.batches import ImageBatches
 from obc.solver.errors import UserError, log
 from obc.solver.levels import sparsity_grid
 from obc.toolkit import cli, records
@@ -264,7 +264,7 @@ def open_cache(session: Session) -> Unkept:
 def compress(
     session: Session,
     compressed: nn.Module,  # in place
-    batches: Batches,
+    batches: ImageBatches,
     state: Unkept,
 ) -> dict[str, Any]:
     """All layers, in place or as levels into --sparse-dir; figures for the record."""
@@ -323,7 +323,7 @@ def tell_other_weights(model: nn.Module) -> None:
 
 def check(
     session: Session,
-    batches: Batches,
+    batches: ImageBatches,
     layers: list[dict[str, Any]],  # reports, which get two figures more
     changes: dict[str, Tensor],  # layer → W − Ŵ
 ) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from obc.inputs.batches import ImageBatches
+from obc.inputs.batches import Batches
 from obc.inputs.checkpoints import load_checkpoint, load_state
 from obc.inputs.cifar_resnets import CifarResNet
 from obc.inputs.tracing import resumable
@@ -245,7 +245,7 @@ def placed(images: Tensor, device: torch.device) -> Tensor:
 
 
 def _outputs(
-    model: nn.Module, batches: ImageBatches, device: torch.device, task: str
+    model: nn.Module, batches: Batches, device: torch.device, task: str
 ) -> Iterator[tuple[Tensor, Tensor]]:  # logits (n, classes), labels (n,)
     model.to(device)
     with evaluating(model):
@@ -265,7 +265,7 @@ def _outputs(
 
 def evaluate(
     model: nn.Module,
-    batches: ImageBatches,  # this process's share
+    batches: Batches,  # this process's share
     device: torch.device,
     world: World = ALONE,
 ) -> float:
@@ -282,13 +282,13 @@ def evaluate(
 
 def mean_loss(
     model: nn.Module,
-    batches: ImageBatches,  # this process's share: every N-th
+    batches: Batches,  # this process's share: every N-th
     device: torch.device,
     world: World = ALONE,
 ) -> float:
     """Mean cross-entropy in nats. Moves the model to `device` and changes nothing else in it.
 
-    Batches are summed in their own order, whichever process has them.
+    ImageBatches are summed in their own order, whichever process has them.
     """
     sums = [
         (F.cross_entropy(logits.float(), labels, reduction="sum").double(), len(labels))

@@ -152,7 +152,7 @@ def load_model(args: argparse.Namespace, dense: nn.Module) -> nn.Module:
 
 
 class Epochs:
-    """Batches of calibration images: every iteration in a new order, with new augmentation.
+    """ImageBatches of calibration images: every iteration in a new order, with new augmentation.
 
     A new object begins at the same first epoch; epochs depend on --seed alone.
     """

@@ -195,7 +195,7 @@ class TrueOBS:
     def _systems(
         self, problem: Problem, apart: Tensor | None, levels: int = 0
     ) -> Iterator[tuple[Tensor, Inverse, Tensor, Tensor]]:
-        """Batches of this process's rows, inverses and H they start from, and which is each row's.
+        """ImageBatches of this process's rows, inverses and H they start from, and which is each row's.
 
         Rows `apart` get an inverse of their own, without the columns of their zeros. `levels`: how
         many weights of each row the caller makes.

@@ -39,7 +39,7 @@ from benchmarks import timing
 from benchmarks.networks import layout_of, random_images, random_model
 from benchmarks.timing import against, alternating
 from modelutils import evaluating, find_layers
-from obc.inputs.batches import ImageBatches
+from obc.inputs.batches import Batches
 from obc.solver import errors
 from obc.toolkit import cli
 from obc.toolkit.calibrate import calibrate, watching
@@ -94,7 +94,7 @@ class Plain:
 class Bench:
     """One model and its images; each way of going through them, and what it left."""
 
-    def __init__(self, model: nn.Module, batches: ImageBatches) -> None:
+    def __init__(self, model: nn.Module, batches: Batches) -> None:
         self.model, self.batches = model, batches
         self.layers, self.device = find_layers(model), next(model.parameters()).device
         self.solvers: dict[str, TrueOBS] = {}

@@ -13,7 +13,7 @@ What is timed, in one process, on the same threads, images and database:
   divided by the share: extrapolated, unless it is 1.
 
 They take turns, round after round, after a warm-up of each (ours at the first and the last level
-only); medians of `--repeats`. Batches of `--batchsize`, channels last on a CPU, for both.
+only); medians of `--repeats`. ImageBatches of `--batchsize`, channels last on a CPU, for both.
 Without --dataset: random images and labels, and a network with random weights whose batch norms
 hold the statistics of those images; without --prefix: a database of `--levels` levels in memory,
 magnitude-pruned at sparsities of main_trueobs.py's default grid, the first of which is dense.
@@ -44,7 +44,7 @@ from benchmarks.networks import layout_of, random_images, random_model
 from benchmarks.timing import against, alternating
 from main_trueobs import SPARSITY_GRIDS, sparsity_grid
 from modelutils import evaluating, find_layers
-from obc.inputs.batches import ImageBatches
+from obc.inputs.batches import Batches
 from obc.solver import errors
 from obc.toolkit import cli, sensitivity
 from obc.toolkit.leveldb import Database, level_names, model_tag
@@ -115,7 +115,7 @@ def magnitude_database(model: nn.Module, name: str, levels: int) -> Database:
 # -- the plain way ---------------------------------------------------------------------------------
 
 
-def mean_loss(model: nn.Module, batches: ImageBatches, device: torch.device) -> float:
+def mean_loss(model: nn.Module, batches: Batches, device: torch.device) -> float:
     total, images_seen = 0.0, 0
     for images, labels in batches:
         outputs = model(images.to(device, memory_format=layout_of(device)))
@@ -125,7 +125,7 @@ def mean_loss(model: nn.Module, batches: ImageBatches, device: torch.device) -> 
 
 
 def plain_losses(
-    model: nn.Module, db: Database, batches: ImageBatches, device: torch.device, pairs: Pairs
+    model: nn.Module, db: Database, batches: Batches, device: torch.device, pairs: Pairs
 ) -> dict[tuple[str, str], float]:
     """Mean loss with one layer at one level, for each pair."""
     found = {}
@@ -167,9 +167,7 @@ def as_a_command(args: argparse.Namespace) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def subject(
-    args: argparse.Namespace, device: torch.device
-) -> tuple[nn.Module, ImageBatches, Database]:
+def subject(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Batches, Database]:
     """The model, its images and the database, as the options have them."""
     if args.dataset:
         session = Session.of(as_a_command(args))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modelutils import CIFAR_BLOCKS, TORCHVISION_ALIASES, CifarResNet
-from obc.inputs.batches import ImageBatches
+from obc.inputs.batches import Batches
 from obc.inputs.vision import torchvision
 from obc.solver import errors
 
@@ -35,7 +35,7 @@ def random_model(name: str, seed: int, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
-def random_images(count: int, size: int, batchsize: int, seed: int) -> ImageBatches:
+def random_images(count: int, size: int, batchsize: int, seed: int) -> Batches:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, size, size, generator=generator)
     labels = torch.randint(CLASSES, (count,), generator=generator)

@@ -117,7 +117,7 @@ class TrainingData:
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch."""
+        """ImageBatches of an epoch."""
         return max(1, len(self.data.calibration) // self.batchsize)
 
     def epoch(self, number: int) -> Iterator[Batch]:

@@ -1,6 +1,6 @@
-"""Batches of images: in a fixed order, pass after pass, and in shards for several processes.
+"""ImageBatches of images: in a fixed order, pass after pass, and in shards for several processes.
 
-    Passes(images, nrounds, seed) ─▶ Batches(passes, batchsize, workers) ─▶ (images, labels)
+    Passes(images, nrounds, seed) ─▶ ImageBatches(passes, batchsize, workers) ─▶ (images, labels)
 
 A batch may contain the end of one pass and the start of the next: only the very last can be
 smaller. Shard r of N has batches r, r + N, r + 2N, …, so shards differ by at most one batch, and
@@ -26,7 +26,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-class ImageBatches(Protocol):
+class Batches(Protocol):
     """Pairs of images (n, 3, s, s) float32, normalised, and labels (n,) int64."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
@@ -54,7 +54,7 @@ def normalise(
 class Passes(Dataset):
     """`nrounds` passes over the images, one after another, as one long dataset.
 
-    A BadImage is returned as an item, for `Batches` to raise or skip: if it were raised here, a
+    A BadImage is returned as an item, for `ImageBatches` to raise or skip: if it were raised here, a
     DataLoader would raise another one with the worker's whole traceback as its message.
     """
 
@@ -91,8 +91,8 @@ def log_skipped(flaws: Mapping[str, str], which: str) -> None:
 
 
 @dataclass(frozen=True)
-class Batches:
-    """`ImageBatches` in an order that is always the same."""
+class ImageBatches:
+    """`Batches` in an order that is always the same."""
 
     passes: Passes
     batchsize: int
@@ -101,7 +101,7 @@ class Batches:
     first: int = 0  # the first batch, then every step-th
     step: int = 1
 
-    def shard(self, number: int, count: int) -> Batches:
+    def shard(self, number: int, count: int) -> ImageBatches:
         """Every `count`-th batch, starting with batch `number`."""
         return replace(self, first=self.first + number * self.step, step=self.step * count)
 

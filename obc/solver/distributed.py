@@ -58,7 +58,7 @@ class World:
         return slice(rank * count // self.size, (rank + 1) * count // self.size)
 
     def own(self, items: list) -> list:
-        """Every N-th of a list; of batches, use `batches.Batches.shard`."""
+        """Every N-th of a list; of batches, use `batches.ImageBatches.shard`."""
         return items[self.rank :: self.size]
 
     def sum_in_order(self, x: Tensor) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import quant
 from modelutils import evaluating, find_layers
-from obc.inputs.batches import Batches
+from obc.inputs.batches import ImageBatches
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError
 from obc.solver.hessian import CHUNK_BYTES
@@ -54,7 +54,7 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
 def calibrate(
     dense: nn.Module,
     solvers: Mapping[str, TrueOBS],  # by the names of layers
-    batches: Batches | list[tuple[Tensor, Tensor]],  # a list, if there is one shard only
+    batches: ImageBatches | list[tuple[Tensor, Tensor]],  # a list, if there is one shard only
     device: torch.device,
     world: World = ALONE,
     shards: int = 1,  # that this process goes through, if it is alone
@@ -76,7 +76,7 @@ def calibrate(
 def show(
     dense: nn.Module,
     solvers: Mapping[str, TrueOBS],
-    batches: Batches | list[tuple[Tensor, Tensor]],
+    batches: ImageBatches | list[tuple[Tensor, Tensor]],
     device: torch.device,
 ) -> None:
     """Show some images to the dense model: on a CPU several batches at a time, one a thread.

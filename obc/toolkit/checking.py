@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from datautils import ImageData, ImageSet
 from modelutils import evaluating
-from obc.inputs.batches import ImageBatches
+from obc.inputs.batches import Batches
 from obc.solver.errors import log
 from obc.toolkit.calibrate import watching
 
@@ -33,7 +33,7 @@ TOLERANCE = 0.05  # relative
 def measured_errors(
     dense: nn.Module,
     changes: Mapping[str, Tensor],  # layer → W − Ŵ, in the shape of its weight
-    batches: ImageBatches,
+    batches: Batches,
     device: torch.device,
 ) -> dict[str, float]:
     """Mean over images of ‖layer(x; W − Ŵ)‖² for every layer, in one pass over the images."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import quant
 from modelutils import find_layers
-from obc.inputs.batches import Batches
+from obc.inputs.batches import ImageBatches
 from obc.solver.allocator import give_back_freed_memory
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import SingularHessian, UserError, log
@@ -181,7 +181,7 @@ class Compression:
         self.reports: dict[str, LayerReport] = {}
         self.results: dict[str, Tensor] = {}  # the weights that squared errors are of, on the CPU
 
-    def run(self, batches: Batches) -> list[LayerReport]:
+    def run(self, batches: ImageBatches) -> list[LayerReport]:
         """Calibrate and compress, in as many passes over the images as memory asks for.
 
         Of several processes, each does its share; all of them have the result.
@@ -231,7 +231,9 @@ class Compression:
                 weight = file.read(len(self.database.sparsities) - 1)
             self.results[report.name] = weight.to("cpu", copy=True)
 
-    def _calibrated(self, plan: Plan, names: list[str], batches: Batches) -> dict[str, TrueOBS]:
+    def _calibrated(
+        self, plan: Plan, names: list[str], batches: ImageBatches
+    ) -> dict[str, TrueOBS]:
         """Solvers with the Hessians of some layers, from the cache or else from the images."""
         damp = self.args.rel_damp
         solvers = {

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from modelutils import evaluating, placed
-from obc.inputs.batches import ImageBatches
+from obc.inputs.batches import Batches
 from obc.inputs.tracing import TracedModel, UntracedModel, resumable
 from obc.solver.errors import log
 from obc.solver.threads import in_pieces
@@ -71,13 +71,13 @@ def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | No
 def losses(
     model: nn.Module,
     db: Database,
-    batches: ImageBatches,  # of several processes, each its own: every N-th
+    batches: Batches,  # of several processes, each its own: every N-th
     device: torch.device,
     notes: Notes | None = None,  # of what an interrupted run has measured
 ) -> Scores:
     """Change of the mean loss with exactly one layer compressed, per layer and level.
 
-    The model is dense, and dense again afterwards. Batches are added in their order, whichever
+    The model is dense, and dense again afterwards. ImageBatches are added in their order, whichever
     process they are with.
     """
     notes = notes or Notes(Unkept())
@@ -145,7 +145,7 @@ def batch_changes(
         yield layer, changes
 
 
-def _count(batches: ImageBatches) -> int:
+def _count(batches: Batches) -> int:
     return len(batches) if hasattr(batches, "__len__") else 1
 
 
@@ -156,7 +156,7 @@ def _loss(outputs: object, labels: Tensor) -> float:
 def squared_errors(
     model: nn.Module,
     db: Database,
-    batches: ImageBatches,  # of several processes, each its own: every N-th
+    batches: Batches,  # of several processes, each its own: every N-th
     device: torch.device,
     notes: Notes | None = None,  # of what an interrupted run has measured
 ) -> Scores:

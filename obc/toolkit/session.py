@@ -31,7 +31,7 @@ from modelutils import (
     load_checkpoint,
     load_state,
 )
-from obc.inputs.batches import Batches
+from obc.inputs.batches import ImageBatches
 from obc.solver.devices import resolve_device
 from obc.solver.distributed import ALONE, World, join
 from obc.solver.errors import UserError
@@ -77,7 +77,7 @@ class Session:
     def image_shape(self) -> tuple[int, int, int]:
         return (3, self.data.image_size, self.data.image_size)
 
-    def calibration(self, augment: bool = False, nrounds: int = 1) -> Batches:
+    def calibration(self, augment: bool = False, nrounds: int = 1) -> ImageBatches:
         """Passes over the calibration images; not augmented unless asked for."""
         args = self.args
         return calibration_batches(

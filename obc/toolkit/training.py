@@ -37,7 +37,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from modelutils import eval_mode, find_layers, placed
-from obc.inputs.batches import ImageBatches
+from obc.inputs.batches import Batches
 from obc.solver.errors import UserError, log
 from obc.toolkit.resume import Unkept
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
@@ -139,7 +139,7 @@ class _Course:
         self.latents, self.adam = {x: item.latent for x, item in trainables.items()}, adam
         self.saved = time.monotonic()
 
-    def resume(self, batches: ImageBatches) -> list[float]:
+    def resume(self, batches: Batches) -> list[float]:
         """Take over what is kept, and leave out the epochs it is from; their losses."""
         entry = self.state.load(self.key)
         if entry is None:
@@ -176,7 +176,7 @@ class _Course:
 
 def _train(
     model: nn.Module,
-    batches: ImageBatches,
+    batches: Batches,
     device: torch.device,
     loss_of: Loss,
     trainables: dict[str, _Trainable],
@@ -222,7 +222,7 @@ def _train(
 def global_adaprune(
     model: nn.Module,
     dense: nn.Module,
-    batches: ImageBatches,
+    batches: Batches,
     device: torch.device,
     epochs: int = 100,
     lr: float = 1e-5,
@@ -260,7 +260,7 @@ def global_adaprune(
 def train_vectors(
     model: nn.Module,
     dense: nn.Module,
-    batches: ImageBatches,
+    batches: Batches,
     device: torch.device,
     epochs: int = 100,
     lr: float = 1e-4,
@@ -291,7 +291,7 @@ def train_vectors(
 def finetune(
     model: nn.Module,
     dense: nn.Module,
-    batches: ImageBatches,
+    batches: Batches,
     device: torch.device,
     epochs: int = 2,
     lr: float = 1e-5,
