@@ -13,14 +13,14 @@ images: (n, 3, s, s) float32, RGB in [0, 1] minus MEAN over STD, per channel;  l
 |          | train/ and val/ or test/     |                           |                           |
 | digits   | assets/digits.npz, 8×8       | side to s                 | random shift              |
 
-Side to s is bilinear with antialiasing, and nothing at all where the image has that size already.
-A shift is zero padding before normalisation and a random crop back to s×s. The padding is s/8
-pixels: the usual 4 for CIFAR's 32, and in proportion for other sizes.
+Resizing is bilinear with antialiasing; an image that has the right size already is not changed. A
+shift is zero padding before normalisation and a random crop back to s×s. The padding is s/8 pixels:
+the usual 4 for CIFAR's 32, and in proportion for other sizes.
 
-What is random hangs on the seed alone. The calibration subset is a seeded choice from the sorted
-list of files, in random order, so that every batch mixes classes. The augmentation of image i in
-pass r is drawn from a generator seeded with (seed, r, i): it does not matter how many workers there
-are, nor in which order they run.
+Everything random depends on the seed alone. The calibration subset is a seeded choice from the
+sorted list of files, in random order, so that every batch mixes classes. The augmentation of image
+i in pass r is drawn from a generator seeded with (seed, r, i), so it depends neither on the number
+of workers nor on the order in which they run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from obc.inputs.batches import ImageBatches, Passes, normalise, tell_skipped
+from obc.inputs.batches import ImageBatches, Passes, log_skipped, normalise
 from obc.inputs.images import BadImage, FileImages, damaged, list_images, subfolders
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
@@ -74,11 +74,11 @@ Images = FileImages | ArrayImages
 
 @dataclass(frozen=True)
 class View:
-    """How an image of some kind of dataset becomes a network's input of s×s pixels."""
+    """How an image becomes a network's input of s×s pixels."""
 
     size: int  # s
-    crops: bool  # cut from a photograph (imagenet, folder), or the whole small image, enlarged
-    flips: bool  # whether a mirrored image is still of its class
+    crops: bool  # a crop of a photograph (imagenet, folder), not a whole small image, resized
+    flips: bool  # whether a mirrored image still belongs to its class
 
     def plain(self, image: Image.Image) -> Image.Image:
         """The view for testing, and for calibration without augmentation."""
@@ -93,16 +93,14 @@ class View:
     def augmented(self, image: Image.Image) -> Image.Image:
         """A random view; draws from PyTorch's global generator, as torchvision's transforms do."""
         if self.crops:
-            box = torchvision.transforms.RandomResizedCrop.get_params(
-                image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)
-            )
-            size = [self.size, self.size]
-            image = torchvision.transforms.functional.resized_crop(image, *box, size)
+            transforms, square = torchvision.transforms, [self.size, self.size]
+            box = transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
+            image = transforms.functional.resized_crop(image, *box, square)
         else:
             padding = self.size // 8
             left, upper = torch.randint(-padding, padding + 1, (2,)).tolist()
             box = (left, upper, left + self.size, upper + self.size)
-            image = self.plain(image).crop(box)  # PIL fills with zeros what lies outside
+            image = self.plain(image).crop(box)  # PIL fills what lies outside with zeros
         if self.flips and torch.rand(()) < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
@@ -147,7 +145,7 @@ class ImageData:
     image_size: int
     calibration: ImageSet
     test: ImageSet
-    workers: int  # how many decoding processes pay off
+    workers: int  # decoding processes that pay off
     skip_bad_images: bool = False
 
 
@@ -163,8 +161,8 @@ def load_data(
     seed: int = 0,
     skip_bad_images: bool = False,  # else they are a UserError
 ) -> ImageData:
-    """The dataset `name`; raises UserError for an unknown name, for missing or empty folders, and
-    for image files that are damaged (as far as `imagefiles.damaged` can see).
+    """The dataset `name`. Raises UserError for an unknown name, for missing or empty folders, and
+    for damaged image files (as far as `images.damaged` can tell).
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name}; choose from {', '.join(DATASETS)}")
@@ -182,41 +180,33 @@ def load_data(
     large = name in ("imagenet", "folder")
     view = View(size, crops=large, flips=name != "digits")
     workers = min(MAX_WORKERS, os.cpu_count() or 1) if large else 0
-    chosen = {
-        "training": (train, _choose(len(train), nsamples, seed, name)),
-        "test": (test, range(len(test))),
-    }
+    if nsamples > len(train):
+        counts = (name, len(train), nsamples)
+        log.warning("%s has %d training images: calibrating on all of them, not on %d", *counts)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     calibration, tested = (
-        ImageSet(source, view, _readable(source, wanted, part, workers, skip_bad_images))
-        for part, (source, wanted) in chosen.items()
+        ImageSet(source, view, _readable(source, chosen, which, workers, skip_bad_images))
+        for which, source, chosen in (
+            ("training", train, order[:nsamples].tolist()),
+            ("test", test, range(len(test))),
+        )
     )
     return ImageData(name, classes, size, calibration, tested, workers, skip_bad_images)
 
 
-def _choose(total: int, wanted: int, seed: int, name: str) -> list[int]:
-    """`wanted` of `total` images in random order; if there are fewer, all, with a warning."""
-    if wanted > total:
-        log.warning(
-            "%s has %d training images: calibrating on all of them, not on %d", name, total, wanted
-        )
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    return order[:wanted].tolist()
-
-
 def _readable(
-    source: Images, chosen: Sequence[int], part: str, workers: int, skip: bool
+    source: Images, chosen: Sequence[int], which: str, workers: int, skip: bool
 ) -> Sequence[int]:
-    """Those of the chosen images that can be read; raises UserError for others unless `skip`."""
+    """The chosen images that can be read. Raises UserError for others unless `skip`."""
     if isinstance(source, ArrayImages):
         return chosen
-    bad = damaged([source.files[index] for index in chosen], workers)
-    if not bad:
+    flaws = damaged([source.files[index] for index in chosen], workers)
+    if not flaws:
         return chosen
-    first, flaw = next(iter(bad.items()))
-    if not skip or len(bad) == len(chosen):
-        raise BadImage(first, flaw, len(bad) - 1)
-    tell_skipped(bad, f"of {len(chosen)} {part} images")
-    return [index for index in chosen if source.files[index] not in bad]
+    if not skip or len(flaws) == len(chosen):
+        raise BadImage(*next(iter(flaws.items())), others=len(flaws) - 1)
+    log_skipped(flaws, f"of {len(chosen)} {which} images")
+    return [index for index in chosen if source.files[index] not in flaws]
 
 
 def _digits() -> tuple[ArrayImages, ArrayImages, list[str]]:
@@ -224,11 +214,8 @@ def _digits() -> tuple[ArrayImages, ArrayImages, list[str]]:
         images, labels, test = stored["images"], stored["labels"], stored["test"]
     grey = np.rint(images * (255 / 16)).astype(np.uint8)  # published as counts 0 … 16
     pixels = np.repeat(grey[..., None], 3, axis=3)
-    train_set, test_set = (
-        ArrayImages(np.ascontiguousarray(pixels[part]), labels[part].tolist())
-        for part in (~test, test)
-    )
-    return train_set, test_set, [str(digit) for digit in range(10)]
+    parts = (ArrayImages(pixels[part], labels[part].tolist()) for part in (~test, test))
+    return *parts, [str(digit) for digit in range(10)]
 
 
 def _root(name: str, datapath: str | os.PathLike[str] | None) -> Path:
@@ -242,7 +229,7 @@ def _root(name: str, datapath: str | os.PathLike[str] | None) -> Path:
 
 
 def _cifar_batches(root: Path) -> Path | None:
-    """The folder that holds torchvision's `cifar-10-batches-py`, if it is there."""
+    """The folder that contains torchvision's `cifar-10-batches-py`, if there is one."""
     if (root / CIFAR_BATCHES).is_dir():
         return root
     return root.parent if root.resolve().name == CIFAR_BATCHES else None
@@ -250,29 +237,21 @@ def _cifar_batches(root: Path) -> Path | None:
 
 def _cifar_arrays(root: Path) -> tuple[ArrayImages, ArrayImages, list[str]]:
     try:
-        train, test = (
-            torchvision.datasets.CIFAR10(str(root), train=part, download=False)
-            for part in (True, False)
-        )
+        sets = [torchvision.datasets.CIFAR10(str(root), train=part) for part in (True, False)]
     except (RuntimeError, OSError, EOFError) as error:
         raise UserError(f"{root / CIFAR_BATCHES}: {error}") from None
-    return (
-        ArrayImages(train.data, train.targets),
-        ArrayImages(test.data, test.targets),
-        list(train.classes),
-    )
+    return *(ArrayImages(images.data, images.targets) for images in sets), list(sets[0].classes)
 
 
 def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
     """train/<class>/ and val/<class>/ (for cifar10 also test/<class>/) below `root`."""
     test_names = ("val", "test") if name == "cifar10" else ("val",)
-    present = [part for part in test_names if (root / part).is_dir()]
-    if not (root / "train").is_dir() or not present:
+    test_folder = next((root / x for x in test_names if (root / x).is_dir()), None)
+    if not (root / "train").is_dir() or test_folder is None:
         raise UserError(
             f"{root}: needs train/<class>/ and {'/<class>/ or '.join(test_names)}"
             "/<class>/ with images; pass --datapath DIR"
         )
-    test_folder = root / present[0]
     listed = {folder: subfolders(folder) for folder in (root / "train", test_folder)}
     train_classes, test_classes = listed.values()
     classes = sorted(train_classes | test_classes)
@@ -283,13 +262,8 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
                 f"{root}: train/ and {test_folder.name}/ have different classes "
                 f"({odd} is in one of them only)"
             )
-        log.warning(
-            "%s: train/ has %d classes, %s/ has %d",
-            root,
-            len(train_classes),
-            test_folder.name,
-            len(test_classes),
-        )
+        counts = (root, len(train_classes), test_folder.name, len(test_classes))
+        log.warning("%s: train/ has %d classes, %s/ has %d", *counts)
     train, test = (list_images(folder, names, classes) for folder, names in listed.items())
     return train, test, classes
 
@@ -306,13 +280,14 @@ def calibration_batches(
     seed: int = 0,
     workers: int | None = None,  # None: what suits the dataset
 ) -> ImageBatches:
-    """`nrounds` passes over the calibration images; each augmented pass sees new views of them.
+    """`nrounds` passes over the calibration images; each augmented pass has new views of them.
 
-    Batches run on across the seam between two passes: only the very last may be smaller.
+    A batch may contain the end of one pass and the start of the next: only the very last can be
+    smaller.
     """
-    passes = Passes(data.calibration, nrounds, seed if augment else None)
     workers = data.workers if workers is None else workers
-    return ImageBatches(passes, batchsize, workers, skip_bad_images=data.skip_bad_images)
+    passes = Passes(data.calibration, nrounds, seed if augment else None)
+    return ImageBatches(passes, batchsize, workers, data.skip_bad_images)
 
 
 def test_batches(
@@ -322,9 +297,8 @@ def test_batches(
     workers: int | None = None,  # None: what suits the dataset
 ) -> ImageBatches:
     """One pass over the test images."""
-    passes = Passes(data.test, 1, None)
     workers = data.workers if workers is None else workers
-    return ImageBatches(passes, batchsize, workers, skip_bad_images=data.skip_bad_images)
+    return ImageBatches(Passes(data.test, 1, None), batchsize, workers, data.skip_bad_images)
 
 
-test_batches.__test__ = False  # not a test, whatever pytest makes of the name
+test_batches.__test__ = False  # pytest would take it for a test by its name

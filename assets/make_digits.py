@@ -1,4 +1,4 @@
-"""Make assets/digits.npz from scikit-learn's copy of the UCI optical digits: the one-off, kept.
+"""Make assets/digits.npz from scikit-learn's copy of the UCI optical digits. Was run once.
 
     python -m assets.make_digits
 

@@ -2,9 +2,9 @@
 
     python -m assets.train_rn8        (CPU, about a minute)
 
-SGD with momentum 0.9 and a one-cycle schedule on augmented views of all 1,437 training images; the
-last epoch's weights are kept, so that no choice hangs on the test images. Everything is seeded;
-other machines or versions may still differ in the last digits. Prints the test accuracy.
+SGD with momentum 0.9 and a one-cycle schedule on augmented views of all 1,437 training images. The
+last epoch's weights are saved, so no choice depends on the test images. Everything is seeded; other
+machines or versions may still differ in the last digits. Prints the test accuracy.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-# Sourced by the recipes: MODEL and DATASET, the options passed on, and a folder for the results.
-# Standard output is for the table alone; what the commands print goes to standard error.
+# Sourced by the recipes: sets MODEL, DATASET, the common options and a folder for the results.
+# Only the table goes to standard output; what the commands print goes to standard error.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: $0 MODEL DATASET [common options, see main_trueobs.py --help]" >&2
@@ -19,7 +19,7 @@ RESULTS=$OUT/$RECIPE.tsv
 
 run() {  # run SCRIPT ARGS…: one of our commands on MODEL DATASET, with the common options
     local script=$1
-    shift  # the odd form of OPTIONS: an empty array is "unbound" to bash 3
+    shift  # ${OPTIONS[@]+…}: to bash 3 an empty array is "unbound"
     "$PYTHON" "$ROOT/$script" "$MODEL" "$DATASET" "$@" ${OPTIONS[@]+"${OPTIONS[@]}"}
 }
 
@@ -27,8 +27,8 @@ make_file() {  # the same, for a command whose result is a file
     run "$@" >&2
 }
 
-# A command that fails inside $(…) stops the recipe only where $(…) is assigned: never use it as an
-# argument.
+# A command that fails inside $(…) stops the recipe only if $(…) is assigned to a variable: never use
+# it as an argument.
 
 top1() {  # top1 SCRIPT ARGS…: run, and print the accuracy in the last line
     run "$@" | tail -n 1 | sed -n 's/^top-1 //p'
@@ -44,6 +44,6 @@ dense() {  # the first line of the table
     record dense - - "$top"
 }
 
-report() {  # the table on standard output, the pictures beside it
+report() {  # print the table, write the plots next to the results
     "$PYTHON" "$ROOT/recipes/report.py" "$RECIPE" "$MODEL" "$DATASET" "$RESULTS" "$@"
 }

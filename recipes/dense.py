@@ -1,4 +1,4 @@
-"""The accuracy of the dense model, which all others are compared with.
+"""The accuracy of the dense model, for comparison.
 
 python recipes/dense.py MODEL DATASET
 """

@@ -1,6 +1,7 @@
-# Sourced by the non-uniform recipes. KIND, CONSTR, TARGETS: for each target, the uniform level, the
-# dynamic programme and the SPDY search, all batch-norm tuned. SEARCH=0 leaves the search out; GRID
-# holds options of the sparsity grid, as in GRID="--delta-sparse 0.2"; TIMINGS is for timingsq.
+# Sourced by the non-uniform recipes, which set KIND, CONSTR and TARGETS. For each target: the
+# uniform level, the dynamic programme and the SPDY search, all batch-norm tuned. SEARCH=0 leaves
+# out the search; GRID has options of the sparsity grid, as in GRID="--delta-sparse 0.2"; TIMINGS
+# is the file for CONSTR=timingsq.
 PREFIX=$OUT
 SCORES=$OUT/scores
 GRID=${GRID:-}
@@ -24,11 +25,11 @@ nonuniform() {
 }
 
 choose() {  # choose METHOD TARGET SCRIPT OPTIONS…: make a profile, stitch, tune, record
-    local said profile top
-    said=$(run "$3" "$2" "$KIND" "${@:4}" "${budget[@]}")
-    echo "$said" >&2
-    profile=$(sed -n 's/^profile //p' <<< "$said")
+    local output profile top
+    output=$(run "$3" "$2" "$KIND" "${@:4}" "${budget[@]}")
+    echo "$output" >&2
+    profile=$(sed -n 's/^profile //p' <<< "$output")
     top=$(top1 post_proc.py "$profile" --database "$KIND" --prefix "$PREFIX" --bnt)
-    record "$1" "$2" "$(sed -n 's/^reached //p' <<< "$said")" "$top"
+    record "$1" "$2" "$(sed -n 's/^reached //p' <<< "$output")" "$top"
     PROFILES+=("$profile")
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Uniform quantisation, weights only (OBC, table 4): asymmetric per-channel weights, all layers, then
-# batch-norm tuning; beside it symmetric weights without any correction.
+# batch-norm tuning; for comparison, symmetric weights without any correction.
 # Usage: recipes/quantisation.sh MODEL DATASET [common options]
 source "$(dirname "$0")/common.sh"
 

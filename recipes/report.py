@@ -1,11 +1,11 @@
-"""The table and the pictures of a recipe.
+"""The table and the plots of a recipe.
 
     python recipes/report.py RECIPE MODEL DATASET RESULTS.tsv [--scores FILE] [--profiles FILE …]
 
-RESULTS has a line a result, tab-separated: method, target, what was reached, top-1 (of the dense
-model: `dense`, `-`, `-`, top-1). The table goes to standard output as Markdown, with the paper's
-number beside where MODEL DATASET is the paper's; PNGs go beside RESULTS: accuracy against cost,
-error per layer and level, level per layer.
+RESULTS has one line per result, tab-separated: method, target, reached, top-1 (for the dense model:
+`dense`, `-`, `-`, top-1). The table is printed as Markdown, with the paper's number where the paper
+has MODEL and DATASET. Plots are written next to RESULTS as PNGs: accuracy against cost, error per
+layer and level, level per layer.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from obc.solver.errors import UserError  # noqa: E402
 from obc.toolkit import cli  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
 
-DENSE = "dense"  # the method of the line that tells the dense model's accuracy
+DENSE = "dense"  # the method in the dense model's line
 
-LEAST_ERROR = 1e-6  # smaller ones, and negative ones, are drawn like it
-COSTS = {  # axis of the picture
+LEAST_ERROR = 1e-6  # smaller errors, and negative ones, are drawn like this one
+COSTS = {  # label of the axis
     "params": "times fewer weights",
     "bits": "times fewer bits",
     "flops": "times fewer FLOPs",
@@ -73,7 +73,7 @@ PAPER: dict[tuple[str, str], dict[str, dict[str, float]]] = {
 
 
 def read_results(path: Path) -> list[tuple[str, str, str, float]]:
-    """Method, target, reached, top-1; a line each. Raises UserError that names the line."""
+    """Method, target, reached, top-1 of each line. Raises a UserError that names a bad line."""
     try:
         lines = path.read_text().splitlines()
     except UnicodeDecodeError:
@@ -86,7 +86,7 @@ def read_results(path: Path) -> list[tuple[str, str, str, float]]:
         except ValueError:
             raise UserError(
                 f"{path}, line {number}: expected method, target, reached, top-1; "
-                "did a command before it fail?"
+                "did an earlier command fail?"
             ) from None
     if not results:
         raise UserError(f"{path}: no results in it")
@@ -94,7 +94,7 @@ def read_results(path: Path) -> list[tuple[str, str, str, float]]:
 
 
 def paper_number(recipe: str, model: str, dataset: str, method: str, target: str) -> str:
-    """The paper's top-1 for a line of a table, or a dash. DP and search both compare to its DP."""
+    """The paper's top-1 for a line of the table, or a dash; the same for DP and search."""
     table = PAPER.get((recipe, "search" if method == "DP" else method), {})
     value = PAPER_DENSE.get(model) if method == DENSE else table.get(model, {}).get(target)
     value = value if dataset == "imagenet" else None
@@ -120,13 +120,13 @@ def is_number(text: str) -> bool:
 
 
 def draw_accuracy(args: argparse.Namespace, results: list[tuple[str, str, str, float]]) -> None:
-    """Top-1 against cost, a line per method; the dense model's as a level to compare with."""
+    """Top-1 against cost, one line per method, with the dense model's as a dashed line."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     compressed = [result for result in results if result[0] != DENSE]
     numeric = all(is_number(reached) for _, _, reached, _ in compressed)
     methods = dict.fromkeys(method for method, *_ in compressed)
     for method, marker in zip(methods, cycle("osx^"), strict=False):
-        points = [(reached, top1) for of, _, reached, top1 in compressed if of == method]
+        points = [(reached, top1) for name, _, reached, top1 in compressed if name == method]
         xs = [float(reached) if numeric else reached for reached, _ in points]
         axes.plot(xs, [top1 for _, top1 in points], marker=marker, label=method, alpha=0.8)
     for top1 in (top1 for method, _, _, top1 in results if method == DENSE):
@@ -142,12 +142,12 @@ def draw_accuracy(args: argparse.Namespace, results: list[tuple[str, str, str, f
 
 
 def draw_errors(args: argparse.Namespace) -> None:
-    """Error of each layer at each level, as a map in logarithmic colour."""
+    """Error of each layer at each level, as an image on a logarithmic colour scale."""
     scores = read_scores(args.scores)
     levels = list(next(iter(scores.values())))
     values = [
-        [math.log10(max(of.get(lv, math.nan), LEAST_ERROR)) for lv in levels]
-        for of in scores.values()
+        [math.log10(max(errors_of.get(level, math.nan), LEAST_ERROR)) for level in levels]
+        for errors_of in scores.values()
     ]
     figure, axes = plt.subplots(figsize=(8, 2.2 + 0.2 * len(scores)), layout="constrained")
     image = axes.imshow(values, aspect="auto", cmap="viridis")
@@ -155,17 +155,17 @@ def draw_errors(args: argparse.Namespace) -> None:
     step = max(1, len(levels) // 12)
     axes.set_xticks(range(0, len(levels), step), levels[::step], fontsize=7, rotation=90)
     axes.set(xlabel="level", title=f"error per layer and level: {args.model} on {args.dataset}")
-    figure.colorbar(image, label=f"log10 of change of loss\n({LEAST_ERROR:g} and less: darkest)")
+    figure.colorbar(image, label=f"log10 of the change in loss\n(darkest: up to {LEAST_ERROR:g})")
     save(figure, args.results.with_name(f"{args.recipe}_errors.png"))
 
 
 def draw_profiles(args: argparse.Namespace) -> None:
-    """The level that each profile gives to each layer: a row a profile, coloured by level."""
+    """The level that each profile gives to each layer: one row per profile, coloured by level."""
     profiles = {path: read_profile(path) for path in args.profiles}
     layers = list(next(iter(profiles.values())))
     for path, profile in profiles.items():
         if profile.keys() != set(layers):
-            raise UserError(f"{path}: not of the same layers as {args.profiles[0]}")
+            raise UserError(f"{path}: has other layers than {args.profiles[0]}")
     used = {level for profile in profiles.values() for level in profile.values()}
     ordered = list(next(iter(read_scores(args.scores).values()))) if args.scores else []
     levels = [level for level in ordered if level in used] + sorted(used.difference(ordered))
@@ -183,20 +183,20 @@ def draw_profiles(args: argparse.Namespace) -> None:
 
 
 def profile_label(path: Path) -> str:
-    """A profile's name, in short.
+    """A short name for a profile.
 
     >>> profile_label(Path("rn18_unstr_230x_dp.txt")), profile_label(Path("mine.txt"))
     ('2.3× dp', 'mine')
     """
-    found = re.search(r"_([\d.]+)x_(\w+)$", path.stem)
-    return f"{float(found[1]) / 100:g}× {found[2]}" if found else path.stem
+    match = re.search(r"_([\d.]+)x_(\w+)$", path.stem)
+    return f"{float(match[1]) / 100:g}× {match[2]}" if match else path.stem
 
 
 def save(figure: plt.Figure, path: Path) -> None:
     with files.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
-    errors.log.info("picture: %s", path)
+    errors.log.info("plot: %s", path)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -211,14 +211,14 @@ def run(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="report.py", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="its name, e.g. unstructured")
+    parser.add_argument("recipe", help="name of the recipe, e.g. unstructured")
     parser.add_argument("model", help="MODEL")
     parser.add_argument("dataset", help="DATASET")
-    parser.add_argument("results", type=Path, help="lines method, target, reached, top-1")
-    parser.add_argument("--no-paper", action="store_true", help="leave its numbers out")
-    parser.add_argument("--cost", choices=[*COSTS], help="what has become less")
-    parser.add_argument("--scores", type=Path, help="scores to draw")
-    parser.add_argument("--profiles", type=Path, nargs="*", help="profiles to draw")
+    parser.add_argument("results", type=Path, help="lines of method, target, reached, top-1")
+    parser.add_argument("--no-paper", action="store_true", help="leave out the paper's numbers")
+    parser.add_argument("--cost", choices=[*COSTS], help="what the targets are about")
+    parser.add_argument("--scores", type=Path, help="scores to plot")
+    parser.add_argument("--profiles", type=Path, nargs="*", help="profiles to plot")
     return parser
 
 

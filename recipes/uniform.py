@@ -1,9 +1,9 @@
-"""The uniform baseline: every layer at the same level, the mildest that meets a target.
+"""The uniform baseline: every layer at the same level, the mildest one that meets a target.
 
     python recipes/uniform.py MODEL DATASET TARGET KIND --constr flops
 
 Writes a profile as spdy.py does, <model>_<kind>_<100·target>x_uniform.txt.
-TARGET is dense cost / allowed cost.
+TARGET is the dense cost divided by the allowed cost.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ from obc.toolkit.session import Session, common_options  # noqa: E402
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="uniform.py", description=__doc__.splitlines()[0])
     cli.add_common_options(parser)
-    parser.add_argument("target", metavar="TARGET", type=cli.positive_float, help="dense / allowed")
+    parser.add_argument(
+        "target", metavar="TARGET", type=cli.positive_float, help="dense / allowed cost"
+    )
     parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=" ".join(KINDS))
-    parser.add_argument("--constr", choices=CONSTRAINTS, default="flops", help="what to count")
+    parser.add_argument(
+        "--constr", choices=CONSTRAINTS, default="flops", help="what the target is about"
+    )
     parser.add_argument(
         "--prefix",
         metavar="DIR",
         default=".",
-        help="where models_unstr/ etc. are and where the profile goes",
+        help="folder of models_unstr/ etc., where the profile is written",
     )
     parser.add_argument("--timings", metavar="FILE", help="measured seconds, for timingsq")
-    parser.add_argument("--output", metavar="FILE", help="where the profile goes instead")
+    parser.add_argument("--output", metavar="FILE", help="another file for the profile")
     return parser
 
 

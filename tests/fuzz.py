@@ -1,13 +1,13 @@
-"""Bytes that nobody meant, for everything that reads files of strangers.
+"""Mutated files for everything that reads untrusted files.
 
-    python tests/fuzz.py --cases 100000 --seed 0            all targets, as many cases each
+    python tests/fuzz.py --cases 100000 --seed 0            all targets, so many cases for each
     python tests/fuzz.py --target scores --cases 1000
 
-A case is a whole file: a good one, mutated. Half of the mutations know nothing of the format (bits,
-bytes, pieces lost, doubled, spliced); half know it (numbers become nan, 1e999 or digits of another
-script, keys vanish, JSON nests without end; archives and headers are put together again, so that
-check sums do not hide what is behind them). A case ends well in a value, or in a `UserError` of one
-line that begins with the file's name, within `SECONDS`. Anything else is kept under
+A case is a valid file, mutated. Half of the mutations know nothing about the format (bits and bytes
+change, pieces are lost, doubled, spliced); half do (numbers become nan, 1e999 or digits of another
+script, keys vanish, JSON nests without end; archives and headers are reassembled, so that checksums
+do not hide what is behind them). A case passes if it ends within `SECONDS` in a value, or in a
+`UserError` of one line that begins with the file's name. Any other is saved under
 tests/corpus/<target>/, for tests/test_fuzz.py to replay.
 """
 

@@ -1,4 +1,4 @@
-"""Checkpoints of strangers: one line that names the file and, where there is one, the key."""
+"""Untrusted checkpoints: an error of one line that names the file and, if there is one, the key."""
 
 from __future__ import annotations
 

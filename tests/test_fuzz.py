@@ -1,4 +1,4 @@
-"""Arbitrary bytes: what fuzzing once found, and fresh cases by the thousand (tests/fuzz.py)."""
+"""Arbitrary bytes: cases that once failed, and thousands of new ones (tests/fuzz.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_good_files_are_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_what_was_found_is_mended(path: Path, tmp_path: Path) -> None:
+def test_cases_that_once_failed(path: Path, tmp_path: Path) -> None:
     assert outcome(TARGETS[path.parent.name], path.read_bytes(), tmp_path) in ("read", "refused")
 
 

@@ -386,7 +386,7 @@ def test_what_is_not_a_tensor_is_mentioned(tmp_path, caplog):
     torch.save({"w": torch.ones(1), "epoch": 3}, tmp_path / "x.pth")
     with caplog.at_level(logging.WARNING, "trueobs"):
         assert list(load_checkpoint(tmp_path / "x.pth")) == ["w"]
-    assert "not used, since not tensors: epoch" in caplog.text
+    assert "ignored, since not tensors: epoch" in caplog.text
 
 
 def test_a_state_has_to_fit_exactly():
@@ -457,7 +457,7 @@ def test_evaluation_counts_right_and_restores_every_mode():
 
 def test_modes_come_back_after_an_error_too():
     model = Scores(classes=2).train()
-    with pytest.raises(UserError, match="the model tells 2 classes apart, but there is .* class 5"):
+    with pytest.raises(UserError, match="the model has 2 classes, but there is .* class 5"):
         evaluate(model, [(torch.zeros(1, 3, 2, 2), torch.tensor([5]))], CPU)
     assert model.training and model.drop.training
     with pytest.raises(UserError, match="does not return class scores"):

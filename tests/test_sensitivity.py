@@ -116,8 +116,8 @@ def test_losses_are_those_of_the_plain_way(kind: str) -> None:
 
 
 def test_the_plain_way_is_traced_only_where_it_can_be() -> None:
-    assert isinstance(tracing.runner(model_of("residual")), tracing.Resumable)
-    assert isinstance(tracing.runner(model_of("untraceable")), tracing.Whole)
+    assert isinstance(tracing.resumable(model_of("residual")), tracing.TracedModel)
+    assert isinstance(tracing.resumable(model_of("untraceable")), tracing.UntracedModel)
 
 
 @pytest.mark.parametrize("kind", ["residual", "untraceable"])

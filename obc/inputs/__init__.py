@@ -1,1 +1,1 @@
-"""What comes from outside: weights, networks, images, files."""
+"""Input from outside: weights, networks, images, files."""

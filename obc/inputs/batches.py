@@ -1,16 +1,16 @@
-"""Batches of images: in a fixed order, pass after pass, and in shards for many processes.
+"""Batches of images: in a fixed order, pass after pass, and in shards for several processes.
 
     Passes(images, nrounds, seed) ─▶ ImageBatches(passes, batchsize, workers) ─▶ (images, labels)
 
-Batches run on across the seam between two passes: only the very last may be smaller. Shard r of N
-has batches r, r + N, r + 2N, …, so that shards differ by one batch at most, and no process decodes
-an image that another one looks at.
+A batch may contain the end of one pass and the start of the next: only the very last can be
+smaller. Shard r of N has batches r, r + N, r + 2N, …, so shards differ by at most one batch, and
+no process decodes an image that another one uses.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -25,11 +25,16 @@ from obc.solver.errors import UserError, log
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, s, s) float32, labels (n,) int64
+
+class Batches(Protocol):
+    """Pairs of images (n, 3, s, s) float32, normalised, and labels (n,) int64."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __len__(self) -> int: ...
 
 
 class Pixels(Protocol):
-    """A set of images, before normalisation: `datautils.ImageSet`."""
+    """Images before normalisation: `datautils.ImageSet`."""
 
     def __len__(self) -> int: ...
 
@@ -47,10 +52,10 @@ def normalise(
 
 
 class Passes(Dataset):
-    """`nrounds` passes over an image set, one after the other, as one long dataset.
+    """`nrounds` passes over the images, one after another, as one long dataset.
 
-    A BadImage comes back as an item: a DataLoader would re-raise it with a worker's whole
-    traceback for a message. `ImageBatches` raises it as it was, or skips it.
+    A BadImage is returned as an item, for `ImageBatches` to raise or skip: if it were raised here,
+    a DataLoader would raise another one with the worker's whole traceback as its message.
     """
 
     def __init__(self, images: Pixels, nrounds: int, seed: int | None) -> None:
@@ -77,27 +82,27 @@ def _collate(
     return images, torch.tensor([label for _, label in good]), bad
 
 
-def tell_skipped(bad: Mapping[str, str], of_what: str) -> None:
-    """One line for all images that --skip-bad-images leaves out."""
-    first, flaw = next(iter(bad.items()))
+def log_skipped(flaws: Mapping[str, str], which: str) -> None:
+    """One line for all images that --skip-bad-images leaves out: file -> what is wrong with it."""
+    first, flaw = next(iter(flaws.items()))
     log.warning(
-        "%d %s cannot be read and are skipped; the first: %s (%s)", len(bad), of_what, first, flaw
+        "%d %s cannot be read and are skipped; the first: %s (%s)", len(flaws), which, first, flaw
     )
 
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """Sized, and iterable any number of times: pairs (images, labels), always in the same order."""
+    """`Batches` in an order that is always the same."""
 
     passes: Passes
     batchsize: int
     workers: int
     skip_bad_images: bool = False
-    first: int = 0  # of the batches, then every step-th
+    first: int = 0  # the first batch, then every step-th
     step: int = 1
 
     def shard(self, number: int, count: int) -> ImageBatches:
-        """Every `count`-th batch, from the one of that number on."""
+        """Every `count`-th batch, starting with batch `number`."""
         return replace(self, first=self.first + number * self.step, step=self.step * count)
 
     def _positions(self) -> list[range]:
@@ -109,12 +114,12 @@ class ImageBatches:
     def __len__(self) -> int:
         return len(self._positions())
 
-    def _decoded(self) -> Iterator[tuple[Tensor | None, Tensor, list[BadImage]]]:
-        """As `_collate` makes them, by as many processes as were asked for."""
-        with warnings.catch_warnings():  # of more processes than cores, in every loop
-            warnings.filterwarnings("ignore", "This DataLoader will create")
-            return iter(
-                DataLoader(
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        flaws: dict[str, str] = {}
+        try:
+            with warnings.catch_warnings():  # about more workers than cores, in every loop
+                warnings.filterwarnings("ignore", "This DataLoader will create")
+                loader = DataLoader(
                     self.passes,
                     batch_sampler=self._positions(),
                     num_workers=self.workers,
@@ -122,23 +127,19 @@ class ImageBatches:
                     worker_init_fn=leave_interrupts,
                     generator=torch.Generator(),  # else every loop would advance the global one
                 )
-            )
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        skipped: dict[str, str] = {}
-        try:
-            for images, labels, bad in self._decoded():
+                decoded = iter(loader)
+            for images, labels, bad in decoded:
                 if bad and not self.skip_bad_images:
                     raise bad[0]
-                skipped |= {error.path: error.flaw for error in bad}
+                flaws |= {error.path: error.flaw for error in bad}
                 if images is not None:
                     yield images, labels
-            if skipped:
-                tell_skipped(skipped, "more images")
+            if flaws:
+                log_skipped(flaws, "more images")
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise UserError(
-                "a process that decodes images died, perhaps for lack of (shared) "
-                "memory; pass --workers 0 or a smaller --batchsize"
+                "a process that decodes images died, perhaps for lack of (shared) memory; "
+                "pass --workers 0 or a smaller --batchsize"
             ) from error

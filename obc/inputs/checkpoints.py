@@ -1,20 +1,19 @@
-"""Weights from files of strangers: tensors by name and nothing else, or one line that says why not.
+"""Weights from untrusted files: tensors by name, or an error of one line that says what is wrong.
 
-    load_checkpoint(path) ─▶ {key: tensor}          a file, whatever made it
-    load_state(model, state, path)                  into a model that it has to fit exactly
+    load_checkpoint(path) ─▶ {key: tensor}          from a file that anyone may have made
+    load_state(model, state, path)                  into a model with exactly these names and shapes
 
-A file is not trusted. `.pth` is read with `weights_only=True`, so that nothing in it runs, and
-`.safetensors` holds nothing that could; the wrappers that training scripts put around a state dict
-are taken off. Nothing is allocated because a file claims to be large:
+`.pth` is read with `weights_only=True`, so that nothing in it runs, and `.safetensors` has nothing
+to run. Wrappers that training scripts put around a state dict are removed. A file cannot make us
+allocate much more than its own size:
 
-* an archive whose parts are compressed, or larger than the archive, is refused unread: what
-  `torch.save` writes is stored as it is;
-* tensors that claim more than `CLAIM` times the bytes of their file (by strides of zero, or by
+* an archive whose members are compressed, or larger than the archive, is refused before it is read:
+  `torch.save` does not compress;
+* tensors that claim more than `MAX_CLAIM` times the size of their file (by strides of zero, or by
   sharing one storage) are refused;
-* values are read from the mapped file only after names, types and shapes were found to be the
-  model's.
+* values are read from the mapped file only once names, types and shapes agree with the model's.
 
-What an attacker can still do with a `.pth` is to keep the unpickler busy: prefer safetensors.
+A `.pth` can still keep the unpickler busy for a long time; safetensors cannot.
 """
 
 from __future__ import annotations
@@ -37,21 +36,19 @@ from obc.solver.errors import UserError, log
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, of torch.compile
-CLAIM = 4  # × the file: tied weights are in it once
-PIECE = 1 << 24  # values that are looked at together
+MAX_CLAIM = 4  # × the size of the file, which holds tied weights once
 MAX_PICKLE = 256 << 20  # bytes of names and shapes; a network of 10,000 tensors has 2 MB
+VALUES_AT_ONCE = 1 << 24  # in the search for NaN
 
 
 def load_checkpoint(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
     """The state dict in a .pth, .th, .pt or .safetensors file: finite tensors on the CPU, by name.
 
-    Wrappers and prefixes are taken off. Raises UserError for anything else. Values are
-    mapped from the file; with finite=False they are not even looked at.
+    Wrappers and prefixes are removed. Raises UserError for anything else. The values are mapped
+    from the file; with finite=False they are not read at all.
     """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file")
     if not Path(path).is_file():
-        raise UserError(f"{path}: is not a file")
+        raise UserError(f"{path}: {'is not a file' if Path(path).exists() else 'no such file'}")
     content = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_torch(path)
     state = _unwrap(content, path)
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), ""):
@@ -69,80 +66,70 @@ def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path}: cannot be read as safetensors ({reason})") from None
 
 
 def _read_torch(path: str | os.PathLike[str]) -> Any:
+    advice = "refuse to load it: save its state_dict() instead"
     try:
         zipped = zipfile.is_zipfile(path)  # older files are not, and cannot be mapped
         if zipped:
             _check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said below
+            warnings.simplefilter("ignore")  # what is wrong with the file is reported below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
     except UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found:
-            raise UserError(
-                f"{path}: contains Python objects other than tensors ({found[1]}); "
-                "refuse to load it: save its state_dict() instead"
-            ) from None
         reason = "not a checkpoint"
+        if name := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"contains Python objects other than tensors ({name[1]})"
+            raise UserError(f"{path}: {what}; {advice}") from None
     except PermissionError as error:
         reason = str(error.strerror)
     except Exception as error:  # from arbitrary bytes an unpickler can raise anything
-        if "TorchScript" in str(error):
-            raise UserError(
-                f"{path}: is a TorchScript program; refuse to load it: "
-                "save its state_dict() instead"
-            ) from None
         reason = "corrupt or truncated"
+        if "TorchScript" in str(error):
+            raise UserError(f"{path}: is a TorchScript program; {advice}") from None
     raise UserError(f"{path}: cannot be read ({reason})")
 
 
 def _check_archive(path: str | os.PathLike[str]) -> None:
-    """Raise a UserError for a zip archive that would unfold into more than it is."""
+    """Raise a UserError for a zip archive that would grow beyond its own size when read."""
     size = os.path.getsize(path)
     with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-    for part in parts:
-        if part.compress_type != zipfile.ZIP_STORED or part.file_size > size:
+        members = archive.infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
             raise UserError(
-                f"{path}: {part.filename} in it is compressed, or claims "
-                f"{part.file_size:,} of the file's {size:,} bytes; refuse to load it"
+                f"{path}: {member.filename} in it is compressed, or claims "
+                f"{member.file_size:,} of the file's {size:,} bytes; refuse to load it"
             )
-        if part.filename.endswith("data.pkl") and part.file_size > MAX_PICKLE:
-            raise UserError(f"{path}: names alone take {part.file_size:,} bytes; refuse to load it")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if member.filename.endswith("data.pkl") and member.file_size > MAX_PICKLE:
+            raise UserError(
+                f"{path}: names alone take {member.file_size:,} bytes; refuse to load it"
+            )
 
 
 def _unwrap(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors by name, out of whatever dictionary a training script has put them in."""
+    """The tensors by name, from whatever dictionary a training script has put them in."""
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: contains a {type(content).__name__}, not a state dict")
-    state = {
-        key: value
-        for key, value in content.items()
-        if isinstance(value, Tensor) and isinstance(key, str)
-    }
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)}
     if not state:
         raise UserError(f"{path}: no tensors in it")
-    if len(state) < len(content):
-        others = [
-            key if isinstance(key, str) else f"a {type(key).__name__}"
-            for key in content
-            if key not in state
-        ]
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        log.warning("%s: not used, since not tensors: %s", path, ", ".join(others[:5]) + more)
+    ignored = [
+        key if isinstance(key, str) else f"a {type(key).__name__}"
+        for key in content
+        if key not in state
+    ]
+    if ignored:
+        more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
+        log.warning("%s: ignored, since not tensors: %s", path, ", ".join(ignored[:5]) + more)
     return state
 
 
@@ -151,60 +138,46 @@ def _unwrap(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _check_plain(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Raise a UserError unless these are ordinary tensors, with no more values than were saved."""
-    room, claimed = CLAIM * os.path.getsize(path), 0
+    size, claimed = os.path.getsize(path), 0
     for key, tensor in state.items():
         if type(tensor) not in (Tensor, nn.Parameter):
             raise UserError(f"{path}: {key} is a {type(tensor).__name__}, not a plain tensor")
-        kind = _odd_kind(tensor)
-        if kind:
-            raise UserError(f"{path}: {key} is {kind}; save it as a plain tensor of numbers")
+        oddity = None
+        if tensor.is_quantized:
+            oddity = f"quantised ({_short(tensor.dtype)})"
+        elif tensor.is_nested or tensor.layout != torch.strided:
+            oddity = "nested" if tensor.is_nested else _short(tensor.layout)
+        elif tensor.device.type != "cpu":
+            oddity = "without values"
+        if oddity:
+            raise UserError(f"{path}: {key} is {oddity}; save it as a plain tensor of numbers")
         claimed += tensor.numel() * tensor.element_size()
-        if claimed > room:
+        if claimed > MAX_CLAIM * size:
             raise UserError(
-                f"{path}: {key} and what stands before it claim {claimed:,} bytes, "
-                f"the file has {room // CLAIM:,}; refuse to load it"
+                f"{path}: the tensors up to {key} claim {claimed:,} bytes, but the file has "
+                f"{size:,}; refuse to load it"
             )
-
-
-def _odd_kind(tensor: Tensor) -> str | None:
-    """What makes a tensor unfit to be weights, whatever the model; None if nothing does."""
-    if tensor.is_quantized:
-        return f"quantised ({str(tensor.dtype).removeprefix('torch.')})"
-    if tensor.is_nested or tensor.layout != torch.strided:
-        return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-    return "without values" if tensor.device.type != "cpu" else None
 
 
 def check_finite(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Raise a UserError that names the first tensor with a NaN or an infinity."""
     for key, tensor in state.items():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        for piece in tensor.reshape(-1).split(PIECE):
-            wide = piece.float() if tensor.element_size() == 1 else piece  # 8-bit floats
-            if not torch.isfinite(wide).all():
-                raise UserError(f"{path}: {key} has NaN or infinite values")
+        if tensor.is_floating_point() or tensor.is_complex():
+            for values in tensor.reshape(-1).split(VALUES_AT_ONCE):
+                wide = values.float() if values.element_size() == 1 else values  # 8-bit floats
+                if not torch.isfinite(wide).all():
+                    raise UserError(f"{path}: {key} has NaN or infinite values")
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_complex:
-        return "complex"
-    return "floating" if dtype.is_floating_point else "bool" if dtype == torch.bool else "integer"
+def _short(dtype: torch.dtype | torch.layout) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _check_kinds(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: str | os.PathLike[str]
-) -> None:
-    """Raise a UserError for a value that a cast to the model's type would distort."""
-    for key, tensor in state.items():
-        ours, theirs = _kind(wanted[key].dtype), _kind(tensor.dtype)
-        rounded = ours == "integer" and theirs == "floating"  # counts of a model saved in halves
-        if ours != theirs and not rounded:
-            name = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
-                f"{path}: {key} is {name}, should be {ours}; save it as "
-                f"{str(wanted[key].dtype).removeprefix('torch.')}"
-            )
+def _numbers(dtype: torch.dtype) -> str:
+    """What kind of numbers a type holds."""
+    if dtype.is_complex or dtype.is_floating_point:
+        return "complex" if dtype.is_complex else "floating"
+    return "bool" if dtype == torch.bool else "integer"
 
 
 def load_state(
@@ -212,30 +185,37 @@ def load_state(
     state: Mapping[str, Tensor],
     path: str | os.PathLike[str],  # for error messages
 ) -> None:
-    """Copy `state` into `model`, whose names and shapes it has to have exactly.
+    """Copy `state` into `model`, which must have exactly its names and shapes.
 
-    Values are cast to the model's dtypes. Raises UserError that names the first misfit.
+    Values are cast to the model's dtypes. Raises a UserError that names the first tensor that does
+    not fit: by name, shape, kind of numbers (a cast would distort them), or values.
     """
-    wanted = model.state_dict()
-    optional = {key for key in wanted if key.endswith("num_batches_tracked")}  # since PyTorch 0.4.1
-    missing = [key for key in wanted if key not in state and key not in optional]
-    unexpected = [key for key in state if key not in wanted]
-    if missing or unexpected:
-        texts = [
-            f"{kind} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-            for kind, keys in (("missing", missing), ("unexpected", unexpected))
-            if keys
-        ]
+    model_state = model.state_dict()
+    optional = "num_batches_tracked"  # in files since PyTorch 0.4.1
+    missing = [key for key in model_state if key not in state and not key.endswith(optional)]
+    unexpected = [key for key in state if key not in model_state]
+    texts = [
+        f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+        for what, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    if texts:
         raise UserError(f"{path}: does not fit the model: {'; '.join(texts)}")
-    misfits = [key for key in state if state[key].shape != wanted[key].shape]
+    misfits = [key for key in state if state[key].shape != model_state[key].shape]
     if misfits:
-        key = misfits[0]
+        shape, should_be = (tuple(tensors[misfits[0]].shape) for tensors in (state, model_state))
         more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
         raise UserError(
-            f"{path}: does not fit the model: {key} is {tuple(state[key].shape)}, "
-            f"should be {tuple(wanted[key].shape)}{more}"
+            f"{path}: does not fit the model: {misfits[0]} is {shape}, should be {should_be}{more}"
         )
-    _check_kinds(state, wanted, path)
+    for key, tensor in state.items():
+        dtype, should_be = tensor.dtype, model_state[key].dtype
+        numbers = (_numbers(dtype), _numbers(should_be))
+        # Counts may be floating: a model saved in half precision has all its tensors in it.
+        if numbers[0] != numbers[1] and numbers != ("floating", "integer"):
+            raise UserError(
+                f"{path}: {key} is {_short(dtype)}, should be {numbers[1]}; "
+                f"save it as {_short(should_be)}"
+            )
     check_finite(state, path)
-    complete = {key: state.get(key, tensor) for key, tensor in wanted.items()}
-    model.load_state_dict(complete)
+    model.load_state_dict(model_state | dict(state))

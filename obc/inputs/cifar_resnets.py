@@ -1,8 +1,8 @@
 """The ResNets for small images of He et al. 2015, "Deep residual learning for image recognition".
 
 Section 4.2: 6n + 2 layers in three stages of widths 16, 32, 64, with shortcuts that have no
-parameters ("option A": every second pixel, new channels zero). Deviation: the zeros of option A go
-on both sides of the old channels, as in the checkpoints that circulate.
+parameters ("option A": every second pixel, new channels zero). Deviation: the zero channels are
+added on both sides of the old ones, as in the checkpoints that are in common use.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Image files that may be damaged: read, or named.
+"""Image files that may be damaged: read, or named in an error.
 
     list_images       the images below a folder, sorted
-    FileImages        files with labels; decoded when asked for, a UserError if that fails
-    damaged(files)    {file: what is wrong}, quickly: before hours are spent
+    FileImages        files with labels; decoded when an item is asked for
+    damaged(files)    {file: what is wrong with it}, a quick check before hours are spent
 
-`damaged` reads the header of every file (size and format, hence also decompression bombs: more
-pixels than PIL allows) and its end: a JPEG ends in FF D9, a PNG in IEND, a WEBP has the length that
-it says. A file whose end is suspicious is decoded to be sure, so that no good image is refused.
-What it cannot see is damage in between; of other formats it reads the header only. Such files are
-found when they are decoded.
+`damaged` reads the header of every file (format and size, so it also finds decompression bombs:
+more pixels than PIL allows) and its end: a JPEG ends in FF D9, a PNG in IEND, a WEBP has the length
+that its header says. A file with a suspicious end is decoded to be sure, so no good image is
+refused. Damage in the middle, and at the end of other formats, is found when a file is decoded.
 """
 
 from __future__ import annotations
@@ -22,37 +21,35 @@ from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from obc.solver.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FILES_OF_A_WORKER = 2000  # fewer are not worth a process
-TAIL = 64  # bytes at the end of a JPEG that may hold its end: cameras and editors add a few
+FILES_PER_WORKER = 2000  # for fewer, starting a process does not pay
+TAIL = 64  # bytes at the end of a JPEG that may contain its end marker: cameras add a few
 
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
 class BadImage(UserError):
-    """A file that is no image, and how many others there are like it."""
+    """A file that is not an image, and how many others like it there are."""
 
     def __init__(self, path: str, flaw: str, others: int = 0) -> None:
-        super().__init__(path, flaw, others)  # so that it can be sent from process to process
+        super().__init__(path, flaw, others)  # so that it can be pickled
         self.path, self.flaw, self.others = path, flaw, others
 
     def __str__(self) -> str:
         more = f", and {self.others} more" if self.others else ""
-        return (
-            f"{self.path}: not a readable image ({self.flaw}){more}; "
-            "replace it, or pass --skip-bad-images"
-        )
+        advice = "replace it, or pass --skip-bad-images"
+        return f"{self.path}: not a readable image ({self.flaw}){more}; {advice}"
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Image files with labels; decoded when asked for."""
+    """Image files with labels; decoded when an item is asked for."""
 
     files: list[str]
     labels: list[int]
@@ -61,130 +58,106 @@ class FileImages:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image = decoded(self.files[index])
-        if isinstance(image, str):
-            raise BadImage(self.files[index], image)
-        return image, self.labels[index]
+        return read_image(self.files[index]), self.labels[index]
 
 
-def decoded(path: str) -> Image.Image | str:
-    """The image in a file, as RGB; or what is wrong with it."""
+def read_image(path: str, quick: bool = False) -> Image.Image | None:
+    """The image in a file, as RGB. Raises BadImage.
+
+    With quick=True, None if header and end are good; see the module docstring.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PIL cannot take is an error
-            with Image.open(path) as image:
-                return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # on arbitrary bytes PIL's decoders raise anything
-        return flaw_of(error)
-
-
-def flaw_of(error: Exception) -> str:
-    """An error in words, without the file's name."""
-    if isinstance(error, UnidentifiedImageError):
-        return "of no known image format"
-    text = getattr(error, "strerror", None) or str(error).splitlines()[:1]
-    return text if isinstance(text, str) else (text or [type(error).__name__])[0]
-
-
-# -- looking at many -------------------------------------------------------------------------------
-
-
-def quick_flaw(path: str) -> str | None:
-    """What is wrong with a file, as far as its header and end tell; see the module docstring."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # what PIL cannot read is an error
             with open(path, "rb") as file, Image.open(file) as image:
-                if ends_well(file, image.format):
-                    return None
+                return None if quick and ends_well(file, image.format) else image.convert("RGB")
     except MemoryError:
         raise
-    except Exception as error:
-        return flaw_of(error)
-    image = decoded(path)
-    return image if isinstance(image, str) else None
+    except UnidentifiedImageError:
+        flaw = "of no known image format"
+    except Exception as error:  # on arbitrary bytes PIL's decoders can raise anything
+        flaw = getattr(error, "strerror", None)
+        if not isinstance(flaw, str):
+            flaw = (str(error).splitlines() or [type(error).__name__])[0]
+    raise BadImage(path, flaw)
 
 
-def ends_well(file: BinaryIO, kind: str | None) -> bool:
-    """Whether the end of a file is that of a whole image of this format; True if nobody knows."""
+def ends_well(file: BinaryIO, image_format: str | None) -> bool:
+    """Whether a file ends like a complete image of its format; True for formats not known here."""
+    position = file.tell()
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - TAIL))
     tail = file.read(TAIL)
-    if kind in ("JPEG", "MPO"):
+    file.seek(4)
+    length = int.from_bytes(file.read(4), "little") + 8  # of a WEBP
+    file.seek(position)
+    if image_format in ("JPEG", "MPO"):
         return b"\xff\xd9" in tail
-    if kind == "PNG":
+    if image_format == "PNG":
         return tail[-8:-4] == b"IEND"
-    if kind == "WEBP":
-        file.seek(4)
-        return int.from_bytes(file.read(4), "little") + 8 <= size
-    return True
+    return length <= size if image_format == "WEBP" else True
 
 
-class _Flaws(Dataset):
-    """`quick_flaw` of every file."""
-
-    def __init__(self, files: Sequence[str]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[str, str | None]:
-        return self.files[index], quick_flaw(self.files[index])
+# -- checking --------------------------------------------------------------------------------------
 
 
 def leave_interrupts(_worker: int) -> None:
+    """Signals in a worker: the main process handles interrupts, and ends its workers by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a DataLoader ends its workers by it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _found(items: list[tuple[str, str | None]]) -> list[tuple[str, str]]:
-    return [(path, flaw) for path, flaw in items if flaw is not None]
+def _flaws(paths: list[str]) -> list[tuple[str, str]]:
+    """The damaged ones among these files, and what is wrong with them."""
+    flaws = []
+    for path in paths:
+        try:
+            read_image(path, quick=True)
+        except BadImage as error:
+            flaws.append((path, error.flaw))
+    return flaws
 
 
 def damaged(files: Sequence[str], workers: int) -> dict[str, str]:
-    """Files that are no images, and why; quickly, see the module docstring."""
+    """Files that are not images, and what is wrong with them: a quick check, see above."""
     loader = DataLoader(
-        _Flaws(files),
+        files,
         batch_size=256,
-        collate_fn=_found,
-        num_workers=min(workers, len(files) // FILES_OF_A_WORKER),
+        collate_fn=_flaws,
+        num_workers=min(workers, len(files) // FILES_PER_WORKER),
         worker_init_fn=leave_interrupts,
     )
-    slow = tqdm(loader, desc="checking images", leave=False, disable=None, delay=2)
-    return {path: flaw for batch in slow for path, flaw in batch}
+    batches = tqdm(loader, desc="checking images", leave=False, disable=None, delay=2)
+    return {path: flaw for flaws in batches for path, flaw in flaws}
 
 
 # -- listing ---------------------------------------------------------------------------------------
 
 
 def subfolders(folder: Path) -> set[str]:
-    with os.scandir(folder) as entries:
-        return {
-            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
-        }
+    """Names of the folders in a folder, without hidden ones."""
+    return {x.name for x in os.scandir(folder) if x.is_dir() and not x.name.startswith(".")}
 
 
 def list_images(folder: Path, present: set[str], classes: list[str]) -> FileImages:
     """All images below `folder`, class by class and sorted by name, labelled by `classes`."""
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        if name in present:
-            found = _images_below(os.path.join(folder, name))
-            files += found
-            labels += [label] * len(found)
-    if not files:
+    labelled = [
+        (file, label)
+        for label, name in enumerate(classes)
+        if name in present
+        for file in _images_below(os.path.join(folder, name))
+    ]
+    if not labelled:
         raise UserError(
             f"{folder}: no images in it; expected <class>/<image>, "
             f"with a name ending in {' '.join(IMAGE_SUFFIXES)}"
         )
-    return FileImages(files, labels)
+    files, labels = zip(*labelled, strict=True)
+    return FileImages(list(files), list(labels))
 
 
 def _images_below(folder: str) -> list[str]:
-    """Image files in a folder and the folders in it, in torchvision's order (`make_dataset`)."""
+    """Image files in a folder and below, in torchvision's order (`make_dataset`)."""
     return [
         os.path.join(below, name)
         for below, _, names in sorted(os.walk(folder, followlinks=True))

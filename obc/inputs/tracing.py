@@ -1,207 +1,151 @@
-"""A model as a list of operations: run from anywhere, batch norms folded into convolutions.
+"""A model as a list of operations: run from any of them, batch norms folded into convolutions.
 
-The model is traced by torch.fx. `Resumable.advance` runs operations as the model does and keeps
-the values that later ones need; `Resumable.finish` runs the rest of the model from such values, as
-often as one likes, with every batch norm folded into the convolution before it, with ReLUs and sums
-in the memory of what they are made of, and small maps as matrix products (`smallmaps.py`). That
-changes results by rounding only and saves a third of the time of ResNet-20 on 2 cores. A model that
-cannot be traced runs whole.
+torch.fx traces the model into operations 0 … n−1. To see what a change in one layer does, `advance`
+runs the operations before the layer once, and `finish` runs the rest for each change, from copies
+of the values that are alive at that point: a model may work in place. Nothing is rewritten but
+this: a batch norm (in eval mode) that alone reads the output of a convolution is folded into it,
+
+    y = γ (W∗x + b − μ)/√(σ² + ε) + β  =  W'∗x + b',    W' = W γ/√(σ² + ε),
+
+after the layer that is being changed. This changes the output by rounding only. The layer's input
+is exactly the plain model's, or a layer with 4-bit inputs could round them to other codes. A model
+that cannot be traced runs as a whole.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from obc.inputs.smallmaps import SmallMaps, is_small, on_same_input
 from obc.solver.errors import log
 
-RELU, ADD = {F.relu, torch.relu}, {operator.add, torch.add}
-FRESH = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)  # their output is a new tensor
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
+IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor setitem".split()
 
 
-class Resumable(fx.Interpreter):
-    """Runs a traced model, from its start or from any of its operations with the values alive."""
+def _traced(name: str) -> Callable[..., fx.Proxy]:
+    return lambda self, *args: self.tracer.create_proxy(
+        "call_function", getattr(operator, name), (self, *args), {}
+    )
+
+
+class InPlaceTracer(fx.Tracer):
+    """Records `x += y` and `x[i] = y` as in place; torch.fx itself records x + y, and fails."""
+
+    Value = type("Value", (fx.Proxy,), {f"__{name}__": _traced(name) for name in IN_PLACE})
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return self.Value(node, self)
+
+
+class TracedModel(fx.Interpreter):
+    """A model in eval mode: `begin`, then `advance` from layer to layer, with calls of `finish`."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(fx.symbolic_trace(model))
+        super().__init__(model, graph=InPlaceTracer().trace(model))
         self.nodes = list(self.graph.nodes)
-        last_use = {user: node for node in self.nodes for user in node.all_input_nodes}
-        self.dies_at: dict[fx.Node, list[fx.Node]] = {}
-        for value, node in last_use.items():
-            self.dies_at.setdefault(node, []).append(value)
-        self.in_place = any(self._in_place(node) for node in self.nodes)
-        self.folded = self._folded()
         self.place = {node: number for number, node in enumerate(self.nodes)}
-        self.overwriting = {node for node in self.nodes if self._may_overwrite(node)}
-
-    def _in_place(self, node: fx.Node) -> bool:
-        """Whether an operation may change a value instead of making a new one."""
-        if node.op == "call_module":
-            modules = self.module.get_submodule(node.target).modules()
-            return any(getattr(module, "inplace", False) for module in modules)
-        name = node.target if isinstance(node.target, str) else node.target.__name__
-        named = node.op in ("call_method", "call_function") and name.rstrip("_") + "_" == name
-        return named or node.target in IN_PLACE or bool(node.kwargs.get("inplace"))
-
-    def _folded(self) -> dict[fx.Node, tuple[nn.Module, fx.Node]]:
-        """Convolution → the same with the batch norm behind it folded in, and that batch norm."""
-        calls = [node for node in self.nodes if node.op == "call_module"]
-        once = Counter(node.target for node in calls)
-        folded = {}
-        for norm in calls:
+        self.folded_from = 0  # operations before this one run as the model has them
+        self.folded: dict[fx.Node, nn.Module] = {}  # convolution -> the same with its norm in it
+        self.norms: dict[fx.Node, fx.Node] = {}  # batch norm -> the convolution that includes it
+        for norm in self.nodes:
             conv = norm.args[0] if norm.args else None
-            if conv not in calls or len(conv.users) > 1 or once[conv.target] > 1:
-                continue
-            modules = [self.module.get_submodule(node.target) for node in (conv, norm)]
-            if type(modules[0]) is nn.Conv2d and type(modules[1]) is nn.BatchNorm2d:
-                if not modules[1].training and modules[1].running_mean is not None:
-                    fused = fuse_conv_bn_eval(*modules).to(memory_format=torch.channels_last)
-                    folded[conv] = (SmallMaps(fused), norm)
-        return folded
+            if isinstance(conv, fx.Node) and self._folds(conv, norm):
+                layers = (self.module.get_submodule(node.target) for node in (conv, norm))
+                fused = fuse_conv_bn_eval(*layers)
+                self.folded[conv] = fused.to(memory_format=torch.channels_last)
+                self.norms[norm] = conv
 
-    def _kind(self, node: fx.Node) -> str:
-        """relu, add, new (a layer that makes a new tensor) or nothing of these."""
-        if node.op == "call_module":
-            module = self.module.get_submodule(node.target)
-            return "relu" if type(module) is nn.ReLU else "new" * isinstance(module, FRESH)
-        if node.op == "call_function" and node.target in RELU:
-            return "relu"
-        plain = len(node.args) == 2 and not node.kwargs
-        return "add" if node.op == "call_function" and node.target in ADD and plain else ""
-
-    def _may_overwrite(self, node: fx.Node) -> bool:
-        """Whether a ReLU or a sum is the only one to see its first argument, a new tensor."""
-        argument = node.args[0] if node.args else None
-        if self._kind(node) not in ("relu", "add") or not isinstance(argument, fx.Node):
+    def _folds(self, conv: fx.Node, norm: fx.Node) -> bool:
+        """Whether `norm` is a batch norm, and the only one to see the output of a convolution."""
+        if not conv.op == norm.op == "call_module" or len(conv.users) > 1:
             return False
-        return bool(self._kind(argument)) and len(argument.users) == 1
-
-    def _overwrite(self, node: fx.Node) -> object:
-        """A ReLU or a sum, into the memory of its first argument where that fits."""
-        first, *others = self.map_nodes_to_values(node.args, node)
-        if self._kind(node) == "relu":
-            return first.relu_()
-        alike = isinstance(others[0], Tensor) and others[0].shape == first.shape
+        layer, batch_norm = (self.module.get_submodule(node.target) for node in (conv, norm))
         return (
-            first.add_(others[0])
-            if alike and others[0].dtype == first.dtype
-            else (self.run_node(node))
+            type(layer) is nn.Conv2d
+            and type(batch_norm) is nn.BatchNorm2d
+            and not batch_norm.training
+            and batch_norm.running_mean is not None
+            and not (layer._forward_hooks or batch_norm._forward_hooks)
+            and not batch_norm._forward_pre_hooks
+            and len(self.calls(conv.target)) == 1
         )
 
-    def first_call(self, layer: str) -> int | None:
-        """Number of the first operation that calls a layer or a module that it is part of."""
-        for number, node in enumerate(self.nodes):
-            if node.op in ("call_module", "get_attr"):
-                if f"{layer}.".startswith(f"{node.target}.") or node.target.startswith(f"{layer}."):
-                    return number
-        return None
+    def calls(self, layer: str) -> list[int]:
+        """The operations that use a layer, a tensor of it, or a module that it is part of."""
+        return [
+            number
+            for number, node in enumerate(self.nodes)
+            if node.op in ("call_module", "get_attr")
+            and (f"{layer}.".startswith(f"{node.target}.") or node.target.startswith(f"{layer}."))
+        ]
 
-    def advance(self, values: dict[fx.Node, object], start: int, stop: int) -> None:
-        """Run operations start … stop−1 on `values`, in place, as the model does."""
-        self.env = values
-        for node in self.nodes[start:stop]:
-            values[node] = self.run_node(node)
-            self._forget(values, node)
+    def run_node(self, node: fx.Node) -> object:
+        """One operation, on the values in `env`."""
+        if node in self.folded and self.place[node] >= self.folded_from:
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            return self.folded[node](*args, **kwargs)
+        if node in self.norms and self.place[self.norms[node]] >= self.folded_from:
+            return self.env[self.norms[node]]
+        return super().run_node(node)
 
-    def calling(self, values: dict[fx.Node, object], start: int) -> Callable[[], object] | None:
-        """Operation `start` on `values`, for many calls while weights change; None: no such way."""
-        node, self.env = self.nodes[start], values
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-            return None
-        module = self.module.get_submodule(node.target)
-        (x,) = self.map_nodes_to_values(node.args, node)
-        return on_same_input(module, x) if is_small(module, x) else None
+    def begin(self, images: Tensor) -> None:
+        """Get ready to run on a batch of images, with no layer changed."""
+        self.env, self.args_iter, self.folded_from = {}, iter([images]), 0
+        placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self.position = 0
+        self._run_to(len(placeholders))
 
-    def finish(
-        self,
-        values: dict[fx.Node, object],
-        start: int,
-        first: Callable[[], object] | None = None,  # does operation `start`
-    ) -> object:
-        """Run operation `start`, as it is, and all that follow, folded; the model's output."""
-        self.env, done = values, set()
-        for number, node in enumerate(self.nodes[start:]):
-            if number == 0 and first is not None:
-                values[node] = first()
-            elif number and node in self.folded:
-                module, norm = self.folded[node]
-                values[node] = module(*self.map_nodes_to_values(node.args, node))
-                done.add(norm)
-            elif node in done:
-                values[node] = values[node.args[0]]
-            elif node in self.overwriting and self.place[node.args[0]] >= start:
-                values[node] = self._overwrite(node)
-            else:
-                values[node] = self.run_node(node)
-            self._forget(values, node)
-        return values[node]
+    def advance(self, number: int) -> None:
+        """Run up to operation `number`, which is the first call of a layer that will be changed."""
+        self.folded_from = len(self.nodes)
+        self._run_to(number)
+        self.folded_from = number + 1
 
-    def _forget(self, values: dict[fx.Node, object], node: fx.Node) -> None:
-        for dead in self.dies_at.get(node, ()):
-            values.pop(dead, None)
+    def finish(self) -> object:
+        """The model's output. Can be called again, with other weights in the changed layer."""
+        env, position = self.env, self.position
+        self.env = dict(zip(env, copy.deepcopy(list(env.values())), strict=True))
+        self._run_to(len(self.nodes))
+        output = self.env[self.nodes[-1]]
+        self.env, self.position = env, position
+        return output
 
-    def kept(self, values: dict[fx.Node, object]) -> Callable[[], None]:
-        """A function that puts all values back as they are now."""
-        tensors = [value for value in values.values() if isinstance(value, Tensor)]
-        if not self.in_place:
-            return lambda: None
-        copies = [tensor.clone() for tensor in tensors]
-
-        def put_back() -> None:
-            for tensor, copy in zip(tensors, copies, strict=True):
-                tensor.copy_(copy)
-
-        return put_back
-
-    def images(self, images: Tensor) -> dict[fx.Node, object]:
-        """The values before the first operation."""
-        self.args_iter: Iterator[object] = iter([images])
-        return {}
+    def _run_to(self, number: int) -> None:
+        for node in self.nodes[self.position : number]:
+            self.env[node] = self.run_node(node)
+            for value in self.user_to_last_uses.get(node, ()):
+                del self.env[value]
+        self.position = number
 
 
-class Whole:
-    """Stands in for `Resumable` where a model cannot be traced: every level runs all of it."""
+class UntracedModel:
+    """`TracedModel` for a model that cannot be traced: one operation, which is all of it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def first_call(self, layer: str) -> int | None:
-        return 0
+    def calls(self, layer: str) -> list[int]:
+        return [0]
 
-    def images(self, images: Tensor) -> dict[str, Tensor]:
-        return {"images": images}
+    def begin(self, images: Tensor) -> None:
+        self.images = images
 
-    def kept(self, values: dict[str, Tensor]) -> Callable[[], None]:
-        return lambda: None
+    def advance(self, number: int) -> None:
+        """There is nothing to do before operation 0."""
 
-    def advance(self, values: dict[str, Tensor], start: int, stop: int) -> None:
-        """Nothing: `finish` does it all."""
-
-    def calling(self, values: dict[str, Tensor], start: int) -> None:
-        """Nothing: there is no quicker way."""
-
-    def finish(self, values: dict[str, Tensor], start: int, first: None = None) -> object:
-        return self.model(values["images"])
+    def finish(self) -> object:
+        return self.model(self.images.clone())
 
 
-def runner(model: nn.Module) -> Resumable | Whole:
-    """The fastest way there is to run a model again and again with one layer changed."""
+def resumable(model: nn.Module) -> TracedModel | UntracedModel:
+    """A model, to be run again and again with one layer changed."""
     try:
-        return Resumable(model)
-    except Exception as error:  # tracing runs the model's own Python: anything can happen
-        log.warning("the model cannot be traced (%s): every level runs all of it", error)
-        return Whole(model)
-
-
-def folded(model: nn.Module) -> Callable[[Tensor], object]:
-    """The model, in eval mode, as a function of images; its batch norms folded as it is now."""
-    run = runner(model)
-    return lambda images: run.finish(run.images(images), 0)
+        return TracedModel(model)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        log.warning("the model cannot be traced (%s): it always runs as a whole", error)
+        return UntracedModel(model)

@@ -9,8 +9,7 @@ A change in a layer leaves everything before it as it was. For each batch the de
 and where it comes to a layer, only what follows is run for each of the layer's levels, from the
 values then alive (`tracing.py`). On average that is half of a network; nothing but one batch's live
 values is kept. Levels of a layer that are equal in all their tensors are run once, those equal to
-the dense layer not at all. Where operations work in place, the values alive are put back after each
-level.
+the dense layer not at all.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from modelutils import evaluating, placed
 from obc.inputs.batches import Batches
-from obc.inputs.tracing import Resumable, Whole, runner
+from obc.inputs.tracing import TracedModel, UntracedModel, resumable
 from obc.solver.errors import log
 from obc.solver.layers import forward_hooks
 from obc.solver.threads import in_pieces
@@ -79,13 +78,13 @@ def losses(
 ) -> Scores:
     """Change of the mean loss with exactly one layer compressed, per layer and level.
 
-    The model is dense, and dense again afterwards. Batches are added in their order, whichever
+    The model is dense, and dense again afterwards. ImageBatches are added in their order, whichever
     process they are with.
     """
     notes = notes or Notes(Unkept())
     world, found = notes.state.world, []
     with evaluating(model):
-        run = runner(model)
+        run = resumable(model)
         sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
         levels = {layer: [level for level in of if level] for layer, of in sets.items()}
         _say_what_is_known(notes, len(db.layers) * _count(batches), "layers × batches")
@@ -125,7 +124,7 @@ def _say_what_is_known(notes: Notes, total: int, what: str) -> None:
 
 
 def batch_changes(
-    run: Resumable | Whole,
+    run: TracedModel | UntracedModel,
     model: nn.Module,
     db: Database,
     wanted: Mapping[str, Iterable[str]],  # layer → levels
@@ -134,18 +133,15 @@ def batch_changes(
 ) -> Iterator[tuple[str, dict[str, float]]]:  # layer, changes of the summed loss by level
     """Run one batch at every level of every layer, each from where the layer is called."""
     labels = labels.to(images.device)
-    calls = {layer: run.first_call(layer) for layer in wanted}
-    dense_loss = _loss(run.finish(run.images(images.clone()), 0), labels)
-    values, at = run.images(images), 0
-    for number, layer in sorted((n, layer) for layer, n in calls.items() if n is not None):
-        run.advance(values, at, number)
-        at = number
-        put, put_back, changes = swap_layer(model, db, layer), run.kept(values), {}
-        first = run.calling(values, number)
+    calls = {layer: run.calls(layer) for layer in wanted}
+    run.begin(images)
+    dense_loss = _loss(run.finish(), labels)
+    for number, layer in sorted((numbers[0], layer) for layer, numbers in calls.items() if numbers):
+        run.advance(number)
+        put, changes = swap_layer(model, db, layer), {}
         for level in wanted[layer]:
             put(level)
-            changes[level] = _loss(run.finish(dict(values), number, first), labels) - dense_loss
-            put_back()
+            changes[level] = _loss(run.finish(), labels) - dense_loss
         put(None)
         yield layer, changes
 
