@@ -44,11 +44,7 @@ from obc.toolkit.fingerprints import content_hash, text_hash  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
 from obc.toolkit.records import read_record  # noqa: E402
 from obc.toolkit.resume import FINGERPRINT, State  # noqa: E402
-from pruning_vs_quantization.training_state import (  # noqa: E402
-    Progress,
-    load_training,
-    save_training,
-)
+from pruning_vs_quantization.training_state import Progress, load_training, save_training  # noqa: E402
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # not on a disk
 SECONDS = 10  # of CPU time, for a case
