@@ -1,4 +1,4 @@
-"""What users copy: OBC's own recipes and the scripts in recipes/. (README.md: test_readme.py.)"""
+"""OBC's own recipes (docs/commands.md) and the scripts in recipes/, from end to end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_obc_recipes_run_in_order(tmp_path, monkeypatch, capsys):
         assert load_script(script).main([*words, *quick, *grid]) == 0, line
         last = capsys.readouterr().out.splitlines()[-1]
         makes = {"database.py": " scores/rn8_", "spdy.py": "profile rn8_"}.get(script)
-        if makes or grid:  # last, they name the file or folder that was made
+        if makes or grid:  # the last line names the file or folder that was made
             assert (makes or words[-1]) in last, line
         else:
             assert re.fullmatch(r"top-1 \d\d\.\d\d", last), line
@@ -60,7 +60,7 @@ def run_recipe(name: str, *words: str, python: Path, **settings: object):
 
 
 def table(output: str) -> list[list[str]]:
-    """Target, method, reached, top-1, paper: rows of the Markdown table that is all there is."""
+    """Target, method, reached, top-1, paper: rows of the Markdown table, the only output."""
     head, rule, *rows = output.splitlines()
     assert head == "| target | method | reached | top-1 | paper |"
     assert rule == "|---|---|---|---|---|"
@@ -80,7 +80,7 @@ def check_picture(path: Path) -> None:
 
 @pytest.fixture
 def notes(tmp_path, monkeypatch) -> Path:
-    """A stand-in for Python that only takes notes, and fails if told to."""
+    """A replacement for Python that only writes down its arguments, and fails if told to."""
     monkeypatch.chdir(tmp_path)
     python = tmp_path / "python"
     python.write_text("""#!/bin/sh
@@ -100,7 +100,7 @@ def noted() -> list[list[str]]:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_command_of_a_recipe_parses(name, notes, capsys):
-    """Also: without any common option."""
+    """Without any common option."""
     done = run_recipe(name, "rn18", "imagenet", python=notes)
     assert (done.returncode, done.stdout) == (0, "profile made.txt\n"), done.stderr
     for script, *words in noted():
@@ -124,7 +124,7 @@ def test_a_failing_command_stops_a_recipe(name, script, notes):
     done = run_recipe(name, "rn18", "imagenet", python=notes, FAILS=script)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == "error: as told"
-    assert noted()[-1][0].endswith(script)  # it was the last
+    assert noted()[-1][0].endswith(script)  # no command follows it
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_block8_at_measured_time(warm, tmp_path, monkeypatch):
     assert reached == ["8.00×", "4.13×"]  # 8 · 8 / (5 · 2.5 + 3)
 
 
-def test_a_recipe_without_words_says_its_usage(tmp_path, monkeypatch):
+def test_a_recipe_without_arguments_prints_its_usage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run_recipe("nm", "rn8", python=Path("python"))
     assert done.returncode == 2 and done.stderr.startswith("usage: ") and not os.listdir()
@@ -269,14 +269,14 @@ search\t4\t4.0004\t74.123
         ("mixed", "rn18", "imagenet", ["69.76", "–", "–", "–"]),  # no such targets
     ],
 )
-def test_papers_numbers(recipe, model, dataset, papers, report, tmp_path):
+def test_numbers_of_the_paper(recipe, model, dataset, papers, report, tmp_path):
     status, out, _ = report(UNSTRUCTURED, recipe, model, dataset)
     assert status == 0 and [row[4] for row in table(out)] == papers
     assert table(out)[3][:4] == ["4×", "search", "4.00×", "74.12"]
     check_picture(tmp_path / f"{recipe}_accuracy.png")
 
 
-def test_papers_numbers_of_quantisation(report):
+def test_numbers_of_the_paper_of_quantisation(report):
     lines = "asymmetric, BN-tuned\t3\t3 bits\t75\nsymmetric\t3\t3 bits\t73\n"
     status, out, _ = report(lines, "quantisation", "rn50", "imagenet")
     assert status == 0 and [row[4] for row in table(out)] == ["75.24", "73.61"]
@@ -304,7 +304,7 @@ def test_broken_results_are_one_line(text, message, report, tmp_path):
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.py")), ids=lambda x: x.stem)
-def test_a_recipes_script_runs_as_a_program_from_anywhere(script, tmp_path):
+def test_a_script_of_recipes_runs_from_any_folder(script, tmp_path):
     done = subprocess.run(
         [sys.executable, str(script), "--help"], cwd=tmp_path, text=True, capture_output=True
     )
