@@ -1,4 +1,4 @@
-"""How many real subproblems are solved to proven optimality, how fast, and what it tells of OBC.
+"""How many real subproblems are solved to proven optimality, how fast, and how near OBC comes.
 
     python -m benchmarks.bench_bounds --images cifar10 --out bench_bounds.json
 
@@ -10,18 +10,18 @@ For rn20 and rn18 with the weights in --data: from every layer, `--channels` out
 * pruning: a share of bits/16 kept; pruning_search.best_subset
 
 each started from the heuristics (OBQ, GPTQ, nearest; ExactOBS, magnitude), limited to
-`--time-limit` seconds of one core. What is timed is the search: the processor time of its thread,
-so that a busy machine does not count. Heuristics and the relaxation are not in it; neither is
-compiling.
+`--time-limit` seconds on one core. The search alone is timed, as processor time of its thread, so
+that other load on the machine does not count. Heuristics, the relaxation and compilation are
+excluded.
 
-Checked for every one, or the benchmark ends with an error: certified bound of the semidefinite
-relaxation ≤ error of the solution, bound of the search ≤ that error, and that error ≤ the error of
-every heuristic. "Proven" means that the search's own bound is within 10⁻⁵ of the error. A
-relaxation takes half a second, a hundred times as long as the search: `--relax-every N` solves that
-of every N-th subproblem only, and the table says of how many.
+Every result is checked, and the benchmark ends with an error otherwise: certified bound of the
+semidefinite relaxation ≤ error of the solution, bound of the search ≤ that error, and that error ≤
+the error of every heuristic. "Proven" means that the search's own bound is within 10⁻⁵ of the
+error. A relaxation takes half a second, a hundred times as long as the search: `--relax-every N`
+solves only that of every N-th subproblem, and the table says how many were solved.
 
-Expected: milliseconds. A subproblem of 32 unknowns is small for lattice enumeration once its basis
-is reduced, and for leaps and bounds, which would grow hard towards 60 to 100 unknowns.
+Expected: milliseconds. 32 unknowns are few for lattice enumeration once the basis is reduced, and
+for leaps and bounds, which becomes hard at 60 to 100 unknowns.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from pruning_vs_quantization.proof import PROVEN, SearchLimits
 UNKNOWNS = 32
 NETWORKS = {"rn20": ("rn20_cifar10.pth", 32), "rn18": ("rn18_cifar10_64px.pth", 64)}  # pixels
 OWN = {"quantisation": "obq", "pruning": "exact_obs"}
-ROUNDING = 1e-9  # relative; errors are compared up to this
+RELATIVE_ROUNDING = 1e-9  # relative; errors are compared up to this
 
 
 # -- subproblems -----------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def real_subproblems(
     )
     model = get_model(network, "cifar10", args.data / weights, len(data.classes))
     layers = find_layers(model)
-    parts = {
+    rows_and_chunks_of = {
         name: [
             (row, chunk)
             for row, chunk in rows_and_chunks(layer, UNKNOWNS, args.channels, args.chunks)
@@ -81,11 +81,13 @@ def real_subproblems(
         ]
         for name, layer in layers.items()
     }
-    wanted = {name: [chunk for _, chunk in part] for name, part in parts.items() if part}
+    chunks = {
+        name: [chunk for _, chunk in pairs] for name, pairs in rows_and_chunks_of.items() if pairs
+    }
     batches = calibration_batches(data, batchsize=16)
-    moments = second_moments(model, wanted, batches, torch.device("cpu"))
-    for name in wanted:
-        for sub in subproblems(layers[name], parts[name], moments[name]):
+    moments = second_moments(model, chunks, batches, torch.device("cpu"))
+    for name in chunks:
+        for sub in subproblems(layers[name], rows_and_chunks_of[name], moments[name]):
             if sub.signal > 0:
                 yield name, layers[name], sub
 
@@ -111,7 +113,9 @@ def solved(
         record = quantised(sub.G, sub.w, step, bits, False, method, limits, generator)
     least = min(record.errors.values())
     relaxed = record.relaxation or 0.0
-    between = relaxed <= record.error * (1 + ROUNDING) <= least * (1 + 2 * ROUNDING)
+    between = (
+        relaxed <= record.error * (1 + RELATIVE_ROUNDING) <= least * (1 + 2 * RELATIVE_ROUNDING)
+    )
     if not between or record.lower > record.error:
         raise ArithmeticError(f"{record}: error, bounds and heuristics are out of order")
     return {
@@ -141,8 +145,8 @@ HEADER = """\
 |---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A line for each study and bit width."""
+def bounds_table(results: list[dict[str, Any]]) -> str:
+    """A row per study and bit width."""
     lines = [HEADER.format(own="OBQ or ExactOBS")]
     for kind, bits in sorted({(r["kind"], -r["bits"]) for r in results}, reverse=True):
         part = [r for r in results if r["kind"] == kind and r["bits"] == -bits]
@@ -162,7 +166,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def comma_separated(results: list[dict[str, Any]]) -> list[str]:
-    """A heading and a line for each subproblem: a quarter of what JSON would take."""
+    """A heading and a line per subproblem: a quarter of the size of JSON."""
 
     def text(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
@@ -181,7 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the networks' weights are",
     )
     add("--images", metavar="DIR", required=True, help="CIFAR-10: train/ and val/")
-    add("--networks", choices=list(NETWORKS), nargs="+", default=list(NETWORKS), help="of them")
+    add("--networks", choices=list(NETWORKS), nargs="+", default=list(NETWORKS), help="which")
     add("--bits", metavar="B", type=positive, nargs="+", default=[8, 4, 3, 2], help="bit widths")
     add("--channels", metavar="N", type=positive, default=2, help="output channels of each layer")
     add("--chunks", metavar="N", type=positive, default=3, help="chunks of each channel")
@@ -190,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         type=cli.positive_float,
         default=10.0,
-        help="seconds of one core for a search",
+        help="seconds on one core for a search",
     )
     add(
         "--relax-every",
@@ -200,7 +204,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="solve the relaxation of every N-th subproblem",
     )
     add("--nsamples", metavar="N", type=positive, default=64, help="images")
-    add("--seed", metavar="N", type=cli.nonnegative_int, default=0, help="of the images")
+    add(
+        "--seed",
+        metavar="N",
+        type=cli.nonnegative_int,
+        default=0,
+        help="seed of the choice of images",
+    )
     add("--out", metavar="FILE", help="record of every subproblem, machine and versions, as JSON")
     return parser
 
@@ -218,7 +228,7 @@ def run(args: argparse.Namespace) -> None:
                     method = "exact" if len(results) % args.relax_every else "both"
                     record = solved(args, layer, sub, bits, kind, method)
                     results.append({"network": network, "layer": name, **record})
-    cli.print_result(table(results))
+    cli.print_result(bounds_table(results))
     if args.out:
         record = {
             "command": "benchmarks/bench_bounds.py",

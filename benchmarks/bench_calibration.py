@@ -2,11 +2,11 @@
 
     python -m benchmarks.bench_calibration --out bench_calibration.json
 
-What is timed, in one process, on the same threads and the same random images: the dense model (rn18
-with random weights, `--image-size` 224) is shown `--images` in batches, and every layer's Σ x xᵀ is
+Timed in one process, on the same threads and the same random images: `--images` go through the
+dense model (rn18 with random weights, `--image-size` 224) in batches, and every layer's Σ x xᵀ is
 accumulated in float64, by
 
-* ours: `calibration.calibrate` with a `TrueOBS` for each layer, as main_trueobs.py does it;
+* ours: `calibrate.calibrate` with a `TrueOBS` for each layer, as main_trueobs.py does it;
 * plain: a hook on each layer that unfolds its whole input batch to columns x (positions, d) and
   adds xᵀ x, a product in float32, to a float64 sum;
 * forward: the model alone, which is in both.
@@ -14,14 +14,14 @@ accumulated in float64, by
 They take turns, round after round, after a warm-up of each on the first batch; medians of
 `--repeats`, scaled to seconds per 100 images. Images are laid out as `calibrate` has them
 (channels last on a CPU) for all three, so that all layers' inputs are the same to the last bit.
-Left out: reading, decoding and augmenting images; the 2/N and the order of columns.
+Excluded: reading, decoding and augmenting images; the 2/N and the order of columns.
 
 Checked in the same run: ‖H − H'‖ / ‖H'‖ (Frobenius) of ours to plain, the worst layer, ≤ 1e-6.
 
 Prediction. A 3×3 stride-1 layer needs 9 products of C×C a position in `hessian.py`'s way (3 of
 (3C)² at f = 3C) where the plain way needs 81, and the plain way also writes 9 copies of the input
-where ours writes 3: up to 3 where products dominate, less where the model's own forward pass
-counts. Goal: ≥ 2.5, forward included in both.
+where ours writes 3: a ratio of up to 3 where products dominate, less where the model's own forward
+pass matters. Goal: ≥ 2.5, with the forward pass in both.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ GOAL, SAME = 2.5, 1e-6
 
 
 @dataclass(frozen=True)
-class Result:
-    """Seconds for all images, one entry a repeat."""
+class CalibrationFigures:
+    """Seconds for all images, one entry per repeat."""
 
     model: str
     images: int
@@ -79,8 +79,8 @@ class Plain:
         self.totals[name] += x.mT @ x
 
 
-class Bench:
-    """One model and its images; each way of going through them, and what it left."""
+class CalibrationBench:
+    """One model and its images; each way of going through them, and its result."""
 
     def __init__(self, model: nn.Module, batches: BatchList) -> None:
         self.model, self.batches = model, batches
@@ -106,23 +106,23 @@ class Bench:
     def differences(self) -> dict[str, float]:
         """‖H − H'‖ / ‖H'‖, by layer."""
         images = sum(len(labels) for _, labels in self.batches)
-        found = {}
+        differences = {}
         for name, total in self.totals.items():
-            wanted = total * (2 / images)
-            found[name] = float((self.solvers[name].H - wanted).norm() / wanted.norm())
-        return found
+            H = total * (2 / images)
+            differences[name] = float((self.solvers[name].H - H).norm() / H.norm())
+        return differences
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> Result:
+def measure_calibration(args: argparse.Namespace, device: torch.device) -> CalibrationFigures:
     model = random_model(args.model, args.seed, device)
     batches = random_images(args.images, args.image_size, args.batchsize, args.seed)
-    warm = Bench(model, batches[:1])
+    warm = CalibrationBench(model, batches[:1])
     for work in (warm.ours, warm.plain, warm.forward):
         work()
-    bench = Bench(model, batches)
+    bench = CalibrationBench(model, batches)
     works = {"ours": bench.ours, "plain": bench.plain, "forward": bench.forward}
     times = alternating(works, device, args.repeats, warm_up=False)
-    return Result(
+    return CalibrationFigures(
         model=args.model,
         images=args.images,
         image_size=args.image_size,
@@ -140,7 +140,7 @@ forward alone, s/100 | worst difference of H |
 |---|---|---|---|---|---|---|---|"""
 
 
-def table_row(result: Result) -> str:
+def calibration_row(result: CalibrationFigures) -> str:
     ours, plain, forward = (
         100 / result.images * median(times)
         for times in (result.ours_s, result.plain_s, result.forward_s)
@@ -155,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = timing.build_parser("bench_calibration.py", __doc__.splitlines()[0])
     add, positive = parser.add_argument, cli.positive_int
     add("--model", metavar="MODEL", default="rn18", help="one of torchvision's, or rn8 … rn110")
-    add("--images", metavar="N", type=positive, default=100, help="in all")
+    add("--images", metavar="N", type=positive, default=100, help="number of images")
     add("--batchsize", metavar="N", type=positive, default=25, help="images per batch")
     add("--image-size", metavar="N", type=positive, default=224, help="pixels")
     return parser
@@ -163,9 +163,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     device = timing.start(args)
-    result = measure(args, device)
+    result = measure_calibration(args, device)
     cli.print_result(HEADER)
-    cli.print_result(table_row(result))
+    cli.print_result(calibration_row(result))
     faults = [
         f"{name}: H differs by {value:.2g}"
         for name, value in result.difference.items()

@@ -2,12 +2,12 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.bench_distributed --out bench_distributed.json
 
-What is timed, per process: CPU seconds (its own threads') from the moment that all layers' Hessians
-are there until its share of an unstructured elimination is done, waiting for others left out. The
-layers are those of ResNet-18 on ImageNet, every `--part`-th row of each and, with --shrink, columns
-divided, since the whole takes minutes; Hessians are of random rectified inputs. Work is dealt as
-main_trueobs.py deals it (`planning.py`). Median of `--repeats` after a warm-up; checked in the same
-run: order and losses of every layer that is divided equal those of one process.
+Timed per process: CPU seconds of its own threads for its share of an unstructured elimination, from
+given Hessians, without waiting for other processes. The layers are those of ResNet-18 on ImageNet,
+with every `--part`-th row of each and 1/`--shrink` of the columns, since the whole takes minutes;
+Hessians are those of random rectified inputs. Work is divided as main_trueobs.py divides it
+(`planning.py`). Median of `--repeats` after a warm-up. Checked in the same run: order and losses of
+every divided layer equal those of one process.
 
 The figure: (longest − shortest) / mean of the processes' seconds, at most 0.10.
 """
@@ -51,7 +51,7 @@ RESNET18 = {  # rows, columns: how many such layers
 
 
 def make_layers(part: int, shrink: int) -> dict[str, nn.Linear]:
-    """ResNet-18's layers, of fewer rows and columns."""
+    """ResNet-18's layers with fewer rows and columns."""
     layers = {}
     for (rows, d), count in RESNET18.items():
         for number in range(count):
@@ -60,12 +60,12 @@ def make_layers(part: int, shrink: int) -> dict[str, nn.Linear]:
 
 
 def solver_of(layer: nn.Linear, world: World) -> TrueOBS:
-    """With its Hessian, the same in all processes."""
+    """The solver of a layer with its Hessian, the same in all processes."""
     d = layer.in_features
     x = torch.randn(2 * d, d, generator=torch.Generator().manual_seed(d)).relu()
     obs = TrueOBS(layer, world=world)
     obs.add_batch(x)
-    obs.H  # noqa: B018  made here, not while the clock runs
+    obs.H  # noqa: B018  computed here, before the clock starts
     return obs
 
 
@@ -84,7 +84,7 @@ def busy_seconds(plan: Plan, layers: dict[str, nn.Linear], world: World) -> floa
 
 
 def idle(world: World, waits: list[float]) -> World:
-    """The same world; the time that its operations take goes to `waits`."""
+    """The same world; the seconds that its operations take are appended to `waits`."""
 
     class Timed(World):
         def fill_rows(self, x: torch.Tensor) -> None:
@@ -98,8 +98,8 @@ def idle(world: World, waits: list[float]) -> World:
     return Timed(world.rank, world.size)
 
 
-def check(plan: Plan, layers: dict[str, nn.Linear], world: World) -> int:
-    """How many divided layers were compared; raises UserError if one differs."""
+def compare_with_one_process(plan: Plan, layers: dict[str, nn.Linear], world: World) -> int:
+    """How many divided layers were compared; raises UserError if one is different."""
     divided = [name for name in layers if plan.owners[name] is None]
     for name in divided:
         together, alone = solver_of(layers[name], world), solver_of(layers[name], ALONE)
@@ -108,7 +108,7 @@ def check(plan: Plan, layers: dict[str, nn.Linear], world: World) -> int:
             alone.prepare_unstr()
             same = torch.equal(together.trace.order, alone.trace.order)
             if not (same and torch.equal(together.Losses, alone.Losses)):
-                raise errors.UserError(f"{name}: not what one process finds")
+                raise errors.UserError(f"{name}: differs from the result of one process")
     return len(divided)
 
 
@@ -132,10 +132,10 @@ def run(args: argparse.Namespace) -> None:
         if repeat >= 0:
             times.append(each)
     spreads = [(max(each) - min(each)) * world.size / sum(each) for each in times]
-    divided = check(plan, layers, world)
+    divided = compare_with_one_process(plan, layers, world)
     cli.print_result("| processes | layers | divided | seconds each | spread |")
     cli.print_result("|---|---|---|---|---|")
-    seconds = ", ".join(f"{median(of):.2f}" for of in zip(*times, strict=True))
+    seconds = ", ".join(f"{median(repeats):.2f}" for repeats in zip(*times, strict=True))
     cli.print_result(
         f"| {world.size} | {len(layers)} | {divided} | {seconds} | {100 * median(spreads):.1f} % |"
     )

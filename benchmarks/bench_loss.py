@@ -4,27 +4,27 @@
     python -m benchmarks.bench_loss --model rn18 --dataset cifar10 --datapath D --weights F \\
         --image-size 64 --prefix DIR                          # a real network and database
 
-What is timed, in one process, on the same threads, images and database:
+Timed in one process, on the same threads, images and database:
 
 * ours: `sensitivity.losses`, as database.py calls it, all layers at all levels;
 * plain: for each layer and level, load the level into the layer, run the whole model on all
-  images, mean cross-entropy in float64, put the dense layer back (written here). Each of these
-  runs costs the same wherever the layer is, so a seeded `--plain-share` of all pairs is timed and
-  divided by the share: extrapolated, unless it is 1.
+  images, take the mean cross-entropy in float64, put the dense layer back (written here). Each of
+  these runs costs the same wherever the layer is, so a seeded `--plain-share` of all pairs is timed
+  and divided by the share: extrapolated, unless the share is 1.
 
 They take turns, round after round, after a warm-up of each (ours at the first and the last level
-only); medians of `--repeats`. Batches of `--batchsize`, channels last on a CPU, for both.
+only); medians of `--repeats`. Both use batches of `--batchsize`, channels last on a CPU.
 Without --dataset: random images and labels, and a network with random weights whose batch norms
 hold the statistics of those images; without --prefix: a database of `--levels` levels in memory,
 magnitude-pruned at sparsities of main_trueobs.py's default grid, the first of which is dense.
-Left out: opening the database, reading images, writing scores.
+Excluded: opening the database, reading images, writing scores.
 
 Checked in the same run, on the pairs of the sample: |ours − plain| ≤ 1e-4 of max(1, |loss|), loss
 being the change against the dense model's, in nats.
 
-Prediction. Ours runs only what follows a layer, on average about half of the network (more: late
-layers are dearer in weights, not in flops), with batch norms folded into convolutions, and levels
-that are equal once: 2 from the first, up to 1.5 from the second. Goal: ≥ 2.5.
+Prediction. Ours runs only what follows a layer, on average about half of the network (or a little
+more: late layers have more weights, but not more flops), with batch norms folded into convolutions,
+and equal levels only once: a factor of 2 from the first, up to 1.5 from the second. Goal: ≥ 2.5.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ Pairs = list[tuple[str, str]]  # layer, level
 
 
 @dataclass(frozen=True)
-class Result:
-    """Seconds, one entry a repeat."""
+class LossFigures:
+    """Seconds, one entry per repeat."""
 
     model: str
     images: int
@@ -114,7 +114,7 @@ def magnitude_database(model: nn.Module, name: str, levels: int) -> Database:
 # -- the plain way ---------------------------------------------------------------------------------
 
 
-def mean_loss(model: nn.Module, batches: BatchList, device: torch.device) -> float:
+def plain_mean_loss(model: nn.Module, batches: BatchList, device: torch.device) -> float:
     total, images_seen = 0.0, 0
     for images, labels in batches:
         outputs = model(images.to(device, memory_format=layout_of(device)))
@@ -127,15 +127,15 @@ def plain_losses(
     model: nn.Module, db: Database, batches: BatchList, device: torch.device, pairs: Pairs
 ) -> dict[tuple[str, str], float]:
     """Mean loss with one layer at one level, for each pair."""
-    found = {}
+    losses = {}
     with evaluating(model):
         for name, level in pairs:
             weight = model.get_submodule(name).weight
             dense = weight.clone()
             weight.copy_(db.layer(name, level)["weight"])
-            found[name, level] = mean_loss(model, batches, device)
+            losses[name, level] = plain_mean_loss(model, batches, device)
             weight.copy_(dense)
-    return found
+    return losses
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def sample(db: Database, share: float, seed: int) -> Pairs:
     return [pairs[index] for index in order[: max(1, round(share * len(pairs)))]]
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> Result:
+def measure_losses(args: argparse.Namespace, device: torch.device) -> LossFigures:
     model, batches, db = subject(args, device)
     pairs, answers = sample(db, args.plain_share, args.seed), {}
     ends = {level: db.states[level] for level in (db.levels[0], db.levels[-1])}
@@ -210,13 +210,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> Result:
     }
     times = alternating(works, device, args.repeats, warm_up=False)
     with evaluating(model):
-        dense = mean_loss(model, batches, device)
-    wanted = {pair: loss - dense for pair, loss in answers["plain"].items()}
+        dense = plain_mean_loss(model, batches, device)
+    changes = {pair: loss - dense for pair, loss in answers["plain"].items()}
     apart = [
         abs(answers["ours"][layer][level] - loss) / max(1.0, abs(loss))
-        for (layer, level), loss in wanted.items()
+        for (layer, level), loss in changes.items()
     ]
-    return Result(
+    return LossFigures(
         model=args.model,
         images=sum(len(labels) for _, labels in batches),
         image_size=batches[0][0].shape[-1],
@@ -227,7 +227,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Result:
         pairs=len(db.layers) * len(db.levels),
         pairs_timed=len(pairs),
         difference=max(apart),
-        largest=max(map(abs, wanted.values())),
+        largest=max(map(abs, changes.values())),
     )
 
 
@@ -239,7 +239,7 @@ HEADER = """\
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
-def table_row(result: Result) -> str:
+def loss_row(result: LossFigures) -> str:
     ours, plain = median(result.ours_s), result.plain_all_s
     whole = result.pairs_timed == result.pairs
     note = "measured" if whole else f"extrapolated from {result.pairs_timed} pairs"
@@ -254,13 +254,15 @@ def table_row(result: Result) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = timing.build_parser("bench_loss.py", __doc__.splitlines()[0])
     add, positive = parser.add_argument, cli.positive_int
-    add("--model", metavar="MODEL", default="rn18", help="as of the commands")
-    add("--dataset", metavar="DATASET", help="as of the commands (default: random images)")
+    add("--model", metavar="MODEL", default="rn18", help="as for the commands")
+    add("--dataset", metavar="DATASET", help="as for the commands (default: random images)")
     add("--weights", metavar="FILE", help="dense weights (with --dataset)")
     add("--datapath", metavar="DIR", help="where the images are (with --dataset)")
     add("--prefix", metavar="DIR", help="where models_unstr/ is (default: magnitude pruning)")
-    add("--levels", metavar="N", type=positive, default=45, help="of the database made up")
-    add("--images", metavar="N", type=positive, default=128, help="in all")
+    add(
+        "--levels", metavar="N", type=positive, default=45, help="levels of the artificial database"
+    )
+    add("--images", metavar="N", type=positive, default=128, help="number of images")
     add("--batchsize", metavar="N", type=positive, default=128, help="images per batch")
     add(
         "--image-size",
@@ -284,9 +286,9 @@ def run(args: argparse.Namespace) -> None:
     if not args.dataset and (args.weights or args.datapath):
         raise errors.UserError("--weights and --datapath go with --dataset")
     device = timing.start(args)
-    result = measure(args, device)
+    result = measure_losses(args, device)
     cli.print_result(HEADER)
-    cli.print_result(table_row(result))
+    cli.print_result(loss_row(result))
     wrong = f"losses differ by {result.difference:.2g}"
     faults = [] if result.difference <= SAME else [wrong]
     timing.finish(args, "bench_loss.py", [result], faults)

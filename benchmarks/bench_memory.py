@@ -2,11 +2,11 @@
 
     python -m benchmarks.bench_memory --out bench_memory.json
 
-Per layer and budget, in a process of its own: a layer with its Hessian sums already there is pruned
-without structure, its weights at 45 levels go to disk. Peak is the most resident memory from then
-on (VmHWM, reset), less what was resident before the layer was made, when a small one had loaded and
-compiled everything: images are shown outside of the budget, their sums count. Linux only. The
-figure: peak / budget, at most 1.15.
+Per layer and budget, in a separate process: a layer with given Hessian sums is pruned without
+structure, and its weights at 45 levels are written to disk. The peak is the highest resident memory
+from then on (VmHWM, reset), less what was resident before the layer was made and after a small one
+had loaded and compiled everything: showing images is outside of the budget, their sums are inside.
+Linux only. The figure: peak / budget, at most 1.15.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES = [(128, 576, 2.0), (64, 1152, 1.0), (64, 1152, 1.5), (24, 2304, 1.0), (24
 
 
 @dataclass(frozen=True)
-class Result:
+class MemoryFigures:
     """One layer and budget, in MB."""
 
     rows: int
@@ -60,8 +60,8 @@ def with_sums(rows: int, d: int, memory: int | None) -> TrueOBS:
     return obs
 
 
-def solve(obs: TrueOBS) -> None:
-    """All that follows."""
+def prune_to_disk(obs: TrueOBS) -> None:
+    """Everything after calibration: the elimination, and all levels into a file."""
     obs.prepare_unstr()
     with tempfile.TemporaryDirectory() as folder:
         file = LevelFile(Path(folder) / "levels", obs.layer.weight.shape, torch.float32)
@@ -70,24 +70,24 @@ def solve(obs: TrueOBS) -> None:
 
 
 def peak_mb(rows: int, d: int, memory: int) -> float:
-    """Peak of `solve`, the sums included, over what was there before."""
+    """Peak of `prune_to_disk`, with the sums, in MB over what was resident before."""
     cli.reuse_freed_memory()
-    solve(with_sums(8, 192, None))
+    prune_to_disk(with_sums(8, 192, None))
     before = resident_mb("VmRSS")
     obs = with_sums(rows, d, memory)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    solve(obs)
+    prune_to_disk(obs)
     return resident_mb("VmHWM") - before
 
 
-def measure(rows: int, d: int, times: float) -> Result:
-    """In a process of its own, at `times` the least that does."""
+def measure_memory(rows: int, d: int, times: float) -> MemoryFigures:
+    """In a separate process, with `times` the least memory that suffices."""
     memory = int(times * layer_needs(nn.Linear(d, rows), levels=len(LEVELS)).least)
     pool = multiprocessing.get_context("spawn").Pool(1)
     peak = pool.apply(peak_mb, (rows, d, memory))
     pool.close()
     pool.join()
-    return Result(rows, d, memory / 1e6, peak)
+    return MemoryFigures(rows, d, memory / 1e6, peak)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    results = [measure(*case) for case in CASES]
+    results = [measure_memory(*case) for case in CASES]
     cli.print_result("| rows | d | budget, MB | peak, MB | peak / budget |\n|---|---|---|---|---|")
     for it in results:
         cli.print_result(

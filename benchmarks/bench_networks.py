@@ -3,33 +3,33 @@
     python -m benchmarks.bench_networks rn18 unstr --out networks_rn18.json
     python -m benchmarks.bench_networks rn50 quant --rows-fraction 0.1     # extrapolated
 
-The layers have the shapes of MODEL, with 1000 classes, normal weights and a Hessian made up for the
-purpose, H = second moment of rectified normal channels ⊗ 0.8^distance between the pixels of a
-kernel + identity. Layer after layer goes through what main_trueobs.py calls:
+The layers have the shapes of MODEL, with 1000 classes, normal weights and an artificial Hessian:
+second moment of rectified normal channels ⊗ 0.8^distance between the pixels of a kernel + identity.
+Layer after layer is processed as by main_trueobs.py:
 
     unstr   TrueOBS.prepare_unstr, level_parts at the 45 levels of the default grid, each written
-            to a LevelFile; after the last layer write_levels: a database on the disk
+            to a LevelFile; after the last layer write_levels: a database on disk
     quant   a 4-bit grid for each row, TrueOBS.quantize
 
-What is timed: the solver with the inverse of H, per layer, and writing, apart; the median of
-`--repeats` (1: a network has many layers alike) after a warm-up on a small layer. Left out: the
-calibration (bench_calibration.py), H itself, and in memory the Gram matrices of the other layers,
-which a run holds as well. Peak memory is measured per layer, and the highest stands in the summary.
+Timed separately, per layer: the solver with the inverse of H, and writing; the median of
+`--repeats` (1: many layers of a network are alike) after a warm-up on a small layer. Excluded: the
+calibration (bench_calibration.py), H itself, and, from the memory, the Gram matrices of the other
+layers, which a run holds as well. Peak memory is measured per layer; the summary has the highest.
 
 With `--rows-fraction F` below 1 only F of each layer's rows are compressed. Rows are independent,
-so all but the inverse of H (timed by itself) is divided by the share timed: marked extrapolated.
-Peak memory is then that of the rows timed, so less than the whole network's.
+so everything but the inverse of H (timed by itself) is divided by the share timed, and marked as
+extrapolated. Peak memory is then that of the rows timed, less than the whole network's.
 
 Checked in the same run, per layer. unstr: exactly ceil(rows·d·s) zeros at every level, and at a
-level in the middle the first row's kept weights are the optimum: the gradient H(ŵ − w) vanishes on
-them, against its size elsewhere. quant: every weight on its grid, and the squared error Σ δHδᵀ/2
-below that of rounding to nearest.
+level in the middle the first row's remaining weights are optimal: the gradient H(ŵ − w) vanishes on
+them, relative to its size elsewhere. quant: every weight is on its grid, and the squared error
+Σ δHδᵀ/2 is below that of rounding to nearest.
 
-Prediction. 2d³/3 flops a row (both halves of the trailing products) for the elimination, and for
-unstr a factorisation of d³/3 for the levels: rn18 has 1.1e14 + 0.6e14 of them (three layers of 512
-rows with d = 4608 make nine tenths), so 28 minutes at 100 Gflop/s; the mirrored half is 9 of them.
-On a GPU the fraction of its fp32 peak counts 2d³/3 a row, whatever else was computed, over the
-solver's time. There, `bench_trueobs.py`'s textbook loop runs beside it at d = 2304 (--textbook).
+Prediction. 2d³/3 flops per row (both halves of the trailing products) for the elimination, and for
+unstr a factorisation of d³/3 for the levels: rn18 has 1.1e14 + 0.6e14 of them (nine tenths in three
+layers of 512 rows with d = 4608), so 28 minutes at 100 Gflop/s, 9 of them for the mirrored half.
+On a GPU the fraction of its fp32 peak counts 2d³/3 per row, whatever else was computed, over the
+solver's time. With --textbook, `bench_trueobs.py` runs at d = 2304 for comparison.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from benchmarks import bench_trueobs, timing
 from benchmarks.networks import random_model
-from benchmarks.timing import PeakMemory, against, seconds
+from benchmarks.timing import PeakMemory, against
 from modelutils import find_layers
 from obc.solver import errors
 from obc.solver.inverse import damped_inverse
@@ -67,23 +67,23 @@ STATIONARY = 1e-3  # gradient on kept weights, relative to the gradient elsewher
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Figures for one layer; seconds as measured, one entry a repeat, of the rows timed."""
+class LayerFigures:
+    """Figures for one layer; seconds as measured on the rows timed, one entry per repeat."""
 
     name: str
     rows: int
     columns: int
     rows_timed: int
     solver_s: list[float]
-    inverse_s: float  # of H, part of solver_s; 0 where all rows are timed, and it is not needed
+    inverse_s: float  # of H, part of solver_s; 0 (not needed) where all rows are timed
     write_s: float
     peak_bytes: int
-    check: float  # unstr: gradient on kept weights; quant: error over rounding's
+    check: float  # unstr: gradient on remaining weights; quant: error relative to rounding's
     faults: list[str]
 
     @property
     def seconds(self) -> float:
-        """Of all rows."""
+        """Seconds for all rows."""
         whole = median(self.solver_s)
         return self.inverse_s + (whole - self.inverse_s) * self.rows / self.rows_timed
 
@@ -93,8 +93,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Network:
-    """The whole, from its layers."""
+class NetworkFigures:
+    """Figures for the whole network, from its layers."""
 
     model: str
     mode: str
@@ -122,7 +122,7 @@ def real_layer(like: nn.Module, share: float, device: torch.device, seed: int) -
 
 @dataclass
 class MadeUp:
-    """Stands where a solver keeps its Gram matrix."""
+    """Takes the place of a solver's Gram matrix."""
 
     total: Tensor | None  # (groups, d, d) float64
 
@@ -146,20 +146,20 @@ def hessian_for(layer: nn.Module, device: torch.device, seed: int) -> Tensor:
 
 def solver_for(layer: nn.Module, H: Tensor, memory: int) -> TrueOBS:
     solver = TrueOBS(layer, memory=memory)
-    solver.gram, solver.nsamples = MadeUp(H), 2  # which makes its H = (2/N) Σ x xᵀ ours
+    solver.gram, solver.nsamples = MadeUp(H), 2  # so that its (2/N) Σ x xᵀ is H
     return solver
 
 
 # -- one layer -------------------------------------------------------------------------------------
 
 
-def solve(solver: TrueOBS, mode: str, levels: list[float], file: LevelFile | None) -> float:
-    """As main_trueobs.py does, all levels into a file; seconds of writing."""
+def run_solver(solver: TrueOBS, mode: str, levels: list[float], file: LevelFile | None) -> float:
+    """Run one mode as main_trueobs.py does, all levels into a file; returns seconds of writing."""
     if mode == "unstr":
         solver.prepare_unstr()
         device = solver.layer.weight.device
         return sum(
-            seconds(lambda part=part: file.write(*part), device)
+            seconds_of(lambda part=part: file.write(*part), device)
             for part in solver.level_parts(levels)
         )
     solver.quantizer = fit_weight_grid(solver.layer.weight.detach().flatten(1), BITS)
@@ -167,25 +167,25 @@ def solve(solver: TrueOBS, mode: str, levels: list[float], file: LevelFile | Non
     return 0.0
 
 
-def check_levels(
+def check_pruned(
     answers: list[Tensor], levels: list[float], dense: Tensor, H: Tensor
 ) -> tuple[float, list[str]]:
-    """Gradient on the first row's kept weights, and faults."""
+    """Gradient on the first row's remaining weights, and faults."""
     faults = []
     for level, weight in zip(levels, answers, strict=True):
-        zeros, wanted = int((weight == 0).sum()), ceil(weight.numel() * level * (1 - 1e-12))
-        if zeros != wanted:
-            faults.append(f"{zeros} zeros at sparsity {level:.4f}, not {wanted}")
+        zeros, expected = int((weight == 0).sum()), ceil(weight.numel() * level * (1 - 1e-12))
+        if zeros != expected:
+            faults.append(f"{zeros} zeros at sparsity {level:.4f}, not {expected}")
     middle = answers[len(answers) // 2].flatten(1)[0].double()
     gradient = H[0] @ (middle - dense.flatten(1)[0].double())
     elsewhere = max(float(gradient[middle == 0].norm()), 1e-30)
     relative = float(gradient[middle != 0].norm()) / elsewhere
     if not relative <= STATIONARY:
-        faults.append(f"kept weights are no optimum (gradient {relative:.2g})")
+        faults.append(f"remaining weights are not optimal (gradient {relative:.2g})")
     return relative, faults
 
 
-def check_grid(answer: Tensor, solver: TrueOBS, dense: Tensor) -> tuple[float, list[str]]:
+def check_quantised(answer: Tensor, solver: TrueOBS, dense: Tensor) -> tuple[float, list[str]]:
     """Squared error, relative to that of rounding to nearest, and faults."""
     grid, rows = solver.quantizer, dense.flatten(1)
     faults = []
@@ -198,8 +198,8 @@ def check_grid(answer: Tensor, solver: TrueOBS, dense: Tensor) -> tuple[float, l
     return relative, faults
 
 
-class Bench:
-    """One network on its way through the solver."""
+class NetworkBench:
+    """All layers of one network, one after another, through the solver."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device, folder: Path):
         self.args, self.device = args, device
@@ -216,7 +216,7 @@ class Bench:
         file = level_file(self.folder, "warm-up", small.weight)
         solve(solver, self.args.mode, self.sparsities, file)
 
-    def layer(self, name: str, like: nn.Module) -> Layer:
+    def layer(self, name: str, like: nn.Module) -> LayerFigures:
         layer = real_layer(like, self.args.rows_fraction, self.device, self.args.seed)
         dense, H = layer.weight.detach().clone(), hessian_for(layer, self.device, self.args.seed)
         levels, file = self.sparsities, level_file(self.folder, name, dense)
@@ -226,19 +226,19 @@ class Bench:
         for _ in range(self.args.repeats):
             layer.weight.data.copy_(dense)
             solver = solver_for(layer, H, self.memory)
-            work = lambda s=solver: writing.append(solve(s, self.args.mode, levels, file))  # noqa: E731
-            times.append(seconds(work, self.device) - writing[-1])
+            work = lambda s=solver: writing.append(run_solver(s, self.args.mode, levels, file))  # noqa: E731
+            times.append(seconds_of(work, self.device) - writing[-1])
         write_s = median(writing)
         peak_bytes, inverse_s = self.peak.bytes(), 0.0
         if len(layer.weight) < len(like.weight):
-            inverse_s = seconds(lambda: damped_inverse(H), self.device)
+            inverse_s = seconds_of(lambda: damped_inverse(H), self.device)
         if self.args.mode == "unstr":
             answers = [file.read(level).to(self.device) for level in range(len(levels))]
-            check, faults = check_levels(answers, levels, dense, H)
+            check, faults = check_pruned(answers, levels, dense, H)
         else:
-            check, faults = check_grid(layer.weight.detach(), solver, dense)
+            check, faults = check_quantised(layer.weight.detach(), solver, dense)
         solver.free()
-        return Layer(
+        return LayerFigures(
             name,
             len(like.weight),
             solver.columns,
@@ -266,15 +266,15 @@ def fp32_peak(device: torch.device, given: float | None) -> float | None:
     return clock and 2 * 128 * properties.multi_processor_count * clock * 1e3
 
 
-def summary(
-    args: argparse.Namespace, device: torch.device, layers: list[Layer], finish_s: float
-) -> Network:
+def network_figures(
+    args: argparse.Namespace, device: torch.device, layers: list[LayerFigures], finish_s: float
+) -> NetworkFigures:
     total = sum(layer.seconds for layer in layers)
     timed = sum(layer.rows_timed * layer.columns for layer in layers)
     share = timed / sum(layer.rows * layer.columns for layer in layers)
     written = sum(layer.write_s * layer.rows / layer.rows_timed for layer in layers)
     rate, peak = sum(layer.flops for layer in layers) / total, fp32_peak(device, args.peak_tflops)
-    return Network(
+    return NetworkFigures(
         model=args.model,
         mode=args.mode,
         extrapolated=share < 1,
@@ -286,12 +286,14 @@ def summary(
     )
 
 
-def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> list[Layer | Network]:
-    """All layers, with a line of the table each; the last entry is the whole."""
+def measure_network(
+    args: argparse.Namespace, device: torch.device, folder: Path
+) -> list[LayerFigures | NetworkFigures]:
+    """All layers, each printed as a row of the table; the last entry is the whole network."""
     shapes = find_layers(random_model(args.model, 0, torch.device("meta")))
     if args.rows_fraction < 1 and any(view(x).groups > 1 for x in shapes.values()):
         raise errors.UserError(f"{args.model} has grouped convolutions: --rows-fraction 1 only")
-    bench = Bench(args, device, folder)
+    bench = NetworkBench(args, device, folder)
     bench.warm_up()
     cli.print_result(LAYERS_HEADER)
     layers = []
@@ -300,8 +302,10 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
         cli.print_result(layer_row(layers[-1]))
     finish_s, grid = 0.0, bench.database.sparsities
     if grid:
-        finish_s = seconds(lambda: write_levels(folder, "network", grid, {}, bench.files), device)
-    return [*layers, summary(args, device, layers, finish_s)]
+        finish_s = seconds_of(
+            lambda: write_levels(folder, "network", grid, {}, bench.files), device
+        )
+    return [*layers, network_figures(args, device, layers, finish_s)]
 
 
 # -- report ----------------------------------------------------------------------------------------
@@ -314,7 +318,7 @@ SUMMARY_HEADER = """
 |---|---|---|---|---|---|---|---|"""
 
 
-def layer_row(layer: Layer) -> str:
+def layer_row(layer: LayerFigures) -> str:
     return (
         f"| {layer.name} | {layer.rows} × {layer.columns} | {layer.rows_timed} "
         f"| {layer.seconds:.3g} | {layer.write_s:.3g} | {layer.peak_bytes / 1e9:.2f} "
@@ -322,7 +326,7 @@ def layer_row(layer: Layer) -> str:
     )
 
 
-def summary_row(whole: Network, goals: tuple[float | None, float | None]) -> str:
+def summary_row(whole: NetworkFigures, goals: tuple[float | None, float | None]) -> str:
     note = "extrapolated" if whole.extrapolated else "measured"
     fraction = "" if whole.peak_fraction is None else f"{100 * whole.peak_fraction:.1f} %"
     minutes = against(whole.minutes, goals[0], digits=".3g")
@@ -334,7 +338,7 @@ def summary_row(whole: Network, goals: tuple[float | None, float | None]) -> str
 
 
 def beside_textbook(args: argparse.Namespace) -> Callable[[], None]:
-    """bench_trueobs.py at d = 2304, on the same device."""
+    """A run of bench_trueobs.py at d = 2304, on the same device."""
     words = ["--columns", "2304", "--device", args.device, "--seed", str(args.seed)]
     return lambda: bench_trueobs.run(bench_trueobs.build_parser().parse_args(words))
 
@@ -355,16 +359,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory",
         metavar="GB",
         type=cli.positive_float,
-        help="as of main_trueobs.py (default: from what is free)",
+        help="as for main_trueobs.py (default: from what is free)",
     )
-    add("--scratch", metavar="DIR", help="where the database goes for a while (default: /tmp)")
+    add("--scratch", metavar="DIR", help="where the temporary database goes (default: /tmp)")
     add(
         "--peak-tflops",
         metavar="F",
         type=cli.positive_float,
         help="fp32 peak of the GPU (default: from its clock)",
     )
-    add("--textbook", action="store_true", help="bench_trueobs.py at d = 2304 as well")
+    add("--textbook", action="store_true", help="run bench_trueobs.py at d = 2304 as well")
     return parser
 
 
@@ -375,7 +379,7 @@ def run(args: argparse.Namespace) -> None:
         raise errors.UserError(f"--scratch {args.scratch}: no such folder")
     device = timing.start(args)
     with tempfile.TemporaryDirectory(prefix="bench_networks", dir=args.scratch) as folder:
-        results = measure(args, device, Path(folder))
+        results = measure_network(args, device, Path(folder))
     goals = CPU_GOALS if device.type == "cpu" else GPU_GOALS
     cli.print_result(SUMMARY_HEADER)
     cli.print_result(summary_row(results[-1], goals.get((args.model, args.mode), (None, None))))

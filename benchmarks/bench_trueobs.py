@@ -1,8 +1,8 @@
-"""The engine against a vectorised textbook loop: seconds a row, whole unstructured trace.
+"""The engine against a vectorised textbook loop: seconds per row, whole unstructured trace.
 
     python -m benchmarks.bench_trueobs --out bench_trueobs.json
 
-What is timed, in one process, on the same threads, from the same H⁻¹ (float32, made before):
+Timed in one process, on the same threads, from the same H⁻¹ (float32, computed before):
 
 * engine: `elimination.eliminate` with the rule `Unstructured`, all d steps of all rows;
 * textbook: OBC (arXiv 2208.11580), algorithm 1, batched over the rows and written here in plain
@@ -10,26 +10,27 @@ What is timed, in one process, on the same threads, from the same H⁻¹ (float3
 
         A −= outer(c, c) / A_pp        c = A[:, p]
 
-  in two forms: "as written", which makes the outer product and subtracts it, and "in place",
-  which fuses the two (addcmul_), the fastest that we found in plain torch. A textbook step costs
-  the same wherever in the trace it is, and all d of them would take minutes, so `--burst` steps
-  are timed from each of `--points` places spread evenly over the trace (the state there is made
-  from the engine's order, not timed) and the seconds a step are multiplied by d: extrapolated;
-* one `torch.linalg.cholesky` of d×d, the least that any method could need for a row.
+  in two forms: "as written", which forms the outer product and subtracts it, and "in place",
+  which fuses the two (addcmul_), the fastest form that we know in plain torch. A textbook step
+  costs the same anywhere in the trace, and all d of them would take minutes, so `--burst` steps
+  are timed from each of `--points` places spread evenly over the trace (the state there is computed
+  from the engine's order, untimed), and the seconds per step are multiplied by d: extrapolated;
+* one `torch.linalg.cholesky` of a d×d matrix, a lower limit for any method, per row.
 
-Rows go in batches of `--rows`, as in a layer. With so few that the textbook's matrices stay in a
-cache (8 rows of 576 columns take 11 MB) it is several times faster, which no layer sees.
+Rows are processed in batches of `--rows`, as in a layer. With so few rows that the textbook's
+matrices stay in a cache (8 rows of 576 columns take 11 MB), the textbook loop is several times
+faster, but no layer is that small.
 
-After a warm-up, the median of `--repeats` (least–most in the record). Checked in the same run:
-from each place the textbook loop picks what the engine picked, in every row; and the engine's
-order in row 0 is that of a textbook loop in float64, for the whole row up to d = 576, for the
-first `--check-steps` steps above.
+Median of `--repeats` after a warm-up (the record has every time). Checked in the same run: from
+each place the textbook loop picks what the engine picked, in every row; and the engine's order in
+row 0 is that of a textbook loop in float64, for the whole row up to d = 576, for the first
+`--check-steps` steps above.
 
 Prediction. A textbook row is 2d³ flops on 8d³ bytes (A is read and written), so 8d³/B seconds at a
 bandwidth of B. The engine does d³/3 flops in matrix products (half of A, on a CPU), at a rate of
-F. Their ratio is 24 F/B: at 100 Gflop/s and 10 GB/s 240, for matrices that do not fit in a cache,
-in place; as written up to three times that. A Cholesky factorisation is d³/3 flops, too, so the
-engine should need about one, and its panels some more.
+F. Their ratio is 24 F/B: 240 at 100 Gflop/s and 10 GB/s, in place, for matrices that do not fit in
+a cache; up to three times that as written. A Cholesky factorisation has d³/3 flops, too, so the
+engine should take about as long as one, plus its panels.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import timing
-from benchmarks.timing import Problem, alternating, make_problem, seconds
+from benchmarks.timing import RandomProblem, alternating, random_problem, seconds_of
 from obc.solver import errors
 from obc.solver.elimination import Trace, Unstructured, eliminate
 from obc.toolkit import cli
@@ -59,8 +60,8 @@ Update = Callable[[Tensor, Tensor, Tensor], object]  # A (R, d, d), c (R, d), pi
 
 
 @dataclass(frozen=True)
-class Result:
-    """Figures for one d; seconds a row, one entry a repeat."""
+class EngineFigures:
+    """Figures for one d; seconds per row, one entry per repeat."""
 
     columns: int
     rows: int
@@ -93,7 +94,7 @@ def textbook_steps(
     steps: int,
     update: Update,
 ) -> Tensor:  # (R, steps) columns removed
-    """OBC algorithm 1, one weight at a time in all rows at once."""
+    """OBC's algorithm 1, one weight at a time, for all rows at once."""
     row = torch.arange(len(w), device=w.device)
     picks = []
     for _ in range(steps):
@@ -108,7 +109,7 @@ def textbook_steps(
     return torch.stack(picks, 1)
 
 
-def state_after(problem: Problem, order: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def state_after(problem: RandomProblem, order: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """A (R, d, d), w (R, d) and gone (R, d) after the first k steps of `order`, in closed form."""
     R, _, d = problem.W.shape
     A0 = problem.inverse.matrix[0].double()
@@ -130,8 +131,10 @@ def state_after(problem: Problem, order: Tensor, k: int) -> tuple[Tensor, Tensor
 # -- timing ----------------------------------------------------------------------------------------
 
 
-def time_engine(problem: Problem, args: argparse.Namespace) -> tuple[Trace, dict[str, list[float]]]:
-    """The trace, and seconds of the engine (a row) and of one Cholesky factorisation."""
+def time_engine(
+    problem: RandomProblem, args: argparse.Namespace
+) -> tuple[Trace, dict[str, list[float]]]:
+    """The trace; seconds of the engine, per row, and of one Cholesky factorisation."""
     R, _, d = problem.W.shape
     matrix, traces = problem.inverse.matrix[0], []
     works = {
@@ -145,9 +148,9 @@ def time_engine(problem: Problem, args: argparse.Namespace) -> tuple[Trace, dict
 
 
 def time_textbook(
-    problem: Problem, order: Tensor, update: Update, args: argparse.Namespace
+    problem: RandomProblem, order: Tensor, update: Update, args: argparse.Namespace
 ) -> tuple[list[float], int]:
-    """Seconds a row for the whole trace, extrapolated, and how many picks are the engine's."""
+    """Seconds per row for the whole trace, extrapolated; number of picks that are the engine's."""
     R, _, d = problem.W.shape
     totals, equal = [0.0] * args.repeats, 0
     for point in range(args.points):
@@ -159,7 +162,7 @@ def time_textbook(
             work = lambda s=state, p=picks: p.append(  # noqa: E731
                 textbook_steps(*s, args.burst, update)
             )
-            elapsed = seconds(work, A.device)
+            elapsed = seconds_of(work, A.device)
             if repeat < 0:
                 equal += int((picks[0] == order[:, k : k + args.burst]).sum())
             else:
@@ -168,8 +171,8 @@ def time_textbook(
     return [total * scale for total in totals], equal
 
 
-def steps_like_float64(problem: Problem, order: Tensor, check_steps: int) -> tuple[int, int]:
-    """Steps compared in row 0, and how many come before the first difference."""
+def steps_like_float64(problem: RandomProblem, order: Tensor, check_steps: int) -> tuple[int, int]:
+    """Number of steps compared in row 0, and of steps before the first difference."""
     d = problem.W.shape[2]
     steps = d if d <= WHOLE_ROW else min(check_steps, d)
     A, w = problem.inverse.matrix.double().clone(), problem.W[:1, 0].double()
@@ -179,13 +182,13 @@ def steps_like_float64(problem: Problem, order: Tensor, check_steps: int) -> tup
     return steps, int(different[0]) if len(different) else steps
 
 
-def measure(d: int, device: torch.device, args: argparse.Namespace) -> Result:
-    problem = make_problem(d, args.rows, device, args.seed)
+def measure_engine(d: int, device: torch.device, args: argparse.Namespace) -> EngineFigures:
+    problem = random_problem(d, args.rows, device, args.seed)
     trace, times = time_engine(problem, args)
     as_written_s, equal = time_textbook(problem, trace.order, update_as_written, args)
     in_place_s, equal_too = time_textbook(problem, trace.order, update_in_place, args)
     float64_steps, float64_equal = steps_like_float64(problem, trace.order, args.check_steps)
-    return Result(
+    return EngineFigures(
         columns=d,
         rows=args.rows,
         engine_s=times["engine"],
@@ -208,7 +211,7 @@ HEADER = """\
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
-def table_row(result: Result) -> str:
+def engine_row(result: EngineFigures) -> str:
     engine, written, in_place, cholesky = (
         median(times)
         for times in (
@@ -243,9 +246,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=positive,
         default=4,
-        help="places in the trace at which the textbook loop is timed",
+        help="places in the trace where the textbook loop is timed",
     )
-    add("--burst", metavar="N", type=positive, default=8, help="steps timed at each")
+    add("--burst", metavar="N", type=positive, default=8, help="steps timed at each place")
     add(
         "--check-steps",
         metavar="N",
@@ -262,10 +265,10 @@ def run(args: argparse.Namespace) -> None:
     device = timing.start(args)
     results = []
     for d in args.columns:
-        results.append(measure(d, device, args))
+        results.append(measure_engine(d, device, args))
         if len(results) == 1:
             cli.print_result(HEADER)
-        cli.print_result(table_row(results[-1]))
+        cli.print_result(engine_row(results[-1]))
     timing.finish(args, "bench_trueobs.py", results)
 
 

@@ -1,7 +1,7 @@
 """Networks without trained weights and images without data, for timing.
 
-What a layer or a network costs does not depend on what it has learnt. Names are those of the
-commands, without models of the user's own.
+The cost of a layer or a network does not depend on its weights. Names are those of the commands;
+models of the user's own are not offered.
 """
 
 from __future__ import annotations
@@ -44,5 +44,5 @@ def random_images(count: int, size: int, batchsize: int, seed: int) -> BatchList
 
 
 def layout_of(device: torch.device) -> torch.memory_format:
-    """As the commands lay out images."""
+    """The memory layout that the commands use for images."""
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format

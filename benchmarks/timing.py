@@ -1,10 +1,11 @@
-"""What the timing scripts share: options, clocks, peak memory, a problem to solve, the record.
+"""What the benchmarks share: options, clocks, peak memory, a problem to solve, the record.
 
-A time is `time.perf_counter` around work that a GPU has finished as well. Things compared with each
-other are timed in turn, round after round, after a warm-up of each: what else the machine does then
-meets all of them. Peak memory on a CPU is the kernel's own high-water mark of the resident set
-(`VmHWM`), which misses nothing between two samples and can be set back; on a GPU that of PyTorch's
-allocator. An answer that is wrong ends a script with an error, after its record is written.
+Times are `time.perf_counter` around work that has finished on the GPU, too. Things compared with
+each other are timed in turn, round after round, after a warm-up of each, so that other load on the
+machine affects all of them. Peak memory on a CPU is the kernel's own high-water mark of the
+resident set (`VmHWM`), which misses nothing between two samples and can be reset; on a GPU it is
+that of PyTorch's allocator. A wrong answer ends a benchmark with an error, after its record is
+written.
 """
 
 from __future__ import annotations
@@ -27,18 +28,26 @@ from obc.solver.distributed import resolve_device
 from obc.solver.inverse import Inverse, damped_inverse
 from obc.toolkit import cli, records
 
-Work = Callable[[], object]
+TimedWork = Callable[[], object]
 
 
 # -- options and record ----------------------------------------------------------------------------
 
 
 def build_parser(prog: str, description: str, repeats: int = 5) -> argparse.ArgumentParser:
-    """A parser with the options that every script has."""
+    """A parser with the options that every benchmark has."""
     parser = cli.Parser(prog=prog, description=description)
     add = parser.add_argument
-    add("--repeats", metavar="N", type=cli.positive_int, default=repeats, help="after a warm-up")
-    add("--seed", metavar="N", type=cli.nonnegative_int, default=0, help="of all that is random")
+    add(
+        "--repeats",
+        metavar="N",
+        type=cli.positive_int,
+        default=repeats,
+        help="timed runs after a warm-up",
+    )
+    add(
+        "--seed", metavar="N", type=cli.nonnegative_int, default=0, help="seed of everything random"
+    )
     add("--device", metavar="auto|cpu|cuda[:N]", default="cpu", help="where to compute")
     add("--out", metavar="FILE", help="record of all times, machine and versions, as JSON")
     return parser
@@ -53,11 +62,11 @@ def start(args: argparse.Namespace) -> torch.device:
 
 def finish(
     args: argparse.Namespace,
-    script: str,  # its file's name
+    script: str,  # file name of the benchmark
     results: Sequence[Any],  # dataclasses
-    faults: Sequence[str] = (),  # answers that are wrong
+    faults: Sequence[str] = (),  # wrong answers
 ) -> None:
-    """Write the record; then a UserError if what was timed gave a wrong answer."""
+    """Write the record; then raise UserError if an answer was wrong."""
     if args.out:
         record = {
             "command": f"benchmarks/{script}",
@@ -67,9 +76,7 @@ def finish(
         }
         records.write_record(args.out, record)
     if faults:
-        raise errors.UserError(
-            f"wrong answers, so these times are worth nothing: {'; '.join(faults)}"
-        )
+        raise errors.UserError(f"wrong answers, so these times are worthless: {'; '.join(faults)}")
 
 
 def against(value: float, goal: float | None, most: bool = True, digits: str = ".2f") -> str:
@@ -87,7 +94,7 @@ def against(value: float, goal: float | None, most: bool = True, digits: str = "
 # -- clocks ----------------------------------------------------------------------------------------
 
 
-def seconds(work: Work, device: torch.device) -> float:
+def seconds_of(work: TimedWork, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -98,18 +105,18 @@ def seconds(work: Work, device: torch.device) -> float:
 
 
 def alternating(
-    works: Mapping[str, Work],
+    works: Mapping[str, TimedWork],
     device: torch.device,
     repeats: int,
-    warm_up: bool = True,  # each once before, untimed; it compiles, on first use
+    warm_up: bool = True,  # run each once before, untimed; the first run compiles
 ) -> dict[str, list[float]]:
-    """Seconds of each, once a round."""
+    """Seconds of each, one entry per round."""
     for work in works.values() if warm_up else ():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
-            times[name].append(seconds(work, device))
+            times[name].append(seconds_of(work, device))
     return times
 
 
@@ -124,7 +131,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        with contextlib.suppress(OSError):  # another system: since the process started, then
+        with contextlib.suppress(OSError):  # elsewhere: the peak since the process started
             Path("/proc/self/clear_refs").write_text("5")
 
     def bytes(self) -> int:
@@ -141,7 +148,7 @@ class PeakMemory:
 
 
 @dataclass(frozen=True)
-class Problem:
+class RandomProblem:
     """Rows to compress: correlated, rectified inputs and normal weights."""
 
     W: Tensor  # (R, 1, d) float32
@@ -149,11 +156,13 @@ class Problem:
     system: Tensor  # (R,) zeros
 
 
-def make_problem(d: int, rows: int, device: torch.device, seed: int) -> Problem:
+def random_problem(d: int, rows: int, device: torch.device, seed: int) -> RandomProblem:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.eye(d) + 0.5 * torch.randn(d, d, generator=generator) / d**0.5
     x = torch.randn(4 * d, d, generator=generator).to(device) @ mixing.to(device)
     x = x.relu().double()
     H = 2 / len(x) * x.T @ x
     W = torch.randn(rows, 1, d, generator=generator).to(device)
-    return Problem(W, damped_inverse(H[None]), torch.zeros(rows, dtype=torch.int64, device=device))
+    return RandomProblem(
+        W, damped_inverse(H[None]), torch.zeros(rows, dtype=torch.int64, device=device)
+    )

@@ -1,4 +1,4 @@
-"""Layers and calibration inputs whose Hessian is hard to invert, and what a method is held to.
+"""Layers and calibration inputs whose Hessian is hard to invert, and what a method has to satisfy.
 
 The squared output error is measured without any Hessian: in float64, from the inputs themselves,
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: nn.Conv2d(8, 6, 3, padding=1),
-    "valid": lambda: nn.Conv2d(8, 6, 3),  # no border: constant images have rank 1
+    "valid": lambda: nn.Conv2d(8, 6, 3),  # no padding: constant images have rank 1
     "grouped": lambda: nn.Conv2d(16, 8, 3, stride=2, padding=1, groups=2),
     "depthwise": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8),
     "linear": lambda: nn.Linear(48, 6),
@@ -28,14 +28,14 @@ SIZE = 6  # pixels
 
 
 def smooth(n: int, channels: int, side: int) -> Tensor:  # (n, channels, side, side) float64
-    """Images as networks see them: neighbours and channels are alike, half of the values 0."""
+    """Images like those inside networks: correlated neighbours and channels, half of them 0."""
     noise = torch.randn(n, channels, side + 2, side + 2, dtype=torch.float64)
     x = functional.avg_pool2d(noise, 3, 1) * 3 + noise[:, :, 1:-1, 1:-1] / 2
     return (x + x.mean(1, keepdim=True)).relu()
 
 
 def spectrum(x: Tensor, values: Tensor) -> Tensor:
-    """Mix the channels so that their second moment has these square roots of eigenvalues."""
+    """Mix the channels so that the eigenvalues of their second moment are `values` squared."""
     channels = x.shape[1]
     flat = torch.linalg.qr(x.transpose(0, 1).reshape(channels, -1).T)[0]  # (positions, channels)
     turn = torch.linalg.qr(torch.randn(channels, channels, dtype=x.dtype))[0]
@@ -44,7 +44,7 @@ def spectrum(x: Tensor, values: Tensor) -> Tensor:
 
 
 def one_direction(x: Tensor) -> Tensor:
-    """Every patch a multiple of one (of few, where there is a border)."""
+    """Every patch is a multiple of one patch (of a few, where there is padding)."""
     pattern = torch.randn(x.shape[1], dtype=x.dtype)
     return torch.randn(len(x), 1, 1, 1, dtype=x.dtype) * pattern[:, None, None].expand(x.shape[1:])
 
@@ -115,7 +115,7 @@ def true_error(layer: nn.Module, x: Tensor, weight: Tensor, reference: Tensor) -
 
 
 def resolution(layer: nn.Module, x: Tensor, reference: Tensor) -> float:
-    """The error that rounding the weights to float32 can make: below it nothing can be compared."""
+    """The error that rounding the weights to float32 can cause; comparisons end there."""
     eps = torch.finfo(torch.float32).eps
     worst = true_error(layer, x.abs(), reference.abs(), torch.zeros_like(reference))
     return 64 * eps**2 * worst
@@ -125,7 +125,7 @@ def resolution(layer: nn.Module, x: Tensor, reference: Tensor) -> float:
 
 
 def units(weight: Tensor, size: int) -> Tensor:  # (rows·d/size, size)
-    """Groups of `size` weights along the input channels, a view in any order but the same twice."""
+    """Groups of `size` weights along the input channels, in an order that is always the same."""
     innermost = weight.movedim(1, -1) if weight.ndim == 4 else weight
     return innermost.reshape(-1, size)
 
@@ -138,14 +138,14 @@ def from_units(parts: Tensor, weight: Tensor) -> Tensor:
 
 
 def magnitude_nm(weight: Tensor, n: int, m: int) -> Tensor:
-    """The n smallest of every m weights along the input channels are gone."""
+    """Without the n smallest of every m weights along the input channels."""
     parts = units(weight, m).clone()
     parts.scatter_(1, parts.abs().argsort(dim=1, stable=True)[:, :n], 0)
     return from_units(parts, weight)
 
 
 def magnitude_blocks(weight: Tensor, count: int, size: int) -> Tensor:
-    """The `count` blocks of least norm are gone; size 1: weights."""
+    """Without the `count` blocks of least norm; with size 1, weights."""
     parts = units(weight, size).clone()
     parts[parts.norm(dim=1).argsort(dim=0, stable=True)[:count]] = 0
     return from_units(parts, weight)
@@ -156,7 +156,7 @@ def grouped(weight: Tensor, groups: int) -> Tensor:  # (G, rows, channels, kh·k
 
 
 def magnitude_channels(weight: Tensor, groups: int, counts: list[int]) -> Tensor:
-    """Of each group, the `counts` input channels of least norm are gone."""
+    """Without the `counts` input channels of least norm of each group."""
     parts = grouped(weight, groups).clone()
     norms = parts.square().sum((1, 3))
     for part, norm, count in zip(parts, norms, counts, strict=True):

@@ -1,4 +1,4 @@
-"""The timing scripts at tiny settings: tables and records are whole, wrong answers are noticed."""
+"""The benchmarks at tiny settings: complete tables and records; wrong answers are noticed."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ COMMON = ["--repeats", "2"]
 
 
 def tables(text: str) -> list[list[list[str]]]:
-    """The cells of all Markdown tables, without the line under the header."""
-    found: list[list[list[str]]] = []
-    for part in text.strip().split("\n\n"):
-        rows = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")]
+    """The cells of all Markdown tables, without the rule below the header."""
+    cells: list[list[list[str]]] = []
+    for paragraph in text.strip().split("\n\n"):
+        lines = [line for line in paragraph.splitlines() if line.startswith("|")]
+        rows = [line.strip("|").split("|") for line in lines]
         assert all(set(cell) == {"-"} for cell in rows[1])
-        found.append([rows[0], *rows[2:]])
-    return found
+        cells.append([rows[0], *rows[2:]])
+    return cells
 
 
 def run(script: ModuleType, words: str, out: Path) -> tuple[int, dict]:
@@ -57,7 +58,7 @@ def run(script: ModuleType, words: str, out: Path) -> tuple[int, dict]:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_table_and_record_are_whole(
+def test_table_and_record_are_complete(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     script, words = TINY[name]
@@ -67,9 +68,9 @@ def test_table_and_record_are_whole(
     assert record["command"] == f"benchmarks/{script.__name__.rpartition('.')[2]}.py"
     assert record["environment"]["torch"] == torch.__version__
     assert record["arguments"]["repeats"] == 2
-    found = tables(output.out)
-    assert all(len(row) == len(table[0]) for table in found for row in table)
-    assert sum(len(table) - 1 for table in found) == len(record["results"])
+    printed = tables(output.out)
+    assert all(len(row) == len(table[0]) for table in printed for row in table)
+    assert sum(len(table) - 1 for table in printed) == len(record["results"])
     times = [
         values
         for result in record["results"]
@@ -78,11 +79,13 @@ def test_table_and_record_are_whole(
         if key.endswith("_s") or key == "seconds_a_row"
         if isinstance(values, list)
     ]
-    assert times and all(len(of) == 2 and min(of) > 0 for of in times)
+    assert times and all(len(repeats) == 2 and min(repeats) > 0 for repeats in times)
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
-def test_extrapolation_is_marked_and_its_absence_too(capsys: pytest.CaptureFixture) -> None:
+def test_a_figure_says_whether_it_is_extrapolated_or_measured(
+    capsys: pytest.CaptureFixture,
+) -> None:
     words = TINY["loss"][1].removesuffix("1")
     assert bench_loss.main([*words.split(), "0.2", "--repeats", "1"]) == 0
     assert "| extrapolated from 5 pairs |" in capsys.readouterr().out  # of 8 layers × 3 levels
@@ -90,8 +93,8 @@ def test_extrapolation_is_marked_and_its_absence_too(capsys: pytest.CaptureFixtu
     assert "| measured |" in capsys.readouterr().out
 
 
-def test_time_of_all_rows_leaves_the_inverse_out_of_the_scaling() -> None:
-    layer = bench_networks.Layer("x", 100, 8, 10, [9.0, 3.0, 4.0], 1.0, 0.0, 0, 0.0, [])
+def test_extrapolation_to_all_rows_does_not_scale_the_inverse() -> None:
+    layer = bench_networks.LayerFigures("x", 100, 8, 10, [9.0, 3.0, 4.0], 1.0, 0.0, 0, 0.0, [])
     assert layer.seconds == 1 + (4 - 1) * 10
 
 
@@ -131,10 +134,13 @@ def without_the_last_batch(dense: nn.Module, solvers: dict, batches: list, devic
 
 def losses_off(*words: object) -> dict:
     scores = LOSSES(*words)
-    return {x: {level: value + 2e-3 for level, value in of.items()} for x, of in scores.items()}
+    return {
+        name: {level: value + 2e-3 for level, value in levels.items()}
+        for name, levels in scores.items()
+    }
 
 
-ELIMINATE, SOLVE = bench_modes.eliminate, bench_networks.solve
+ELIMINATE, SOLVE = bench_modes.eliminate, bench_networks.run_solver
 CALIBRATE, LOSSES = bench_calibration.calibrate, bench_loss.sensitivity.losses
 WRONG = {
     "another order": (
@@ -149,19 +155,19 @@ WRONG = {
         weights_off,
         "groups have other than 2 zeros",
     ),
-    "no optimum": (
+    "not optimal": (
         "unstr",
-        "benchmarks.bench_networks.solve",
+        "benchmarks.bench_networks.run_solver",
         off_by_a_percent,
-        "kept weights are no optimum",
+        "remaining weights are not optimal",
     ),
     "nearest": (
         "quant",
-        "benchmarks.bench_networks.solve",
+        "benchmarks.bench_networks.run_solver",
         nearest,
         "times the error of rounding to nearest",
     ),
-    "a batch less": (
+    "a batch is missing": (
         "calibration",
         "benchmarks.bench_calibration.calibrate",
         without_the_last_batch,
@@ -191,9 +197,9 @@ def test_a_wrong_answer_ends_in_an_error(
 
 
 @pytest.mark.parametrize("mode", ["quantise", "2:4", "4-blocks"])
-def test_the_textbook_of_every_mode_notices_a_swap(mode: str) -> None:
-    """Two units of the order exchanged, far from a tie."""
-    problem = timing.make_problem(32, 2, CPU, 0)
+def test_the_textbook_loop_of_every_mode_notices_a_swap(mode: str) -> None:
+    """Two units of the order are exchanged, far from a tie."""
+    problem = timing.random_problem(32, 2, CPU, 0)
     grid = bench_modes.fit_weight_grid(problem.W[:, 0], 4)
     order = bench_modes.engine(mode, problem, grid).order
     assert bench_modes.follow(mode, problem, grid, order) <= bench_modes.NEAR_TIE
@@ -222,7 +228,7 @@ def test_the_textbook_of_every_mode_notices_a_swap(mode: str) -> None:
         (bench_modes, "--out /dev/null/x.json", "/dev/null/x.json"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_user_errors_are_one_line(
     script: ModuleType, words: str, line: str, capsys: pytest.CaptureFixture
 ) -> None:
     try:
@@ -234,10 +240,10 @@ def test_what_is_wrong_is_one_line(
     assert line in output.err and output.err.startswith("error: ")
 
 
-def test_peak_memory_is_that_since_the_reset() -> None:
+def test_peak_memory_starts_at_the_reset() -> None:
     peak = timing.PeakMemory(CPU)
     before = peak.bytes()
-    with mmap.mmap(-1, 64 << 20) as block:  # not from malloc, which may have freed pages at hand
+    with mmap.mmap(-1, 64 << 20) as block:  # not from malloc, which may reuse freed pages
         block.write(b"1" * len(block))
         assert 56 << 20 < peak.bytes() - before < 160 << 20
     if Path("/proc/self/clear_refs").exists():
@@ -245,7 +251,7 @@ def test_peak_memory_is_that_since_the_reset() -> None:
         assert peak.bytes() - before < 32 << 20
 
 
-def test_goals_read_both_ways() -> None:
+def test_goals_are_upper_or_lower_limits() -> None:
     assert timing.against(2.0, 1.8) == "2.00 (≤ 1.8: missed)"
     assert timing.against(2.6, 2.5, most=False) == "2.60 (≥ 2.5: met)"
 

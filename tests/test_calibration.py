@@ -1,4 +1,4 @@
-"""calibrate.py, threads.py: batches go through the model together, and are added in order."""
+"""calibrate.py, threads.py: batches run in parallel and are added up in order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Odd(nn.Module):
-    """A layer called twice, one never, one for some images only, and something kept between."""
+    """A layer called twice, one never, one for certain images only, and a state between calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Odd(nn.Module):
 
 
 def batches(sign: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """Seven; `sign` decides whether the first of them is one that `Odd.sometimes` is for."""
+    """Seven batches; `sign` decides whether the first is one that calls `Odd.sometimes`."""
     generator = torch.Generator().manual_seed(0)
     sizes = [5] * 6 + [2]
     return [(sign * torch.randn(n, 3, 6, 6, generator=generator), torch.zeros(n)) for n in sizes]
@@ -68,7 +68,7 @@ def calibrated(dense: nn.Module, number: int, sign: int = 1) -> dict[str, TrueOB
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_sums_are_the_same_to_the_bit_and_those_of_all_images(sign, threads):
+def test_sums_are_bit_identical_and_over_all_images(sign, threads):
     dense, found = model(), []
     for number in (1, 2, 3, 7):
         solvers = calibrated(dense, number, sign)
@@ -86,14 +86,14 @@ def test_sums_are_the_same_to_the_bit_and_those_of_all_images(sign, threads):
     torch.testing.assert_close(found[0][0][1][0], x.T @ x, rtol=1e-5, atol=1e-4)
 
 
-def test_large_products_wait_for_their_turn(threads, monkeypatch):
+def test_large_products_take_turns(threads, monkeypatch):
     monkeypatch.setattr("obc.solver.hessian.WAITING_BYTES", 0)
     dense = model()
     one, three = calibrated(dense, 1), calibrated(dense, 3)
     assert all(torch.equal(one[name].gram.matrix(), three[name].gram.matrix()) for name in one)
 
 
-def test_what_images_take_bounds_how_many_batches_go_together(threads, monkeypatch):
+def test_memory_of_images_limits_the_batches_in_parallel(threads, monkeypatch):
     running, most = [], []
     dense = model()
 
@@ -129,7 +129,7 @@ def test_layers_that_no_image_reaches(threads):
 
 
 def test_a_layer_that_is_called_more_often_later(threads):
-    """Not in order, with several threads: refused. With one it is no matter."""
+    """Refused with several threads, where the order is lost; allowed with one."""
     dense = model()
 
     class More(Odd):
@@ -145,7 +145,7 @@ def test_a_layer_that_is_called_more_often_later(threads):
 
 @pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_error_ends_all(number, error, threads):
+def test_an_error_ends_all_threads(number, error, threads):
     dense = model()
     torch.set_num_threads(number)
     solvers = {name: TrueOBS(layer) for name, layer in find_layers(dense).items()}
@@ -162,7 +162,7 @@ def test_an_error_ends_all(number, error, threads):
     assert torch.get_num_threads() == number
 
 
-def test_a_piece_is_not_waited_for_in_vain():
+def test_a_failed_piece_is_not_waited_for():
     turns, done = Turns(), []
 
     def work(number: int, item: str) -> None:

@@ -1,4 +1,4 @@
-"""A few runs of tests/chaos.py, one of each kind of trouble."""
+"""A few runs of tests/chaos.py, one for each kind of fault."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from chaos import KINDS, Broken, chaos, check_files, check_said
 
 
 @pytest.mark.slow
-def test_trouble_changes_nothing():
+def test_faults_change_nothing():
     good, broken = chaos(len(KINDS), seed=1)
     assert not broken
     assert good["troubles"] >= 3 and good.total() - good["troubles"] == len(KINDS)
@@ -17,7 +17,7 @@ def test_trouble_changes_nothing():
     ("text", "status"),
     [("Traceback (most recent call last):\n", 1), ("", 2), ("error: a\nerror: b\n", 2)],
 )
-def test_what_would_be_broken_is_noticed(text, status):
+def test_a_broken_result_is_noticed(text, status):
     with pytest.raises(Broken):
         check_said(text, status)
     check_said("error: interrupted\n", 130)

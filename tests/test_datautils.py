@@ -1,4 +1,4 @@
-"""datautils.py: what the batches hold, that they can be repeated, and every way to get it wrong."""
+"""datautils.py: contents of the batches, reproducibility, and user errors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_digits_at_their_own_size_are_the_published_pixels():
     )
 
 
-def test_digits_need_no_path(caplog):
+def test_digits_need_no_datapath(caplog):
     with caplog.at_level(logging.WARNING, "trueobs"):
         load_data("digits", datapath="/nowhere")
     assert "--datapath /nowhere is not used" in caplog.text
@@ -105,7 +105,7 @@ def test_a_subset_does_not_depend_on_the_order_of_the_file_system(folder, tmp_pa
     assert torch.equal(both[0][0], both[1][0]) and torch.equal(both[0][1], both[1][1])
 
 
-def test_fewer_images_than_asked_for_is_a_warning(folder, caplog):
+def test_fewer_images_than_requested_give_a_warning(folder, caplog):
     with caplog.at_level(logging.WARNING, "trueobs"):
         data = load_data("folder", datapath=folder)
     assert len(data.calibration) == 12
@@ -125,7 +125,7 @@ def test_passes_repeat_without_augmentation_and_are_sized():
     assert torch.equal(image, images[7]) and label == labels[7]
 
 
-def test_more_workers_than_cores_are_nothing_to_warn_of(recwarn):
+def test_more_workers_than_cores_give_no_warning(recwarn):
     data = load_data("digits", nsamples=4)
     images, _ = gather(
         calibration_batches(data, nrounds=1, batchsize=2, workers=os.cpu_count() + 1)
@@ -153,7 +153,7 @@ def test_augmentation_depends_on_seed_pass_and_index_alone(name, size, folder):
     assert not torch.equal(images[:12], images[12:])
 
 
-def test_small_images_are_shifted_on_a_black_ground_and_mirrored_but_digits_are_not():
+def test_small_images_are_shifted_on_black_and_mirrored_unless_digits():
     """Every augmented view is one of the 9 × 9 shifts of the original or of its mirror image."""
     pixels = np.random.default_rng(0).integers(1, 256, (32, 32, 3), dtype=np.uint8)
     mirrored = 0
@@ -177,7 +177,7 @@ def test_small_images_are_shifted_on_a_black_ground_and_mirrored_but_digits_are_
     assert 8 <= mirrored <= 32
 
 
-def test_the_test_view_of_photographs_is_torchvisions(folder):
+def test_photographs_have_the_test_view_of_torchvision(folder):
     from obc.inputs.vision import torchvision
 
     data = load_data("folder", datapath=folder, image_size=28)
@@ -210,7 +210,7 @@ def test_other_sizes_are_resized_with_antialiasing():
 # --------------------------------------------------------------------------------- folders
 
 
-def test_folders_label_by_name_of_class(folder):
+def test_labels_follow_the_sorted_class_names(folder):
     data = load_data("folder", datapath=folder)
     assert data.classes == ["cat", "dog"] and data.image_size == 224 and len(data.test) == 4
     assert [label for _, label in data.test] == [0, 0, 1, 1]
@@ -226,7 +226,7 @@ def test_cifar_folders_may_be_called_val_or_test(folder):
         load_data("folder", datapath=folder)
 
 
-def test_classes_of_the_two_parts(folder, caplog):
+def test_classes_of_train_and_val(folder, caplog):
     shutil.rmtree(folder / "val" / "cat")
     with caplog.at_level(logging.WARNING, "trueobs"):
         data = load_data("folder", datapath=folder)
@@ -239,7 +239,7 @@ def test_classes_of_the_two_parts(folder, caplog):
 
 @pytest.fixture
 def cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """torchvision's files with 10 + 2 images; the checksums of the real ones are not asked for."""
+    """torchvision's files with 10 + 2 images, without the check of the real files' checksums."""
     from obc.inputs.vision import torchvision
 
     monkeypatch.setattr(
@@ -256,7 +256,7 @@ def cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_cifar_in_torchvisions_files(cifar_files):
+def test_cifar_in_the_files_of_torchvision(cifar_files):
     data = load_data("cifar10", datapath=cifar_files, nsamples=10)
     assert len(data.calibration) == 10 and len(data.test) == 2 and len(data.classes) == 10
     image, label = data.test[1]

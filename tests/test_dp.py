@@ -14,7 +14,7 @@ from scipy.sparse import block_diag
 
 from obc.solver import dp
 
-TOLERANCE = 1e-9  # sums of errors in another order
+TOLERANCE = 1e-9  # for sums of errors in a different order
 
 
 # ------------------------------------------------------------------------------- oracles
@@ -32,7 +32,7 @@ def brute_force(costs, errors, budget):
 
 
 def integer_programme(costs, errors, budget):
-    """A lower bound on the least error, and an error that is reached."""
+    """A lower bound on the least error, and an error that a profile reaches."""
     one_level = LinearConstraint(block_diag([np.ones((1, len(c))) for c in costs]), 1, 1)
     within = LinearConstraint(np.concatenate(costs)[None], -np.inf, budget)
     found = milp(
@@ -46,7 +46,7 @@ def integer_programme(costs, errors, budget):
 
 
 def check(choice, costs, errors, budget):
-    """What holds for every choice, whatever the buckets."""
+    """Properties of every choice, for any number of buckets."""
     assert len(choice.levels) == len(costs)
     assert choice.cost == math.fsum(c[p] for c, p in zip(costs, choice.levels, strict=True))
     assert choice.error == math.fsum(e[p] for e, p in zip(errors, choice.levels, strict=True))
@@ -114,7 +114,7 @@ def test_exact_and_cheapest_where_every_cost_is_whole_buckets(layers, spare):
 
 
 def geometric(rng):
-    """Costs as of a sparse database, errors that grow with sparsity, not quite convex."""
+    """Costs like those of a sparse database; errors grow with sparsity, not quite convexly."""
     density = 0.9 ** np.arange(40)
     costs = [size * density for size in rng.lognormal(0, 1.5, 50)]
     errors = [
@@ -125,12 +125,12 @@ def geometric(rng):
 
 
 def unordered(rng):
-    """Costs and errors without relation, errors of any sign."""
+    """Unrelated costs and errors, errors of any sign."""
     return list(rng.random((50, 40))), list(rng.normal(size=(50, 40)))
 
 
 def convex(rng):
-    """Every level is worth choosing at some price: the most room for mistakes of rounding."""
+    """Every level is optimal at some price: the hardest case for rounding."""
     x = np.sort(rng.random((50, 40)))
     return list(x * rng.lognormal(0, 1, (50, 1))), list((1 - x) ** 2)
 
@@ -154,13 +154,13 @@ def test_50_layers_of_40_levels_against_an_integer_programme(make, buckets):
 # ------------------------------------------------------------------------------- particular ones
 
 
-def test_a_budget_short_of_a_profile_by_the_last_bit():
+def test_a_budget_below_a_profile_by_the_last_bit():
     budget = math.nextafter(1.0, 0)
-    choice = dp.solve([[0.0, 0.1]] * 10, [[1.0, 0.0]] * 10, budget)  # ten of 0.1 are 1.0
+    choice = dp.solve([[0.0, 0.1]] * 10, [[1.0, 0.0]] * 10, budget)  # ten times 0.1 add up to 1.0
     assert choice.error == 1 and choice.cost < budget
 
 
-def test_what_rounding_leaves_is_spent():
+def test_the_budget_that_rounding_leaves_is_spent():
     # With one bucket of 10, costs of up to 5 round to 0: nothing in the table fits.
     choice = dp.solve([[0.0, 4.0]] * 5, [[1.0, 0.0]] * 5, 10.0, buckets=1)
     assert choice.cost == 8 and choice.error == 3 and choice.gap >= 0
@@ -182,7 +182,7 @@ def test_a_budget_that_is_spent_to_the_last_bit():
         dp.solve(costs, [[1.0, 0.0]] * 3, below)
 
 
-def test_of_equal_errors_the_cheaper():
+def test_of_equal_errors_the_cheaper_level_is_chosen():
     choice = dp.solve([[4.0, 1.0, 2.0]] * 2, [[-1.0, -1.0, -1.0]] * 2, 8.0)
     assert choice.levels == [1, 1] and choice.cost == 2 and choice.error == -2
 
@@ -208,7 +208,7 @@ def test_a_level_without_a_finite_error_is_never_chosen(bad):
         ([[1.0]], [[1.0]], math.nan),
     ],
 )
-def test_nonsense_is_refused(costs, errors, budget):
+def test_invalid_inputs_are_refused(costs, errors, budget):
     with pytest.raises(ValueError):
         dp.solve(costs, errors, budget)
 

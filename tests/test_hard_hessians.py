@@ -1,4 +1,4 @@
-"""Every mode on Hessians that are hard: it ends, finite, and is no worse than doing without one."""
+"""Every mode on hard Hessians: finite results, no worse than without a Hessian."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_no_worse_than_without_a_hessian(name: str, inputs: str) -> None:
 
 
 @pytest.mark.parametrize("inputs", SINGULAR)
-def test_damping_and_rank_are_stated(inputs: str) -> None:
+def test_damping_and_rank_are_reported(inputs: str) -> None:
     layer, x = hard_case("valid", inputs)
     obs = solver(layer, x)
     obs.prepare_unstr()
@@ -89,8 +89,8 @@ def test_damping_and_rank_are_stated(inputs: str) -> None:
     assert obs.rank_deficit == pytest.approx(deficit, abs=3)
 
 
-def test_damped_levels_are_the_best_that_their_weights_can_do() -> None:
-    """Condition 1e8 in float32: within 1 % of the least squares on the mask (was: 36 %)."""
+def test_damped_levels_are_optimal_on_their_masks() -> None:
+    """Condition 1e8 in float32: within 1 % of least squares on the mask (once 36 %)."""
     layer, x = hard_case("conv", "condition number 1e8")
     obs, W = solver(layer, x), layer.weight.detach().flatten(1).double()
     columns = functional.unfold(x.double(), 3, padding=1).transpose(1, 2).flatten(0, 1)
@@ -108,8 +108,8 @@ def test_damped_levels_are_the_best_that_their_weights_can_do() -> None:
         assert error <= 1.01 * best
 
 
-def test_asked_for_damping_is_left_alone() -> None:
-    """--rel-damp is the user's wish: weights are those of the damped H."""
+def test_requested_damping_is_left_alone() -> None:
+    """With --rel-damp the user asks for the weights of the damped H."""
     layer, x = hard_case("linear", "well conditioned")
     W = layer.weight.detach().double()
     obs = TrueOBS(copy.deepcopy(layer), rel_damp=0.1)
@@ -123,7 +123,7 @@ def test_asked_for_damping_is_left_alone() -> None:
         assert gradient.abs().max() < 1e-4 * (H @ w).abs().max()
 
 
-def test_a_row_that_rounds_better_to_nearest_is_rounded_to_nearest() -> None:
+def test_a_row_where_nearest_is_better_is_rounded_to_nearest() -> None:
     layer, x = hard_case("linear", "a channel of 1e6")
     obs, W = solver(layer, x), layer.weight.detach()
     obs.quantizer = fit_weight_grid(W, 2)

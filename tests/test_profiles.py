@@ -1,4 +1,4 @@
-"""profiles.py: what is written comes back; what does not fit is named with its line."""
+"""profiles.py: files survive a round trip; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCORES = {"conv1": {"0000": 0.0, "1900": -1.5e-7}, "fc": {"0000": math.inf, "8w8
 PROFILE = {"conv1": "0000", "layer1.0.conv1": "24_4w4a"}
 
 
-def test_there_and_back(tmp_path):
+def test_files_survive_a_round_trip(tmp_path):
     write_scores(tmp_path / "s.txt", SCORES)
     write_profile(tmp_path / "p.txt", PROFILE)
     assert read_scores(tmp_path / "s.txt") == SCORES
@@ -25,7 +25,7 @@ def test_there_and_back(tmp_path):
 
 
 def refused(read: Callable, path: Path, text: str) -> str:
-    """What is said of a file of this text; it names the file."""
+    """The error message for a file with this text, which names the file."""
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         read(path)
@@ -75,7 +75,7 @@ def test_profiles_are_read_strictly(text, words, tmp_path):
     assert words in refused(read_profile, tmp_path / "p.txt", text)
 
 
-def test_what_is_no_text(tmp_path):
+def test_binary_files_are_refused(tmp_path):
     (tmp_path / "x").write_bytes(b"\xff\xfe\x00")
     for read in (read_scores, read_profile):
         with pytest.raises(UserError, match=r"x: cannot be read \(not a text file\)"):

@@ -1,4 +1,4 @@
-"""Grids against a plain search in numpy, and layers that round their input."""
+"""Grids against a plain search in numpy; layers that round their input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def heavy_tailed(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("bits", BITS)
 def test_symmetric_grid_is_the_oracle(bits: int) -> None:
     W = torch.cat([gaussian(4, 90), heavy_tailed(4, 90)])
-    W[5] -= 4  # all on one side
+    W[5] -= 4  # all negative
     grid = fit_weight_grid(W, bits)
     rounded = grid(W)
     for r in range(len(W)):
@@ -190,7 +190,7 @@ def test_layer_rounds_its_input() -> None:
     assert torch.equal(copy.deepcopy(layer)(x), wanted)
 
 
-def test_setting_twice_rounds_once_and_to_the_latest() -> None:
+def test_a_second_grid_replaces_the_first() -> None:
     layer = nn.Linear(6, 4)
     x = gaussian(10, 6, dtype=torch.float32)
     coarse, fine = fit_activation_grid(x, 2), fit_activation_grid(x, 6)
@@ -201,7 +201,7 @@ def test_setting_twice_rounds_once_and_to_the_latest() -> None:
     assert len(layer._forward_pre_hooks) == 1
 
 
-def test_state_dict_holds_all_there_is() -> None:
+def test_the_state_dict_has_every_grid() -> None:
     model, _ = quantised_model()
     keys = set(model.state_dict()) - set(small_model().state_dict())
     wanted = {
@@ -222,11 +222,11 @@ def test_restored_model_computes_the_same() -> None:
     assert torch.equal(fresh(images), model(images))
     assert fresh[2][1].act_quant.bits == 3 and fresh[0].weight_quant.bits == 4
     assert fresh.state_dict().keys() == state.keys()
-    restore_grids(fresh, state)  # once more: still rounded once
+    restore_grids(fresh, state)  # again: inputs are still rounded once
     assert len(fresh[0]._forward_pre_hooks) == 1
 
 
-def test_restored_grids_are_the_models_own() -> None:
+def test_restored_grids_are_copies() -> None:
     state = quantised_model()[0].state_dict()
     before = {key: tensor.clone() for key, tensor in state.items()}
     fresh = small_model()

@@ -1,4 +1,4 @@
-"""README.md: its commands are ours, its files exist, its Python runs."""
+"""README.md: its commands parse, the files it names exist, its Python runs."""
 
 from __future__ import annotations
 

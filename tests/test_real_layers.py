@@ -42,7 +42,7 @@ EPSILON = np.finfo(np.float64).eps
 
 @pytest.fixture(scope="module")
 def images(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first training images of every class; reads the archive, unpacks no more than that."""
+    """The first training images of every class; nothing else of the archive is unpacked."""
     folder = tmp_path_factory.mktemp("few")
     left: dict[str, int] = {}
     with tarfile.open(shared_data / "cifar10.tar.gz", "r|gz") as archive:
@@ -56,7 +56,7 @@ def images(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class RealLayer:
-    """A few rows of a trained layer, and what goes into it."""
+    """A few rows of a trained layer, and its inputs."""
 
     layer: nn.Module  # with these rows only
     inputs: Tensor
@@ -112,7 +112,7 @@ def few_rows(layer: nn.Module, rows: int) -> nn.Module:
 
 
 def real_layer(model: nn.Module, name: str, folder: Path, size: int, count: int, rows: int):
-    """What goes into the layer `name` for the first `count` images."""
+    """A few rows of the layer `name`, and its inputs for the first `count` images."""
     dataset = load_data("cifar10", datapath=folder, image_size=size, nsamples=count)
     layer = find_layers(model)[name]
     seen: list[Tensor] = []
@@ -249,7 +249,7 @@ def quantise_traces(it: RealLayer, obs: TrueOBS) -> list[OracleTrace]:
 
 
 def check_total(it: RealLayer, obs: TrueOBS, weight: Tensor, oracle: list[Array]) -> None:
-    """The true error, and what the losses say it is, both as small as the oracle's."""
+    """The true error and the sum of the losses are both as small as the oracle's."""
     W = weight.detach().double().flatten(1).numpy()
     error, wanted = (
         sum(squared_error(w, w_hat, it.H) for w, w_hat in zip(it.rows, rows, strict=True))

@@ -1,4 +1,4 @@
-"""What users copy: OBC's own recipes and the scripts in recipes/. (README.md: test_readme.py.)"""
+"""OBC's own recipes (docs/commands.md) and the scripts in recipes/, from end to end."""
 
 from __future__ import annotations
 
@@ -13,31 +13,9 @@ from scripts import ROOT, check_parses, load_script
 
 QUICK = ["--nsamples", "128", "--batchsize", "32", "--noaug", "--device", "cpu"]
 
-# The section "OBC's own recipes" of CLI.md.
-OBC = """\
-  python main_trueobs.py rn18 imagenet quant --wbits 4 --abits 4 --save rn18_4w4a.pth
-  python main_trueobs.py rn18 imagenet nmprune --prunen 2 --prunem 4 --save rn18_24.pth
-  python main_trueobs.py rn18 imagenet unstr --sparse-dir models_unstr
-  python main_trueobs.py rn18 imagenet blocked --sparse-dir models_4block
-  python main_trueobs.py rn18 imagenet quant --wbits 4 --abits 4 --load rn18_24.pth --save rn18_24_4w4a.pth
-  python postproc.py rn18 imagenet rn18_24.pth --bnt
-  python postproc.py rn18 imagenet rn18_24.pth --statcorr --statcorr-samples 1024
-  -- non-uniform, unstructured
-  python main_trueobs.py rn18 imagenet unstr --sparse-dir models_unstr
-  python database.py rn18 imagenet unstr loss
-  python spdy.py rn18 imagenet 2 unstr --dp
-  python postproc.py rn18 imagenet rn18_unstr_200x_dp.txt --database unstr --bnt
-  -- non-uniform, quantisation + 2:4
-  python main_trueobs.py rn18 imagenet nmprune --save models_nm/rn18_24.pth
-  python main_trueobs.py rn18 imagenet quant --wbits 8 --abits 8 --save models_quant/rn18_8w8a.pth
-  python main_trueobs.py rn18 imagenet quant --wbits 4 --abits 4 --save models_quant/rn18_4w4a.pth
-  python main_trueobs.py rn18 imagenet quant --wbits 8 --abits 8 --load models_nm/rn18_24.pth --save models_nm_quant/rn18_24_8w8a.pth
-  python main_trueobs.py rn18 imagenet quant --wbits 4 --abits 4 --load models_nm/rn18_24.pth --save models_nm_quant/rn18_24_4w4a.pth
-  python database.py rn18 imagenet mixed loss
-  python spdy.py rn18 imagenet 8 mixed --dp
-  python postproc.py rn18 imagenet rn18_mixed_800x_dp.txt --database mixed --bnt
-"""  # noqa: E501
-OBC_COMMANDS = [line.strip() for line in OBC.splitlines() if not line.startswith("  --")]
+CONTRACT = (ROOT / "docs" / "commands.md").read_text()
+OBC_RECIPES = re.search(r"^## OBC's own recipes$.*?^```sh\n(.*?)^```", CONTRACT, re.M | re.S)[1]
+OBC_COMMANDS = [line for line in OBC_RECIPES.splitlines() if not line.startswith("#")]
 OBC_FILES = """\
 rn8_4w4a.pth rn8_24.pth rn8_24_4w4a.pth rn8_unstr_200x_dp.txt rn8_mixed_800x_dp.txt
 models_unstr/rn8_0000.pth models_unstr/rn8_9900.pth models_4block/rn8_9500.pth
@@ -47,21 +25,6 @@ scores/rn8_unstr_loss.txt scores/rn8_mixed_loss.txt""".split()
 
 
 # -- OBC's own recipes -----------------------------------------------------------------------------
-
-
-def test_they_are_those_of_our_plan():
-    plan = ROOT.parent / "shared" / "CLI.md"
-    if not plan.exists():
-        pytest.skip(f"not here: {plan}")
-    section = plan.read_text().partition("## OBC's own recipes")[2].partition("\n## ")[0]
-    assert section.partition("\n")[2].strip("\n") == OBC.strip("\n")
-
-
-@pytest.mark.parametrize("line", dict.fromkeys(OBC_COMMANDS))
-def test_obc_command_parses(line, capsys):
-    python, script, *words = line.split()
-    assert python == "python"
-    check_parses(script, words, capsys)
 
 
 @pytest.mark.slow
@@ -75,7 +38,7 @@ def test_obc_recipes_run_in_order(tmp_path, monkeypatch, capsys):
         assert load_script(script).main([*words, *quick, *grid]) == 0, line
         last = capsys.readouterr().out.splitlines()[-1]
         makes = {"database.py": " scores/rn8_", "spdy.py": "profile rn8_"}.get(script)
-        if makes or grid:  # last, they name the file or folder that was made
+        if makes or grid:  # the last line names the file or folder that was made
             assert (makes or words[-1]) in last, line
         else:
             assert re.fullmatch(r"top-1 \d\d\.\d\d", last), line
@@ -97,7 +60,7 @@ def run_recipe(name: str, *words: str, python: Path, **settings: object):
 
 
 def table(output: str) -> list[list[str]]:
-    """Target, method, reached, top-1, paper: rows of the Markdown table that is all there is."""
+    """Target, method, reached, top-1, paper: rows of the Markdown table, the only output."""
     head, rule, *rows = output.splitlines()
     assert head == "| target | method | reached | top-1 | paper |"
     assert rule == "|---|---|---|---|---|"
@@ -117,7 +80,7 @@ def check_picture(path: Path) -> None:
 
 @pytest.fixture
 def notes(tmp_path, monkeypatch) -> Path:
-    """A stand-in for Python that only takes notes, and fails if told to."""
+    """A replacement for Python that only writes down its arguments, and fails if told to."""
     monkeypatch.chdir(tmp_path)
     python = tmp_path / "python"
     python.write_text("""#!/bin/sh
@@ -137,7 +100,7 @@ def noted() -> list[list[str]]:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_command_of_a_recipe_parses(name, notes, capsys):
-    """Also: without any common option."""
+    """Without any common option."""
     done = run_recipe(name, "rn18", "imagenet", python=notes)
     assert (done.returncode, done.stdout) == (0, "profile made.txt\n"), done.stderr
     for script, *words in noted():
@@ -161,7 +124,7 @@ def test_a_failing_command_stops_a_recipe(name, script, notes):
     done = run_recipe(name, "rn18", "imagenet", python=notes, FAILS=script)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == "error: as told"
-    assert noted()[-1][0].endswith(script)  # it was the last
+    assert noted()[-1][0].endswith(script)  # no command follows it
 
 
 @pytest.mark.slow
@@ -251,7 +214,7 @@ def test_block8_at_measured_time(warm, tmp_path, monkeypatch):
     assert reached == ["8.00×", "4.13×"]  # 8 · 8 / (5 · 2.5 + 3)
 
 
-def test_a_recipe_without_words_says_its_usage(tmp_path, monkeypatch):
+def test_a_recipe_without_arguments_prints_its_usage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run_recipe("nm", "rn8", python=Path("python"))
     assert done.returncode == 2 and done.stderr.startswith("usage: ") and not os.listdir()
@@ -306,14 +269,14 @@ search\t4\t4.0004\t74.123
         ("mixed", "rn18", "imagenet", ["69.76", "–", "–", "–"]),  # no such targets
     ],
 )
-def test_papers_numbers(recipe, model, dataset, papers, report, tmp_path):
+def test_numbers_of_the_paper(recipe, model, dataset, papers, report, tmp_path):
     status, out, _ = report(UNSTRUCTURED, recipe, model, dataset)
     assert status == 0 and [row[4] for row in table(out)] == papers
     assert table(out)[3][:4] == ["4×", "search", "4.00×", "74.12"]
     check_picture(tmp_path / f"{recipe}_accuracy.png")
 
 
-def test_papers_numbers_of_quantisation(report):
+def test_numbers_of_the_paper_of_quantisation(report):
     lines = "asymmetric, BN-tuned\t3\t3 bits\t75\nsymmetric\t3\t3 bits\t73\n"
     status, out, _ = report(lines, "quantisation", "rn50", "imagenet")
     assert status == 0 and [row[4] for row in table(out)] == ["75.24", "73.61"]
@@ -341,7 +304,7 @@ def test_broken_results_are_one_line(text, message, report, tmp_path):
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.py")), ids=lambda x: x.stem)
-def test_a_recipes_script_runs_as_a_program_from_anywhere(script, tmp_path):
+def test_a_script_of_recipes_runs_from_any_folder(script, tmp_path):
     done = subprocess.run(
         [sys.executable, str(script), "--help"], cwd=tmp_path, text=True, capture_output=True
     )

@@ -1,4 +1,4 @@
-"""vision.py: torchvision can be imported, and used for what we need, beside this PyTorch."""
+"""vision.py: torchvision can be imported and used with this PyTorch, matching or not."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_classification_model_runs():
 
 
 def test_a_matching_pair_is_left_alone():
-    """Where the extension loads nothing is declared; where it does not, both operators are."""
+    """If the extension loads, nothing is declared; if not, both operators are."""
     from obc.inputs import vision
 
     vision.imported()
@@ -52,8 +52,8 @@ def test_a_matching_pair_is_left_alone():
     assert hasattr(torch.ops.torchvision, "nms") and hasattr(torch.ops.torchvision, "qnms")
 
 
-def test_a_file_of_the_users_own_may_import_torchvision_itself(tmp_path):
-    """Nothing of ours has used it before: how a command comes to a model of its user's."""
+def test_a_model_file_may_import_torchvision_itself(tmp_path):
+    """Before any module of ours has used it, as when a command loads a user's model."""
     (tmp_path / "net.py").write_text(
         "import torchvision\n"
         "def small():\n"
