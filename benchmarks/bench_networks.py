@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from benchmarks import bench_trueobs, timing
 from benchmarks.networks import random_model
-from benchmarks.timing import PeakMemory, against
+from benchmarks.timing import PeakMemory, against, seconds_of
 from modelutils import find_layers
 from obc.solver import errors
 from obc.solver.inverse import damped_inverse
@@ -214,7 +214,7 @@ class NetworkBench:
         small = nn.Linear(64, 64).to(self.device)
         solver = solver_for(small, hessian_for(small, self.device, 0), 1 << 28)
         file = level_file(self.folder, "warm-up", small.weight)
-        solve(solver, self.args.mode, self.sparsities, file)
+        run_solver(solver, self.args.mode, self.sparsities, file)
 
     def layer(self, name: str, like: nn.Module) -> LayerFigures:
         layer = real_layer(like, self.args.rows_fraction, self.device, self.args.seed)
@@ -300,7 +300,7 @@ def measure_network(
     for name, like in shapes.items():
         layers.append(bench.layer(name, like))
         cli.print_result(layer_row(layers[-1]))
-    finish_s, grid = 0.0, bench.database.sparsities
+    finish_s, grid = 0.0, bench.sparsities
     if grid:
         finish_s = seconds_of(
             lambda: write_levels(folder, "network", grid, {}, bench.files), device
