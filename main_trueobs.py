@@ -260,12 +260,12 @@ def write_database(compression: Compression, folder: Path, tag: str) -> None:
 
 
 def report_other_weights(model: nn.Module) -> None:
-    """Log which weights are in no convolution and in no linear layer, and stay dense."""
+    """Log which weights are in no layer that can be compressed, and so stay dense."""
     if others := other_weights(model):
         share = sum(others.values()) / sum(p.numel() for p in model.parameters())
         first, more = next(iter(others)), f" and {len(others) - 1} more" if len(others) > 1 else ""
         log.info(
-            "left dense, in no Conv2d or Linear: %s%s (%.2g %% of all parameters)",
+            "left dense, in no Conv1d, Conv2d or Linear: %s%s (%.2g %% of all parameters)",
             first,
             more,
             100 * share,

@@ -38,6 +38,7 @@ from obc.inputs.tracing import folded
 from obc.inputs.vision import make_importable, torchvision
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError
+from obc.solver.layers import compressible
 from quant import ACTIVATION_GRID, WEIGHT_GRID
 
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
@@ -189,12 +190,8 @@ def _dense_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All convolutions and linear layers by name, in order of registration."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-    }
+    """All layers that can be compressed, by name, in order of registration."""
+    return {name: module for name, module in model.named_modules() if compressible(module)}
 
 
 def check_layers(model: nn.Module, name: str) -> None:

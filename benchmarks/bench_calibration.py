@@ -8,7 +8,7 @@ accumulated in float64, by
 
 * ours: `calibration.calibrate` with a `TrueOBS` for each layer, as main_trueobs.py does it;
 * plain: a hook on each layer that unfolds its whole input batch to columns x (positions, d) and
-  adds x.T @ x, a product in float32, to a float64 sum (written here);
+  adds xᵀ x, a product in float32, to a float64 sum;
 * forward: the model alone, which is in both.
 
 They take turns, round after round, after a warm-up of each on the first batch; medians of
@@ -32,14 +32,13 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.networks import BatchList, layout_of, random_images, random_model
 from benchmarks.timing import against, alternating
 from modelutils import evaluating, find_layers
-from obc.solver import errors
+from obc.solver.layers import view
 from obc.toolkit import cli
 from obc.toolkit.calibrate import calibrate, watching
 from trueobs import TrueOBS
@@ -65,29 +64,19 @@ class Result:
         return max(self.difference.values())
 
 
-def unfolded(layer: nn.Module, inputs: Tensor) -> Tensor:  # (positions, d)
-    """The columns that a layer's rows are multiplied with, in the order (channel, kh, kw)."""
-    if isinstance(layer, nn.Linear):
-        return inputs.reshape(-1, inputs.shape[-1])
-    columns = F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    return columns.transpose(1, 2).flatten(0, 1)
-
-
 class Plain:
     """Σ x xᵀ of every layer, the plain way."""
 
     def __init__(self, layers: dict[str, nn.Module]) -> None:
         self.layers = layers
         self.totals = {
-            name: torch.zeros(
-                2 * [layer.weight[0].numel()], dtype=torch.float64, device=layer.weight.device
-            )
+            name: layer.weight.new_zeros(view(layer).groups, *2 * [view(layer).columns]).double()
             for name, layer in layers.items()
         }
 
     def see(self, name: str, inputs: Tensor) -> None:
-        x = unfolded(self.layers[name], inputs)
-        self.totals[name] += x.T @ x
+        x = view(self.layers[name]).patches(inputs)
+        self.totals[name] += x.mT @ x
 
 
 class Bench:
@@ -126,15 +115,6 @@ class Bench:
 
 def measure(args: argparse.Namespace, device: torch.device) -> Result:
     model = random_model(args.model, args.seed, device)
-    odd = [
-        x
-        for x in find_layers(model).values()
-        if getattr(x, "groups", 1) > 1 or isinstance(getattr(x, "padding", 0), str)
-    ]
-    if odd:
-        raise errors.UserError(
-            f"{args.model} has grouped convolutions: no plain way is written here"
-        )
     batches = random_images(args.images, args.image_size, args.batchsize, args.seed)
     warm = Bench(model, batches[:1])
     for work in (warm.ours, warm.plain, warm.forward):

@@ -52,6 +52,7 @@ from benchmarks.timing import PeakMemory, against, seconds
 from modelutils import find_layers
 from obc.solver import errors
 from obc.solver.inverse import damped_inverse
+from obc.solver.layers import view
 from obc.solver.memory import default_memory
 from obc.toolkit import cli
 from obc.toolkit.leveldb import LevelFile, level_file, write_levels
@@ -110,23 +111,11 @@ class Network:
 
 def real_layer(like: nn.Module, share: float, device: torch.device, seed: int) -> nn.Module:
     """The layer with a share of its rows and normal weights (variance 2/d)."""
-    rows, d = ceil(len(like.weight) * share), like.weight[0].numel()
-    if isinstance(like, nn.Linear):
-        layer = nn.Linear(like.in_features, rows, bias=False, device="meta")
-    else:
-        layer = nn.Conv2d(
-            like.in_channels,
-            rows,
-            like.kernel_size,
-            like.stride,
-            like.padding,
-            groups=like.groups,
-            bias=False,
-            device="meta",
-        )
+    shape = view(like)
+    layer = shape.resized(ceil(shape.rows * share), shape.channels, shape.groups)
     layer = layer.to_empty(device=device)
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(layer.weight.shape, generator=generator) * (2 / d) ** 0.5
+    normal = torch.randn(layer.weight.shape, generator=generator) * (2 / shape.columns) ** 0.5
     layer.weight.data.copy_(normal)
     return layer
 
@@ -144,11 +133,11 @@ class MadeUp:
 
 def hessian_for(layer: nn.Module, device: torch.device, seed: int) -> Tensor:
     """(groups, d, d) float64, columns in the order (channel, kh, kw); see the module docstring."""
-    C, groups = layer.weight.shape[1], getattr(layer, "groups", 1)
+    C, groups = view(layer).channels, view(layer).groups
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4 * C, C, generator=generator).to(device).relu().double()
-    kernel = layer.weight.shape[2:] or (1, 1)
-    pixels = torch.cartesian_prod(*(torch.arange(size, device=device) for size in kernel)).double()
+    sides = (torch.arange(size, device=device) for size in view(layer).kernel)
+    pixels = torch.cartesian_prod(*sides).double()
     near = 0.8 ** torch.cdist(pixels, pixels)  # (kh·kw, kh·kw)
     H = torch.kron(x.T @ x / len(x), near)
     H.diagonal().add_(1)
@@ -300,7 +289,7 @@ def summary(
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> list[Layer | Network]:
     """All layers, with a line of the table each; the last entry is the whole."""
     shapes = find_layers(random_model(args.model, 0, torch.device("meta")))
-    if args.rows_fraction < 1 and any(getattr(x, "groups", 1) > 1 for x in shapes.values()):
+    if args.rows_fraction < 1 and any(view(x).groups > 1 for x in shapes.values()):
         raise errors.UserError(f"{args.model} has grouped convolutions: --rows-fraction 1 only")
     bench = Bench(args, device, folder)
     bench.warm_up()

@@ -32,14 +32,15 @@ from torch import Tensor, fx, nn
 
 import quant
 from obc.solver.errors import log
+from obc.solver.layers import along_rows, compressible
 
-LAYERS = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # and what is derived from them, such as timm's
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (*LAYERS, *NORMS)) or super().is_leaf_module(module, name)
+        known = compressible(module) or isinstance(module, NORMS)
+        return known or super().is_leaf_module(module, name)
 
 
 def layers_before_norms(model: nn.Module) -> dict[str, str]:
@@ -60,7 +61,7 @@ def layers_before_norms(model: nn.Module) -> dict[str, str]:
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
     return (
-        isinstance(layer, LAYERS)
+        compressible(layer)
         and isinstance(norm, NORMS)
         and norm.affine
         and norm.running_mean is not None
@@ -97,11 +98,11 @@ def fold(layer: nn.Module, norm: nn.Module) -> None:
         layer.bias.zero_()
     grid = layer._modules.get(quant.WEIGHT_GRID)
     if grid is None:
-        layer.weight.mul_(_along_rows(factor, layer.weight))
+        layer.weight.mul_(along_rows(factor, layer.weight))
     else:
-        codes = torch.round(layer.weight / _along_rows(grid.scale, layer.weight))
+        codes = torch.round(layer.weight / along_rows(grid.scale, layer.weight))
         grid = scaled_grid(grid, factor[:, None])
-        layer.weight.copy_(codes * _along_rows(factor.sign()[:, None] * grid.scale, codes))
+        layer.weight.copy_(codes * along_rows(factor.sign()[:, None] * grid.scale, codes))
         quant.set_weight_grid(layer, grid)
     norm.weight.fill_(1)
     norm.bias.copy_(bias)
@@ -118,7 +119,3 @@ def scaled_grid(
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero = torch.where(factor < 0, grid.maxq.to(grid.zero.dtype) - grid.zero, grid.zero)
     return quant.Grid(scale, zero, grid.maxq.clone())
-
-
-def _along_rows(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))

@@ -24,17 +24,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from tqdm import tqdm
 
 from modelutils import evaluating
 from obc.solver.hessian import Gram
+from obc.solver.layers import view
 from obc.toolkit.calibrate import watching
 from pruning_vs_quantization.expected_error import best_step, integer_codes
 from pruning_vs_quantization.proof import Reals
 from pruning_vs_quantization.tensor_sqnr import Histogram
 
-Layer = nn.Conv2d | nn.Linear
 RANGES = ("MSE", "minmax")
 
 
@@ -72,14 +71,14 @@ def spread(count: int, total: int) -> list[int]:
 
 
 def rows_and_chunks(
-    layer: Layer,
+    layer: nn.Module,
     opt_dim: int,
     channels: int,  # output channels wanted
     chunks: int,  # chunks wanted of each
 ) -> list[tuple[int, Chunk]]:
     """Which rows and which of their chunks are looked at: evenly spread ones."""
-    rows, d = len(layer.weight), layer.weight[0].numel()
-    per_group = rows // getattr(layer, "groups", 1)
+    rows, d = view(layer).rows, view(layer).columns
+    per_group = rows // view(layer).groups
     starts = list(range(0, d, opt_dim))
     chosen = [starts[i] for i in spread(chunks, len(starts))]
     return [
@@ -90,10 +89,10 @@ def rows_and_chunks(
 
 
 def subproblems(
-    layer: Layer, wanted: Iterable[tuple[int, Chunk]], moments: Mapping[Chunk, Reals]
+    layer: nn.Module, wanted: Iterable[tuple[int, Chunk]], moments: Mapping[Chunk, Reals]
 ) -> list[Subproblem]:
     """The subproblems of a layer, its weights with their inputs' second moments."""
-    W = layer.weight.detach().double().flatten(1).cpu().numpy()
+    W = view(layer).matrix.double().cpu().numpy()
     return [Subproblem(row, c, W[row, c.start : c.stop], moments[c]) for row, c in wanted]
 
 
@@ -129,44 +128,24 @@ def grid_steps(
 class ChunkMoments:
     """E[x xᵀ] of one chunk's inputs, batch after batch."""
 
-    def __init__(self, layer: Layer, chunk: Chunk) -> None:
+    def __init__(self, layer: nn.Module, chunk: Chunk) -> None:
         self.chunk, self.images = chunk, 0
-        taps = layer.weight[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
-        first, last = chunk.start // taps, -(-chunk.stop // taps)
-        channels = layer.weight.shape[1]  # of a group
-        self.inputs = slice(chunk.group * channels + first, chunk.group * channels + last)
+        self.layer = view(layer)
+        taps = self.layer.taps
+        first, last = chunk.start // taps, -(-chunk.stop // taps)  # channels of the group
+        self.first_input, self.inputs = chunk.group * self.layer.channels + first, last - first
         self.columns = slice(chunk.start - first * taps, chunk.stop - first * taps)
-        self.gram = Gram(_narrow(layer, last - first))
+        self.gram = Gram(self.layer.resized(rows=1, channels=self.inputs))
 
     def add(self, inputs: Tensor) -> None:
         """Add one batch of the layer's inputs."""
-        convolution = isinstance(self.gram.layer, nn.Conv2d)
-        part = inputs[:, self.inputs] if convolution else inputs[..., self.inputs]
-        self.gram.add(part.double())
+        chunk = inputs.narrow(self.layer.channel_axis, self.first_input, self.inputs)
+        self.gram.add(chunk.double())
         self.images += len(inputs)
 
     def matrix(self) -> Reals:  # (n, n); zero if the layer has seen nothing
         G = self.gram.matrix()[0, self.columns, self.columns].cpu().numpy()
         return (G + G.T) / (2 * max(1, self.images))
-
-
-def _narrow(layer: Layer, channels: int) -> Layer:
-    """A layer with few input channels and one output, of the same geometry, without values."""
-    device = layer.weight.device
-    if isinstance(layer, nn.Linear):
-        return skip_init(nn.Linear, channels, 1, bias=False, device=device)
-    return skip_init(
-        nn.Conv2d,
-        channels,
-        1,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        bias=False,
-        padding_mode=layer.padding_mode,
-        device=device,
-    )
 
 
 def second_moments(

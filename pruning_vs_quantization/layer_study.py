@@ -36,6 +36,7 @@ from tqdm import tqdm
 from modelutils import find_layers
 from obc.inputs import files
 from obc.solver.errors import UserError, log
+from obc.solver.layers import view
 from obc.toolkit import cli
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.session import Session, common_options
@@ -148,7 +149,7 @@ def layer_figures(
 
 def wanted_parts(layer: nn.Module, args: argparse.Namespace) -> list[tuple[int, Chunk]]:
     return rows_and_chunks(
-        layer, args.opt_dim, args.num_output_channels, args.num_chunks or layer.weight[0].numel()
+        layer, args.opt_dim, args.num_output_channels, args.num_chunks or view(layer).columns
     )
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from obc.solver.layers import along_rows
 from quant import Grid
 
 SMALLEST_STEP = 1e-8
@@ -79,9 +80,7 @@ class LearnedStep(nn.Module):
         x: Tensor,  # (rows, …), or any shape if there is one step
         count: float,  # values that share a step
     ) -> Tensor:  # like x, on the grid
-        step = self.step
-        if step.ndim:
-            step = step.view(-1, *[1] * (x.ndim - 1))
+        step = along_rows(self.step, x) if self.step.ndim else self.step
         share = (count * self.high.clamp(min=1)).rsqrt()
         return _Round.apply(x, step, self.low, self.high, share)
 
@@ -96,7 +95,7 @@ class LearnedStep(nn.Module):
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Tensor:  # both (rows, …)
         """Whole numbers from `low` to `high`."""
-        step = self.step.view(-1, *[1] * (weight.ndim - 1))
+        step = along_rows(self.step, weight)
         return torch.round(weight / step).clamp_(self.low, self.high)
 
     @torch.no_grad()

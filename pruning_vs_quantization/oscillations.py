@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from modelutils import find_layers
+from obc.solver.layers import along_rows
 from pruning_vs_quantization.compressed_model import WEIGHT_STEP
 
 TRACKER = "oscillation"
@@ -43,7 +44,7 @@ def dampening(model: nn.Module) -> Tensor:  # ()
         quantiser = getattr(layer, WEIGHT_STEP)
         with torch.no_grad():
             rounded = quantiser.of_weight(layer.weight)
-            step = quantiser.step.view(-1, *[1] * (layer.weight.ndim - 1))
+            step = along_rows(quantiser.step, layer.weight)
             low, high = step * quantiser.low, step * quantiser.high
         clamped = torch.minimum(torch.maximum(layer.weight, low), high)
         terms.append((rounded - clamped).square().sum())
@@ -88,7 +89,7 @@ def freeze(model: nn.Module, momentum: float, threshold: float) -> None:
     for layer in find_layers(model).values():
         quantiser, tracker = getattr(layer, WEIGHT_STEP), getattr(layer, TRACKER)
         tracker.note(quantiser.codes(layer.weight), momentum, threshold)
-        step = quantiser.step.view(-1, *[1] * (layer.weight.ndim - 1))
+        step = along_rows(quantiser.step, layer.weight)
         held = step * tracker.frozen_codes
         layer.weight.copy_(torch.where(tracker.frozen, held, layer.weight))
 

@@ -159,6 +159,52 @@ def conv_columns_oracle(
     ]
 
 
+def conv1d_columns_oracle(
+    x: Array,  # (samples, channels, length)
+    kernel: int,
+    stride: int = 1,
+    padding: int | str = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> list[Array]:  # groups times (channels/groups * kernel, L), rows in the order (channel, tap)
+    """What each weight of a 1d convolution is multiplied with, every value looked up by itself."""
+    samples, channels, length = x.shape
+    reach = dilation * (kernel - 1)
+    before, after = {"valid": (0, 0), "same": (reach // 2, reach - reach // 2)}.get(
+        padding, (padding, padding)
+    )
+
+    def value(sample: int, channel: int, place: int) -> float:
+        if padding_mode == "zeros" and not 0 <= place < length:
+            return 0.0
+        if padding_mode == "reflect":
+            place = abs(place)
+            place = min(place, 2 * (length - 1) - place)
+        elif padding_mode == "replicate":
+            place = max(0, min(place, length - 1))
+        elif padding_mode == "circular":
+            place %= length
+        return float(x[sample, channel, place])
+
+    outputs = (before + length + after - reach - 1) // stride + 1
+    size = channels // groups
+    return [
+        np.array(
+            [
+                [
+                    value(sample, channel, output * stride - before + tap * dilation)
+                    for channel in range(group * size, (group + 1) * size)
+                    for tap in range(kernel)
+                ]
+                for sample in range(samples)
+                for output in range(outputs)
+            ]
+        ).T
+        for group in range(groups)
+    ]
+
+
 def decouple_dead(
     w: Array,  # (d,) or (rows, d)
     H: Array,  # (d, d)

@@ -11,7 +11,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import (
@@ -203,16 +202,6 @@ def test_the_textbook_of_every_mode_notices_a_swap(mode: str) -> None:
     assert bench_modes.follow(mode, problem, grid, swapped) > bench_modes.NEAR_TIE
 
 
-def test_unfolded_columns_give_the_layers_output() -> None:
-    torch.manual_seed(0)
-    layer = nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), bias=False)
-    x = torch.randn(4, 3, 9, 8)
-    out = layer(x)
-    columns = bench_calibration.unfolded(layer, x)
-    wanted = F.linear(columns, layer.weight.flatten(1)).view(4, -1, 5).transpose(1, 2)
-    torch.testing.assert_close(wanted.reshape(out.shape), out)
-
-
 # -- options ---------------------------------------------------------------------------------------
 
 
@@ -227,7 +216,6 @@ def test_unfolded_columns_give_the_layers_output() -> None:
         (bench_loss, "--weights x.pth", "--weights and --datapath go with --dataset"),
         (bench_loss, "--plain-share 2", "--plain-share must be at most 1"),
         (bench_loss, "--model rn8 --levels 46", "--levels 46 is more than the grid's 45"),
-        (bench_calibration, "--model mobilenet_v2", "mobilenet_v2 has grouped convolutions"),
         (bench_calibration, "--images 0", "--images must be a whole number from 1"),
         (bench_trueobs, "--columns 4", "--burst 8 is more than --columns 4"),
         (bench_modes, "--device gpu", "--device must be auto, cpu, cuda"),

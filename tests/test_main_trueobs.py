@@ -518,12 +518,12 @@ def test_a_users_model_with_depthwise_grouped_and_token_layers(user_model, comma
 
 
 def test_what_is_in_no_layer_is_told(caplog):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv1d(8, 8, 3), nn.Embedding(4, 8))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose1d(8, 8, 3), nn.Embedding(4, 8))
     with caplog.at_level("INFO", "trueobs"):
         main_trueobs.report_other_weights(model)
         main_trueobs.report_other_weights(model[0])
     assert caplog.messages == [
-        "left dense, in no Conv2d or Linear: 1.weight and 1 more (49 % of all parameters)"
+        "left dense, in no Conv1d, Conv2d or Linear: 1.weight and 1 more (49 % of all parameters)"
     ]
 
 

@@ -28,7 +28,7 @@ def test_passes_hold_the_sums_of_layers_to_come():
     assert in_passes(layers, 50) == [["a", "b", "c"]]
     assert in_passes(layers, 49) == [["a", "b"], ["c"]]
     assert in_passes(layers, 39) == [["a"], ["b"], ["c"]]
-    with pytest.raises(UserError, match="too little for a; the least that does is --memory 0.0001"):
+    with pytest.raises(UserError, match="too little for a; it needs at least --memory 0.0001"):
         in_passes(layers, 29)
 
 
@@ -80,7 +80,7 @@ def test_too_little_memory_is_one_line(capsys):
     words = ["rn8", "digits", "nmprune", "--memory", "0.001", "--noaug", "--device", "cpu"]
     assert main_trueobs.main(words) == 2
     line = capsys.readouterr().err
-    assert line.startswith("error: 0.001 GB are too little for layer3.0.conv2; the least")
+    assert line.startswith("error: 0.001 GB is too little for layer3.0.conv2; it needs at least")
     assert line.count("\n") == 1
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obc.solver.hessian import output_size, padded
+from obc.solver.layers import view
 
 PIXELS = 16  # of the input map per pixel of a stride, at most: about those of the output map
 COLUMNS = 512  # C·kh·kw, at least: narrower convolutions lose more by copying than they gain
@@ -38,8 +38,8 @@ def is_small(module: nn.Module, x: object) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and module.groups == 1
-        and weight[0, 0].numel() > 1
-        and weight[0].numel() >= COLUMNS
+        and view(module).taps > 1
+        and view(module).columns >= COLUMNS
         and 0 < x.shape[2] * x.shape[3] <= PIXELS * sy * sx
     )
 
@@ -51,8 +51,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 def windows(conv: nn.Conv2d, x: Tensor) -> Tensor:  # (N, oh, ow, kh, kw, C), a view
     """What each output pixel sees."""
-    x = padded(conv, x)
-    height, width = output_size(conv, x)
+    geometry = view(conv)
+    x = geometry.image(x)
+    height, width = geometry.output_size(x)
     x = x.permute(0, 2, 3, 1)
     image, row, pixel, channel = x.stride()
     (dy, dx), (sy, sx) = conv.dilation, conv.stride
@@ -104,13 +105,13 @@ class SmallMaps(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w) -> (N, O, oh, ow)
         if not is_small(self.conv, x):
             return self.conv(x)
-        if x.shape[2] * x.shape[3] < self.conv.weight[0, 0].numel():
+        if x.shape[2] * x.shape[3] < view(self.conv).taps:
             return self.of_whole_maps(x)
         if self.columns is None:
             kernel = self.conv.weight.detach().permute(0, 2, 3, 1).flatten(1)
             self.columns = Packed(kernel.contiguous(), self.conv.bias)
         seen = windows(self.conv, x)
-        y = self.columns(seen.reshape(-1, self.conv.weight[0].numel()))
+        y = self.columns(seen.reshape(-1, view(self.conv).columns))
         return y.view(*seen.shape[:3], -1).permute(0, 3, 1, 2)
 
     def of_whole_maps(self, x: Tensor) -> Tensor:

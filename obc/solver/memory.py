@@ -1,6 +1,6 @@
 """How much memory compressing a layer takes, and what a budget leaves room for (--memory).
 
-For a layer of `rows` rows, d columns and G groups, beside the network itself, in bytes:
+For a layer of `rows` rows, d columns and G groups, in addition to the network itself, in bytes:
 
     always      G·d²·(8 + item)   H in float64 and its inverse; 8·G·d² more where columns are
                                   put in another order (N:M, blocks)
@@ -9,8 +9,8 @@ For a layer of `rows` rows, d columns and G groups, beside the network itself, i
     eliminating n·row + at most `tasks`·matrix     n rows at a time
     levels      n·row + at most `tasks`·matrix     with row a few times `levels`·d, matrix a few d²
 
-While images are shown, the sums of all layers of a pass are in memory, 8·G·d² each; as one layer of
-a pass is compressed, those of the layers to come are.
+While the images are shown, the sums of all layers of a pass are in memory, 8·G·d² each; while one
+of these layers is compressed, those of the layers to come are.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from obc.solver.allocator import give_back_freed_memory
 from obc.solver.elimination import bytes_per_system, bytes_per_task
 from obc.solver.errors import UserError
 from obc.solver.inverse import TOGETHER
+from obc.solver.layers import view
 
-MATRICES_OF_A_ROW = 1.5  # d×d, while a row's weights at many levels are made
-VECTORS_OF_A_LEVEL = 5  # of d, likewise
-OVERHEAD = 8 << 20  # buffers of libraries, and other small things
+MATRICES_OF_A_ROW = 1.5  # d×d, while a row's weights at many levels are computed
+VECTORS_OF_A_LEVEL = 5  # of length d, at the same time
+OVERHEAD = 8 << 20  # buffers of libraries and the like
 THREAD_OVERHEAD = 24 << 20  # the same for every further thread, and a d×d matrix (measured, MKL)
 
 
@@ -38,12 +39,12 @@ THREAD_OVERHEAD = 24 << 20  # the same for every further thread, and a d×d matr
 class Needs:
     """Memory for one layer, in bytes."""
 
-    sums: int  # of its inputs' products, from the first image on; a part of `layer`
-    layer: int  # whatever the step
-    inverting: int  # beside it, while H is inverted
-    row: int  # for every row in work at a time
-    matrix: int = 0  # for every row that a thread works on, on a CPU
-    tasks: int = 0  # how many may be
+    sums: int  # for Σ x xᵀ, from the first image on; included in `layer`
+    layer: int  # at every step
+    inverting: int  # more, while H is inverted
+    row: int  # more, for every row of a batch
+    matrix: int = 0  # more, for every row that a thread works on, on a CPU
+    tasks: int = 0  # rows that threads may work on at a time
 
     @property
     def least(self) -> int:
@@ -51,7 +52,7 @@ class Needs:
         return self.layer + max(self.inverting, self.row + self.matrix)
 
     def rows(self, memory: float) -> int:
-        """How many rows may be in work at a time; one, whatever the memory."""
+        """How many rows a batch may have: at least one, however little memory there is."""
         room = int(memory) - self.layer
         many = (room - self.tasks * self.matrix) // self.row
         return many if many >= self.tasks > 0 else max(1, room // (self.row + self.matrix))
@@ -60,21 +61,18 @@ class Needs:
 def layer_needs(
     layer: nn.Module,
     dtype: torch.dtype = torch.float32,  # that the layer is solved in
-    levels: int = 0,  # that are made of it
+    levels: int = 0,  # of sparsity, at which its weights are computed
     innermost: bool = False,  # whether its columns are put in another order
     apart: bool = False,  # whether rows have inverses of their own
 ) -> Needs:
     """What `TrueOBS` takes for a layer."""
-    weight = layer.weight.flatten(1)
-    (rows, d), device, item = weight.shape, weight.device, torch.finfo(dtype).bits // 8
-    sums = 8 * getattr(layer, "groups", 1) * d * d
-    always = sums + sums // 8 * item + sums * innermost + rows * d * (5 * item + 8)
-    always += OVERHEAD
+    shape, device, item = view(layer), layer.weight.device, torch.finfo(dtype).bits // 8
+    rows, d = shape.rows, shape.columns
+    sums = 8 * shape.groups * d * d
+    always = OVERHEAD + sums * (1 + innermost) + sums // 8 * item + rows * d * (5 * item + 8)
     if device.type == "cpu":
         always += (torch.get_num_threads() - 1) * (THREAD_OVERHEAD + 8 * d * d)
-    inverting = min(sums, 8 * max(d * d, TOGETHER))
-    row = bytes_per_system(d, item, device)
-    matrix, tasks = bytes_per_task(d, item, device)
+    row, (matrix, tasks) = bytes_per_system(d, item, device), bytes_per_task(d, item, device)
     if levels:
         row += item * VECTORS_OF_A_LEVEL * d * levels
         matrices = int(item * MATRICES_OF_A_ROW * d * d)
@@ -83,20 +81,19 @@ def layer_needs(
         matrix *= 2
     if apart:
         row += 32 * d * d
-    return Needs(sums, always, inverting, row, matrix, tasks)
+    return Needs(sums, always, min(sums, 8 * max(d * d, TOGETHER)), row, matrix, tasks)
 
 
 def in_passes(needs: Mapping[str, Needs], memory: int) -> list[list[str]]:
-    """Layers, in their order, in groups that go together; each group takes a pass over the images.
+    """Names of layers, in their order, in groups; each group takes a pass over the images.
 
-    Raises UserError where the memory is not enough for some layer alone.
+    Raises UserError where the memory is too small for one of the layers alone.
     """
-    name, dearest = max(needs.items(), key=lambda item: item[1].least)
-    if dearest.least > memory:
-        raise UserError(
-            f"{memory / 1e9:.3g} GB are too little for {name}; the least that does is --memory "
-            f"{(dearest.least // 100_000 + 1) / 1e4:g}"
-        )
+    name, largest = max(needs.items(), key=lambda item: item[1].least)
+    if largest.least > memory:
+        gigabytes = (largest.least // 100_000 + 1) / 1e4
+        too_little = f"{memory / 1e9:.3g} GB is too little for {name}"
+        raise UserError(f"{too_little}; it needs at least --memory {gigabytes:g}")
     passes: list[list[str]] = []
     for name in needs:
         if not passes or most_at_a_time(needs[name] for name in [*passes[-1], name]) > memory:
@@ -106,7 +103,7 @@ def in_passes(needs: Mapping[str, Needs], memory: int) -> list[list[str]]:
 
 
 def most_at_a_time(needs: Iterable[Needs]) -> int:
-    """What layers of one pass take, one row at a time, one layer after the other."""
+    """Peak memory of the layers of one pass, compressed one after the other, row by row."""
     needs = list(needs)
     waiting, most = sum(layer.sums for layer in needs), 0
     for layer in needs:
@@ -116,10 +113,10 @@ def most_at_a_time(needs: Iterable[Needs]) -> int:
 
 
 def default_memory(device: torch.device) -> int:
-    """Half of the memory that is free now, in bytes; of a CPU, what Linux says is available.
+    """Half of the memory that is free now, in bytes; on a CPU, of what Linux calls available.
 
-    Processes on one machine share its CPU's memory alike. Of a GPU, the power of two below: last
-    bits depend on it there, and should not on what else is on a GPU.
+    Processes on one machine share its memory equally. On a GPU it is rounded down to a power of
+    two: the last bits of results depend on it there, and should not depend on other programs.
     """
     if device.type != "cpu":
         return 1 << (torch.cuda.mem_get_info(device)[0] // 2).bit_length() - 1
@@ -127,14 +124,14 @@ def default_memory(device: torch.device) -> int:
     try:
         words = Path("/proc/meminfo").read_text().split()
         return int(words[words.index("MemAvailable:") + 1]) * 1024 // 2 // processes
-    except (OSError, ValueError):  # another system: a size that any machine has
+    except (OSError, ValueError):  # another system: what any machine has
         return (2 << 30) // processes
 
 
 def batches_of(rows: Tensor, count: int) -> Iterator[Tensor]:
     """Row numbers, `count` at a time; nothing if there are none.
 
-    What a batch has freed is handed back: in pieces too small for the next one it would only add.
+    Memory that a batch has freed goes back to the system: the next batch could not use its pieces.
     """
     for batch in rows.split(count) if len(rows) else ():
         yield batch

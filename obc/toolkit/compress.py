@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -40,6 +39,7 @@ from obc.inputs.batches import Batches
 from obc.solver.allocator import give_back_freed_memory
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import SingularHessian, UserError, log
+from obc.solver.layers import view
 from obc.toolkit.calibrate import calibrate, watching
 from obc.toolkit.leveldb import LevelFile, level_file
 from obc.toolkit.modes import Mode
@@ -244,7 +244,7 @@ class Compression:
         work = {
             name: operations(layer)
             for name, layer in self.layers.items()
-            if not self.mode.misfit(layer.weight[0].numel())
+            if not self.mode.misfit(view(layer).columns)
         }
         done = sum(work.get(name, 0) for name in self.reports)
         return tqdm(
@@ -281,11 +281,7 @@ def measured_errors(
     count = 0
 
     def see(name: str, x: Tensor) -> None:
-        change, layer = changes[name], layers[name]
-        if isinstance(layer, nn.Linear):
-            output = F.linear(x.to(change.dtype), change)
-        else:
-            output = layer._conv_forward(x.to(change.dtype), change, None)
+        output = view(layers[name]).call(x.to(changes[name].dtype), changes[name])
         sums[name] += output.double().square().sum()
 
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format

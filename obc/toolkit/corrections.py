@@ -32,8 +32,7 @@ call. Where σ or σ° is nothing (a constant channel), r = 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -44,6 +43,7 @@ from tqdm import tqdm
 from modelutils import evaluating, placed
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError, log
+from obc.solver.layers import Call, forward_hooks
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of 1, 2 and 3 dimensions
 MOMENTUM = 0.1
@@ -168,12 +168,9 @@ def norm_moments(model: nn.Module, images: Tensor, device: torch.device) -> dict
     """
     found: dict[str, Moments] = {}
 
-    def note(name: str) -> Callable:
-        def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name not in found:
-                found[name] = _moments(output, _channel_axis(norm, inputs[0]), norm.weight.ndim)
-
-        return hook
+    def note(name: str, norm: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if name not in found:
+            found[name] = _moments(output, _channel_axis(norm, args[0]), norm.weight.dim())
 
     norms = _affine_norms(model)
     if not norms:
@@ -181,7 +178,7 @@ def norm_moments(model: nn.Module, images: Tensor, device: torch.device) -> dict
             "statistics correction (--statcorr): this model has no batch norm or layer "
             "norm with weight and bias"
         )
-    _forward_with(model, {name: note(name) for name in norms}, images, device)
+    _forward_with(model, norms, note, images, device)
     return found
 
 
@@ -194,18 +191,17 @@ def correct_statistics(
     """Give every norm's output the moments `wanted`, through the norm's own weight and bias."""
     done: set[str] = set()
 
-    def correct(name: str) -> Callable:
-        def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if name in done or name not in wanted:
-                return None
-            done.add(name)
-            axis = _channel_axis(norm, inputs[0])
-            _fold(norm, _moments(output, axis, norm.weight.ndim), wanted[name])
-            return norm.forward(*inputs)  # what the corrected norm yields, to the last bit
+    def correct(
+        name: str, norm: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> Tensor | None:
+        if name in done or name not in wanted:
+            return None
+        done.add(name)
+        axis = _channel_axis(norm, args[0])
+        _fold(norm, _moments(output, axis, norm.weight.dim()), wanted[name])
+        return norm.forward(*args, **kwargs)  # what the corrected norm yields, to the last bit
 
-        return hook
-
-    _forward_with(model, {name: correct(name) for name in _affine_norms(model)}, images, device)
+    _forward_with(model, _affine_norms(model), correct, images, device)
 
 
 def statistics_correction(
@@ -234,14 +230,15 @@ def _affine_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _forward_with(
-    model: nn.Module, hooks: dict[str, Callable], images: Tensor, device: torch.device
+    model: nn.Module,
+    norms: dict[str, nn.Module],
+    see: Call,  # every call of a norm
+    images: Tensor,
+    device: torch.device,
 ) -> None:
-    """One forward pass in eval mode, with a forward hook on some modules."""
+    """One forward pass in eval mode."""
     model.to(device)
-    with ExitStack() as stack, evaluating(model):
-        for name, hook in hooks.items():
-            handle = model.get_submodule(name).register_forward_hook(hook)
-            stack.callback(handle.remove)
+    with evaluating(model), forward_hooks(norms, see):
         model(placed(images, device))
 
 

@@ -1,18 +1,18 @@
 """What a layer costs at each level: parameters, bits, FLOPs, BOPs or measured seconds.
 
 Targets are relative to the dense network at 32 bits, over the layers that can be compressed. With n
-weights, s the share of them that is left, F the layer's dense FLOPs and b the wider of its weights'
-and its activations' bits (32 where it is not quantised):
+weights, s the share of them that is not pruned, F the layer's dense FLOPs and b the bits of its
+weights or of its activations, whichever are more (32 if it is not quantised):
 
     params    n s             bits      n s · (bits of the weights)
     flops     F s             bops      F s · b      (dense 32; 8w8a 8; 4w4a 4; half of it with 2:4)
     timingsq  seconds, measured by the user, from a file (format below)
 
-A layer that was left dense has s = 1 at every level. Zeros that rounding to a grid has made do not
-count. In a `mixed` database s is 1/2 for a quantised layer that is 2:4 sparse along its input
+A layer that was left dense has s = 1 at every level. Zeros that come from rounding do not count. In
+a `mixed` database s is 1/2 for a quantised layer that is 2:4 sparse along its input
 channels, else 1; in `4block_8w8a` it is the share of blocks of 4 that are not all zero. FLOPs count
 two for a multiply-add: for a layer with O outputs an image, F = 2 · O · (weights of one output
-channel), which is right for any stride, dilation and number of groups.
+channel), for any stride, dilation and number of groups (`LayerView.flops`).
 
 Timings are a text file in the format of the scores: a layer's name on a line, then a line
 `<seconds> <level>` for each level of the database, and one with the level `dense`.
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from modelutils import evaluating, find_layers
 from obc.solver.errors import UserError
+from obc.solver.layers import forward_hooks, view
 from obc.solver.search import Costs
 from obc.toolkit.leveldb import FULL_BITS, Database, unit_cost
 from obc.toolkit.profiles import read_scores
@@ -42,19 +43,11 @@ def layer_flops(
     """FLOPs of every convolution and linear layer for one image, two for a multiply-add."""
     flops: dict[str, int] = {}
 
-    def hook(name: str):
-        def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            flops[name] = flops.get(name, 0) + 2 * output.numel() * layer.weight[0].numel()
+    def count(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        flops[name] = flops.get(name, 0) + view(layer).flops(args[0])
 
-        return count
-
-    handles = [m.register_forward_hook(hook(n)) for n, m in find_layers(model).items()]
-    try:
-        with evaluating(model):
-            model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluating(model), forward_hooks(find_layers(model), count):
+        model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
     return flops
 
 
@@ -63,11 +56,11 @@ def layer_costs(
     model: nn.Module,
     image_shape: tuple[int, ...],  # (3, s, s)
     constr: str,  # one of CONSTRAINTS
-    timings: str | Path | None = None,  # file of seconds, for timingsq
+    timings: str | Path | None = None,  # file of measured seconds, for timingsq
 ) -> Costs:
     """Costs of all layers of a database at all levels.
 
-    Raises UserError if timings are asked for and missing or incomplete.
+    Raises UserError if timings are needed, but missing or incomplete.
     """
     if constr == "timingsq":
         return timed_costs(db, timings)
@@ -78,7 +71,7 @@ def layer_costs(
         size = tensors[db.levels[0]]["weight"].numel()
         work = flops.get(name, 0) if constr in ("flops", "bops") else size
         dense[name] = float(work * (FULL_BITS if constr in ("bits", "bops") else 1))
-        levels[name] = {lv: work * unit_cost(of, db.kind, constr) for lv, of in tensors.items()}
+        levels[name] = {lv: work * unit_cost(x, db.kind, constr) for lv, x in tensors.items()}
     return Costs(dense, levels)
 
 

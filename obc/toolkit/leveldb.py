@@ -45,6 +45,7 @@ import quant
 from obc.inputs.checkpoints import check_finite, load_checkpoint
 from obc.inputs.files import save_checkpoint, sync_folder
 from obc.solver.errors import UserError, log
+from obc.solver.layers import compressible, innermost_order
 from obc.toolkit.fingerprints import bytes_hash, content_hash
 from obc.toolkit.modes import modes_serving
 from obc.toolkit.resume import file_of
@@ -228,7 +229,7 @@ class Database:
         self.layers = [
             key.removesuffix(suffix)
             for key, tensor in next(iter(states.values())).items()
-            if key.endswith(suffix) and tensor.ndim in (2, 4)
+            if key.endswith(suffix) and tensor.ndim > 1
         ]
         if not self.layers:
             raise UserError(f"no layers in the {kind} database of {model}")
@@ -307,9 +308,7 @@ class Database:
         """
         layers = dict(model.named_modules())
         self.layers = [
-            name
-            for name in self.layers
-            if isinstance(layers.get(name), (nn.Conv2d, nn.Linear, type(None)))
+            name for name in self.layers if name not in layers or compressible(layers[name])
         ]
         for name in self.layers:
             weight = self.states[self.levels[0]][f"{name}.weight"]
@@ -362,7 +361,7 @@ def share_left(
     quantised_in: str | None = None,  # the kind of the database, if the weight is quantised
 ) -> float:
     """The share of weights that was not pruned; see `costs.py`."""
-    columns = weight.unsqueeze(-1).flatten(2).transpose(1, 2).flatten(1)  # channels innermost
+    columns = weight.flatten(1)[:, innermost_order(weight.shape)]
     return (KINDS[quantised_in].quantised_share if quantised_in else nonzero_share)(columns)
 
 

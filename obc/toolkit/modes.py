@@ -155,9 +155,8 @@ class QuantMode(Mode):
         return activation_grids(dense, images, self.abits, self.asym, not self.aminmax)
 
     def solve(self, solver: TrueOBS) -> None:
-        weight = solver.layer.weight.detach().flatten(1)
         solver.quantizer = quant.fit_weight_grid(
-            weight, self.wbits, not self.wasym, not self.wminmax, not self.wperweight
+            solver.view.matrix, self.wbits, not self.wasym, not self.wminmax, not self.wperweight
         )
         solver.quantize()
         quant.set_weight_grid(solver.layer, solver.quantizer)
@@ -280,7 +279,7 @@ class StructMode(LevelMode):
     default_grid = (0.0, 0.9, 0.05)
 
     def solve(self, solver: TrueOBS) -> None:
-        solver.prepare_struct(size=solver.layer.weight[0, 0].numel())
+        solver.prepare_struct(size=solver.view.taps)
 
 
 MODES: dict[str, type[Mode]] = {

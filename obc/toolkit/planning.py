@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from obc.solver.distributed import ALONE, World, deal
+from obc.solver.layers import view
 from obc.solver.memory import Needs, default_memory, in_passes, layer_needs, most_at_a_time
 from obc.toolkit.modes import Mode
 
@@ -59,7 +60,7 @@ def make_plan(
 
 def operations(layer: nn.Module) -> float:
     """Multiply-adds of compressing a layer, roughly."""
-    rows, d = layer.weight.flatten(1).shape
+    rows, d = view(layer).rows, view(layer).columns
     return rows * d * d * (d + 500)
 
 
@@ -70,7 +71,7 @@ def is_long(layers: Mapping[str, nn.Module], images: int) -> bool:
 
 def why_dense(layer: nn.Module, mode: Mode, calls: int) -> str:
     """Why a layer is left dense; empty if it is not."""
-    if reason := mode.misfit(layer.weight[0].numel()):
+    if reason := mode.misfit(view(layer).columns):
         return reason
     return (
         "" if calls else "the model never calls it (attention may use its weights without a call)"
@@ -94,7 +95,7 @@ def plan_lines(
     ]
     if work:
         expensive = max(work, key=work.get)
-        rows, d = layers[expensive].weight.flatten(1).shape
+        rows, d = view(layers[expensive]).rows, view(layers[expensive]).columns
         text.append(
             f"the most expensive layer is {expensive}, {rows} rows of {d} columns, "
             f"{min(rows, plan.needs[expensive].rows(plan.memory))} rows at a time; "

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from modelutils import eval_mode, find_layers, placed
 from obc.solver.errors import UserError, log
+from obc.solver.layers import forward_hooks
 from obc.toolkit.resume import Unkept
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
 
@@ -123,13 +124,15 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _rounding_with_gradient(model: nn.Module) -> Iterator[None]:
     """Activation grids let gradients through; their results stay the same."""
 
-    def hook(grid: Grid, inputs: tuple[Tensor], rounded: Tensor) -> Tensor:
-        return _StraightThrough.apply(inputs[0], rounded.detach(), grid.scale)
+    def pass_gradient(name: str, grid: Grid, args: tuple, kwargs: dict, rounded: Tensor) -> Tensor:
+        return _StraightThrough.apply(args[0], rounded.detach(), grid.scale)
 
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] == ACTIVATION_GRID:
-                stack.callback(module.register_forward_hook(hook).remove)
+    grids = {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == ACTIVATION_GRID
+    }
+    with forward_hooks(grids, pass_gradient):
         yield
 
 
@@ -239,22 +242,21 @@ def global_adaprune(
 
     Moves both models to `device`. Raises UserError where the loss is not finite.
     """
-    layers = find_layers(model)
-    dense.to(device)
-
-    def keep(calls: list[Tensor]) -> Callable[[Tensor], None]:
-        return lambda output: calls.append(output.clone())  # the next module may work in place
+    layers, dense_layers = find_layers(model), find_layers(dense.to(device))
 
     def loss_of(forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
-        wanted: dict[str, list[Tensor]] = {name: [] for name in layers}
-        with _outputs_to(dense, {name: keep(calls) for name, calls in wanted.items()}):
-            _logits(dense, images)
+        outputs: dict[str, list[Tensor]] = {name: [] for name in layers}  # a layer's calls
         errors: list[Tensor] = []
 
-        def compare(calls: Iterator[Tensor]) -> Callable[[Tensor], None]:
-            return lambda output: errors.append(_relative_error(output, next(calls)))
+        def keep(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            outputs[name].append(output.clone())  # the next module may work in place
 
-        with _outputs_to(model, {name: compare(iter(calls)) for name, calls in wanted.items()}):
+        def compare(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            errors.append(_relative_error(output, outputs[name].pop(0)))
+
+        with forward_hooks(dense_layers, keep):
+            _logits(dense, images)
+        with forward_hooks(layers, compare):
             forward(images)
         return torch.stack(errors).mean()
 
@@ -343,17 +345,3 @@ def _logits(dense: nn.Module, images: Tensor) -> Tensor:
 def _relative_error(output: Tensor, wanted: Tensor) -> Tensor:
     tiny = torch.finfo(wanted.dtype).tiny
     return (output - wanted).square().sum() / wanted.square().sum().clamp(min=tiny)
-
-
-@contextmanager
-def _outputs_to(model: nn.Module, takers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Show the outputs of some modules to functions, as the modules are called."""
-
-    def hook(taker: Callable[[Tensor], None]) -> Callable:
-        return lambda module, inputs, output: taker(output)
-
-    with ExitStack() as stack:
-        for name, taker in takers.items():
-            handle = model.get_submodule(name).register_forward_hook(hook(taker))
-            stack.callback(handle.remove)
-        yield

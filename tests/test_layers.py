@@ -1,0 +1,376 @@
+"""layers.py: every kind of layer as a matrix; a network of 1-D convolutions through all commands.
+
+`conv1d_columns_oracle` and `hessian_oracle` are loops in float64 (tests/oracles.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import Array, conv1d_columns_oracle, hessian_oracle
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import database
+import main_trueobs
+import post_proc
+import spdy
+from modelutils import find_layers
+from obc.solver.layers import along_rows, compressible, forward_hooks, innermost_order, view
+from obc.toolkit.leveldb import share_left
+from quant import fit_weight_grid
+from trueobs import TrueOBS
+
+MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+LAYERS = {  # a layer, and the shape of its input
+    "linear": (nn.Linear(6, 4), (5, 6)),
+    "linear on tokens": (nn.Linear(6, 4), (2, 7, 6)),
+    "1-D": (nn.Conv1d(6, 4, 3, 2, 1), (2, 6, 9)),
+    "1-D, groups": (nn.Conv1d(6, 4, 4, 1, "same", 2, 2, padding_mode="reflect"), (2, 6, 9)),
+    "1-D, depthwise": (nn.Conv1d(6, 12, 3, 3, 4, 1, 6, padding_mode="circular"), (3, 6, 8)),
+    "2-D": (nn.Conv2d(6, 4, (3, 2), (2, 1), (1, 2), (1, 2)), (2, 6, 7, 8)),
+    "2-D, groups": (nn.Conv2d(6, 4, 3, 1, "same", 1, 2, padding_mode="circular"), (2, 6, 5, 6)),
+    "2-D, valid": (nn.Conv2d(3, 4, 3, (1, 2), "valid"), (2, 3, 5, 6)),
+}
+Case = tuple[nn.Module, Tensor]
+
+
+@pytest.fixture(params=LAYERS)
+def case(request: pytest.FixtureRequest) -> Case:
+    """A layer without bias, in float64, and an input."""
+    layer, shape = LAYERS[request.param]
+    layer = copy.deepcopy(layer).double().requires_grad_(False)
+    layer.bias = None
+    return layer, inputs(*shape)
+
+
+# ----------------------------------------------------------------------------- a layer as a matrix
+
+
+def test_patches_times_the_matrix_are_the_outputs(case: Case) -> None:
+    layer, x = case
+    seen = view(layer)
+    outputs = layer(x).movedim(seen.channel_axis, -1).flatten(0, -2)  # (positions, rows)
+    W = seen.matrix.view(seen.groups, -1, seen.columns)
+    products = torch.einsum("gpd,grd->pgr", seen.patches(x), W).flatten(1)
+    torch.testing.assert_close(products, outputs)
+    assert seen.positions(x) == len(outputs)
+
+
+def test_pieces_of_unfolded_rows_hold_what_patches_do(case: Case) -> None:
+    """Σ‖·‖² of the first row of taps, whatever the size of the pieces."""
+    layer, x = case
+    seen = view(layer)
+    whole = torch.cat(list(seen.unfolded(x, 1 << 30)), 2)
+    pieces = list(seen.unfolded(x, 1))
+    assert torch.equal(torch.cat(pieces, 2), whole)
+    assert len(pieces) == len(seen.image(x)) > 1
+    assert whole.shape[3] == seen.kernel[1] * seen.channels
+
+
+def test_a_call_with_another_weight(case: Case) -> None:
+    layer, x = case
+    weight = inputs(*layer.weight.shape, seed=1)
+    ours = view(layer).call(x, weight)
+    layer.register_forward_pre_hook(lambda module, args: args[0] * 0)  # not ours to run
+    torch.testing.assert_close(view(layer).call(x, weight), ours)
+    layer._forward_pre_hooks.clear()
+    layer.weight.copy_(weight)
+    torch.testing.assert_close(ours, layer(x))
+
+
+def test_flops_are_those_of_the_flop_counter(case: Case) -> None:
+    layer, x = case
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert view(layer).flops(x) == counter.get_total_flops() > 0
+
+
+def test_the_same_layer_of_another_size(case: Case) -> None:
+    layer, x = case
+    seen = view(layer)
+    other = seen.resized(rows=seen.rows, channels=seen.channels, groups=seen.groups).double()
+    assert type(other) is type(layer) and other.bias is None
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    small = view(seen.resized(rows=2, channels=1))
+    assert (small.rows, small.channels, small.groups) == (2, 1, 1)
+    assert (small.columns, small.kernel) == (seen.taps, seen.kernel)
+
+
+def test_innermost_columns_are_the_weight_with_its_channels_last(case: Case) -> None:
+    layer, _ = case
+    seen = view(layer)
+    wanted = layer.weight.movedim(1, -1).flatten(1)
+    assert torch.equal(seen.matrix[:, seen.innermost], wanted)
+    assert torch.equal(layer.weight.flatten(1)[:, innermost_order(layer.weight.shape)], wanted)
+    assert torch.equal(seen.shaped(seen.matrix), layer.weight)
+    assert seen.divides_by(seen.columns) and not seen.divides_by(seen.columns + 1)
+
+
+def test_a_number_a_row(case: Case) -> None:
+    layer, _ = case
+    factors = inputs(view(layer).rows)
+    scaled = along_rows(factors, layer.weight) * layer.weight
+    assert torch.equal(scaled.flatten(1), factors[:, None] * view(layer).matrix)
+    assert torch.equal(along_rows(factors[:, None], layer.weight) * layer.weight, scaled)
+
+
+def test_what_is_compressible() -> None:
+    class Scaled(nn.Conv1d):
+        pass
+
+    others = [nn.Embedding(3, 4), nn.ConvTranspose1d(3, 4, 2), nn.Conv3d(3, 4, 2), nn.ReLU()]
+    model = nn.Sequential(nn.Linear(2, 2), Scaled(3, 4, 2), *others, nn.Conv2d(3, 3, 1))
+    assert list(find_layers(model)) == ["0", "1", "6"]
+    assert not any(compressible(module) for module in others)
+    with pytest.raises(TypeError, match="a Embedding is not a layer that can be compressed"):
+        view(others[0])
+
+
+def test_hooks_see_calls_and_end_with_their_block() -> None:
+    model, calls = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), []
+    x = torch.randn(4, 3)
+
+    def see(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        calls.append((name, layer is model[int(name)], len(args), sorted(kwargs)))
+        return output + 1 if name == "1" else None
+
+    before = model(x)
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        forward_hooks({"0": model[0], "1": model[1]}, see),
+    ):
+        torch.testing.assert_close(model(x), before + 1)
+        model[1](input=torch.zeros(1, 3))
+        raise RuntimeError("stop")
+    assert calls == [("0", True, 1, []), ("1", True, 1, []), ("1", True, 0, ["input"])]
+    assert torch.equal(model(x), before) and len(calls) == 3
+
+
+# --------------------------------------------------------------------------------- the 1-D Hessian
+
+
+def assert_is_the_oracle(layer: nn.Conv1d, x: Tensor) -> None:
+    columns = conv1d_columns_oracle(
+        x.numpy(),
+        layer.kernel_size[0],
+        layer.stride[0],
+        layer.padding if isinstance(layer.padding, str) else layer.padding[0],
+        layer.dilation[0],
+        layer.groups,
+        layer.padding_mode,
+    )
+    oracle: Array = np.stack([hessian_oracle(each, len(x)) for each in columns])
+    obs = TrueOBS(layer)
+    for batch in x.split(2):
+        obs.add_batch(batch)
+    H = obs.H if layer.groups > 1 else obs.H[None]
+    np.testing.assert_allclose(H, oracle, rtol=0, atol=1e-9 * np.abs(oracle).max())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [(1, 1, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (4, 1, "same", 2), (5, 3, 4, 2), (2, 1, "valid", 3)],
+)
+def test_hessian_of_a_1d_convolution_is_the_oracle(
+    kernel: int, stride: int, padding: int | str, dilation: int, mode: str, groups: int
+) -> None:
+    layer = nn.Conv1d(4, 4, kernel, stride, padding, dilation, groups, padding_mode=mode)
+    assert_is_the_oracle(layer, inputs(3, 4, 9))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Conv1d, tuple[int, ...]]:
+    kernel, dilation, stride = (draw(st.integers(1, high)) for high in (5, 3, 4))
+    padding = draw(st.sampled_from(["same", "valid", 0, 1, 3]))
+    mode, groups = draw(st.sampled_from(MODES)), draw(st.integers(1, 3))
+    stride = 1 if padding == "same" else stride
+    length = max(7, dilation * (kernel - 1) + 1) + draw(st.integers(0, 4))
+    channels = groups * draw(st.integers(1, 2))
+    shape = (channels, groups, kernel, stride, padding, dilation, groups)
+    layer = nn.Conv1d(*shape, padding_mode=mode)
+    return layer, (draw(st.integers(1, 3)), channels, length)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(convolutions())
+def test_property_any_1d_convolution_is_the_oracle(
+    drawn: tuple[nn.Conv1d, tuple[int, ...]],
+) -> None:
+    layer, shape = drawn
+    assert_is_the_oracle(layer, inputs(*shape))
+
+
+# ------------------------------------------------------------------------------------ all its modes
+
+
+def solvers(groups: int) -> tuple[TrueOBS, TrueOBS]:
+    """Of a 1-D convolution, and of the 2-D one that does the same to an image of one row."""
+    torch.manual_seed(0)
+    options = {"stride": 2, "dilation": 2, "groups": groups, "bias": False}
+    flat = nn.Conv1d(8, 8, 3, padding=2, **options)
+    options |= {"stride": (1, 2), "dilation": (1, 2)}
+    image = nn.Conv2d(8, 8, (1, 3), padding=(0, 2), **options)
+    image.weight.data.copy_(flat.weight.data[:, :, None])
+    x, pair = torch.randn(40, 8, 11), (TrueOBS(flat), TrueOBS(image))
+    pair[0].add_batch(x)
+    pair[1].add_batch(x[:, :, None])
+    return pair
+
+
+def weights_of(obs: TrueOBS, mode: str) -> list[Tensor]:
+    grid = [0.0, 0.3, 0.7]
+    if mode == "quant":
+        obs.quantizer = fit_weight_grid(obs.view.matrix, 3)
+        obs.quantize()
+    elif mode == "nmprune":
+        obs.nmprune(2, 4)
+    elif mode == "unstr":
+        obs.prepare_unstr()
+        return obs.prune_unstr(grid)
+    elif mode == "blocked":
+        obs.prepare_blocked(4)
+        return obs.prune_blocked(grid)
+    else:
+        return obs.prune_struct(grid, size=obs.view.taps)
+    return [obs.layer.weight.detach()]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("mode", ["quant", "nmprune", "unstr", "blocked", "struct"])
+def test_every_mode_does_what_it_does_to_an_image_of_one_row(mode: str, groups: int) -> None:
+    flat, image = solvers(groups)
+    dense = flat.layer.weight.detach().clone()
+    ours, theirs = weights_of(flat, mode), weights_of(image, mode)
+    assert len(ours) == len(theirs) and ours[0].shape == dense.shape
+    assert all(torch.equal(a, b.squeeze(2)) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[-1], dense)
+    assert flat.squared_error(ours[-1], dense) == image.squared_error(theirs[-1], dense) > 0
+
+
+def test_share_of_weights_left_of_a_1d_convolution() -> None:
+    weight = torch.ones(2, 8, 3)
+    weight[:, ::2] = 0  # 2 of every 4 input channels, at every tap
+    assert share_left(weight, "mixed") == 0.5
+    weight[0, 0, 1] = 1  # one group with one zero: not 2:4
+    assert share_left(weight, "mixed") == 1.0
+    weight[1, 4:, 2] = 0  # one block of 4 input channels, of 12
+    assert share_left(weight, "4block_8w8a") == 11 / 12
+    assert share_left(torch.zeros(2, 6, 3), "mixed") == 1.0  # 18 columns: left dense
+
+
+# ------------------------------------------------------------------------------------- the commands
+
+NET = '''
+import torch
+from torch import nn
+
+class Signals(nn.Module):
+    """The rows of an image, one after the other, as one signal."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv1d(3, 8, 5, stride=2, padding=2)
+        self.norm = nn.BatchNorm1d(8)
+        self.second = nn.Conv1d(8, 16, 3, padding=2, dilation=2, groups=2, padding_mode="circular")
+        self.third = nn.Conv1d(16, 16, 3, padding="same", padding_mode="reflect", bias=False)
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, images):
+        x = torch.relu(self.norm(self.first(images.flatten(2))))
+        x = torch.relu(self.third(torch.relu(self.second(x))))
+        return self.last(x.mean(2))
+
+def signals():
+    torch.manual_seed(0)
+    return Signals()
+'''
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("network") / "net.py"
+    path.write_text(NET)
+    return f"{path}:signals"
+
+
+@pytest.fixture(scope="module")
+def compressed(network: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with databases of all kinds, and a record for each."""
+    folder = tmp_path_factory.mktemp("compressed")
+    grid = "--max-sparsity 0.5 --delta-sparse 0.3"
+    for words in (
+        f"quant --wbits 8 --abits 8 --save {folder}/models_quant/signals_8w8a.pth",
+        f"quant --wbits 4 --abits 4 --save {folder}/models_quant/signals_4w4a.pth",
+        f"nmprune --save {folder}/models_nm/signals_24.pth",
+        f"unstr {grid} --sparse-dir {folder}/models_unstr",
+        f"blocked {grid} --sparse-dir {folder}/models_4block",
+        f"struct {grid} --sparse-dir {folder}/models_struct",
+    ):
+        line = [network, "digits", *words.split(), "--check", "--noaug", "--nsamples", "128"]
+        assert main_trueobs.main(line) == 0, words
+    return folder
+
+
+LAYER_SHAPES = {"first": [8, 3, 5], "second": [16, 4, 3], "third": [16, 16, 3], "last": [10, 16]}
+
+
+def test_errors_of_all_modes_hold_when_measured(compressed: Path) -> None:
+    """--check: what the solver claims is what the layer's own operation loses."""
+    paths = sorted(compressed.rglob("*.json"))
+    assert len(paths) == 6
+    for path in paths:
+        layers = json.loads(path.read_text())["layers"]
+        assert {layer["name"]: layer["shape"] for layer in layers} == LAYER_SHAPES
+        left_dense = {layer["name"] for layer in layers if layer["dense"]}
+        whole = path.stem == "signals_24" or path.parent.name == "models_4block"
+        assert left_dense == ({"first"} if whole else set())  # 15 columns
+        for layer in layers:
+            if not layer["dense"]:
+                claimed, relative = layer["squared_error"], layer["relative_error"]
+                rounding = 1e-6 * claimed / relative  # of the sums that H is made of
+                assert layer["checked_error"] == pytest.approx(claimed, rel=1e-3, abs=rounding)
+
+
+def test_groups_run_along_the_channels(compressed: Path) -> None:
+    state = torch.load(compressed / "models_nm/signals_24.pth", weights_only=True)
+    for layer in ("second", "third", "last"):
+        weight = state[f"{layer}.weight"].movedim(1, -1)
+        assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    state = torch.load(compressed / "models_struct/signals_5000.pth", weights_only=True)
+    gone = (state["third.weight"] == 0).transpose(0, 1).flatten(1).all(1)
+    assert int(gone.sum()) == 8  # whole input channels
+
+
+@pytest.mark.parametrize("kind", ["unstr", "4block", "mixed"])
+def test_scores_a_profile_and_a_stitched_model(kind: str, network: str, compressed: Path) -> None:
+    scores = f"--prefix {compressed} --score_path {compressed / 'scores'}".split()
+    for errors in ("squared", "loss"):
+        assert database.main([network, "digits", kind, errors, *scores]) == 0
+    target = "1.5" if kind != "mixed" else "6"
+    words = [network, "digits", target, kind, "--dp", *scores]
+    assert spdy.main(words) == 0
+    (profile,) = compressed.glob(f"signals_{kind}_*_dp.txt")
+    path = compressed / f"{kind}.pth"
+    words = [network, "digits", str(profile), "--database", kind, "--prefix", str(compressed)]
+    for corrections in ("--bnt", "--statcorr", "--gap --gap-epochs 1"):
+        assert post_proc.main([*words, *corrections.split(), "--save", str(path)]) == 0
+        state = torch.load(path, weights_only=True)
+        assert list(state["third.weight"].shape) == LAYER_SHAPES["third"]
+        assert all(torch.isfinite(tensor).all() for tensor in state.values())
