@@ -31,7 +31,7 @@ from obc.solver.errors import UserError, log
 from obc.toolkit import cli, records, sensitivity
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores
-from obc.toolkit.resume import Notes, Unkept, open_state, state_folder
+from obc.toolkit.resume import Notes, RunState, open_state, state_folder
 from obc.toolkit.session import Session, images_hash
 
 # -- the command -----------------------------------------------------------------------------------
@@ -68,11 +68,11 @@ def write_errors(args: argparse.Namespace, db: Database, session: Session) -> No
             measure = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}
             batches = session.calibration().shard(world.rank, world.size)
             notes = Notes(state)
-            with notes.kept():
+            with notes:
                 scores = measure[args.action](session.model, db, batches, session.device, notes)
         seconds = time.perf_counter() - started
         records.write_run(
-            path.with_suffix(".json"), "database.py", args, fingerprint=marks, seconds=seconds
+            path.with_suffix(".json"), "database.py", vars(args), fingerprint=marks, seconds=seconds
         )
         write_scores(path, scores)
         state.finish()
@@ -85,7 +85,7 @@ def evaluate_levels(db: Database, session: Session) -> None:
         notes = Notes(state)
         if notes.known:
             log.info("resuming: %d of %d levels are done", len(notes.known), len(db.levels))
-        with notes.kept():
+        with notes:
             for level in db.levels:
                 if (accuracy := notes.get(level)) is None:
                     db.stitch(session.model, dict.fromkeys(db.layers, level))
@@ -96,7 +96,7 @@ def evaluate_levels(db: Database, session: Session) -> None:
     cli.print_result(f"top-1 {accuracy:.2f}")
 
 
-def open_evaluation(db: Database, session: Session) -> Unkept:
+def open_evaluation(db: Database, session: Session) -> RunState:
     """Where accuracies are kept while an evaluation is at work: beside the database."""
     args = session.args
     contents = {"database": db.hash, "test images": images_hash(session.data.test)}
@@ -110,7 +110,7 @@ def open_evaluation(db: Database, session: Session) -> Unkept:
             folder,
             error.strerror,
         )
-        return Unkept()
+        return RunState()
 
 
 def run(args: argparse.Namespace) -> None:

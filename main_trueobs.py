@@ -38,7 +38,7 @@ from obc.toolkit.compress import Compression, Database
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import level_names, model_tag, stray_levels, write_levels
 from obc.toolkit.planning import show_plan
-from obc.toolkit.resume import Cache, Unkept, open_state, state_folder
+from obc.toolkit.resume import RunState, SharedCache, open_state, state_folder
 from obc.toolkit.session import Session, load_compressed
 from obc.toolkit.task import Task
 
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
         grids = activation_grids(dense, images, args.abits, args.asym, not args.aminmax)
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
-    with open_state(folder, marks, args.restart, world) if folder else Unkept() as state:
+    with open_state(folder, marks, args.restart, world) if folder else RunState() as state:
         figures = compress(session, compressed, batches, state)
         if args.save:
             files.save_checkpoint(compressed.state_dict(), args.save)
@@ -232,7 +232,7 @@ def run(args: argparse.Namespace) -> None:
             records.write_run(
                 record,
                 "main_trueobs.py",
-                args,
+                vars(args),
                 fingerprint=marks,
                 seconds=seconds,
                 top1=accuracy,
@@ -251,21 +251,21 @@ def partial_folder(args: argparse.Namespace) -> Path | None:
     return state_folder(args.save) if args.save else None
 
 
-def open_cache(session: Session) -> Unkept:
+def open_cache(session: Session) -> RunState:
     """Where calibrated Hessians are kept: a folder for each calibration, below --cache."""
     args = session.args
     if not args.cache:
-        return Unkept()
+        return RunState()
     options = {name: str(getattr(args, name)) for name in CALIBRATION_OPTIONS}
     marks = session.fingerprint(None, options, threads=False)  # of dense with activation grids
-    return Cache(args.cache, marks)
+    return SharedCache(args.cache, marks)
 
 
 def compress(
     session: Session,
     compressed: nn.Module,  # in place
     batches: Batches,
-    state: Unkept,
+    state: RunState,
 ) -> dict[str, Any]:
     """All layers, in place or as levels into --sparse-dir; figures for the record."""
     args, world, database = session.args, session.world, None

@@ -46,7 +46,7 @@ from obc.toolkit.corrections import batchnorm_tune, statistics_correction
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile
-from obc.toolkit.resume import Unkept, open_state, state_folder
+from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.session import Session, load_compressed
 from obc.toolkit.training import finetune, global_adaprune, train_vectors
 from quant import put_layer
@@ -218,7 +218,7 @@ class StepReport:
 
 
 def corrections(
-    session: Session, model: nn.Module, state: Unkept
+    session: Session, model: nn.Module, state: RunState
 ) -> dict[str, Callable[[], list[float] | None]]:
     """All corrections by option, in the order of the module docstring; each changes `model`."""
     args, dense, device = session.args, session.model, session.device
@@ -255,7 +255,7 @@ def corrections(
     }
 
 
-def correct(session: Session, model: nn.Module, state: Unkept) -> list[StepReport]:
+def correct(session: Session, model: nn.Module, state: RunState) -> list[StepReport]:
     """Run the corrections that are asked for; a report of each, logged."""
     reports = []
     for name, correction in corrections(session, model, state).items():
@@ -286,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
     marks = session.fingerprint(build_parser(), contents)
     records.check_repeat(args.repeat, marks)
     folder = state_folder(args.save) if args.save else None
-    with open_state(folder, marks, args.restart, session.world) if folder else Unkept() as state:
+    with open_state(folder, marks, args.restart, session.world) if folder else RunState() as state:
         reports = correct(session, model, state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save)
@@ -295,7 +295,7 @@ def run(args: argparse.Namespace) -> None:
             records.write_run(
                 Path(args.save).with_suffix(".json"),
                 "post_proc.py",
-                args,
+                vars(args),
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 top1=accuracy,

@@ -43,7 +43,7 @@ from obc.toolkit.costs import CONSTRAINTS, layer_costs
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.records import check_repeat, repeated, write_run
-from obc.toolkit.resume import Unkept, open_state, state_folder
+from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.session import Session
 
 ERRORS = ("squared", "loss", "spdy")
@@ -189,7 +189,7 @@ def read_problem(args: argparse.Namespace, db: Database, session: Session) -> Pr
 
 
 def run_search(
-    args: argparse.Namespace, problem: Problem, evaluator: Evaluator, kept: Unkept
+    args: argparse.Namespace, problem: Problem, evaluator: Evaluator, kept: RunState
 ) -> State:
     """Start the search, or continue it."""
     entry = kept.load(SEARCH)
@@ -206,10 +206,10 @@ def run_search(
 
 def open_search(
     path: Path, marks: dict[str, str], restart: bool, evaluator: Evaluator | None
-) -> Unkept:
+) -> RunState:
     """Where a search is kept while it is at work; nowhere, if there is none."""
     if evaluator is None:
-        return Unkept()
+        return RunState()
     return open_state(state_folder(path), marks, restart, evaluator.world)
 
 
@@ -279,7 +279,9 @@ def write_record(
         {"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
         for (layer, level), cost, error, pick in rows
     ]
-    write_run(profile_file(args).with_suffix(".json"), "spdy.py", args, **figures, layers=layers)
+    write_run(
+        profile_file(args).with_suffix(".json"), "spdy.py", vars(args), **figures, layers=layers
+    )
 
 
 def run(args: argparse.Namespace) -> None:

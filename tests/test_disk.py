@@ -116,16 +116,16 @@ def test_a_folder_that_vanishes(name, tmp_path, capsys, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    save, saved = resume.State.save, []
+    save, saved = resume.RunState.save, []
 
     def then_gone(state, key, *rest):
-        saved.append(key)
+        saved.extend([key] if state.folder else [])
         if len(saved) == 3:
             shutil.rmtree(state.folder.absolute())
         return save(state, key, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume.State, "save", then_gone)
+        patch.setattr(resume.RunState, "save", then_gone)
         check_refused(run(name), capsys, "start it again")
     assert not visible(work)
     assert run(name) == 0 and visible(work)

@@ -21,7 +21,8 @@ import main_trueobs
 import post_proc
 import spdy
 from modelutils import SHIPPED_WEIGHTS, load_checkpoint
-from obc.toolkit import compress, records, training
+from obc.solver import hessian
+from obc.toolkit import compress, fingerprints, records, training
 from trueobs import TrueOBS
 
 QUICK = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
@@ -238,6 +239,67 @@ def test_asked_to_end_it_says_so(work, warm, tmp_path):
     assert lines[-1] == "error: terminated" and not any("Traceback" in x for x in lines)
 
 
+# -- another code -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Fingerprints are of a copy of our code; a function that adds lines to a file of the copy."""
+    code, copy = fingerprints.ROOT, tmp_path / "code"
+    for pattern in ("*.py", "obc/**/*.py"):
+        for path in code.glob(pattern):
+            (copy / path.relative_to(code)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy / path.relative_to(code))
+    monkeypatch.setattr(fingerprints, "ROOT", copy)
+
+    def edited(name: str, addition: str) -> None:
+        (copy / name).write_text((code / name).read_text() + addition)
+        fingerprints.parsed.cache_clear()  # as in another process
+
+    return edited
+
+
+def test_a_run_is_not_resumed_with_other_kernels(work, command, edit):
+    with interrupted(compress, "compress_layer", 3):
+        assert command(NM)[0] == 130
+    kernels = [f"obc/solver/{x.name}" for x in Path(hessian.__file__).parent.glob("*_cpu.py")]
+    for name in kernels:
+        edit(name, "# only words\n")
+        with interrupted(compress, "compress_layer", 0):
+            status, _, err = command(NM)
+        assert status == 130 and "resuming: 3 of 8 layers are done" in err
+        edit(name, "NEW = 1\n")
+        status, _, err = command(NM)
+        said = "error: .nm.pth.partial: holds an interrupted run that differs from this one"
+        assert status == 2 and err[0].startswith(f"{said} (code changed): ") and len(err) == 1
+        edit(name, "")
+    assert kernels
+
+
+def test_cached_hessians_count_unless_the_code_that_makes_them_changed(work, command, edit):
+    assert command(NM, "--cache", "cache")[0] == 0
+    reused = "calibrated before (--cache): 8 of 8 layers"
+    for name, addition in (
+        ("obc/solver/hessian.py", "# only words\n"),
+        ("obc/solver/elimination.py", "# only words\n"),
+        ("obc/solver/elimination.py", "NEW = 1\n"),
+    ):
+        edit(name, addition)
+        assert reused in command(NM, "--cache", "cache")[2]
+    edit("obc/solver/hessian.py", "NEW = 1\n")
+    assert reused not in command(NM, "--cache", "cache")[2]
+
+
+def test_a_run_is_not_resumed_under_other_switches(work, command, monkeypatch):
+    monkeypatch.setenv("MKL_CBWR", "AUTO")
+    with interrupted(compress, "compress_layer", 3):
+        assert command(NM)[0] == 130
+    for value, now in (("COMPATIBLE", "COMPATIBLE"), (None, "not set")):
+        monkeypatch.setenv("MKL_CBWR", value) if value else monkeypatch.delenv("MKL_CBWR")
+        status, _, err = command(NM)
+        assert status == 2 and f"(MKL_CBWR was AUTO, is now {now})" in err[0]
+
+
 # -- refused, damaged ------------------------------------------------------------------------------
 
 
@@ -249,12 +311,12 @@ def test_another_run_is_refused_and_told_the_difference(work, command):
     torch.save(other, "other.pth")
     before = contents(work)
     for more, said in [
-        (["--wbits", "3"], "begun with --wbits 4, this one with --wbits 3: repeat that command"),
-        (["--wasym"], "begun without --wasym, this one with --wasym"),
-        (["--seed", "1"], "begun with --seed 0, this one with --seed 1"),
-        (["--nsamples", "65"], "begun with --nsamples 64, this one with --nsamples 65"),
-        (["--weights", "other.pth"], "begun with other dense weights, this one with what is "),
-        (["--load", "other.pth"], "begun with other --load, this one with what is found now"),
+        (["--wbits", "3"], "(--wbits was 4, is now 3): repeat that command"),
+        (["--wasym"], "--wasym was off, is now on"),
+        (["--seed", "1"], "--seed was 0, is now 1"),
+        (["--nsamples", "65"], "--nsamples was 64, is now 65"),
+        (["--weights", "other.pth"], "dense weights changed"),
+        (["--load", "other.pth"], "--load changed"),
     ]:
         status, _, err = command(QUANT, *more)
         assert status == 2 and len(err) == 1 and err[0].startswith("error: .q.pth.partial: "), err
@@ -275,7 +337,7 @@ def test_a_damaged_layer_is_done_again(work, command):
     path.write_bytes(content)
     status, _, err = command(NM)
     assert status == 0 and "resuming: 2 of 8 layers are done" in err
-    warning = "warning: .nm.pth.partial/layer1.0.conv1.safetensors: damaged; it is done again"
+    warning = "warning: .nm.pth.partial/layer1.0.conv1.safetensors: damaged; it is computed again"
     assert warning in err
     assert contents(work) == expected
 
@@ -294,26 +356,25 @@ def test_a_damaged_file_of_levels_is_done_again(work, command):
     assert status == 0 and "resuming: 1 of 8 layers are done" in err
     for name in ("layer1.0.conv1", "conv1"):
         file = f"models_unstr/.rn8.partial/{name}.levels"
-        assert f"warning: {file}: damaged; it is done again" in err
+        assert f"warning: {file}: damaged; it is computed again" in err
     assert contents(work) == expected
 
 
 def test_a_full_disk_is_a_line_and_the_run_goes_on_from_there(work, command, monkeypatch):
     assert command(NM)[0] == 0
     expected = contents(work)
-    save, saved = compress.Unkept.save, []
+    from obc.toolkit import resume
+
+    save, saved = resume.RunState.save, []
 
     def full(state, key, *rest):
-        saved.append(key)
+        saved.extend([key] if state.folder else [])
         if len(saved) == 4:
             raise OSError(28, "No space left on device", str(state.path(key)))
         return save(state, key, *rest)
 
-    from obc.toolkit import resume
-
-    save = resume.State.save
     with monkeypatch.context() as patch:
-        patch.setattr(resume.State, "save", full)
+        patch.setattr(resume.RunState, "save", full)
         status, _, err = command(NM)
     assert status == 2 and err[-1].endswith(": No space left on device")
     status, _, err = command(NM)
@@ -469,16 +530,19 @@ def test_what_is_no_record_or_of_something_else_is_refused(work, capfd):
     refused(changed(arguments=arguments | {"wbits": [4]}), "wbits is [4]")
     refused(changed(arguments=arguments | {"turbo": 1}), "has no option turbo")
     refused(
-        changed(fingerprint=marks | {"calibration images": "0" * 32}),
-        "made with other calibration images",
+        changed(fingerprint=marks | {"calibration images": "0" * 32}), "calibration images changed"
     )
-    refused(json.dumps(record), "made with other dense weights", "--weights", "other.pth")
+    refused(json.dumps(record), "dense weights changed", "--weights", "other.pth")
     refused(
-        json.dumps(record), "made with --prunen 2, this would be with --prunen 1", "--prunen", "1"
+        json.dumps(record),
+        "this would not repeat the run (--prunen was 2, is now 1)",
+        "--prunen",
+        "1",
     )
     Path("old.json").write_text(changed(fingerprint=marks | {"torch": "1.0"}))
     assert main_trueobs.main(["--repeat", "old.json", "--save", "elsewhere.pth"]) == 0
-    assert "warning: old.json: the run was made with torch 1.0" in capfd.readouterr().err
+    warning = "warning: old.json: the last digits may differ from the run's (torch was 1.0"
+    assert warning in capfd.readouterr().err
     assert Path("elsewhere.pth").read_bytes() == Path("nm.pth").read_bytes()
 
 

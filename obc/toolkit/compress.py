@@ -32,7 +32,7 @@ from obc.solver.errors import SingularHessian, UserError, log
 from obc.toolkit.calibrate import calibrate
 from obc.toolkit.levelfile import LevelFile
 from obc.toolkit.planning import Plan, make_plan
-from obc.toolkit.resume import Entry, Unkept, file_of
+from obc.toolkit.resume import Entry, RunState, entry_file
 from obc.toolkit.task import Task
 from trueobs import TrueOBS
 
@@ -159,7 +159,7 @@ class Database:
 
     def file(self, name: str, weight: Tensor) -> LevelFile:
         """Of a layer, whose weight tells shape and precision."""
-        return LevelFile(file_of(self.folder, name, ".levels"), weight.shape, weight.dtype)
+        return LevelFile(entry_file(self.folder, name, ".levels"), weight.shape, weight.dtype)
 
 
 class Compression:
@@ -170,8 +170,8 @@ class Compression:
         dense: nn.Module,  # shown the images
         compressed: nn.Module,  # its layers are compressed, in place; maybe pruned already
         args: argparse.Namespace,
-        state: Unkept,  # of finished layers
-        cache: Unkept,  # of Σxxᵀ
+        state: RunState,  # of finished layers
+        cache: RunState,  # of Σxxᵀ
         database: Database | None = None,
         world: World = ALONE,
     ) -> None:
@@ -218,7 +218,7 @@ class Compression:
         file = self.database.file(name, self.layers[name].weight)
         same = self.world.share(self.world.first and file.hash() == entry.figures["levels"])
         if not same:
-            log.warning("%s: damaged; it is done again", file.path)
+            log.warning("%s: damaged; it is computed again", file.path)
         return same
 
     def _enter(self, entry: Entry) -> None:

@@ -69,8 +69,6 @@ def _strict_json(value: Any) -> Any:
         return [_strict_json(item) for item in value]
     if isinstance(value, (np.generic, np.ndarray, Tensor)):
         return _strict_json(value.tolist())
-    if isinstance(value, argparse.Namespace):
-        return _strict_json(vars(value))
     if isinstance(value, (Path, torch.device, torch.dtype)):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -143,11 +141,11 @@ def environment() -> dict[str, Any]:
 def write_run(
     path: str | os.PathLike[str],
     command: str,  # the script, as in "spdy.py"
-    args: argparse.Namespace,
+    arguments: Mapping[str, Any],
     **figures: Any,
 ) -> None:
     """Write the record of a run: command, arguments, environment and its own figures."""
-    common = {"command": command, "arguments": vars(args), "environment": environment()}
+    common = {"command": command, "arguments": arguments, "environment": environment()}
     write_record(path, common | figures)
 
 
@@ -235,12 +233,11 @@ def check_repeat(path: str | None, fingerprint: Mapping[str, str]) -> None:
         if path:
             log.warning("%s: has no fingerprint; weights and images may be others", path)
         return
-    parts = (
-        {k: v for k, v in marks.items() if k not in SURROUNDINGS} for marks in (old, fingerprint)
+    decisive = (
+        {k: v for k, v in entries.items() if k not in SURROUNDINGS}
+        for entries in (old, fingerprint)
     )
-    if parted := difference(*parts):
-        raise UserError(f"{path}: the run was made {parted[0]}, this would be {parted[1]}")
-    if parted := difference(old, fingerprint):
-        log.warning(
-            "%s: the run was made %s, this one is %s: last digits may differ", path, *parted
-        )
+    if change := difference(*decisive):
+        raise UserError(f"{path}: this would not repeat the run ({change})")
+    if change := difference(old, fingerprint):
+        log.warning("%s: the last digits may differ from the run's (%s)", path, change)

@@ -28,7 +28,7 @@ from obc.solver.errors import log
 from obc.solver.threads import in_pieces
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import Database
-from obc.toolkit.resume import Notes, Unkept
+from obc.toolkit.resume import Notes, RunState
 from quant import put_layer
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images, labels
@@ -81,7 +81,7 @@ def losses(
     The model is dense, and dense again afterwards. Batches are added in their order, whichever
     process they are with.
     """
-    notes = notes or Notes(Unkept())
+    notes = notes or Notes(RunState())
     world, found = notes.state.world, []
     with evaluating(model):
         run = runner(model)
@@ -165,7 +165,7 @@ def squared_errors(
     notes: Notes | None = None,  # of what an interrupted run has measured
 ) -> Scores:
     """‖y − ŷ‖² / ‖y‖² of every layer's output at every level, its inputs the dense model's."""
-    notes = notes or Notes(Unkept())
+    notes = notes or Notes(RunState())
     sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
     levels = {layer: [level for level in of if level] for layer, of in sets.items()}
     _say_what_is_known(notes, _count(batches), "batches")

@@ -36,12 +36,14 @@ from obc.solver.devices import resolve_device
 from obc.solver.distributed import ALONE, World, join
 from obc.solver.errors import UserError
 from obc.solver.memory import default_memory
-from obc.toolkit.fingerprints import bytes_hash, chosen_options, content_hash, surroundings
-
-CALIBRATING = (
-    "obc.toolkit.calibrate",
-    "datautils",
-)  # the code that Hessians depend on, with imports
+from obc.toolkit.fingerprints import (
+    bytes_hash,
+    chosen_options,
+    content_hash,
+    hessian_code,
+    result_code,
+    surroundings,
+)
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Session:
         threads: bool = True,  # whether it does on their number
     ) -> dict[str, str]:
         """Everything that the result is a function of, by name (resuming.py)."""
-        marks = {} if parser is None else chosen_options(parser, self.args)
-        modules = CALIBRATING if parser is None else (Path(parser.prog).stem,)
+        marks = {} if parser is None else chosen_options(parser, vars(self.args))
+        code = hessian_code() if parser is None else result_code(Path(parser.prog).stem)
         marks["--image-size"] = str(self.data.image_size)
         if ".py:" in self.args.model:
             code = Path(self.args.model.rpartition(":")[0]).read_bytes()
@@ -107,7 +109,7 @@ class Session:
         if parser is not None and self.device.type != "cpu":  # how many rows go in one product
             memory = self.args.memory or default_memory(self.device) / 1e9
             marks["--memory"] = f"{memory:g}"
-        return marks | contents | surroundings(self.device, *modules, threads=threads)
+        return marks | contents | surroundings(self.device, code, threads)
 
     def accuracy(self, model: nn.Module) -> float:
         """Top-1 in percent on the test images; each of several processes looks at its share."""
