@@ -8,7 +8,9 @@ import json
 import logging
 import math
 import os
+import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +281,78 @@ def test_check_writable_makes_nothing_and_atomic_write_makes_the_parent(tmp_path
         files.check_writable(tmp_path / "file" / "x.pth")
     with pytest.raises(errors.UserError, match="cannot be written"):
         files.check_writable(tmp_path / ("x" * 300))
+
+
+def killed(work) -> None:
+    """Do `work` in a process that is killed at the end of it, or before."""
+    child = os.fork()
+    if child == 0:
+        work()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("next_run", [files.check_writable, lambda path: write(path, b"new")])
+def test_what_a_killed_run_leaves_is_hidden_and_the_next_run_removes_it(
+    next_run, tmp_path, monkeypatch
+):
+    kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    path = tmp_path / "rn8_unstr_200x_dp.txt"
+    (tmp_path / ".other.0123456789ab.tmp").touch()  # of another program
+    for module, name, work in (
+        (files.fcntl, "flock", files.check_writable),  # killed while the probe is there
+        (files.os, "replace", lambda path: write(path, b"whole")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, kill)
+            killed(lambda work=work: work(path))
+        other, leftover = sorted(os.listdir(tmp_path), key=len)[::-1]
+        assert other == ".other.0123456789ab.tmp"
+        assert re.fullmatch(r"\.obc\.[0-9a-f]{12}\.tmp", leftover)
+        next_run(path)
+        assert set(os.listdir(tmp_path)) <= {path.name, other}
+        path.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes) -> None:
+    with files.atomic_write(path) as file:
+        file.write(content)
+
+
+def test_what_another_process_or_thread_is_writing_stays(tmp_path):
+    begun, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with files.atomic_write(tmp_path / "a") as file:
+            os.write(begun[1], b"!")
+            os.read(go_on[0], 1)
+            file.write(b"theirs")
+        os._exit(0)
+    os.read(begun[0], 1)
+    with files.atomic_write(tmp_path / "b") as file:
+        file.write(b"ours")
+        files.check_writable(tmp_path / "c")
+    os.write(go_on[1], b"!")
+    assert os.waitpid(child, 0)[1] == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"theirs",
+        "b": b"ours",
+    }
+
+
+def test_a_temporary_file_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    """Another run may look for leftovers between the two."""
+    flock, removed = files.fcntl.flock, []
+
+    def late(file, operation):
+        if not removed:
+            removed.append(file.name)
+            os.unlink(file.name)
+        flock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    write(tmp_path / "x", b"new")
+    assert removed and (tmp_path / "x").read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
 
 
 def test_check_writable_in_a_folder_without_permission(tmp_path):

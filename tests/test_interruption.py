@@ -92,7 +92,7 @@ def test_interrupted_or_killed(name, made, warm, tmp_path):
     assert command.wait() == 0
     duration, outputs = time.monotonic() - begin, files(folder)
     assert not any(outputs.values())
-    moments, ends = random.Random(name), []
+    moments, ends, leftovers = random.Random(name), [], set()
     for number in (signal.SIGINT, signal.SIGKILL) * MOMENTS:
         command = start()
         time.sleep(moments.uniform(0, duration))
@@ -105,16 +105,10 @@ def test_interrupted_or_killed(name, made, warm, tmp_path):
             check_said(stderr.read_text())
         if number == signal.SIGINT:
             for path in (path for path, hidden in files(folder).items() if hidden):
-                kept = any(parent.name.endswith(".partial") for parent in path.parents)
-                assert kept and path.suffix != ".tmp"  # what the next run goes on with
-        remove_leftovers(folder)
+                resumable = any(parent.name.endswith(".partial") for parent in path.parents)
+                assert path in leftovers or resumable and path.suffix != ".tmp"
+        leftovers = {path for path in files(folder) if path.suffix == ".tmp"}
     assert {130, -signal.SIGKILL} <= set(ends)  # not all came too late
     assert start().wait() == 0
     check_whole(folder)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """What a kill may leave behind, so that what an interruption leaves shows."""
-    for path in (path for path, hidden in files(folder).items() if hidden):
-        if path.suffix == ".tmp":
-            path.unlink()
+    assert not any(files(folder).values())
