@@ -85,9 +85,13 @@ def test_help_names_every_option_with_its_default(capsys):
     [
         (["--nsamples", "0"], "error: --nsamples must be a whole number from 1; got 0"),
         (["--batchsize", "1.5"], "error: --batchsize must be a whole number from 1; got 1.5"),
+        (["--memory", "inf"], "error: --memory must be a number above 0; got inf"),
         (["--workers", "-1"], "error: --workers must be a whole number from 0; got -1"),
-        (["--seed", "x"], "error: --seed must be a whole number from 0; got x"),
-        (["--seed", str(2**64)], f"error: --seed must be below 2^63; got {2**64}"),
+        (["--seed", "x"], "error: --seed must be a whole number from 0 to 2^63 - 1; got x"),
+        (
+            ["--seed", str(2**64)],
+            f"error: --seed must be a whole number from 0 to 2^63 - 1; got {2**64}",
+        ),
         (["--memory", "nan"], "error: --memory must be a number above 0; got nan"),
         (["--memory", "0"], "error: --memory must be a number above 0; got 0"),
         (
@@ -210,7 +214,7 @@ def test_a_reader_that_leaves_early_is_no_traceback():
         capture_output=True,
     )
     assert done.stdout == "0\n"
-    assert done.stderr == "error: standard output was closed before all was written\n"
+    assert done.stderr == "error: standard output was closed before everything was written\n"
 
 
 def test_logging_goes_to_stderr_once(capsys):

@@ -129,10 +129,13 @@ def warm_server(folder: Path) -> Iterator[Warm]:
 
 def run_script(words: list[str], folder: str, environment: dict[str, str]) -> int:
     """What `python WORDS…` does; the exit status."""
+    from obc.toolkit import starting
+
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    starting.install_handler()
     if module := words[0] == "-m":
         words = words[1:]
     sys.argv[:] = words
