@@ -444,7 +444,7 @@ def test_records_are_strict_json(tmp_path):
 
 
 def test_environment_can_be_recorded(tmp_path):
-    found = records.environment()
-    assert found["torch"] == torch.__version__ and found["cores"] >= 1 and found["processor"]
-    assert found["git"] is None or len(found["git"]["commit"]) == 40
-    records.write_record(tmp_path / "run.json", found)
+    machine = records.environment()
+    assert machine["torch"] == torch.__version__ and machine["cores"] >= 1 and machine["processor"]
+    assert machine["git"] is None or len(machine["git"]["commit"]) == 40
+    records.write_record(tmp_path / "run.json", machine)

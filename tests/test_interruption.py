@@ -1,4 +1,4 @@
-"""Interrupted or killed at any moment, no command leaves a half-written file, and it runs again."""
+"""A command that is interrupted or killed leaves no partial file, and can be run again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COMMANDS = {  # script and words behind MODEL DATASET
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """What the commands start from: a database, losses and a checkpoint."""
+    """The commands' inputs: a database, losses and a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("made"))
         start = ["rn8", "digits"]
@@ -48,7 +48,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def files(folder: Path) -> dict[Path, bool]:
-    """All files, and whether they or a folder that they are in are hidden."""
+    """All files, and whether they or one of their folders are hidden."""
     return {
         path: any(part.startswith(".") for part in path.relative_to(folder).parts)
         for path in folder.rglob("*")
@@ -71,7 +71,7 @@ def check_whole(folder: Path) -> None:
 
 
 def check_said(text: str) -> None:
-    """Interrupted: one line that says so, at the end."""
+    """The last line, and only that, says that the command was interrupted."""
     assert text.splitlines()[-1] == "error: interrupted"
     assert text.count("error:") == 1 and "Traceback" not in text
 

@@ -1,5 +1,6 @@
-"""Commands that were interrupted, killed, damaged, cached or repeated give the result they would
-have given at once, to the bit; or say in one line why they do not."""
+"""Interrupted, killed, damaged, cached and repeated runs give the results of undisturbed ones.
+
+To the bit; or they say in one line why they do not."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def words_of(line: str) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands start from: a database, losses and a checkpoint."""
+    """The commands' inputs: a database, losses and a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("made"))
         for line in (UNSTR, "main_trueobs nmprune --save start.pth", LOSS):
@@ -63,7 +64,7 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, list[str]]]:
-    """Run a line with further words: status, standard output, lines of standard error."""
+    """Run a line with more words: status, standard output, lines of standard error."""
 
     def run(line: str, *more: object) -> tuple[int, str, list[str]]:
         script, words = words_of(line)
@@ -79,20 +80,20 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files that are not records, by name; hidden ones by their bare existence."""
-    found = {}
+    """The contents of all files but records, by name; of hidden ones, only that they exist."""
+    files = {}
     for path in (path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         if ".partial" in name or ".tmp" in name:
-            found[name] = b"hidden"
+            files[name] = b"hidden"
         elif path.suffix != ".json":
-            found[name] = path.read_bytes()
-    return found
+            files[name] = path.read_bytes()
+    return files
 
 
 @contextmanager
 def interrupted(module: object, name: str, after: int) -> Iterator[list[str]]:
-    """Inside, a function of a module is interrupted when it is called once more than `after`."""
+    """Inside, a function of a module is interrupted in its call number `after` + 1."""
     function, calls = getattr(module, name), []
 
     def counted(*args, **kwargs):
@@ -111,7 +112,7 @@ def interrupted(module: object, name: str, after: int) -> Iterator[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [NM, QUANT, UNSTR, LOSS, GAP])
-def test_killed_again_and_again_it_ends_the_same(line, work, warm, tmp_path):
+def test_a_run_that_is_killed_repeatedly_ends_the_same(line, work, warm, tmp_path):
     script, words = words_of(line)
     stderr, before = tmp_path / "stderr", contents(work)
 
@@ -133,15 +134,14 @@ def test_killed_again_and_again_it_ends_the_same(line, work, warm, tmp_path):
         ends.append(process.wait())
     assert start().wait() == 0, stderr.read_text()
     assert -signal.SIGKILL in ends
-    left = {name: found for name, found in contents(work).items() if not name.endswith(".tmp")}
-    assert left == expected
+    assert contents(work) == expected
 
 
 # -- interrupted -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("line", [NM, QUANT, UNSTR, STRUCT])
-def test_only_the_layers_still_to_do_are_done(line, work, command, monkeypatch):
+def test_only_the_unfinished_layers_are_compressed(line, work, command, monkeypatch):
     assert command(line)[0] == 0
     expected = contents(work)
     output = Path(line.split()[-1])
@@ -239,7 +239,7 @@ def test_asked_to_end_it_says_so(work, warm, tmp_path):
     assert lines[-1] == "error: terminated" and not any("Traceback" in x for x in lines)
 
 
-# -- another code -------------------------------------------------------------------------------
+# -- changed code -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -389,8 +389,8 @@ def test_a_cache_of_hessians_saves_the_calibration_and_changes_nothing(work, com
     assert command(NM)[0] == 0
     expected = (work / "nm.pth").read_bytes()
     assert command("main_trueobs quant --wbits 3 --save q.pth", "--cache", "cache")[0] == 0
-    kept = list((work / "cache").rglob("*.safetensors"))
-    assert len(kept) == LAYERS
+    saved = list((work / "cache").rglob("*.safetensors"))
+    assert len(saved) == LAYERS
     calibrated = []
     calibrate = compress.calibrate
     monkeypatch.setattr(
@@ -405,7 +405,7 @@ def test_a_cache_of_hessians_saves_the_calibration_and_changes_nothing(work, com
     assert status == 0 and "calibrated before (--cache): 8 of 8 layers" in err
     assert not calibrated and (work / "nm.pth").read_bytes() == expected
 
-    damaged = next(path for path in kept if path.stem == "layer2.0.conv1")
+    damaged = next(path for path in saved if path.stem == "layer2.0.conv1")
     content = bytearray(damaged.read_bytes())
     content[-9] ^= 1
     damaged.write_bytes(content)
@@ -424,8 +424,8 @@ CHECKED = re.compile(r"(warning: )?(\S+) checked (\S+) \(claimed (\S+)\), fresh 
 
 
 def checked(err: list[str]) -> dict[str, tuple[bool, float, float, float]]:
-    found = filter(None, map(CHECKED.match, err))
-    return {m[2]: (bool(m[1]), *(float(m[i]) for i in (3, 4, 5))) for m in found}
+    matches = filter(None, map(CHECKED.match, err))
+    return {m[2]: (bool(m[1]), *(float(m[i]) for i in (3, 4, 5))) for m in matches}
 
 
 @pytest.mark.parametrize("line", [QUANT, UNSTR])
@@ -479,7 +479,7 @@ def test_a_record_repeats_its_run(line, record, work, capfd):
     script, words = words_of(line)
     assert SCRIPTS[script].main(words) == 0
     expected, before = contents(work), json.loads(Path(record).read_text())
-    shutil.copy(record, "kept.json")
+    shutil.copy(record, "copy.json")
     made = {
         QUANT: ["q.pth"],
         UNSTR: [str(x) for x in Path("models_unstr").glob("*.pth")],
@@ -489,7 +489,7 @@ def test_a_record_repeats_its_run(line, record, work, capfd):
         Path(name).unlink()
     if line == UNSTR:
         Path(record).unlink()
-    assert SCRIPTS[script].main(["--repeat", "kept.json"]) == 0, capfd.readouterr().err
+    assert SCRIPTS[script].main(["--repeat", "copy.json"]) == 0, capfd.readouterr().err
     assert contents(work) == expected
     again = json.loads(Path(record).read_text())
     assert records.flaw(again) is None and again["fingerprint"] == before["fingerprint"]
@@ -526,7 +526,7 @@ def test_what_is_no_record_or_of_something_else_is_refused(work, capfd):
     refused("{}", "not the record of a run (no command)")
     refused(changed(layers=[3]), "layers holds something without a name")
     refused(changed(arguments=3), "arguments is not of the right type")
-    refused(changed(command="spdy.py"), "the record of spdy.py")
+    refused(changed(command="spdy.py"), "a record of spdy.py")
     refused(changed(arguments=arguments | {"wbits": [4]}), "wbits is [4]")
     refused(changed(arguments=arguments | {"turbo": 1}), "has no option turbo")
     refused(
@@ -569,16 +569,16 @@ def threads() -> Iterator[None]:
 )
 def test_any_number_of_threads(line, work, command, threads):
     """Results are the same to the bit, and so are the squared errors of layers."""
-    found = []
+    results = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
         status, _, err = command(f"main_trueobs {line}", "--nsamples", 96)
         assert status == 0 and torch.get_num_threads() == number and "resuming" not in " ".join(err)
         files = {path.name: path.read_bytes() for path in Path("x").glob("*.pth")}
         layers = json.loads(next(Path("x").glob("*.json")).read_text())["layers"]
-        found.append((files, [layer | {"seconds": 0} for layer in layers]))
+        results.append((files, [layer | {"seconds": 0} for layer in layers]))
         shutil.rmtree("x")
-    assert found[0][0] and found[0] == found[1] == found[2]
+    assert results[0][0] and results[0] == results[1] == results[2]
 
 
 def test_another_number_of_threads_resumes(work, command, threads):

@@ -1,4 +1,4 @@
-"""States: what is kept is what was saved, or is done again; what does not belong is refused."""
+"""States return exactly what was saved, or nothing; those of another run are refused."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # -- fingerprints ----------------------------------------------------------------------------------
 
 
-def test_a_hash_tells_contents_apart_and_nothing_else():
+def test_a_hash_depends_on_the_contents_and_nothing_else():
     original = content_hash(tensors())
     assert content_hash(dict(reversed(tensors().items()))) == original
     transposed = tensors() | {"weight": tensors()["weight"].T.contiguous().T}
-    assert content_hash(transposed) == original  # how it lies in memory does not matter
+    assert content_hash(transposed) == original  # the layout in memory does not matter
     others = [{"name": tensors()["weight"]}]
     for key, tensor in tensors().items():
         others += [{key: tensor.unsqueeze(0)}, {key: tensor.double().long()}]
@@ -91,14 +91,14 @@ def test_the_code_of_a_result_is_what_its_command_imports_and_the_whole_solver(t
         before = tree()
 
 
-def test_words_and_formatting_are_no_code(tree):
+def test_comments_docstrings_and_formatting_do_not_count(tree):
     code = '"""Module."""\nclass A:\n    """Class."""\n    def f(x):\n        """Function."""\n'
     before = tree(one=code + '        return (x, "value")\n')
     assert tree(one="class A:\n  def f( x ):  # says it\n\n    return x, 'value'") == before
     assert tree(one=code + '        return (x, "other")\n') != before
 
 
-def test_where_a_result_is_computed_is_in_its_fingerprint(monkeypatch):
+def test_a_fingerprint_names_the_surroundings(monkeypatch):
     for name in fingerprints.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
@@ -110,7 +110,7 @@ def test_where_a_result_is_computed_is_in_its_fingerprint(monkeypatch):
 
 
 def test_memory_is_in_the_fingerprint_of_a_gpu_only(monkeypatch):
-    """There it decides how many rows are in one product, and with it last bits."""
+    """It decides how many rows are in one product there, and so the last bits."""
     parser = main_trueobs.build_parser()
 
     def memory(device: str, *more: str) -> str | None:
@@ -122,7 +122,7 @@ def test_memory_is_in_the_fingerprint_of_a_gpu_only(monkeypatch):
     assert memory("cpu", "--memory", "2") is None
     assert memory("cuda", "--memory", "2") == "2"
     said = set()
-    for free in (80e9, 70e9):  # what else is on it does not count
+    for free in (80e9, 70e9):  # what other programs use does not count
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 0))
         said.add(memory("cuda"))
     assert said == {"34.3597"} and memory("cuda", "--memory", "34.3597") in said
@@ -138,7 +138,7 @@ def test_memory_is_in_the_fingerprint_of_a_gpu_only(monkeypatch):
         ({}, None),
     ],
 )
-def test_the_first_difference_is_said_in_words(change, said, tmp_path):
+def test_the_first_difference_is_reported_in_words(change, said, tmp_path):
     assert difference(MARKS, MARKS | change) == said
     with open_state(tmp_path / "state", MARKS) as state:
         state.save("conv1", {}, {})
@@ -169,7 +169,7 @@ def test_what_is_saved_comes_back(key, tmp_path):
     assert not state.folder.exists()
 
 
-def test_of_a_run_that_finished_nothing_nothing_is_left(tmp_path):
+def test_a_run_that_finished_nothing_leaves_nothing(tmp_path):
     with open_state(tmp_path / "state", MARKS):
         pass
     assert not list(tmp_path.iterdir())
@@ -193,7 +193,7 @@ def test_restart_and_a_state_without_a_fingerprint_begin_anew(tmp_path):
 
 
 def test_no_damaged_byte_passes(tmp_path, caplog):
-    """Whichever byte of an entry is another one, it is as it was, or it is done again."""
+    """Whichever byte of an entry is changed, it is loaded as it was saved or not at all."""
     figures = {"squared_error": 2.74, "name": "conv1"}
     with open_state(tmp_path, MARKS) as state:
         state.save("conv1", tensors(), figures)
@@ -244,7 +244,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
     open_state(tmp_path, MARKS).__exit__()
 
 
-def test_a_folder_that_vanishes_is_said(tmp_path):
+def test_a_folder_that_vanishes_is_reported(tmp_path):
     state = open_state(tmp_path / "state", MARKS)
     state.finish()
     with pytest.raises(UserError, match="was removed during the run"):
@@ -297,7 +297,7 @@ def test_an_interrupt_loses_no_note(tmp_path):
         assert Notes(state).known == {"quick": 1}
 
 
-def test_where_nothing_is_kept_nothing_comes_back():
+def test_without_a_folder_nothing_is_saved():
     with RunState() as state:
         state.save("conv1", tensors(), {})
         assert state.load("conv1") is None and Notes(state).known == {}

@@ -1,4 +1,4 @@
-"""Interrupted while Python still imports PyTorch, every command ends with one line."""
+"""A command that is interrupted ends with one line, even while Python imports PyTorch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 
 def importing(words: list[str], **options) -> subprocess.Popen:
-    """A command that has begun to import PyTorch."""
+    """A command that has started to import PyTorch."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, **pipes, **options)
     maps = Path(f"/proc/{process.pid}/maps")

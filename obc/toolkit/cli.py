@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         wait_for_the_first()
         message = re.sub(r"^argument ([^:]+): must", r"\1 must", message)
-        self.exit(2, _error_line(message.removeprefix("argument ")))
+        self.exit(2, f"error: {one_line(message.removeprefix('argument '))}\n")
 
 
 def number(
@@ -166,15 +166,6 @@ def add_resume_options(parser: argparse.ArgumentParser) -> None:
 # -------------------------------------------------------------------- errors, logging, results
 
 
-def _error_line(message: object) -> str:
-    return f"error: {one_line(str(message))}\n"
-
-
-def _os_error_text(error: OSError) -> str:
-    reason = error.strerror or str(error) or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename else reason
-
-
 def wait_for_the_first() -> None:
     """In every process but the first, wait before an error: torchrun ends them meanwhile."""
     if rank():
@@ -220,7 +211,8 @@ def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain again at exit
         message = "standard output was closed before everything was written"
     except OSError as error:  # disk full, no permission, …
-        message = _os_error_text(error)
+        message = error.strerror or str(error) or type(error).__name__
+        message = f"{error.filename}: {message}" if error.filename else message
     except (MemoryError, RuntimeError) as error:  # the latter for a failed malloc in PyTorch
         if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
@@ -230,7 +222,7 @@ def guarded(body: Callable[[argparse.Namespace], None], args: argparse.Namespace
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     wait_for_the_first()
-    tqdm.write(_error_line(message), file=sys.stderr, end="")
+    tqdm.write(f"error: {one_line(message)}", file=sys.stderr)
     return status
 
 
@@ -248,28 +240,21 @@ class _NoTerminal(io.TextIOWrapper):
         return False
 
 
-class _TqdmHandler(logging.Handler):
+class _LogLines(logging.Handler):
     """Log lines on standard error, above a progress bar rather than through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            line = self.format(record)
+            if record.levelno > logging.INFO:
+                line = f"{record.levelname.lower()}: {printable(line)}"
+            tqdm.write(line, file=sys.stderr)
         except Exception:
             self.handleError(record)
-
-
-class _Lines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
-        if record.levelno <= logging.INFO:
-            return line
-        return f"{record.levelname.lower()}: {printable(line)}"
 
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Send the log to standard error; calling it again only changes the level."""
     log.setLevel(level)
-    if not any(isinstance(handler, _TqdmHandler) for handler in log.handlers):
-        handler = _TqdmHandler()
-        handler.setFormatter(_Lines("%(message)s"))
-        log.addHandler(handler)
+    if not any(isinstance(handler, _LogLines) for handler in log.handlers):
+        log.addHandler(_LogLines())

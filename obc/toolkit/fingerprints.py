@@ -126,15 +126,23 @@ def surroundings(device: torch.device, code: str, threads: bool = True) -> dict[
 
     threads: whether the last digits of the result depend on the number of threads.
     """
-    entries = {"python": platform.python_version()}
-    for package in VERSIONS:
+    return {
+        "python": platform.python_version(),
+        **installed_versions(VERSIONS),
+        "device": device.type,
+        **({"threads": str(torch.get_num_threads())} if threads else {}),
+        **{name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
+        "code": code,
+    }
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            entries[package] = metadata.version(package)
-    entries["device"] = device.type
-    if threads:
-        entries["threads"] = str(torch.get_num_threads())
-    entries |= {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    return entries | {"code": code}
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def chosen_options(parser: argparse.ArgumentParser, arguments: Mapping[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ When several processes share a run (`distributed.py`), the first one writes and 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -35,11 +36,6 @@ from obc.inputs.files import atomic_write, sync_folder
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError, log
 from obc.toolkit.fingerprints import content_hash, difference, text_hash
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two runs on one output are not noticed
-    fcntl = None
 
 SECONDS_BETWEEN_NOTES = 1.0
 FINGERPRINT, LOCK = "fingerprint.json", "lock"
@@ -185,8 +181,7 @@ def lock_folder(folder: Path) -> int:
     """
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:  # not flock: processes that decode images would inherit it, and outlive a kill
-        if fcntl is not None:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         os.close(lock)
         raise UserError(f"{folder}: in use by another run; wait until it has ended") from None
@@ -199,9 +194,8 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, str]) -> None:
     """Raise a UserError unless the file holds this fingerprint."""
     try:
         recorded, recorded_hash = json.loads(path.read_bytes())
-        if recorded_hash != text_hash(recorded):
-            raise ValueError
-        if not all(isinstance(value, str) for value in recorded.values()):
+        texts = all(isinstance(value, str) for value in recorded.values())
+        if recorded_hash != text_hash(recorded) or not texts:
             raise ValueError
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: damaged; pass --restart to start over") from None

@@ -102,8 +102,8 @@ class Session:
         code = hessian_code() if parser is None else result_code(Path(parser.prog).stem)
         marks["--image-size"] = str(self.data.image_size)
         if ".py:" in self.args.model:
-            code = Path(self.args.model.rpartition(":")[0]).read_bytes()
-            marks["code of the model"] = bytes_hash([code])
+            file = Path(self.args.model.rpartition(":")[0])
+            marks["code of the model"] = bytes_hash([file.read_bytes()])
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks["calibration images"] = images_hash(self.data.calibration)
         if parser is not None and self.device.type != "cpu":  # how many rows go in one product
