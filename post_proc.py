@@ -46,7 +46,7 @@ from obc.toolkit.corrections import batchnorm_tune, statistics_correction
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile
-from obc.toolkit.resume import Unkept, open_state, state_folder
+from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options, load_compressed
 from obc.toolkit.training import finetune, global_adaprune, train_vectors
 from quant import put_layer
@@ -218,7 +218,7 @@ class StepReport:
 
 
 def corrections(
-    args: argparse.Namespace, session: Session, model: nn.Module, state: Unkept
+    args: argparse.Namespace, session: Session, model: nn.Module, state: RunState
 ) -> dict[str, Callable[[], list[float] | None]]:
     """All corrections by option, in the order of the module docstring; each changes `model`."""
     dense, device = session.model, session.device
@@ -258,7 +258,7 @@ def corrections(
 
 
 def correct(
-    args: argparse.Namespace, session: Session, model: nn.Module, state: Unkept
+    args: argparse.Namespace, session: Session, model: nn.Module, state: RunState
 ) -> list[StepReport]:
     """Run the corrections that are asked for; a report of each, logged."""
     reports = []
@@ -291,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
     marks = session.fingerprint(invocation, contents)
     records.check_repeat(args.repeat, marks)
     folder = state_folder(args.save) if args.save else None
-    with open_state(folder, marks, args.restart, session.world) if folder else Unkept() as state:
+    with open_state(folder, marks, args.restart, session.world) if folder else RunState() as state:
         reports = correct(args, session, model, state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save)

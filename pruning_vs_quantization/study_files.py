@@ -44,7 +44,7 @@ def add_study_options(
         default=PLOTS_DATA / part,
         help="folder for results and pictures, made if it is missing",
     )
-    add("--seed", metavar="N", type=cli._seed, default=0, help="seed of every random choice")
+    add("--seed", metavar="N", type=cli.seed, default=0, help="seed of every random choice")
     if device:
         add("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="where to compute")
     add("--restart", action="store_true", help="do again, and replace, what has been done before")

@@ -1,4 +1,4 @@
-"""Scripts of ours, wherever they lie, as modules; shared by tests."""
+"""Our scripts as modules, wherever they are; shared by tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_script(script: str) -> ModuleType:
-    """The module of a script, wherever it lies."""
+    """The module of a script, wherever it is."""
     if "/" not in script:
         return importlib.import_module(Path(script).stem)
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
@@ -24,7 +24,7 @@ def load_script(script: str) -> ModuleType:
 
 
 def check_parses(script: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A script of ours takes these words."""
+    """Fail unless the script accepts these words."""
     module = load_script("post_proc.py" if script == "postproc.py" else script)
     try:
         module.build_parser().parse_args(words)

@@ -30,7 +30,7 @@ from obc.solver.layers import forward_hooks
 from obc.solver.threads import in_pieces
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import Database
-from obc.toolkit.resume import Notes, Unkept
+from obc.toolkit.resume import Notes, RunState
 from quant import put_layer
 
 Scores = dict[str, dict[str, float]]  # layer → level → value
@@ -66,7 +66,7 @@ class Measurement:
     """A measurement of all distinct levels of a database, batch by batch, noted as it goes on."""
 
     def __init__(self, model: nn.Module, db: Database, notes: Notes | None) -> None:
-        self.db, self.notes = db, notes or Notes(Unkept())
+        self.db, self.notes = db, notes or Notes(RunState())
         self.world = self.notes.state.world
         self.sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
         self.levels = {x: [level for level in sets if level] for x, sets in self.sets.items()}

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from modelutils import eval_mode, find_layers, placed
 from obc.solver.errors import UserError, log
 from obc.solver.layers import forward_hooks
-from obc.toolkit.resume import Unkept
+from obc.toolkit.resume import RunState
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
 
 SECONDS_BETWEEN_EPOCHS = 5.0  # at least, that are kept
@@ -143,7 +143,7 @@ class _Course:
     """A training after so many epochs: latents, Adam's averages, losses; kept in a state."""
 
     def __init__(
-        self, state: Unkept, task: str, trainables: dict[str, _Trainable], adam: torch.optim.Adam
+        self, state: RunState, task: str, trainables: dict[str, _Trainable], adam: torch.optim.Adam
     ) -> None:
         self.state, self.key = state, f"{task} under way"
         self.latents, self.adam = {x: item.latent for x, item in trainables.items()}, adam
@@ -194,12 +194,12 @@ def _train(
     epochs: int,
     lr: float,
     task: str,
-    state: Unkept | None = None,
+    state: RunState | None = None,
 ) -> list[float]:
     """Adam on the latents; then the parameters are written. Returns the mean loss per epoch."""
     adam = torch.optim.Adam([item.latent for item in trainables.values()], lr=lr)
     progress = tqdm(total=epochs * len(batches), desc=task, leave=False, disable=None)
-    course = _Course(state or Unkept(), task, trainables, adam)
+    course = _Course(state or RunState(), task, trainables, adam)
     losses = course.resume(batches)
     progress.update(len(losses) * len(batches))
     with progress, eval_mode(model), _frozen(model), _rounding_with_gradient(model):
@@ -236,7 +236,7 @@ def global_adaprune(
     device: torch.device,
     epochs: int = 100,
     lr: float = 1e-5,
-    state: Unkept | None = None,  # of an interrupted training
+    state: RunState | None = None,  # of an interrupted training
 ) -> list[float]:  # mean loss per epoch
     """Train all parameters so that every conv and linear output is the dense model's again.
 
@@ -274,7 +274,7 @@ def train_vectors(
     epochs: int = 100,
     lr: float = 1e-4,
     cross_entropy: bool = False,  # else squared distance to the dense model's logits
-    state: Unkept | None = None,  # of an interrupted training
+    state: RunState | None = None,  # of an interrupted training
 ) -> list[float]:  # mean loss per epoch
     """Train the parameters that are vectors: biases and norms.
 
@@ -305,7 +305,7 @@ def finetune(
     epochs: int = 2,
     lr: float = 1e-5,
     cross_entropy: bool = True,  # else squared distance to the dense model's logits
-    state: Unkept | None = None,  # of an interrupted training
+    state: RunState | None = None,  # of an interrupted training
 ) -> list[float]:  # mean loss per epoch
     """Train all parameters.
 
