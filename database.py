@@ -23,7 +23,7 @@ from obc.solver.errors import UserError, log
 from obc.toolkit import cli, records, sensitivity
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores
-from obc.toolkit.resume import Notes, Unkept, open_state, state_folder
+from obc.toolkit.resume import Notes, RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options, images_hash
 
 MEASURES = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}
@@ -58,7 +58,7 @@ def write_errors(
         if action in MEASURES:
             batches = session.calibration().shard(world.rank, world.size)
             notes = Notes(state)
-            with notes.kept():
+            with notes:
                 scores = MEASURES[action](session.model, db, batches, session.device, notes)
         else:
             scores = sensitivity.quadratic_prior(db)
@@ -88,12 +88,12 @@ def evaluate_levels(
         log.warning(
             "%s: cannot be written (%s): an interrupt would lose all results", folder, reason
         )
-        state = Unkept()
+        state = RunState()
     with state:
         notes = Notes(state)
         if notes.known:
             log.info("resuming: %d of %d levels are done", len(notes.known), len(db.levels))
-        with notes.kept():
+        with notes:
             for level in db.levels:
                 if (accuracy := notes.get(level)) is None:
                     db.stitch(session.model, dict.fromkeys(db.layers, level))

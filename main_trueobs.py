@@ -34,7 +34,7 @@ from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import level_names, model_tag, stray_levels, write_levels
 from obc.toolkit.modes import MODES, Mode, make_mode, mode_options
 from obc.toolkit.planning import is_long, make_plan, plan_lines
-from obc.toolkit.resume import Cache, Unkept, open_state, state_folder
+from obc.toolkit.resume import RunState, SharedCache, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options, load_compressed
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
@@ -148,8 +148,8 @@ def run(args: argparse.Namespace) -> None:
     record, folder = output_files(args.save, args.sparse_dir, model_tag(args.model))
     uses_cache = args.cache and not mode.nothing_to_solve
     with (
-        open_state(folder, marks, args.restart, world) if folder else Unkept() as state,
-        open_cache(args.cache, session, args.shards) if uses_cache else Unkept() as cache,
+        open_state(folder, marks, args.restart, world) if folder else RunState() as state,
+        open_cache(args.cache, session, args.shards) if uses_cache else RunState() as cache,
     ):
         compression = Compression(
             dense,
@@ -186,12 +186,12 @@ def run(args: argparse.Namespace) -> None:
     world.leave()
 
 
-def open_cache(folder: str, session: Session, shards: int) -> Cache:
+def open_cache(folder: str, session: Session, shards: int) -> SharedCache:
     """Where Hessians are saved for runs with the same images and the same activation grids."""
     names = ("seed", "nrounds", "noaug", "batchsize")
     contents = {name: str(getattr(session.options, name)) for name in names}
     contents["shards"] = str(shards)
-    return Cache(folder, session.fingerprint(None, contents, threads=False))
+    return SharedCache(folder, session.fingerprint(None, contents, threads=False))
 
 
 def start_model(dense: nn.Module, path: str | None, mode: Mode) -> nn.Module:

@@ -45,7 +45,7 @@ from obc.toolkit.corrections import batchnorm_tune, statistics_correction
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile
-from obc.toolkit.resume import Unkept, open_state, state_folder
+from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options, load_compressed
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
@@ -208,7 +208,7 @@ class StepReport:
 def correct(
     model: nn.Module,
     corrections: Mapping[str, Callable[[], list[float] | None]],  # each changes `model`
-    state: Unkept,
+    state: RunState,
 ) -> list[StepReport]:
     """Make corrections in their order, except those in `state`; log and return their reports."""
     reports = []
@@ -264,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
     }
     requested = {name: make for name, make in corrections.items() if getattr(args, name)}
     folder = state_folder(args.save) if args.save else None
-    with open_state(folder, marks, args.restart, session.world) if folder else Unkept() as state:
+    with open_state(folder, marks, args.restart, session.world) if folder else RunState() as state:
         reports = correct(model, requested, state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save)

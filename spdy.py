@@ -43,7 +43,7 @@ from obc.toolkit.costs import CONSTRAINTS, layer_costs
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.records import check_repeat, repeated, write_run
-from obc.toolkit.resume import Unkept, open_state, state_folder
+from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options
 
 ERRORS = ("squared", "loss", "spdy")
@@ -159,7 +159,7 @@ def profile_file(prefix: str | Path, model: str, kind: str, target: float, metho
 def run_search(
     problem: ProfileProblem,
     evaluator: Callable[[Mapping[str, str]], float],
-    kept: Unkept,
+    kept: RunState,
     seed: int,
 ) -> SearchState:
     """Start the search, or continue it."""
@@ -210,7 +210,7 @@ def choose(
 ) -> None:
     """Make a profile, by a search if there is an evaluator; write and report it."""
     started, choice, figures = time.perf_counter(), problem.solve(), {}
-    kept = Unkept()  # only a search has something to resume
+    kept = RunState()  # only a search has something to resume
     if evaluator is not None:
         kept = open_state(state_folder(path), marks, invocation.restart, evaluator.world)
     with kept:

@@ -43,7 +43,7 @@ from obc.toolkit import cli
 from obc.toolkit.fingerprints import content_hash, surroundings
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.records import write_record
-from obc.toolkit.resume import State, state_folder
+from obc.toolkit.resume import open_state, state_folder
 from obc.toolkit.session import check_model, load_compressed
 from pruning_vs_quantization.compressed_model import folded
 from pruning_vs_quantization.fine_tuning_table import (
@@ -128,7 +128,7 @@ def train_compressed(args: argparse.Namespace) -> None:
         marks = {f"--{name.replace('_', '-')}": str(x) for name, x in settings.items()}
         marks["dense weights"] = content_hash(dense.state_dict())
         marks |= surroundings(device, "pruning_vs_quantization.training")
-        with State(folder, marks, args.restart) as state:
+        with open_state(folder, marks, args.restart) as state:
             run = FineTuning(options, dense, images, device)
             with seeded(args.seed, device), determinism(options.deterministic):
                 plain = run.run(state)

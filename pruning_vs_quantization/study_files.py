@@ -41,7 +41,7 @@ def add_study_options(
     add = parser.add_argument_group("options of every part of the study").add_argument
     text = "folder for results and pictures, created if missing"
     add("--out", metavar="DIR", type=Path, default=PLOTS_DATA / part, help=text)
-    add("--seed", metavar="N", type=cli._seed, default=0, help="seed of every random choice")
+    add("--seed", metavar="N", type=cli.seed, default=0, help="seed of every random choice")
     if device:
         add("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="where to compute")
     text = "repeat what has been done before, and replace its results"

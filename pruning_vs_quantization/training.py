@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from modelutils import evaluate, find_layers
 from obc.solver.errors import UserError, log
 from obc.toolkit.corrections import BatchNorm, batchnorm_averages
-from obc.toolkit.resume import Unkept
+from obc.toolkit.resume import RunState
 from obc.toolkit.training import TrainingTask, train
 from pruning_vs_quantization import compressed_model as compressed
 from pruning_vs_quantization import oscillations
@@ -142,7 +142,7 @@ class FineTuning:
         self.history: list[dict[str, Any]] = []
         self.learned: nn.Module | None = None  # the plain network after the last epoch
 
-    def run(self, state: Unkept) -> nn.Module:
+    def run(self, state: RunState) -> nn.Module:
         """Train all epochs that are not in `state`; the plain network that was learned."""
         task = TrainingTask(
             "training",

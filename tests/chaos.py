@@ -1,20 +1,20 @@
-"""Kills, full disks and damaged bytes, again and again: what comes out is what would have.
+"""Commands under kills, full disks and damaged bytes: the results are those of an undisturbed run.
 
     python tests/chaos.py --runs 100 --seed 0
 
-A run is the demo's pipeline on rn8 and digits, in a folder of its own: an unstructured database,
-its losses, a profile by --dp and one by a search, the corrected model, and a network trained by the
-second study. On its way one kind of trouble comes at random moments, up to `TROUBLES` times, and
-the command that it hit is given again, as a user would:
+A run is the demo's pipeline on rn8 and digits in its own folder: an unstructured database, its
+losses, a profile by --dp and one by a search, the corrected model, and a network trained by the
+second study. One kind of trouble strikes at random moments, up to `TROUBLES` times, and the command
+that it hit is started again, as a user would:
 
     SIGKILL, SIGTERM, SIGINT   while a command is at work
-    full                       a file system with too little room, which is then made larger
-    limited                    files may not grow above a size (as by a quota), which is then lifted
-    damaged                    after a kill, one byte of what the command has kept is another
+    full                       a file system with too little room, which is then enlarged
+    limited                    a limit on the size of files (as by a quota), which is then lifted
+    damaged                    after a kill, one byte of what the command has saved is changed
 
-A run is good if every command, whenever it ended by itself, was done or said in one line, with
-status 2, why not; no traceback; every file that is not hidden can be read, at every moment; and in
-the end all files are, bit by bit, those of a run without trouble. A clear refusal that asks for
+A run is good if every command that ended by itself either succeeded or said why not in one line,
+with status 2 and no traceback; if every file that is not hidden can be read at every moment; and if
+in the end all files are, bit by bit, those of a run without trouble. A refusal that asks for
 --restart is answered with it.
 """
 
@@ -93,7 +93,7 @@ PIPELINE = {  # command: script, words behind MODEL DATASET
         "trained",
     ),
 }
-TROUBLES = 4  # at most, in a run
+TROUBLES = 4  # at most in a run
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 STATUSES = {
     "SIGKILL": (-signal.SIGKILL,),
@@ -101,24 +101,24 @@ STATUSES = {
     "SIGINT": (130, -signal.SIGINT),
 }
 KINDS = (*SIGNALS, "full", "limited", "damaged")
-PATIENCE = 12  # times that a command is given again
+PATIENCE = 12  # attempts at a command
 
 
 class Broken(AssertionError):
-    """The promise was not kept."""
+    """A run was not good."""
 
 
 @dataclass
 class Course:
-    """One run: where, and what happens to it."""
+    """One run: its folder, and what happens to it."""
 
     warm: Warm
     folder: Path
     stderr: Path
     rng: random.Random
     kind: str
-    seconds: dict[str, float]  # of a CPU, for each command, undisturbed
-    left: int = 0  # troubles still to come
+    seconds: dict[str, float]  # of CPU time for each command, undisturbed
+    troubles_left: int = 0
     hits: int = 0
 
     def start(self, name: str, *more: str):
@@ -127,7 +127,7 @@ class Course:
         return self.warm.start(script, *words, folder=self.folder, stderr=self.stderr)
 
     def command(self, name: str) -> None:
-        """Give a command until it is done."""
+        """Start a command until it succeeds."""
         more: list[str] = []
         for _ in range(PATIENCE):
             status = self.once(name, more)
@@ -138,12 +138,12 @@ class Course:
             check_said(said, status)
             if "--restart" in said and status == 2:
                 more = ["--restart"]
-        raise Broken(f"{name}: not done after {PATIENCE} attempts: {said.splitlines()[-1:]}")
+        raise Broken(f"{name}: no success after {PATIENCE} attempts: {said.splitlines()[-1:]}")
 
     def once(self, name: str, more: list[str]) -> int:
-        if self.left <= 0 or self.rng.random() < 0.4:
+        if self.troubles_left <= 0 or self.rng.random() < 0.4:
             return self.start(name, *more).wait()
-        self.left -= 1
+        self.troubles_left -= 1
         self.hits += 1
         if self.kind in ("full", "limited"):
             return self.with_little_room(name, more)
@@ -163,14 +163,14 @@ class Course:
         return status
 
     def damage(self) -> None:
-        """Another byte somewhere in what is kept for resuming."""
-        kept = [
+        """Change a bit somewhere in what is saved for resuming."""
+        saved = [
             path
             for path in sorted(self.folder.rglob("*"))
             if is_hidden(path, self.folder) and path.is_file() and path.stat().st_size
         ]
-        if kept:
-            path = self.rng.choice(kept)
+        if saved:
+            path = self.rng.choice(saved)
             content = bytearray(path.read_bytes())
             content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
             path.write_bytes(content)
@@ -178,7 +178,7 @@ class Course:
     def with_little_room(self, name: str, more: list[str]) -> int:
         room = self.rng.choice((0, 2_000, 50_000, 350_000, 1_000_000))
         if self.kind == "limited":
-            room = max(room, 20_000)  # the limit is also that of standard error, a file here
+            room = max(room, 20_000)  # standard error, which is a file here, has the same limit
             limits = resource.getrlimit(resource.RLIMIT_FSIZE)
             command = self.start(name, *more)
             resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (room, limits[1]))
@@ -205,7 +205,7 @@ def visible(folder: Path) -> list[Path]:
 
 
 def check_files(folder: Path) -> None:
-    """Every file that is not hidden is whole."""
+    """Every file that is not hidden is complete."""
     for path in visible(folder):
         try:
             if path.suffix == ".pth":
@@ -225,7 +225,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_said(text: str, status: int) -> None:
-    """One line says why; a killed process says nothing."""
+    """An error is one line; a killed process says nothing."""
     if "Traceback" in text:
         raise Broken(text)
     if status > 0 and text.count("error: ") != 1:
@@ -233,21 +233,21 @@ def check_said(text: str, status: int) -> None:
 
 
 def results(folder: Path) -> dict[str, bytes | object]:
-    """What a run leaves behind: bytes; of records, the figures that are no times."""
-    found: dict[str, bytes | object] = {}
+    """The files of a run: bytes; of records, all figures but times."""
+    contents: dict[str, bytes | object] = {}
     for path in visible(folder):
         name = str(path.relative_to(folder))
-        found[name] = (
+        contents[name] = (
             figures(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
         )
-    return found
+    return contents
 
 
 def figures(value: object) -> object:
-    """A record without times, and without how it was started."""
+    """A record without times, machine and how it was started."""
     if isinstance(value, dict):
-        left_out = ("seconds", "training_s", "environment", "restart", "resumed")
-        return {key: figures(item) for key, item in value.items() if key not in left_out}
+        ignored = ("seconds", "training_s", "environment", "restart", "resumed")
+        return {key: figures(item) for key, item in value.items() if key not in ignored}
     return [figures(item) for item in value] if isinstance(value, list) else value
 
 
@@ -255,7 +255,7 @@ def figures(value: object) -> object:
 
 
 def undisturbed(warm: Warm, folder: Path) -> tuple[dict[str, bytes | object], dict[str, float]]:
-    """The results of a run without trouble, and what each command takes of a CPU."""
+    """The results of a run without trouble, and the CPU time of each command."""
     seconds: dict[str, float] = {}
     folder.mkdir()
     course = Course(warm, folder, folder.parent / "stderr", random.Random(0), "", seconds)
@@ -268,7 +268,7 @@ def undisturbed(warm: Warm, folder: Path) -> tuple[dict[str, bytes | object], di
 
 
 def mounted(folder: Path) -> bool:
-    """Make `folder` a small file system, if that is allowed."""
+    """Make `folder` a small file system, if we may."""
     words = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
     return (
         shutil.which("mount") is not None
@@ -277,7 +277,7 @@ def mounted(folder: Path) -> bool:
 
 
 def one_run(course: Course, expected: dict[str, bytes | object]) -> None:
-    """Raises Broken unless all ends well."""
+    """Raise Broken unless the run is good."""
     course.folder.mkdir()
     on_disk = course.kind == "full" and mounted(course.folder)
     if course.kind == "full" and not on_disk:
@@ -285,14 +285,10 @@ def one_run(course: Course, expected: dict[str, bytes | object]) -> None:
     try:
         for name in PIPELINE:
             course.command(name)
-        found = results(course.folder)
-        if found != expected:
-            parted = [
-                name
-                for name in expected.keys() | found.keys()
-                if expected.get(name) != found.get(name)
-            ]
-            raise Broken(f"other results: {', '.join(sorted(parted))}")
+        ours = results(course.folder)
+        names = sorted(expected.keys() | ours.keys())
+        if changed := [name for name in names if expected.get(name) != ours.get(name)]:
+            raise Broken(f"other results: {', '.join(changed)}")
     finally:
         if on_disk:
             subprocess.run(["umount", "-l", str(course.folder)], check=True)
@@ -300,7 +296,7 @@ def one_run(course: Course, expected: dict[str, bytes | object]) -> None:
 
 
 def chaos(runs: int, seed: int, say=lambda line: None) -> tuple[Counter, list[str]]:
-    """(how many runs of each kind were good and how many troubles hit, what was broken)."""
+    """Counts of good runs by kind and of troubles; descriptions of runs that were not good."""
     good: Counter = Counter()
     broken: list[str] = []
     with tempfile.TemporaryDirectory(prefix="chaos") as top, warm_server(Path(top)) as warm:
@@ -315,7 +311,7 @@ def chaos(runs: int, seed: int, say=lambda line: None) -> tuple[Counter, list[st
                 rng,
                 kind,
                 seconds,
-                left=rng.randint(1, TROUBLES),
+                troubles_left=rng.randint(1, TROUBLES),
             )
             try:
                 one_run(course, expected)
@@ -337,7 +333,7 @@ def main() -> int:
     good, broken = chaos(args.runs, args.seed, lambda line: sys.stderr.write(line + "\n"))
     troubles = good.pop("troubles", 0)
     sys.stdout.write(
-        f"{good.total()} of {args.runs} runs as if nothing had been, "
+        f"{good.total()} of {args.runs} runs undisturbed in their results, "
         f"{troubles} troubles ({dict(good)}), {time.monotonic() - started:.0f} s\n"
     )
     sys.stdout.writelines(f"{line}\n" for line in broken)

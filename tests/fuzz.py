@@ -43,7 +43,7 @@ from obc.solver.errors import UserError  # noqa: E402
 from obc.toolkit.fingerprints import content_hash, text_hash  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
 from obc.toolkit.records import read_record  # noqa: E402
-from obc.toolkit.resume import FINGERPRINT, State  # noqa: E402
+from obc.toolkit.resume import FINGERPRINT, RunState, open_state  # noqa: E402
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # not on a disk
 SECONDS = 10  # of CPU time, for a case
@@ -333,14 +333,12 @@ def read_weights(path: Path) -> object:
 
 def read_fingerprint(path: Path) -> object:
     (path.parent / "finished.safetensors").touch()  # else there is nothing to lose, and no refusal
-    with State(path.parent, MARKS) as state:
+    with open_state(path.parent, MARKS) as state:
         return state
 
 
 def read_entry(path: Path) -> object:
-    state = State.__new__(State)
-    state.folder, state._lock = path.parent, None
-    return state.load("entry")
+    return RunState(path.parent).load("entry")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import json
 import logging
 import math
 import os
+import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,9 +86,13 @@ def test_help_names_every_option_with_its_default(capsys):
     [
         (["--nsamples", "0"], "error: --nsamples must be a whole number from 1; got 0"),
         (["--batchsize", "1.5"], "error: --batchsize must be a whole number from 1; got 1.5"),
+        (["--memory", "inf"], "error: --memory must be a number above 0; got inf"),
         (["--workers", "-1"], "error: --workers must be a whole number from 0; got -1"),
-        (["--seed", "x"], "error: --seed must be a whole number from 0; got x"),
-        (["--seed", str(2**64)], f"error: --seed must be below 2^63; got {2**64}"),
+        (["--seed", "x"], "error: --seed must be a whole number from 0 to 2^63 - 1; got x"),
+        (
+            ["--seed", str(2**64)],
+            f"error: --seed must be a whole number from 0 to 2^63 - 1; got {2**64}",
+        ),
         (["--memory", "nan"], "error: --memory must be a number above 0; got nan"),
         (["--memory", "0"], "error: --memory must be a number above 0; got 0"),
         (
@@ -209,7 +215,7 @@ def test_a_reader_that_leaves_early_is_no_traceback():
         capture_output=True,
     )
     assert done.stdout == "0\n"
-    assert done.stderr == "error: standard output was closed before all was written\n"
+    assert done.stderr == "error: standard output was closed before everything was written\n"
 
 
 def test_logging_goes_to_stderr_once(capsys):
@@ -282,6 +288,78 @@ def test_check_writable_makes_nothing_and_atomic_write_makes_the_parent(tmp_path
         files.check_writable(tmp_path / ("x" * 300))
 
 
+def killed(work) -> None:
+    """Do `work` in a process that is killed at the end of it, or before."""
+    child = os.fork()
+    if child == 0:
+        work()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("next_run", [files.check_writable, lambda path: write(path, b"new")])
+def test_what_a_killed_run_leaves_is_hidden_and_the_next_run_removes_it(
+    next_run, tmp_path, monkeypatch
+):
+    kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    path = tmp_path / "rn8_unstr_200x_dp.txt"
+    (tmp_path / ".other.0123456789ab.tmp").touch()  # of another program
+    for module, name, work in (
+        (files.fcntl, "flock", files.check_writable),  # killed while the probe is there
+        (files.os, "replace", lambda path: write(path, b"whole")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, kill)
+            killed(lambda work=work: work(path))
+        other, leftover = sorted(os.listdir(tmp_path), key=len)[::-1]
+        assert other == ".other.0123456789ab.tmp"
+        assert re.fullmatch(r"\.obc\.[0-9a-f]{12}\.tmp", leftover)
+        next_run(path)
+        assert set(os.listdir(tmp_path)) <= {path.name, other}
+        path.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes) -> None:
+    with files.atomic_write(path) as file:
+        file.write(content)
+
+
+def test_what_another_process_or_thread_is_writing_stays(tmp_path):
+    begun, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with files.atomic_write(tmp_path / "a") as file:
+            os.write(begun[1], b"!")
+            os.read(go_on[0], 1)
+            file.write(b"theirs")
+        os._exit(0)
+    os.read(begun[0], 1)
+    with files.atomic_write(tmp_path / "b") as file:
+        file.write(b"ours")
+        files.check_writable(tmp_path / "c")
+    os.write(go_on[1], b"!")
+    assert os.waitpid(child, 0)[1] == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"theirs",
+        "b": b"ours",
+    }
+
+
+def test_a_temporary_file_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    """Another run may look for leftovers between the two."""
+    flock, removed = files.fcntl.flock, []
+
+    def late(file, operation):
+        if not removed:
+            removed.append(file.name)
+            os.unlink(file.name)
+        flock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    write(tmp_path / "x", b"new")
+    assert removed and (tmp_path / "x").read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
+
+
 def test_check_writable_in_a_folder_without_permission(tmp_path):
     if os.geteuid() == 0:
         pytest.skip("the superuser may write anywhere")
@@ -347,7 +425,6 @@ def test_records_are_strict_json(tmp_path):
             "array": np.array([1.0, math.nan]),
             "device": torch.device("cpu"),
             "tensor": torch.tensor([2, 3]),
-            "args": argparse.Namespace(seed=0),
             "none": None,
         },
     )
@@ -360,7 +437,6 @@ def test_records_are_strict_json(tmp_path):
         "array": [1.0, None],
         "device": "cpu",
         "tensor": [2, 3],
-        "args": {"seed": 0},
         "none": None,
     }
     with pytest.raises(TypeError):
@@ -369,7 +445,7 @@ def test_records_are_strict_json(tmp_path):
 
 
 def test_environment_can_be_recorded(tmp_path):
-    found = records.environment()
-    assert found["torch"] == torch.__version__ and found["cores"] >= 1 and found["processor"]
-    assert found["git"] is None or len(found["git"]["commit"]) == 40
-    records.write_record(tmp_path / "run.json", found)
+    machine = records.environment()
+    assert machine["torch"] == torch.__version__ and machine["cores"] >= 1 and machine["processor"]
+    assert machine["git"] is None or len(machine["git"]["commit"]) == 40
+    records.write_record(tmp_path / "run.json", machine)

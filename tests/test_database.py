@@ -153,13 +153,13 @@ def test_profiles_survive_the_round_trip(tmp_path_factory: pytest.TempPathFactor
     ("reader", "text", "message"),
     [
         (read_profile, "0000\n", "line 1: expected `<level> <layer>`"),
-        (read_profile, "0000 a\n5000 a\n", "line 2: a stands there twice"),
+        (read_profile, "0000 a\n5000 a\n", "line 2: a appears twice"),
         (read_profile, "\n", "no layers"),
         (read_scores, "1.0 0000\n", "line 1: expected a layer"),
         (read_scores, "a\nx 0000\n", "line 2: expected a layer"),
         (read_scores, "a\n1.0 0000 more\n", "line 2: expected a layer"),
-        (read_scores, "a\n1 0000\n2 0000\n", "line 3: level 0000 stands there twice"),
-        (read_scores, "a\n1 0000\na\n", "line 3: a stands there twice"),
+        (read_scores, "a\n1 0000\n2 0000\n", "line 3: level 0000 appears twice"),
+        (read_scores, "a\n1 0000\na\n", "line 3: a appears twice"),
         (read_scores, "", "no scores"),
     ],
 )

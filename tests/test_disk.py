@@ -1,4 +1,4 @@
-"""Full, read-only or vanishing folders: one line, nothing half-written, and the run goes on."""
+"""Full, read-only or vanishing folders: one line, no partial files, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def run(name: str) -> int:
 
 
 def visible(folder: Path) -> dict[str, bytes]:
-    """Files that are not hidden nor records, which hold times; each can be read."""
-    found = {}
+    """Files that are neither hidden nor records (which hold times); all of them can be read."""
+    contents = {}
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if path.is_file() and not any(part.startswith(".") for part in parts):
-            of_text = read_scores if parts[0] == "scores" else read_profile
-            READERS.get(path.suffix, of_text)(path)
+            read_text = read_scores if parts[0] == "scores" else read_profile
+            READERS.get(path.suffix, read_text)(path)
             if path.suffix != ".json":
-                found["/".join(parts)] = path.read_bytes()
-    return found
+                contents["/".join(parts)] = path.read_bytes()
+    return contents
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A file system of its own, of 8 MB; the working folder."""
+    """A file system of 8 MB, which is the working folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if (
@@ -66,7 +66,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def fill(folder: Path, free: int) -> Path:
-    """Leave `free` bytes."""
+    """Leave only `free` bytes."""
     filler = folder / ".filler"
     filler.write_bytes(bytes(shutil.disk_usage(folder).free - free))
     return filler
@@ -80,7 +80,7 @@ def check_refused(status: int, capsys: pytest.CaptureFixture, reason: str) -> No
 
 @pytest.mark.slow
 def test_a_full_disk_at_every_step(small_disk, tmp_path, capsys, monkeypatch):
-    """Room for nothing, for a part of the state, for a part of the output; then for all."""
+    """Room for nothing, for some of the state, for some of the output; then for all."""
     expected = tmp_path / "expected"
     expected.mkdir()
     with monkeypatch.context() as patch:
@@ -100,8 +100,7 @@ def test_a_full_disk_at_every_step(small_disk, tmp_path, capsys, monkeypatch):
         assert refusals
         assert run(name) == 0
     assert visible(small_disk) == visible(expected)
-    leftovers = [path for path in small_disk.rglob(".*") if path.is_file()]
-    assert not [path for path in leftovers if path.suffix == ".tmp"]
+    assert not list(small_disk.rglob(".*.tmp"))
 
 
 def test_a_read_only_disk(small_disk, capsys):
@@ -116,23 +115,23 @@ def test_a_folder_that_vanishes(name, tmp_path, capsys, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    save, saved = resume.State.save, []
+    save, saved = resume.RunState.save, []
 
     def then_gone(state, key, *rest):
-        saved.append(key)
+        saved.extend([key] if state.folder else [])
         if len(saved) == 3:
             shutil.rmtree(state.folder.absolute())
         return save(state, key, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume.State, "save", then_gone)
+        patch.setattr(resume.RunState, "save", then_gone)
         check_refused(run(name), capsys, "start it again")
     assert not visible(work)
     assert run(name) == 0 and visible(work)
 
 
 def test_a_file_that_cannot_be_renamed_leaves_nothing(tmp_path, monkeypatch):
-    """The folder goes between the last byte and the rename."""
+    """The folder is removed between the last byte and the rename."""
     path = tmp_path / "deep" / "x.bin"
     with pytest.raises(OSError) as caught, files.atomic_write(path) as file:
         file.write(b"new")

@@ -1,4 +1,4 @@
-"""Interrupted or killed at any moment, no command leaves a half-written file, and it runs again."""
+"""A command that is interrupted or killed leaves no partial file, and can be run again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COMMANDS = {  # script and words behind MODEL DATASET
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """What the commands start from: a database, losses and a checkpoint."""
+    """The commands' inputs: a database, losses and a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("made"))
         start = ["rn8", "digits"]
@@ -48,7 +48,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def files(folder: Path) -> dict[Path, bool]:
-    """All files, and whether they or a folder that they are in are hidden."""
+    """All files, and whether they or one of their folders are hidden."""
     return {
         path: any(part.startswith(".") for part in path.relative_to(folder).parts)
         for path in folder.rglob("*")
@@ -71,7 +71,7 @@ def check_whole(folder: Path) -> None:
 
 
 def check_said(text: str) -> None:
-    """Interrupted: one line that says so, at the end."""
+    """The last line, and only that, says that the command was interrupted."""
     assert text.splitlines()[-1] == "error: interrupted"
     assert text.count("error:") == 1 and "Traceback" not in text
 
@@ -92,7 +92,7 @@ def test_interrupted_or_killed(name, made, warm, tmp_path):
     assert command.wait() == 0
     duration, outputs = time.monotonic() - begin, files(folder)
     assert not any(outputs.values())
-    moments, ends = random.Random(name), []
+    moments, ends, leftovers = random.Random(name), [], set()
     for number in (signal.SIGINT, signal.SIGKILL) * MOMENTS:
         command = start()
         time.sleep(moments.uniform(0, duration))
@@ -105,16 +105,10 @@ def test_interrupted_or_killed(name, made, warm, tmp_path):
             check_said(stderr.read_text())
         if number == signal.SIGINT:
             for path in (path for path, hidden in files(folder).items() if hidden):
-                kept = any(parent.name.endswith(".partial") for parent in path.parents)
-                assert kept and path.suffix != ".tmp"  # what the next run goes on with
-        remove_leftovers(folder)
+                resumable = any(parent.name.endswith(".partial") for parent in path.parents)
+                assert path in leftovers or resumable and path.suffix != ".tmp"
+        leftovers = {path for path in files(folder) if path.suffix == ".tmp"}
     assert {130, -signal.SIGKILL} <= set(ends)  # not all came too late
     assert start().wait() == 0
     check_whole(folder)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """What a kill may leave behind, so that what an interruption leaves shows."""
-    for path in (path for path, hidden in files(folder).items() if hidden):
-        if path.suffix == ".tmp":
-            path.unlink()
+    assert not any(files(folder).values())

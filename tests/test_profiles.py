@@ -43,11 +43,11 @@ def refused(read: Callable, path: Path, text: str) -> str:
         ("conv1\n0x1p3 0000\n", "line 2: expected"),
         ("conv1\n0.5 0000 more\n", "line 2: expected"),
         ("0.5 0000\n", "line 1: expected"),
-        ("conv1\n0.5 0000\n0.6 0000\n", "line 3: level 0000 stands there twice"),
-        ("conv1\n0.5 0000\nconv1\n", "line 3: conv1 stands there twice"),
-        ("conv1\n0.5 00\x1b[2J00\n", "line 2: holds a character that is no text"),
-        ("conv1\n0.5 0000\n\x00\n", "line 3: holds a character that is no text"),
-        ("\n\n", "no scores in it"),
+        ("conv1\n0.5 0000\n0.6 0000\n", "line 3: level 0000 appears twice"),
+        ("conv1\n0.5 0000\nconv1\n", "line 3: conv1 appears twice"),
+        ("conv1\n0.5 00\x1b[2J00\n", "line 2: contains a control character"),
+        ("conv1\n0.5 0000\n\x00\n", "line 3: contains a control character"),
+        ("\n\n", "contains no scores"),
     ],
 )
 def test_scores_are_read_strictly(text, words, tmp_path):
@@ -67,8 +67,8 @@ def test_seconds_are_positive(value, tmp_path):
     ("text", "words"),
     [
         ("0000 conv1\n0000\n", "line 2: expected `<level> <layer>`"),
-        ("0000 conv1\n\n1900 conv1\n", "line 3: conv1 stands there twice"),
-        ("", "no layers in it"),
+        ("0000 conv1\n\n1900 conv1\n", "line 3: conv1 appears twice"),
+        ("", "contains no layers"),
     ],
 )
 def test_profiles_are_read_strictly(text, words, tmp_path):

@@ -1,5 +1,6 @@
-"""Commands that were interrupted, killed, damaged, cached or repeated give the result they would
-have given at once, to the bit; or say in one line why they do not."""
+"""Interrupted, killed, damaged, cached and repeated runs give the results of undisturbed ones.
+
+To the bit; or they say in one line why they do not."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ import main_trueobs
 import post_proc
 import spdy
 from modelutils import SHIPPED_WEIGHTS, load_checkpoint
-from obc.toolkit import compress, records, training
+from obc.solver import hessian
+from obc.toolkit import compress, fingerprints, records, training
 from trueobs import TrueOBS
 
 QUICK = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
@@ -43,7 +45,7 @@ def words_of(line: str) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands start from: a database, losses and a checkpoint."""
+    """The commands' inputs: a database, losses and a checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("made"))
         for line in (UNSTR, "main_trueobs nmprune --save start.pth", LOSS):
@@ -62,7 +64,7 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, list[str]]]:
-    """Run a line with further words: status, standard output, lines of standard error."""
+    """Run a line with more words: status, standard output, lines of standard error."""
 
     def run(line: str, *more: object) -> tuple[int, str, list[str]]:
         script, words = words_of(line)
@@ -78,20 +80,20 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files that are not records, by name; hidden ones by their bare existence."""
-    found = {}
+    """The contents of all files but records, by name; of hidden ones, only that they exist."""
+    files = {}
     for path in (path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
         if ".partial" in name or ".tmp" in name:
-            found[name] = b"hidden"
+            files[name] = b"hidden"
         elif path.suffix != ".json":
-            found[name] = path.read_bytes()
-    return found
+            files[name] = path.read_bytes()
+    return files
 
 
 @contextmanager
 def interrupted(module: object, name: str, after: int) -> Iterator[list[str]]:
-    """Inside, a function of a module is interrupted when it is called once more than `after`."""
+    """Inside, a function of a module is interrupted in its call number `after` + 1."""
     function, calls = getattr(module, name), []
 
     def counted(*args, **kwargs):
@@ -110,7 +112,7 @@ def interrupted(module: object, name: str, after: int) -> Iterator[list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", [NM, QUANT, UNSTR, LOSS, GAP])
-def test_killed_again_and_again_it_ends_the_same(line, work, warm, tmp_path):
+def test_a_run_that_is_killed_repeatedly_ends_the_same(line, work, warm, tmp_path):
     script, words = words_of(line)
     stderr, before = tmp_path / "stderr", contents(work)
 
@@ -132,15 +134,14 @@ def test_killed_again_and_again_it_ends_the_same(line, work, warm, tmp_path):
         ends.append(process.wait())
     assert start().wait() == 0, stderr.read_text()
     assert -signal.SIGKILL in ends
-    left = {name: found for name, found in contents(work).items() if not name.endswith(".tmp")}
-    assert left == expected
+    assert contents(work) == expected
 
 
 # -- interrupted -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("line", [NM, QUANT, UNSTR, STRUCT])
-def test_only_the_layers_still_to_do_are_done(line, work, command, monkeypatch):
+def test_only_the_unfinished_layers_are_compressed(line, work, command, monkeypatch):
     assert command(line)[0] == 0
     expected = contents(work)
     output = Path(line.split()[-1])
@@ -238,6 +239,67 @@ def test_asked_to_end_it_says_so(work, warm, tmp_path):
     assert lines[-1] == "error: terminated" and not any("Traceback" in x for x in lines)
 
 
+# -- changed code -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Fingerprints are of a copy of our code; a function that adds lines to a file of the copy."""
+    code, copy = fingerprints.ROOT, tmp_path / "code"
+    for pattern in ("*.py", "obc/**/*.py"):
+        for path in code.glob(pattern):
+            (copy / path.relative_to(code)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy / path.relative_to(code))
+    monkeypatch.setattr(fingerprints, "ROOT", copy)
+
+    def edited(name: str, addition: str) -> None:
+        (copy / name).write_text((code / name).read_text() + addition)
+        fingerprints.parsed.cache_clear()  # as in another process
+
+    return edited
+
+
+def test_a_run_is_not_resumed_with_other_kernels(work, command, edit):
+    with interrupted(compress, "compress_layer", 3):
+        assert command(NM)[0] == 130
+    kernels = [f"obc/solver/{x.name}" for x in Path(hessian.__file__).parent.glob("*_cpu.py")]
+    for name in kernels:
+        edit(name, "# only words\n")
+        with interrupted(compress, "compress_layer", 0):
+            status, _, err = command(NM)
+        assert status == 130 and "resuming: 3 of 8 layers are done" in err
+        edit(name, "NEW = 1\n")
+        status, _, err = command(NM)
+        said = "error: .nm.pth.partial: holds an interrupted run that differs from this one"
+        assert status == 2 and err[0].startswith(f"{said} (code changed): ") and len(err) == 1
+        edit(name, "")
+    assert kernels
+
+
+def test_cached_hessians_count_unless_the_code_that_makes_them_changed(work, command, edit):
+    assert command(NM, "--cache", "cache")[0] == 0
+    reused = "calibrated before (--cache): 8 of 8 layers"
+    for name, addition in (
+        ("obc/solver/hessian.py", "# only words\n"),
+        ("obc/solver/elimination.py", "# only words\n"),
+        ("obc/solver/elimination.py", "NEW = 1\n"),
+    ):
+        edit(name, addition)
+        assert reused in command(NM, "--cache", "cache")[2]
+    edit("obc/solver/hessian.py", "NEW = 1\n")
+    assert reused not in command(NM, "--cache", "cache")[2]
+
+
+def test_a_run_is_not_resumed_under_other_switches(work, command, monkeypatch):
+    monkeypatch.setenv("MKL_CBWR", "AUTO")
+    with interrupted(compress, "compress_layer", 3):
+        assert command(NM)[0] == 130
+    for value, now in (("COMPATIBLE", "COMPATIBLE"), (None, "not set")):
+        monkeypatch.setenv("MKL_CBWR", value) if value else monkeypatch.delenv("MKL_CBWR")
+        status, _, err = command(NM)
+        assert status == 2 and f"(MKL_CBWR was AUTO, is now {now})" in err[0]
+
+
 # -- refused, damaged ------------------------------------------------------------------------------
 
 
@@ -249,12 +311,12 @@ def test_another_run_is_refused_and_told_the_difference(work, command):
     torch.save(other, "other.pth")
     before = contents(work)
     for more, said in [
-        (["--wbits", "3"], "begun with --wbits 4, this one with --wbits 3: repeat that command"),
-        (["--wasym"], "begun without --wasym, this one with --wasym"),
-        (["--seed", "1"], "begun with --seed 0, this one with --seed 1"),
-        (["--nsamples", "65"], "begun with --nsamples 64, this one with --nsamples 65"),
-        (["--weights", "other.pth"], "begun with other dense weights, this one with what is "),
-        (["--load", "other.pth"], "begun with other --load, this one with what is found now"),
+        (["--wbits", "3"], "(--wbits was 4, is now 3): repeat that command"),
+        (["--wasym"], "--wasym was off, is now on"),
+        (["--seed", "1"], "--seed was 0, is now 1"),
+        (["--nsamples", "65"], "--nsamples was 64, is now 65"),
+        (["--weights", "other.pth"], "dense weights changed"),
+        (["--load", "other.pth"], "--load changed"),
     ]:
         status, _, err = command(QUANT, *more)
         assert status == 2 and len(err) == 1 and err[0].startswith("error: .q.pth.partial: "), err
@@ -275,7 +337,7 @@ def test_a_damaged_layer_is_done_again(work, command):
     path.write_bytes(content)
     status, _, err = command(NM)
     assert status == 0 and "resuming: 2 of 8 layers are done" in err
-    warning = "warning: .nm.pth.partial/layer1.0.conv1.safetensors: damaged; it is done again"
+    warning = "warning: .nm.pth.partial/layer1.0.conv1.safetensors: damaged; it is computed again"
     assert warning in err
     assert contents(work) == expected
 
@@ -294,26 +356,25 @@ def test_a_damaged_file_of_levels_is_done_again(work, command):
     assert status == 0 and "resuming: 1 of 8 layers are done" in err
     for name in ("layer1.0.conv1", "conv1"):
         file = f"models_unstr/.rn8.partial/{name}.levels"
-        assert f"warning: {file}: damaged; its layer is compressed again" in err
+        assert f"warning: {file}: damaged; it is computed again" in err
     assert contents(work) == expected
 
 
 def test_a_full_disk_is_a_line_and_the_run_goes_on_from_there(work, command, monkeypatch):
     assert command(NM)[0] == 0
     expected = contents(work)
-    save, saved = compress.Unkept.save, []
+    from obc.toolkit import resume
+
+    save, saved = resume.RunState.save, []
 
     def full(state, key, *rest):
-        saved.append(key)
+        saved.extend([key] if state.folder else [])
         if len(saved) == 4:
             raise OSError(28, "No space left on device", str(state.path(key)))
         return save(state, key, *rest)
 
-    from obc.toolkit import resume
-
-    save = resume.State.save
     with monkeypatch.context() as patch:
-        patch.setattr(resume.State, "save", full)
+        patch.setattr(resume.RunState, "save", full)
         status, _, err = command(NM)
     assert status == 2 and err[-1].endswith(": No space left on device")
     status, _, err = command(NM)
@@ -328,8 +389,8 @@ def test_a_cache_of_hessians_saves_the_calibration_and_changes_nothing(work, com
     assert command(NM)[0] == 0
     expected = (work / "nm.pth").read_bytes()
     assert command("main_trueobs quant --wbits 3 --save q.pth", "--cache", "cache")[0] == 0
-    kept = list((work / "cache").rglob("*.safetensors"))
-    assert len(kept) == LAYERS
+    saved = list((work / "cache").rglob("*.safetensors"))
+    assert len(saved) == LAYERS
     calibrated = []
     calibrate = compress.calibrate
     monkeypatch.setattr(
@@ -344,7 +405,7 @@ def test_a_cache_of_hessians_saves_the_calibration_and_changes_nothing(work, com
     assert status == 0 and "calibrated before (--cache): 8 of 8 layers" in err
     assert not calibrated and (work / "nm.pth").read_bytes() == expected
 
-    damaged = next(path for path in kept if path.stem == "layer2.0.conv1")
+    damaged = next(path for path in saved if path.stem == "layer2.0.conv1")
     content = bytearray(damaged.read_bytes())
     content[-9] ^= 1
     damaged.write_bytes(content)
@@ -363,8 +424,8 @@ CHECKED = re.compile(r"(warning: )?(\S+) checked (\S+) \(claimed (\S+)\), fresh 
 
 
 def checked(err: list[str]) -> dict[str, tuple[bool, float, float, float]]:
-    found = filter(None, map(CHECKED.match, err))
-    return {m[2]: (bool(m[1]), *(float(m[i]) for i in (3, 4, 5))) for m in found}
+    matches = filter(None, map(CHECKED.match, err))
+    return {m[2]: (bool(m[1]), *(float(m[i]) for i in (3, 4, 5))) for m in matches}
 
 
 @pytest.mark.parametrize("line", [QUANT, UNSTR])
@@ -418,7 +479,7 @@ def test_a_record_repeats_its_run(line, record, work, capfd):
     script, words = words_of(line)
     assert SCRIPTS[script].main(words) == 0
     expected, before = contents(work), json.loads(Path(record).read_text())
-    shutil.copy(record, "kept.json")
+    shutil.copy(record, "copy.json")
     made = {
         QUANT: ["q.pth"],
         UNSTR: [str(x) for x in Path("models_unstr").glob("*.pth")],
@@ -428,7 +489,7 @@ def test_a_record_repeats_its_run(line, record, work, capfd):
         Path(name).unlink()
     if line == UNSTR:
         Path(record).unlink()
-    assert SCRIPTS[script].main(["--repeat", "kept.json"]) == 0, capfd.readouterr().err
+    assert SCRIPTS[script].main(["--repeat", "copy.json"]) == 0, capfd.readouterr().err
     assert contents(work) == expected
     again = json.loads(Path(record).read_text())
     assert records.flaw(again) is None and again["fingerprint"] == before["fingerprint"]
@@ -465,20 +526,23 @@ def test_what_is_no_record_or_of_something_else_is_refused(work, capfd):
     refused("{}", "not the record of a run (no command)")
     refused(changed(layers=[3]), "layers holds something without a name")
     refused(changed(arguments=3), "arguments is not of the right type")
-    refused(changed(command="spdy.py"), "the record of spdy.py")
+    refused(changed(command="spdy.py"), "a record of spdy.py")
     refused(changed(arguments=arguments | {"wbits": [4]}), "wbits is [4]")
     refused(changed(arguments=arguments | {"turbo": 1}), "has no option turbo")
     refused(
-        changed(fingerprint=marks | {"calibration images": "0" * 32}),
-        "made with other calibration images",
+        changed(fingerprint=marks | {"calibration images": "0" * 32}), "calibration images changed"
     )
-    refused(json.dumps(record), "made with other dense weights", "--weights", "other.pth")
+    refused(json.dumps(record), "dense weights changed", "--weights", "other.pth")
     refused(
-        json.dumps(record), "made with --prunen 2, this would be with --prunen 1", "--prunen", "1"
+        json.dumps(record),
+        "this would not repeat the run (--prunen was 2, is now 1)",
+        "--prunen",
+        "1",
     )
     Path("old.json").write_text(changed(fingerprint=marks | {"torch": "1.0"}))
     assert main_trueobs.main(["--repeat", "old.json", "--save", "elsewhere.pth"]) == 0
-    assert "warning: old.json: the run was made with torch 1.0" in capfd.readouterr().err
+    warning = "warning: old.json: the last digits may differ from the run's (torch was 1.0"
+    assert warning in capfd.readouterr().err
     assert Path("elsewhere.pth").read_bytes() == Path("nm.pth").read_bytes()
 
 
@@ -505,16 +569,16 @@ def threads() -> Iterator[None]:
 )
 def test_any_number_of_threads(line, work, command, threads):
     """Results are the same to the bit, and so are the squared errors of layers."""
-    found = []
+    results = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
         status, _, err = command(f"main_trueobs {line}", "--nsamples", 96)
         assert status == 0 and torch.get_num_threads() == number and "resuming" not in " ".join(err)
         files = {path.name: path.read_bytes() for path in Path("x").glob("*.pth")}
         layers = json.loads(next(Path("x").glob("*.json")).read_text())["layers"]
-        found.append((files, [layer | {"seconds": 0} for layer in layers]))
+        results.append((files, [layer | {"seconds": 0} for layer in layers]))
         shutil.rmtree("x")
-    assert found[0][0] and found[0] == found[1] == found[2]
+    assert results[0][0] and results[0] == results[1] == results[2]
 
 
 def test_another_number_of_threads_resumes(work, command, threads):

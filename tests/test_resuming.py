@@ -1,10 +1,11 @@
-"""States: what is kept is what was saved, or is done again; what does not belong is refused."""
+"""States return exactly what was saved, or nothing; those of another run are refused."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import main_trueobs
 from obc.solver.errors import UserError
 from obc.toolkit import fingerprints, resume
 from obc.toolkit.fingerprints import content_hash, difference
-from obc.toolkit.resume import Cache, Notes, State, Unkept
+from obc.toolkit.resume import Notes, RunState, SharedCache, open_state
 from obc.toolkit.session import Invocation, Session, common_options
 
 MARKS = {"MODEL": "rn8", "--wbits": "4", "--noaug": "True", "code": "0" * 32}
@@ -42,11 +43,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # -- fingerprints ----------------------------------------------------------------------------------
 
 
-def test_a_hash_tells_contents_apart_and_nothing_else():
+def test_a_hash_depends_on_the_contents_and_nothing_else():
     original = content_hash(tensors())
     assert content_hash(dict(reversed(tensors().items()))) == original
     transposed = tensors() | {"weight": tensors()["weight"].T.contiguous().T}
-    assert content_hash(transposed) == original  # how it lies in memory does not matter
+    assert content_hash(transposed) == original  # the layout in memory does not matter
     others = [{"name": tensors()["weight"]}]
     for key, tensor in tensors().items():
         others += [{key: tensor.unsqueeze(0)}, {key: tensor.double().long()}]
@@ -59,34 +60,57 @@ def test_a_hash_tells_contents_apart_and_nothing_else():
     assert content_hash(tensors(), "x") != original
 
 
-def test_the_code_of_a_command_is_what_it_imports(tmp_path, monkeypatch):
-    texts = {
-        "one": "import os\nfrom two import x\n",
-        "sub/three": "",
-        "other": "",
-        "two": "def f():\n    from sub import three\n",
-    }
-    (tmp_path / "sub").mkdir()
-    for name, text in texts.items():
-        (tmp_path / f"{name}.py").write_text(text)
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Callable[..., str]:
+    """Write files into a tree of code; the hash that the results of its module `one` have."""
     monkeypatch.setattr(fingerprints, "ROOT", tmp_path)
-    before = fingerprints.code_hash("one")
-    (tmp_path / "other.py").write_text("changed")
-    assert fingerprints.code_hash("one") == before
-    (tmp_path / "sub" / "three.py").write_text("changed")
-    assert fingerprints.code_hash("one") != before
+
+    def write(**texts: str) -> str:
+        for name, text in texts.items():
+            path = tmp_path / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        fingerprints.parsed.cache_clear()
+        return fingerprints.result_code("one")
+
+    return write
 
 
-def test_the_code_of_main_trueobs_is_in_its_fingerprint():
-    marks = fingerprints.surroundings(torch.device("cpu"), "main_trueobs")
-    assert marks["code"] != fingerprints.code_hash("database")
+def test_the_code_of_a_result_is_what_its_command_imports_and_the_whole_solver(tree):
+    before = tree(
+        one="import os\nfrom two import x\nfrom obc.toolkit import cli\n",
+        two="def f():\n    from sub import three\n",
+        sub__three="",
+        other="",
+        obc__solver__kernels="",
+        obc__toolkit__cli="",
+    )
+    assert tree(other="x = 1", obc__toolkit__cli="import other") == before
+    for name in ("obc__solver__kernels", "sub__three", "two", "one"):
+        assert tree(**{name: "x = 1"}) != before
+        before = tree()
+
+
+def test_comments_docstrings_and_formatting_do_not_count(tree):
+    code = '"""Module."""\nclass A:\n    """Class."""\n    def f(x):\n        """Function."""\n'
+    before = tree(one=code + '        return (x, "value")\n')
+    assert tree(one="class A:\n  def f( x ):  # says it\n\n    return x, 'value'") == before
+    assert tree(one=code + '        return (x, "other")\n') != before
+
+
+def test_a_fingerprint_names_the_surroundings(monkeypatch):
+    for name in fingerprints.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    marks = fingerprints.surroundings(torch.device("cpu"), "a hash")
     assert marks["torch"] == torch.__version__ and marks["threads"] == str(torch.get_num_threads())
-    marks = fingerprints.surroundings(torch.device("cpu"), "main_trueobs", threads=False)
-    assert "threads" not in marks
+    assert marks["code"] == "a hash" and marks["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert marks.keys() <= set(fingerprints.SURROUNDINGS) and "MKL_CBWR" not in marks
+    assert "threads" not in fingerprints.surroundings(torch.device("cpu"), "a hash", False)
 
 
 def test_memory_is_in_the_fingerprint_of_a_gpu_only(monkeypatch):
-    """There it decides how many rows are in one product, and with it last bits."""
+    """It decides how many rows are in one product there, and so the last bits."""
     parser = main_trueobs.build_parser()
 
     def memory(device: str, *more: str) -> str | None:
@@ -98,7 +122,7 @@ def test_memory_is_in_the_fingerprint_of_a_gpu_only(monkeypatch):
     assert memory("cpu", "--memory", "2") is None
     assert memory("cuda", "--memory", "2") == "2"
     said = set()
-    for free in (80e9, 70e9):  # what else is on it does not count
+    for free in (80e9, 70e9):  # what other programs use does not count
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 0))
         said.add(memory("cuda"))
     assert said == {"34.3597"} and memory("cuda", "--memory", "34.3597") in said
@@ -107,23 +131,23 @@ def test_memory_is_in_the_fingerprint_of_a_gpu_only(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"--wbits": "3"}, ("with --wbits 4", "with --wbits 3")),
-        ({"--noaug": "False"}, ("with --noaug", "without --noaug")),
-        ({"code": "1" * 32}, ("with other code", "with what is found now")),
-        ({"--new": "x"}, ("with --new None", "with --new x")),
+        ({"--wbits": "3"}, "--wbits was 4, is now 3"),
+        ({"--noaug": "False"}, "--noaug was on, is now off"),
+        ({"code": "1" * 32}, "code changed"),
+        ({"--new": "x"}, "--new was not set, is now x"),
         ({}, None),
     ],
 )
-def test_the_first_difference_is_said_in_words(change, said, tmp_path):
+def test_the_first_difference_is_reported_in_words(change, said, tmp_path):
     assert difference(MARKS, MARKS | change) == said
-    with State(tmp_path / "state", MARKS) as state:
+    with open_state(tmp_path / "state", MARKS) as state:
         state.save("conv1", {}, {})
     if said is None:
-        State(tmp_path / "state", MARKS | change).__exit__()
+        open_state(tmp_path / "state", MARKS | change).__exit__()
         return
     with pytest.raises(UserError) as refusal:
-        State(tmp_path / "state", MARKS | change)
-    assert f"begun {said[0]}, this one {said[1]}" in str(refusal.value)
+        open_state(tmp_path / "state", MARKS | change)
+    assert f"holds an interrupted run that differs from this one ({said})" in str(refusal.value)
     assert "--restart" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -133,11 +157,11 @@ def test_the_first_difference_is_said_in_words(change, said, tmp_path):
 @pytest.mark.parametrize("key", ["layer1.0.conv1", "a/b", "..", "ü %", "notes 0"])
 def test_what_is_saved_comes_back(key, tmp_path):
     figures = {"name": key, "loss": 0.1 + 0.2, "worst": math.inf, "none": None, "shape": [1, 2]}
-    with State(tmp_path / "deep" / "state", MARKS) as state:
+    with open_state(tmp_path / "deep" / "state", MARKS) as state:
         assert state.load(key) is None
         state.save(key, {}, {})
         state.save(key, tensors(), figures)
-    with State(tmp_path / "deep" / "state", MARKS) as state:
+    with open_state(tmp_path / "deep" / "state", MARKS) as state:
         entry = state.load(key)
         assert same(entry.tensors, tensors()) and entry.figures == figures
         assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {state.folder}
@@ -145,12 +169,12 @@ def test_what_is_saved_comes_back(key, tmp_path):
     assert not state.folder.exists()
 
 
-def test_of_a_run_that_finished_nothing_nothing_is_left(tmp_path):
-    with State(tmp_path / "state", MARKS):
+def test_a_run_that_finished_nothing_leaves_nothing(tmp_path):
+    with open_state(tmp_path / "state", MARKS):
         pass
     assert not list(tmp_path.iterdir())
-    State(tmp_path / "state", MARKS)  # as a kill leaves it: with a fingerprint, held by nobody
-    with State(tmp_path / "state", {"MODEL": "other"}) as state:
+    open_state(tmp_path / "state", MARKS)  # as a kill leaves it: with a fingerprint, held by nobody
+    with open_state(tmp_path / "state", {"MODEL": "other"}) as state:
         assert state.load("conv1") is None
 
 
@@ -159,19 +183,19 @@ def test_restart_and_a_state_without_a_fingerprint_begin_anew(tmp_path):
         (lambda: None, True),
         (lambda: (tmp_path / "fingerprint.json").unlink(), False),
     ):
-        with State(tmp_path, MARKS, restart=True) as state:
+        with open_state(tmp_path, MARKS, restart=True) as state:
             state.save("conv1", tensors(), {})
             (tmp_path / "levels").mkdir()
         spoil()
-        with State(tmp_path, {"MODEL": "other"} if restart else MARKS, restart) as state:
+        with open_state(tmp_path, {"MODEL": "other"} if restart else MARKS, restart) as state:
             assert state.load("conv1") is None
             assert {path.name for path in tmp_path.iterdir()} == {"fingerprint.json", "lock"}
 
 
 def test_no_damaged_byte_passes(tmp_path, caplog):
-    """Whichever byte of an entry is another one, it is as it was, or it is done again."""
+    """Whichever byte of an entry is changed, it is loaded as it was saved or not at all."""
     figures = {"squared_error": 2.74, "name": "conv1"}
-    with State(tmp_path, MARKS) as state:
+    with open_state(tmp_path, MARKS) as state:
         state.save("conv1", tensors(), figures)
         path = state.path("conv1")
         whole, refused = path.read_bytes(), 0
@@ -187,18 +211,18 @@ def test_no_damaged_byte_passes(tmp_path, caplog):
         for length in (0, 7, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:length])
             assert state.load("conv1") is None
-    assert caplog.records[-1].getMessage() == f"{path}: damaged; it is done again"
+    assert caplog.records[-1].getMessage() == f"{path}: damaged; it is computed again"
 
 
 def test_no_damaged_byte_of_a_fingerprint_passes(tmp_path):
-    with State(tmp_path, MARKS) as state:
+    with open_state(tmp_path, MARKS) as state:
         state.save("conv1", {}, {})
     path = tmp_path / "fingerprint.json"
     whole, refused = path.read_bytes(), 0
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 2]) + whole[position + 1 :])
         try:
-            State(tmp_path, MARKS).__exit__()
+            open_state(tmp_path, MARKS).__exit__()
         except UserError as error:
             refused += 1
             assert str(error) == f"{path}: damaged; pass --restart to start over"
@@ -207,30 +231,32 @@ def test_no_damaged_byte_of_a_fingerprint_passes(tmp_path):
 
 
 def test_two_runs_at_once_are_refused(tmp_path):
-    with State(tmp_path, MARKS) as state:
+    with open_state(tmp_path, MARKS) as state:
         child = os.fork()
         if child == 0:
             try:
-                State(tmp_path, MARKS)
+                open_state(tmp_path, MARKS)
             except UserError as error:
-                os._exit(7 if "another run is at work" in str(error) else 1)
+                os._exit(7 if "in use by another run" in str(error) else 1)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         state.save("conv1", {}, {})
-    State(tmp_path, MARKS).__exit__()
+    open_state(tmp_path, MARKS).__exit__()
 
 
-def test_a_folder_that_vanishes_is_said(tmp_path):
-    state = State(tmp_path / "state", MARKS)
+def test_a_folder_that_vanishes_is_reported(tmp_path):
+    state = open_state(tmp_path / "state", MARKS)
     state.finish()
-    with pytest.raises(UserError, match="was removed while the run was at work"):
+    with pytest.raises(UserError, match="was removed during the run"):
         state.save("conv1", tensors(), {})
     assert not state.folder.exists()
     state.__exit__()
 
 
 def test_a_cache_is_for_one_fingerprint_and_for_several_runs(tmp_path):
-    first, second, other = (Cache(tmp_path, marks) for marks in (MARKS, MARKS, MARKS | {"x": "y"}))
+    first, second, other = (
+        SharedCache(tmp_path, marks) for marks in (MARKS, MARKS, MARKS | {"x": "y"})
+    )
     first.save("conv1", tensors(), {"nsamples": 3})
     assert same(second.load("conv1").tensors, tensors()) and other.load("conv1") is None
     first.finish()
@@ -242,7 +268,7 @@ def test_a_cache_is_for_one_fingerprint_and_for_several_runs(tmp_path):
 
 
 def test_notes_come_back_and_damaged_ones_are_lost_alone(tmp_path, monkeypatch):
-    with State(tmp_path, MARKS) as state:
+    with open_state(tmp_path, MARKS) as state:
         notes = Notes(state)
         notes.add("quick", {"a": 1 / 3})
         assert not list(tmp_path.glob("notes*"))  # not yet a second
@@ -251,7 +277,7 @@ def test_notes_come_back_and_damaged_ones_are_lost_alone(tmp_path, monkeypatch):
         notes.add("third", None)
     pages = sorted(path.name for path in tmp_path.glob("notes*"))
     assert pages == ["notes 0.safetensors", "notes 1.safetensors"]
-    with State(tmp_path, MARKS) as state:
+    with open_state(tmp_path, MARKS) as state:
         assert Notes(state).known == {"quick": {"a": 1 / 3}, "slow": 2.0, "third": None}
         content = bytearray((tmp_path / pages[0]).read_bytes())
         content[-3] ^= 1
@@ -263,16 +289,16 @@ def test_notes_come_back_and_damaged_ones_are_lost_alone(tmp_path, monkeypatch):
 
 
 def test_an_interrupt_loses_no_note(tmp_path):
-    with State(tmp_path, MARKS) as state:
+    with open_state(tmp_path, MARKS) as state:
         notes = Notes(state)
-        with pytest.raises(KeyboardInterrupt), notes.kept():
+        with pytest.raises(KeyboardInterrupt), notes:
             notes.add("quick", 1)
             raise KeyboardInterrupt
         assert Notes(state).known == {"quick": 1}
 
 
-def test_where_nothing_is_kept_nothing_comes_back():
-    with Unkept() as state:
+def test_without_a_folder_nothing_is_saved():
+    with RunState() as state:
         state.save("conv1", tensors(), {})
         assert state.load("conv1") is None and Notes(state).known == {}
         state.finish()

@@ -119,7 +119,7 @@ def test_local_search_draws_fewer_and_fewer_coefficients_until_nothing_improves(
 
 def kept_search(problem, loss, folder):
     """A search that goes on from the state in a folder."""
-    with resume.State(folder, {"MODEL": "rn8"}) as kept:
+    with resume.open_state(folder, {"MODEL": "rn8"}) as kept:
         return spdy.run_search(ByPicks(problem), loss, kept, seed=0)
 
 
@@ -158,7 +158,7 @@ def test_losses_that_are_not_finite_are_never_the_best(tmp_path):
     first = tuple(problem.solve().levels)
     state = run_search(problem, lambda picks: math.nan if tuple(picks) == first else 1.0)
     assert state.loss == 1 and state.losses[search.picks_key(first)] is None
-    with resume.State(tmp_path / "state", {}) as kept:
+    with resume.open_state(tmp_path / "state", {}) as kept:
         kept.save("search", {}, asdict(state))
         assert search.SearchState(**kept.load("search").figures) == state
     with pytest.raises(errors.UserError, match="no candidate has a finite"):
@@ -365,7 +365,7 @@ def test_interrupted_and_continued_the_command_writes_the_same(workplace, capsys
     capsys.readouterr()
     assert command("3", "unstr", "--seed", "1") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "begun with --seed 0, this one with --seed 1:" in error
+    assert error.startswith("error: ") and "(--seed was 0, is now 1)" in error
     assert command("3", "unstr") == 0
     assert len(calls) == record["evaluations"] + 1 and not state.exists()
     assert Path("rn8_unstr_300x_spdy.txt").read_text() == expected

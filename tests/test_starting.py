@@ -1,4 +1,4 @@
-"""Interrupted while Python still imports PyTorch, every command ends with one line."""
+"""A command that is interrupted ends with one line, even while Python imports PyTorch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 
 def importing(words: list[str], **options) -> subprocess.Popen:
-    """A command that has begun to import PyTorch."""
+    """A command that has started to import PyTorch."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, **pipes, **options)
     maps = Path(f"/proc/{process.pid}/maps")
@@ -91,22 +91,28 @@ TWICE = """
 import sys, time, os, signal
 sys.modules["__main__"].__file__ = FILE  # as if this were main_trueobs.py
 from obc.toolkit import starting
-from obc.toolkit.process import interruptible
-with interruptible():
+from obc.toolkit.cli import guarded
+def work(args):
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), NUMBER)
     except KeyboardInterrupt:
         print("once", flush=True)
         AGAIN
-os.kill(os.getpid(), signal.SIGINT)
+        raise
+status = guarded(work, None)
+os.kill(os.getpid(), NUMBER)
 print("over")
+sys.exit(status)
 """
 
 
+@pytest.mark.parametrize("number", ENDS)
 @pytest.mark.parametrize("again", [True, False])
-def test_the_second_interrupt_ends_at_once_and_none_comes_after_the_end(again):
+def test_the_second_signal_ends_at_once_and_none_comes_after_the_end(again, number):
     code = TWICE.replace("FILE", repr(str(ROOT / "main_trueobs.py")))
-    code = code.replace("AGAIN", "os.kill(os.getpid(), signal.SIGINT); time.sleep(9)" * again)
+    code = code.replace("AGAIN", "os.kill(os.getpid(), NUMBER); time.sleep(9)" * again)
+    code = code.replace("NUMBER", str(int(number)))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
-    wanted = (130, "once\n", "error: interrupted\n") if again else (0, "once\nover\n", "")
-    assert (done.returncode, done.stdout, done.stderr) == wanted
+    status, line = ENDS[number]
+    out = "once\n" if again else "once\nover\n"
+    assert (done.returncode, done.stdout, done.stderr) == (status, out, line)

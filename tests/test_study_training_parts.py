@@ -17,7 +17,7 @@ from modelutils import evaluating, find_layers, first_and_last, get_model
 from obc.inputs import files
 from obc.inputs.vision import torchvision
 from obc.solver import errors
-from obc.toolkit.resume import State
+from obc.toolkit.resume import open_state
 from obc.toolkit.training import TrainingTask, load_training, save_training
 from pruning_vs_quantization import compressed_model as compressed
 from pruning_vs_quantization import oscillations
@@ -603,7 +603,7 @@ def test_an_epoch_that_was_saved_comes_back(tmp_path):
 
     before = random.getstate()
     try:
-        with State(tmp_path / "state", {"n_bits": "4"}) as state:
+        with open_state(tmp_path / "state", {"n_bits": "4"}) as state:
             task = TrainingTask("training", [], torch.device("cpu"), 4, "--lr", state)
             tensors, optimizer = parts(1e-3)
             history = [{"epoch": 1, "top1": 9.0}]

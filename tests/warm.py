@@ -1,11 +1,11 @@
-"""Processes that need not import PyTorch: many commands are run here, and each would take seconds.
+"""Commands in processes that need not import PyTorch, which would take seconds for each.
 
-    Warm ── a server that has imported everything once (this file, as a script)
+    Warm ── a server that has imported everything once (this file, run as a script)
       │       forks for each request ── a process that runs one command, as `python` would
       └── `python`, a stand-in for the interpreter that hands its arguments to the server
 
-A command so run is a process of its own: it has its folder, its standard streams and its exit
-status, and takes signals. Only its imports are done already.
+Such a command is a process with its own folder, standard streams and exit status, and it receives
+signals. Only its imports have been done before.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ class Running:
         self.answers = self.connection.makefile()
         self.pid = self.answer("pid")
 
-    def answer(self, wanted: str) -> int:
-        """The next thing that the server says of it, skipping what is not wanted."""
+    def answer(self, expected: str) -> int:
+        """The next number that the server sends with this word."""
         for line in self.answers:
             word, number = line.split()
-            if word == wanted:
+            if word == expected:
                 return int(number)
-        raise EOFError(f"the server did not say {wanted}")
+        raise EOFError(f"the server did not say {expected}")
 
     def wait_for_work(self) -> None:
-        """Until it is where a command turns exceptions into its answer."""
+        """Wait until its work has begun."""
         self.answer("working")
 
     def wait_for_use(self, seconds: float) -> None:
-        """Until it has used this much time of a CPU, or has ended; however busy the machine is."""
+        """Wait until it has used this much CPU time, however busy the machine is, or has ended."""
         with suppress(OSError):
             while float(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) < 1e9 * seconds:
                 time.sleep(0.002)
@@ -82,7 +82,7 @@ class Running:
 
     def wait(self) -> int:
         """The exit status, as `subprocess` has it: negative for a signal."""
-        self.used_s = self.answer("used_us") / 1e6  # of a CPU
+        self.used_s = self.answer("used_us") / 1e6  # CPU time
         status = self.answer("status")
         self.answers.close()
         self.connection.close()
@@ -90,7 +90,7 @@ class Running:
 
 
 class Warm:
-    """The server, to run commands by."""
+    """The server, which runs commands."""
 
     def __init__(self, folder: Path) -> None:
         self.address, self.python = str(folder / "socket"), folder / "python"
@@ -129,10 +129,13 @@ def warm_server(folder: Path) -> Iterator[Warm]:
 
 def run_script(words: list[str], folder: str, environment: dict[str, str]) -> int:
     """What `python WORDS…` does; the exit status."""
+    from obc.toolkit import starting
+
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    starting.install_handler()
     if module := words[0] == "-m":
         words = words[1:]
     sys.argv[:] = words
@@ -151,7 +154,7 @@ def run_script(words: list[str], folder: str, environment: dict[str, str]) -> in
 
 
 def announce_work(connection: socket.socket) -> None:
-    """Let `cli.guarded` tell when it has begun."""
+    """Let `cli.guarded` report when it begins."""
     from obc.toolkit import cli
 
     guarded = cli.guarded
@@ -168,7 +171,7 @@ def announce_work(connection: socket.socket) -> None:
 
 
 def serve(connection: socket.socket) -> None:
-    """Answer one request: the process's number, and at its end its status."""
+    """Answer one request: with the id of a process, and at its end with its status."""
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     words, folder, environment = json.loads(connection.makefile().read())
     child = os.fork()
@@ -181,7 +184,7 @@ def serve(connection: socket.socket) -> None:
         status = run_script(words, folder, environment)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # taking the interpreter down would take a second
+        os._exit(status)  # an orderly exit of the interpreter would take a second
     for stream in streams:
         os.close(stream)
     connection.sendall(f"pid {child}\n".encode())
@@ -192,7 +195,7 @@ def serve(connection: socket.socket) -> None:
 
 
 def eliminate_once() -> None:
-    """Load what is compiled."""
+    """Load the compiled kernels."""
     import torch
 
     from trueobs import TrueOBS

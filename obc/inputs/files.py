@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all.
+"""Files that are written whole or not at all.
 
-Everything is written under a temporary name beside its destination, forced to disk and renamed, so
-that no reader ever sees half a file. Of several processes (torchrun), only the first writes.
+Every file is written under a temporary name in the folder of its destination, forced to disk and
+renamed, so that no reader ever sees half a file. Temporary files are hidden, and locked until the
+process that writes them ends; whoever writes into a folder next removes those that are not locked,
+which are leftovers of killed processes. Of several processes (torchrun), only the first writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import stat
@@ -21,9 +24,11 @@ from torch import Tensor
 
 from obc.solver.errors import UserError, rank
 
+TEMPORARY_NAME = ".obc.{}.tmp"
 
-def _destination(path: str | os.PathLike[str]) -> Path:
-    """Where `path` leads after links; a UserError if it is something that cannot be replaced."""
+
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """Where `path` leads after links; raises UserError if no file can take its place."""
     target = Path(os.path.realpath(path))
     try:
         mode = target.stat().st_mode
@@ -39,35 +44,54 @@ def _destination(path: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
+def temporary_file(folder: Path) -> Iterator[BinaryIO]:
+    """A hidden file in `folder`, removed at the end unless it has been renamed."""
+    for leftover in folder.glob(TEMPORARY_NAME.format("*")):
+        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+            leftover.unlink()
+    path = folder / TEMPORARY_NAME.format(uuid.uuid4().hex[:12])
+    try:
+        with open(path, "xb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists():
+                yield file
+                return
+    finally:
+        path.unlink(missing_ok=True)
+    with temporary_file(folder) as file:  # that one was removed before it was locked
+        yield file
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` only once it is complete and on disk.
 
-    On any exception inside, the temporary file is removed and what was at `path` stays. The parent
-    directory is made if it is missing. Of many processes, only the first one's file appears.
+    After an exception inside, what was at `path` is still there. The parent directory is made if it
+    is missing. Of several processes, only the first one's file appears.
     """
     if rank():
         with open(os.devnull, "wb") as nowhere:
             yield nowhere
         return
-    target = _destination(path)
+    target = resolved(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with temporary_file(target.parent) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            os.replace(file.name, target)
         sync_folder(target.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+    except OSError as error:
+        if error.filename is None or str(error.filename).endswith(".tmp"):
             error.filename = str(path)  # the name that the user knows
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Force to disk which files are in a folder, where a system knows of such a thing."""
+    """Force the list of a folder's files to disk, on systems that can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -78,13 +102,11 @@ def sync_folder(folder: Path) -> None:
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise a UserError now if `path` could not be written later. Leaves nothing behind."""
-    target = _destination(path)
+    target = resolved(path)
     existing = next(folder for folder in target.parents if os.path.lexists(folder))
-    name = target.name if existing == target.parent else "x"
-    probe = existing / f"{name[:-12]}{uuid.uuid4().hex[:12]}"  # as long as the name itself
     try:
-        probe.open("xb").close()
-        probe.unlink()
+        with temporary_file(existing):
+            pass
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(None, "is write-protected")
     except OSError as error:
@@ -92,10 +114,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def save_checkpoint(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write a plain state dict, tensors only: safetensors by that suffix, else torch.save's format.
+    """Write a plain state dict of tensors: as safetensors by its suffix, else as torch.save does.
 
-    Tensors are copied to the CPU, contiguous and each with a storage of its own size, so that a
-    view does not drag its whole base into the file.
+    Tensors are copied to the CPU, each contiguous and with its own storage, so that a view does not
+    bring its whole base into the file. Raises TypeError for anything but a tensor.
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -105,7 +127,7 @@ def save_checkpoint(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -
     if Path(path).suffix == ".safetensors":
         contents: bytes | memoryview = safetensors_bytes(plain)
     else:
-        buffer = io.BytesIO()  # onto a full disk, torch.save would hide the OSError in C++'s own
+        buffer = io.BytesIO()  # torch.save itself would report a full disk as a RuntimeError
         torch.save(plain, buffer)
         contents = buffer.getbuffer()
     with atomic_write(path) as file:

@@ -1,11 +1,11 @@
-"""Calibration: what the layers of the dense model see when it is shown images.
+"""Calibration: the inputs of the dense model's layers on the calibration images.
 
 OBC (arXiv 2208.11580), sections 3 and 6: Hessians of some or all layers in one pass over all
 calibration images, or over this process's share of them; and, for activation quantisation, a grid
-for each layer's input, found on the first batch.
+for each layer's input, fitted on the first batch.
 
-On a CPU a batch goes through the model, and into the products x xᵀ, on one thread, several batches
-at a time; each layer adds up their products in the order of the batches. So no sum depends on the
+On a CPU each batch goes through the model and into the products x xᵀ on one thread, several batches
+at a time; each layer adds up the products in the order of the batches. So sums do not depend on the
 number of threads, only on --batchsize, and threads never wait for each other within a layer.
 """
 
@@ -34,7 +34,7 @@ from obc.solver.memory import default_memory
 from obc.solver.threads import Turns, one_at_a_thread, one_thread, pool_of
 from trueobs import TrueOBS
 
-MAPS_AT_A_TIME = 6  # of the size of the widest layer's input, while a model runs
+MAPS_IN_MEMORY = 6  # of the size of the widest layer's input, while a model runs
 
 
 @contextmanager
@@ -51,11 +51,11 @@ def calibrate(
     batches: ImageBatches | list[tuple[Tensor, Tensor]],  # a list, if there is one shard only
     device: torch.device,
     world: World = ALONE,
-    shards: int = 1,  # that this process goes through, if it is alone
+    shards: int = 1,  # that a single process goes through
 ) -> None:
-    """Show the calibration images to the dense model; each solver sees its layer's inputs.
+    """Run the dense model on the calibration images; each solver sees its layer's inputs.
 
-    Each of several processes shows a shard of them; sums are then added up over all.
+    Each of several processes takes a shard of them; sums are then added up over all.
     """
     count = max(world.size, shards)
     with evaluating(dense):
@@ -73,9 +73,9 @@ def show(
     batches: ImageBatches | list[tuple[Tensor, Tensor]],
     device: torch.device,
 ) -> None:
-    """Show some images to the dense model: on a CPU several batches at a time, one a thread.
+    """Run the dense model on batches: on a CPU several at a time, one per thread.
 
-    Every layer adds them up in their order, so that its sums do not depend on the threads.
+    Every layer adds them up in order, so that its sums do not depend on the threads.
     """
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     images = (
@@ -91,41 +91,42 @@ def show(
         calls, image_bytes = probe(dense, first[:1])
         batch_bytes = len(first) * image_bytes + 3 * CHUNK_BYTES
         threads = max(1, min(threads, default_memory(device) // 2 // batch_bytes))
-    turns, own = Turns(), threading.local()
+    turns, mine = Turns(), threading.local()  # a thread's batch, its model, layers it is done with
 
     def see(name: str, x: Tensor) -> None:
-        if name in own.left and threads > 1:  # the next batch may be at its sums by now
+        if name in mine.done and threads > 1:  # the next batch may be adding by now
             raise UserError(
                 f"{name} is called more often for some images than for the first one; "
                 "set OMP_NUM_THREADS=1"
             )
-        solvers[name].add_batch(x, wait=lambda: turns.wait(name, own.number))
+        solvers[name].add_batch(x, wait=lambda: turns.wait(name, mine.number))
         if calls[name] == 1:  # so it is the next batch's turn
-            own.left.add(name)
-            turns.leave(name, own.number)
+            mine.done.add(name)
+            turns.leave(name, mine.number)
 
     def work(number: int, batch: Tensor) -> None:
-        own.number, own.left = number, set()
-        if not hasattr(own, "model"):
-            own.model = twin(dense)
-        layers = {name: own.model.get_submodule(name) for name in solvers}
+        mine.number, mine.done = number, set()
+        if not hasattr(mine, "model"):
+            mine.model = twin(dense)
+        layers = {name: mine.model.get_submodule(name) for name in solvers}
         with torch.inference_mode(), watching(layers, see):
-            own.model(batch)
-        for name in solvers.keys() - own.left:
+            mine.model(batch)
+        for name in solvers.keys() - mine.done:
             turns.leave(name, number)
 
     one_at_a_thread(work, chain([first], images), threads, turns)
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """The same tensors in modules of its own, which another thread may call, and keep things in."""
-    kept = [x for module in model.modules() for x in vars(module).values() if torch.is_tensor(x)]
-    tensors = [*model.parameters(), *model.buffers(), *kept]
+    """A copy of the modules, for another thread, that shares all tensors with the model."""
+    attributes = (x for module in model.modules() for x in vars(module).values())
+    plain = [x for x in attributes if torch.is_tensor(x)]
+    tensors = [*model.parameters(), *model.buffers(), *plain]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def probe(model: nn.Module, image: Tensor) -> tuple[Counter[str], int]:
-    """How often each layer is called, and about how many bytes one image takes at a time."""
+    """How often each layer is called for one image, and about how many bytes the image takes."""
     calls, widest = Counter(), 0
 
     def see(name: str, x: Tensor) -> None:
@@ -134,7 +135,7 @@ def probe(model: nn.Module, image: Tensor) -> tuple[Counter[str], int]:
 
     with watching(find_layers(model), see):
         model(image)  # (1, 3, s, s)
-    return calls, MAPS_AT_A_TIME * widest
+    return calls, MAPS_IN_MEMORY * widest
 
 
 def calls_of_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> Counter[str]:
@@ -154,7 +155,7 @@ def activation_grids(
     """A grid for the input of every layer that sees the images."""
     fits: dict[str, Future[quant.Grid]] = {}
     threads = torch.get_num_threads() if images.device.type == "cpu" else 1
-    waiting = threading.Semaphore(2 * threads)  # so that few layers' inputs are kept
+    waiting = threading.Semaphore(2 * threads)  # bounds the inputs in memory
     with evaluating(dense), pool_of(threads) as submit, one_thread():
 
         def fit(name: str, x: Tensor) -> None:
@@ -168,6 +169,6 @@ def activation_grids(
 
 
 def attach_activation_grids(model: nn.Module, grids: Mapping[str, quant.Grid]) -> None:
-    """Make the layers of a model round their inputs; each gets a grid of its own."""
+    """Make the layers of a model round their inputs; each gets a copy of its grid."""
     for name, grid in grids.items():
         quant.set_activation_grid(model.get_submodule(name), copy.deepcopy(grid))

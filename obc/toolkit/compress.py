@@ -44,7 +44,7 @@ from obc.toolkit.calibrate import calibrate, watching
 from obc.toolkit.leveldb import LevelFile, level_file
 from obc.toolkit.modes import Mode
 from obc.toolkit.planning import Plan, make_plan, operations, why_dense
-from obc.toolkit.resume import Entry, Unkept
+from obc.toolkit.resume import Entry, RunState
 from trueobs import TrueOBS
 
 CHECK_TOLERANCE = 0.05  # relative
@@ -119,8 +119,8 @@ class Compression:
     dense: nn.Module  # sees the images
     compressed: nn.Module  # its layers are compressed in place; they may be pruned already
     mode: Mode
-    state: Unkept  # finished layers
-    cache: Unkept  # Σxxᵀ
+    state: RunState  # finished layers
+    cache: RunState  # Σxxᵀ
     levels_folder: Path | None = None  # for modes that yield levels; all processes share it
     rel_damp: float = 0.0  # × mean(diag H), added to the diagonal
     memory_gb: float | None = None  # None: half of what is free
@@ -174,7 +174,7 @@ class Compression:
         file = self.level_file(name)
         same = self.world.share(self.world.first and file.hash() == entry.figures["levels"])
         if not same:
-            log.warning("%s: damaged; its layer is compressed again", file.path)
+            log.warning("%s: damaged; it is computed again", file.path)
         return same
 
     def _enter(self, entry: Entry) -> None:

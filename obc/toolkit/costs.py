@@ -1,15 +1,15 @@
 """What a layer costs at each level: parameters, bits, FLOPs, BOPs or measured seconds.
 
 Targets are relative to the dense network at 32 bits, over the layers that can be compressed. With n
-weights, s the share of them that is left, F the layer's dense FLOPs and b the wider of its weights'
-and its activations' bits (32 where it is not quantised):
+weights, s the share of them that is not pruned, F the layer's dense FLOPs and b the bits of its
+weights or of its activations, whichever are more (32 if it is not quantised):
 
     params    n s             bits      n s · (bits of the weights)
     flops     F s             bops      F s · b      (dense 32; 8w8a 8; 4w4a 4; half of it with 2:4)
     timingsq  seconds, measured by the user, from a file (format below)
 
-A layer that was left dense has s = 1 at every level. Zeros that rounding to a grid has made do not
-count. In a `mixed` database s is 1/2 for a quantised layer that is 2:4 sparse along its input
+A layer that was left dense has s = 1 at every level. Zeros that come from rounding do not count. In
+a `mixed` database s is 1/2 for a quantised layer that is 2:4 sparse along its input
 channels, else 1; in `4block_8w8a` it is the share of blocks of 4 that are not all zero. FLOPs count
 two for a multiply-add: for a layer with O outputs an image, F = 2 · O · (weights of one output
 channel), for any stride, dilation and number of groups (`LayerView.flops`).
@@ -56,11 +56,11 @@ def layer_costs(
     model: nn.Module,
     image_shape: tuple[int, ...],  # (3, s, s)
     constr: str,  # one of CONSTRAINTS
-    timings: str | Path | None = None,  # file of seconds, for timingsq
+    timings: str | Path | None = None,  # file of measured seconds, for timingsq
 ) -> Costs:
     """Costs of all layers of a database at all levels.
 
-    Raises UserError if timings are asked for and missing or incomplete.
+    Raises UserError if timings are needed, but missing or incomplete.
     """
     if constr == "timingsq":
         return timed_costs(db, timings)
@@ -71,7 +71,7 @@ def layer_costs(
         size = tensors[db.levels[0]]["weight"].numel()
         work = flops.get(name, 0) if constr in ("flops", "bops") else size
         dense[name] = float(work * (FULL_BITS if constr in ("bits", "bops") else 1))
-        levels[name] = {lv: work * unit_cost(of, db.kind, constr) for lv, of in tensors.items()}
+        levels[name] = {lv: work * unit_cost(x, db.kind, constr) for lv, x in tensors.items()}
     return Costs(dense, levels)
 
 

@@ -1,7 +1,11 @@
-"""What the result of a run depends on, as text by name: its *fingerprint*.
+"""The fingerprint of a run: what its result depends on, as text by name.
 
-Hashes of contents (weights, images, a database, the code), options, versions. Two runs of one
-fingerprint have the same result, to the bit; of two that differ, `difference` says in what.
+Hashes of contents (weights, images, a database, the code), options, versions. Two runs with the
+same fingerprint have the same result to the bit; for two that differ, `difference` says how.
+
+A finished result depends on the whole solver, on the flat libraries, and on whatever else its
+command imports; a cached Hessian only on the code that makes Hessians. Code is compared as Python
+parses it, so comments, docstrings and formatting do not count.
 """
 
 from __future__ import annotations
@@ -11,45 +15,45 @@ import ast
 import contextlib
 import hashlib
 import json
+import os
+import platform
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 HASH_BYTES = 16
 ROOT = Path(__file__).resolve().parents[2]  # of all our modules
+HESSIAN_CODE = (
+    *("datautils.py", "modelutils.py", "quant.py", "trueobs.py"),
+    *("obc/inputs/*.py", "obc/toolkit/calibrate.py"),
+    *("obc/solver/hessian.py", "obc/solver/layers.py", "obc/solver/distributed.py"),
+)
+SOLVER_CODE = "obc/solver/*.py"  # all of it, since compiled kernels are imported by name
+WITHOUT_NUMBERS = {  # the code around a result; any other file that is imported counts
+    f"obc/toolkit/{name}.py" for name in ("cli", "fingerprints", "records", "resume", "starting")
+}
 VERSIONS = ("torch", "torchvision", "numpy", "numba", "pillow")
-SURROUNDINGS = ("code", *VERSIONS, "threads", "device")  # they change results by rounding only
-NO_PART_OF_A_RESULT = {  # options: where and how to work, or files whose contents count
-    "help",
-    "skip_bad_images",
-    "device",
-    "workers",
-    "memory",
-    "restart",
-    "repeat",
-    "check",
-    "cache",
-    "weights",
-    "datapath",
-    "load",
-    "save",
-    "sparse_dir",
-    "prefix",
-    "score_path",
-    "profile",
-    "file",
-    "timings",
-    "image_size",
-    "plan",
+VARIABLES = (  # of the environment: they choose the kernels or the precision of matrix products
+    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "OPENBLAS_CORETYPE"),
+    *("ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"),
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+)
+SURROUNDINGS = ("python", *VERSIONS, "device", "threads", *VARIABLES, "code")  # rounding only
+NOT_IN_A_RESULT = {  # options: where and how to work, or files whose contents are hashed
+    *("help", "restart", "repeat", "check", "plan", "cache", "device", "workers", "memory"),
+    *("weights", "datapath", "image_size", "skip_bad_images", "load", "save", "sparse_dir"),
+    *("prefix", "score_path", "profile", "file", "timings"),
 }
 
 
 def content_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """A hash of tensors, whatever their order: names, types, shapes and bytes; and of a text."""
+    """A hash of tensors in any order (names, types, shapes, bytes) and of a text."""
     content = hashlib.blake2b(text.encode(), digest_size=HASH_BYTES)
     for name, tensor in sorted(tensors.items()):
         content.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -58,75 +62,108 @@ def content_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return content.hexdigest()
 
 
-def bytes_hash(parts: Iterable[bytes]) -> str:
+def bytes_hash(strings: Iterable[bytes]) -> str:
     """A hash of byte strings, in order."""
     content = hashlib.blake2b(digest_size=HASH_BYTES)
-    for part in parts:
-        content.update(b"%d " % len(part))
-        content.update(part)
+    for string in strings:
+        content.update(b"%d " % len(string))
+        content.update(string)
     return content.hexdigest()
 
 
-def text_hash(marks: Mapping[str, str]) -> str:
+def text_hash(fingerprint: Mapping[str, str]) -> str:
     """A hash of a fingerprint."""
-    return content_hash({}, json.dumps(sorted(marks.items())))
+    return content_hash({}, json.dumps(sorted(fingerprint.items())))
 
 
-def code_hash(*modules: str) -> str:
-    """A hash of our own modules of these names (a.b) and of all that they import."""
-    found, wanted = {}, set(modules)
-    while wanted:
-        path = ROOT.joinpath(*wanted.pop().split(".")).with_suffix(".py")
-        if path not in found and path.is_file():
-            found[path] = path.read_bytes()
-            wanted |= imported(ast.parse(found[path]))
-    return bytes_hash(found[path] for path in sorted(found))
+# -- code ------------------------------------------------------------------------------------------
 
 
-def imported(code: ast.Module) -> set[str]:
-    """The modules that code imports, anywhere in it; names from a module may be modules, too."""
-    names = set()
-    for node in ast.walk(code):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+@cache
+def parsed(path: Path) -> tuple[bytes, frozenset[str]]:
+    """A file of Python as it is parsed, without docstrings; and the modules that it imports.
 
-
-def surroundings(device: torch.device, *modules: str, threads: bool = True) -> dict[str, str]:
-    """The part of a fingerprint that tells on what, and by which code, a run is done.
-
-    threads: whether the result depends, in its last digits, on how many there are.
+    A name that is imported from a module may itself be a module.
     """
-    versions = {}
-    for package in VERSIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    marks = {"code": code_hash(*modules), **versions, "device": device.type}
-    return marks | {"threads": str(torch.get_num_threads())} if threads else marks
+    tree, imports = ast.parse(path.read_bytes()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imports |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+    return ast.dump(tree).encode(), frozenset(imports)
 
 
-def chosen_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:
-    """Words and options of a command by the names its user knows, those that change results."""
+def hessian_code() -> str:
+    """A hash of the code that Hessians depend on."""
+    paths = sorted(path for pattern in HESSIAN_CODE for path in ROOT.glob(pattern))
+    return bytes_hash(parsed(path)[0] for path in paths)
+
+
+def result_code(module: str) -> str:
+    """A hash of the code that the results of a module (a.b) depend on: what it imports."""
+    excluded = {ROOT / name for name in WITHOUT_NUMBERS}
+    paths, unread = set(), {module_file(module), *ROOT.glob(SOLVER_CODE)}
+    while unread := {path for path in unread - paths - excluded if path.is_file()}:
+        paths |= unread
+        unread = {module_file(name) for path in unread for name in parsed(path)[1]}
+    return bytes_hash(parsed(path)[0] for path in sorted(paths))
+
+
+def module_file(name: str) -> Path:
+    """The file of a module, if it is one of ours."""
+    return ROOT.joinpath(*name.split(".")).with_suffix(".py")
+
+
+# -- fingerprints ----------------------------------------------------------------------------------
+
+
+def surroundings(device: torch.device, code: str, threads: bool = True) -> dict[str, str]:
+    """The entries of a fingerprint that say on what, and by which code, a result is computed.
+
+    threads: whether the last digits of the result depend on the number of threads.
+    """
     return {
-        action.option_strings[-1]
-        if action.option_strings
-        else str(action.metavar or action.dest): str(getattr(args, action.dest))
-        for action in parser._actions
-        if action.dest not in NO_PART_OF_A_RESULT
+        "python": platform.python_version(),
+        **installed_versions(VERSIONS),
+        "device": device.type,
+        **({"threads": str(torch.get_num_threads())} if threads else {}),
+        **{name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
+        "code": code,
     }
 
 
-def difference(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, str] | None:
-    """The first thing that differs, in words: as it was, as it is; None if nothing does."""
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def chosen_options(parser: argparse.ArgumentParser, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The words and options of a command that change its results, under the user's names."""
+    return {
+        action.option_strings[-1]
+        if action.option_strings
+        else str(action.metavar or action.dest): str(arguments[action.dest])
+        for action in parser._actions
+        if action.dest not in NOT_IN_A_RESULT
+    }
+
+
+def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
+    """The first difference between two fingerprints in words, or None."""
+    words = {"True": "on", "False": "off", None: "not set"}
     for name in (*new, *(name for name in old if name not in new)):
-        was, now = old.get(name), new.get(name)
-        if was == now:
+        before, now = old.get(name), new.get(name)
+        if before == now:
             continue
-        if {was, now} <= {"True", "False"}:
-            return tuple(f"with{'' if value == 'True' else 'out'} {name}" for value in (was, now))
-        if re.fullmatch(rf"[0-9a-f]{{{2 * HASH_BYTES}}}", was or now or ""):
-            return f"with other {name}", "with what is found now"
-        return tuple(f"with {name} {value}" for value in (was, now))
+        if re.fullmatch(rf"[0-9a-f]{{{2 * HASH_BYTES}}}", before or now or ""):
+            return f"{name} changed"
+        return f"{name} was {words.get(before, before)}, is now {words.get(now, now)}"
     return None

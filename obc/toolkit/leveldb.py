@@ -48,7 +48,7 @@ from obc.solver.errors import UserError, log
 from obc.solver.layers import compressible, innermost_order
 from obc.toolkit.fingerprints import bytes_hash, content_hash
 from obc.toolkit.modes import modes_serving
-from obc.toolkit.resume import file_of
+from obc.toolkit.resume import entry_file
 from quant import ACTIVATION_GRID, WEIGHT_GRID, put_layer
 
 SPARSITY = r"\d{4}"
@@ -194,7 +194,7 @@ class LevelFile:
 
 def level_file(folder: Path, layer: str, weight: Tensor) -> LevelFile:
     """The file of a layer's levels; shape and precision are those of the weight."""
-    return LevelFile(file_of(folder, layer, ".levels"), weight.shape, weight.dtype)
+    return LevelFile(entry_file(folder, layer, ".levels"), weight.shape, weight.dtype)
 
 
 def write_levels(

@@ -4,7 +4,7 @@
     scores    scores/<model>_<database>_<mode>.txt        a layer's name on a line, then a line
                                                           `<value> <level>` per level
 
-Both are read strictly: what does not fit is named with its line.
+Both are read strictly: errors name the line.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def score_file(folder: str | Path, model: str, kind: str, mode: str) -> Path:
-    """Where the scores of a database are: scores/<model>_<database>_<mode>.txt."""
+    """The file of a database's scores: scores/<model>_<database>_<mode>.txt."""
     return Path(folder) / f"{model}_{kind}_{mode}.txt"
 
 
 def read_lines(path: str | Path) -> Iterable[tuple[int, list[str]]]:
-    """Numbered lines of a text file that are not empty, split into words."""
+    """The lines of a text file that are not empty, with their numbers, split into words."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -34,13 +34,13 @@ def read_lines(path: str | Path) -> Iterable[tuple[int, list[str]]]:
         raise UserError(f"{path}: cannot be read ({reason})") from None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.isprintable() and not line.replace("\t", "").isprintable():
-            raise UserError(f"{path}, line {number}: holds a character that is no text")
+            raise UserError(f"{path}, line {number}: contains a control character")
         if line.strip():
             yield number, line.split()
 
 
 def as_number(text: str) -> float | None:
-    """A number as we write it; None for anything else that Python would take, such as 1_0 or ١.
+    """A number as we write it; None for other forms that Python accepts, such as 1_0 or ١.
 
     >>> as_number("-2.5e-3"), as_number("nan"), as_number("1_0"), as_number("1e999")
     (-0.0025, nan, None, None)
@@ -59,10 +59,10 @@ def read_profile(path: str | Path) -> dict[str, str]:
             raise UserError(f"{path}, line {number}: expected `<level> <layer>`")
         level, layer = words
         if layer in profile:
-            raise UserError(f"{path}, line {number}: {layer} stands there twice")
+            raise UserError(f"{path}, line {number}: {layer} appears twice")
         profile[layer] = level
     if not profile:
-        raise UserError(f"{path}: no layers in it")
+        raise UserError(f"{path}: contains no layers")
     return profile
 
 
@@ -75,8 +75,8 @@ def write_profile(path: str | Path, profile: Mapping[str, str]) -> None:
 def read_scores(path: str | Path, positive: bool = False) -> dict[str, dict[str, float]]:
     """Layer → level → value, from a layer's name on a line and `<value> <level>` lines below it.
 
-    Scores that are not finite are scores; with `positive`, for seconds, they are not, nor are
-    negative ones.
+    Scores may be infinite or NaN; with `positive`, for seconds, they must be finite and not
+    negative.
     """
     scores: dict[str, dict[str, float]] = {}
     layer = None
@@ -84,7 +84,7 @@ def read_scores(path: str | Path, positive: bool = False) -> dict[str, dict[str,
         if len(words) == 1:
             layer = words[0]
             if layer in scores:
-                raise UserError(f"{path}, line {number}: {layer} stands there twice")
+                raise UserError(f"{path}, line {number}: {layer} appears twice")
             scores[layer] = {}
             continue
         value = as_number(words[0])
@@ -93,10 +93,10 @@ def read_scores(path: str | Path, positive: bool = False) -> dict[str, dict[str,
         if positive and not 0 <= value < math.inf:
             raise UserError(f"{path}, line {number}: must be 0 or more, and finite; got {words[0]}")
         if words[1] in scores[layer]:
-            raise UserError(f"{path}, line {number}: level {words[1]} stands there twice")
+            raise UserError(f"{path}, line {number}: level {words[1]} appears twice")
         scores[layer][words[1]] = value
     if not scores:
-        raise UserError(f"{path}: no scores in it")
+        raise UserError(f"{path}: contains no scores")
     return scores
 
 

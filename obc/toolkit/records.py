@@ -1,27 +1,27 @@
-"""The record of a run: JSON beside its output, with all it takes to compare or repeat it.
+"""The record of a run: a JSON file next to its output, with what it takes to compare or repeat it.
 
 JSON is strict: NaN and infinity, which it lacks, become null. Every record is an object of
 
     key          value
     command      the script, as in "spdy.py"
-    arguments    object: every word and option of the command as it was, defaults filled in
-    fingerprint  object of strings, or null: what the result depends on (resuming.py) - hashes of
-                 weights, images, code; options; versions; threads; device
+    arguments    object: every word and option of the command, with defaults filled in
+    fingerprint  object of strings, or null: what the result depends on (fingerprints.py): options;
+                 hashes of weights, images and code; versions, device, threads, environment
     environment  object: argv, python, platform, processor, cores, torch_threads, gpus, git and
                  versions of packages
-    layers       list of objects (main_trueobs.py, spdy.py): a layer each, with its name
+    layers       list of objects (main_trueobs.py, spdy.py): one for each layer, with its name
     corrections  list of objects (post_proc.py): name, seconds, losses per epoch
-    seconds      number: how long the run took; of a resumed one, since it was resumed
+    seconds      number: how long the run took; if it was resumed, since then
     top1         number in percent, or null (main_trueobs.py, post_proc.py)
 
 and further figures of the command. A layer of main_trueobs.py: name, shape, result, dense, seconds,
 squared_error, relative_error, damping, rank_deficit; with --check also checked_error, fresh_error.
 A layer of spdy.py: name, level, cost, error.
 
-`COMMAND --repeat RECORD` takes the arguments from a record. Options behind it count more: --save
-for another place, --device, --workers. What is found must be what the record's fingerprint tells:
-other weights, images or options are refused; other code, versions, threads or devices, which may
-change last digits, are a warning.
+`COMMAND --repeat RECORD` takes the arguments from a record; options after it replace those, such as
+--save for another place, --device or --workers. The fingerprint must be the record's: different
+weights, images or options are refused; different code, versions, devices, threads or environment
+variables, which may change the last digits, cause a warning.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ import math
 import os
 import platform
 import re
-import subprocess  # nosec B404  # git alone is asked, see _git
+import subprocess  # nosec B404  # only git is called, see git_revision
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from torch import Tensor
 from obc.inputs.files import atomic_write
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli
-from obc.toolkit.fingerprints import SURROUNDINGS, difference
+from obc.toolkit.fingerprints import SURROUNDINGS, difference, installed_versions
 
 SCHEMA = {  # key: types of its value, whether every record has it
     "command": (str, True),
@@ -58,19 +57,18 @@ SCHEMA = {  # key: types of its value, whether every record has it
     "seconds": ((int, float), False),
     "top1": ((int, float, type(None)), False),
 }
+PACKAGES = ("torch", "torchvision", "numpy", "numba", "safetensors")
 NOT_REPEATED = ("help", "repeat", "restart")
 
 
 def _strict_json(value: Any) -> Any:
-    """`value` in JSON's own terms; NaN and infinities, which JSON lacks, become null."""
+    """`value` in JSON's own types; NaN and infinities, which JSON lacks, become null."""
     if isinstance(value, Mapping):
         return {str(key): _strict_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_strict_json(item) for item in value]
     if isinstance(value, (np.generic, np.ndarray, Tensor)):
         return _strict_json(value.tolist())
-    if isinstance(value, argparse.Namespace):
-        return _strict_json(vars(value))
     if isinstance(value, (Path, torch.device, torch.dtype)):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -85,58 +83,49 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
         file.write(text.encode() + b"\n")
 
 
-def _git(*words: str) -> str | None:
-    here = Path(__file__).resolve().parents[2]
+def git_revision() -> dict[str, Any] | None:
+    """The commit of this checkout and whether files differ from it; None if not a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(  # nosec B603 B607  # no shell; our own words; the user's git
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
     try:
-        answer = subprocess.run(  # nosec B603 B607  # no shell; our own words; the user's git
-            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=20, check=True
-        )
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
 
 
-def _git_revision() -> dict[str, Any] | None:
-    """The commit of this checkout and whether files differ from it; None if not a checkout."""
-    top, revision = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
-    if not top or not revision or Path(top).resolve() != Path(__file__).resolve().parents[2]:
-        return None
-    return {"commit": revision, "dirty": bool(_git("status", "--porcelain"))}
-
-
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+        name = None
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, the part of a run's record that makes its numbers comparable."""
+    """Versions and machine: what makes the numbers of a record comparable."""
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return {
         "argv": list(sys.argv),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": metadata.version("torchvision"),
-        "numpy": np.__version__,
-        "numba": _version("numba"),
-        "safetensors": _version("safetensors"),
+        **dict.fromkeys(PACKAGES),
+        **installed_versions(PACKAGES),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in gpus],
-        "git": _git_revision(),
+        "git": git_revision(),
     }
 
 
@@ -155,7 +144,7 @@ def write_run(
 
 
 def flaw(record: Any) -> str | None:
-    """What keeps a value from being a record, in words; None if it is one."""
+    """Why a value is not a record, in words; None if it is one."""
     if not isinstance(record, dict):
         return "not an object"
     for key, (types, required) in SCHEMA.items():
@@ -192,7 +181,7 @@ def repeated(
     build_parser: Callable[[], argparse.ArgumentParser],
     argv: Sequence[str] | None,  # None: the process's own
 ) -> list[str]:
-    """The words of a command; with --repeat, those of the record before the others."""
+    """The words of a command; with --repeat, those of the record come first."""
     words = list(sys.argv[1:] if argv is None else argv)
     finder = cli.Parser(add_help=False)
     finder.add_argument("--repeat")
@@ -207,10 +196,10 @@ def repeated(
 
 
 def recorded_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """A record's arguments as words of the command; raises UserError where they are none."""
+    """A record's arguments as words of the command; raises UserError if it does not take them."""
     record = read_record(path)
     if record["command"] != parser.prog:
-        raise UserError(f"{path}: the record of {record['command']}; repeat it with that command")
+        raise UserError(f"{path}: a record of {record['command']}; repeat it with that command")
     arguments, options, words = dict(record["arguments"]), [], []
     for action in parser._actions:
         value = arguments.pop(action.dest, None)
@@ -229,18 +218,17 @@ def recorded_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def check_repeat(path: str | None, fingerprint: Mapping[str, str]) -> None:
-    """Raise a UserError unless what the record at `path` depended on is what is here now."""
+    """Raise a UserError if the record at `path` has another fingerprint, but for rounding."""
     old = read_record(path).get("fingerprint") if path else None
     if old is None:
         if path:
-            log.warning("%s: has no fingerprint; weights and images may be others", path)
+            log.warning("%s: has no fingerprint; weights and images may differ", path)
         return
-    parts = (
-        {k: v for k, v in marks.items() if k not in SURROUNDINGS} for marks in (old, fingerprint)
+    decisive = (
+        {k: v for k, v in entries.items() if k not in SURROUNDINGS}
+        for entries in (old, fingerprint)
     )
-    if parted := difference(*parts):
-        raise UserError(f"{path}: the run was made {parted[0]}, this would be {parted[1]}")
-    if parted := difference(old, fingerprint):
-        log.warning(
-            "%s: the run was made %s, this one is %s: last digits may differ", path, *parted
-        )
+    if change := difference(*decisive):
+        raise UserError(f"{path}: this would not repeat the run ({change})")
+    if change := difference(old, fingerprint):
+        log.warning("%s: the last digits may differ from the run's (%s)", path, change)

@@ -1,28 +1,28 @@
-"""What a long run has finished, kept on disk so that the same command goes on from there.
+"""What a long run has finished, saved on disk so that the same command continues from there.
 
-    State  ── a hidden folder .NAME.partial/ beside the output that the run is for
-      fingerprint.json        what the run depends on, by name; written first
-      <key>.safetensors       one thing that is finished: tensors and figures, e.g. a layer
+    RunState  ── a hidden folder .NAME.partial/ next to the run's output
+      fingerprint.json        what the result depends on, by name; written first
+      <key>.safetensors       one finished result: tensors and figures, e.g. a layer
 
-What is kept is used by a run of the same fingerprint only (`fingerprints.py`); another one is told
-the first difference. Every entry is one file, written whole
-(`files.atomic_write`), with a hash of its contents inside: one that was damaged afterwards is done
-again. Killed at any moment, a run loses what it had in hand, no more. Since every finished thing is
-the same function of the same contents, a resumed result equals an uninterrupted one to the bit.
+Only a run with the same fingerprint (`fingerprints.py`) may continue; any other is told the first
+difference. Every entry is one file, written whole (`files.atomic_write`), with a hash of its
+contents inside: an entry that was damaged afterwards is computed again. A run that is killed loses
+only what it was working on. Every finished result is a function of the fingerprint, so a resumed
+run equals an uninterrupted one to the bit.
 
-`Notes` are for many small results, such as losses: gathered, and written at most once a second.
+`Notes` are many small results, such as losses: collected, and written at most once a second.
 
-Of several processes (`distributed.py`) the first keeps the state for all (`Together`).
+When several processes share a run (`distributed.py`), the first one writes and all of them read.
 """
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,223 +37,200 @@ from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError, log
 from obc.toolkit.fingerprints import content_hash, difference, text_hash
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: nobody watches over two runs at once
-    fcntl = None
-
 SECONDS_BETWEEN_NOTES = 1.0
 FINGERPRINT, LOCK = "fingerprint.json", "lock"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something finished."""
+    """One finished result."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-class Unkept:
-    """Stands in for a `State` where nothing is to be kept."""
+class RunState:
+    """The finished results of a run in a folder, made by `open_state`; a context while in use.
 
-    world = ALONE
-
-    def holds(self, key: str) -> bool:
-        """Whether something is saved under `key`, damaged or not."""
-        return False
-
-    def load(self, key: str) -> Entry | None:
-        """What was saved under `key` and is undamaged."""
-        return None
-
-    def save(self, key: str, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
-        """Keep something finished, in place of what was kept under `key` before."""
-
-    def finish(self) -> None:
-        """Remove all; for when the output is on disk."""
-
-    def __enter__(self) -> Unkept:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class State(Unkept):
-    """A folder of finished things, of one fingerprint; a context while it is used.
-
-    Raises UserError for a folder of another fingerprint, and while another run is at work on it.
+    Without a folder nothing is saved. All processes of `world` call every method alike.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, str], restart: bool = False) -> None:
-        self.folder, self._lock, self._held = folder, None, False
-        marks = folder / FINGERPRINT
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder.parent)
-        self._take()
+    def __init__(self, folder: Path | None = None, world: World = ALONE) -> None:
+        self.folder, self.world = folder, world
+        self._lock: int | None = None  # a descriptor, while this process holds the folder
+
+    def begin(self, fingerprint: Mapping[str, str], restart: bool) -> None:
+        """Lock the folder, and empty it unless it holds results that this run may use."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder.parent)
+        self._lock = lock_folder(self.folder)
+        path = self.folder / FINGERPRINT
         try:
-            if marks.exists() and self.holds_something() and not restart:
-                check_fingerprint(marks, fingerprint)
+            if path.exists() and self.has_entries() and not restart:
+                check_fingerprint(path, fingerprint)
                 return
-            for path in folder.iterdir():  # of a run that is given up, or had finished nothing
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != LOCK:
-                    path.unlink()
+            for leftover in self.folder.iterdir():
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                elif leftover.name != LOCK:
+                    leftover.unlink()
             content = json.dumps([dict(fingerprint), text_hash(fingerprint)], indent=1)
-            with atomic_write(marks) as file:
+            with atomic_write(path) as file:
                 file.write(content.encode())
         except BaseException:
             self.__exit__()
             raise
 
-    def _take(self) -> None:
-        """Lock the folder; the system takes the lock back however the process ends."""
-        self._held = fcntl is None
-        if self._held:
-            return
-        self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:  # not flock: processes that decode images would inherit it, and outlive a kill
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.__exit__()
-            raise UserError(f"{self.folder}: another run is at work on this; wait for it") from None
-        except OSError:
-            pass  # a file system without locks
-        self._held = True
-
-    def __enter__(self) -> State:
+    def __enter__(self) -> RunState:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._held and not self.holds_something():
-            self.finish()
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock, self._held = None, False
-
-    def holds_something(self) -> bool:
-        """Whether anything is finished."""
-        return any(self.folder.glob("*.safetensors"))
+        if self._lock is None:
+            return
+        if not self.has_entries():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = None
 
     def path(self, key: str) -> Path:
         """The file of an entry."""
-        return file_of(self.folder, key)
+        return entry_file(self.folder, key)
+
+    def has_entries(self) -> bool:
+        """Whether anything is finished."""
+        return any(self.folder.glob("*.safetensors"))
 
     def holds(self, key: str) -> bool:
-        return self.path(key).exists()
-
-    def save(self, key: str, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
-        if not (self.folder / FINGERPRINT).exists():
-            raise UserError(f"{self.folder}: was removed while the run was at work; start it again")
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        text = json.dumps(dict(figures))
-        marks = {"figures": text, "hash": content_hash(plain, text)}
-        with atomic_write(self.path(key)) as file:
-            file.write(safetensors_bytes(plain, marks))
+        """Whether there is an entry of this key, intact or damaged."""
+        if self.folder is None:
+            return False
+        return self.world.share(self.world.first and self.path(key).exists())
 
     def load(self, key: str) -> Entry | None:
+        """The entry of this key; None if there is none, or if it is damaged."""
         if not self.holds(key):
             return None
-        try:
-            with safe_open(self.path(key), "pt") as file:
-                marks = file.metadata()
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            figures = json.loads(marks["figures"])
-            if marks["hash"] == content_hash(tensors, marks["figures"]) and type(figures) is dict:
-                return Entry(tensors, figures)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
-            pass  # RecursionError is a RuntimeError
-        log.warning("%s: damaged; it is done again", self.path(key))
-        return None
+        return self.world.share(read_entry(self.path(key)) if self.world.first else None)
+
+    def save(self, key: str, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
+        """Save an entry, in place of an earlier one of the same key."""
+        if self.folder is None or not self.world.first:
+            return
+        if not (self.folder / FINGERPRINT).exists():
+            raise UserError(f"{self.folder}: was removed during the run; start it again")
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        text = json.dumps(dict(figures))
+        metadata = {"figures": text, "hash": content_hash(plain, text)}
+        with atomic_write(self.path(key)) as file:
+            file.write(safetensors_bytes(plain, metadata))
 
     def finish(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, once the output is on disk."""
+        if self.folder is None:
+            return
+        self.world.meet()  # other processes may still be reading
+        if self.world.first:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Cache(State):
-    """Finished things that any run of this fingerprint may take and add, several at once."""
+class SharedCache(RunState):
+    """Results that all runs with one fingerprint share, also at the same time."""
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, str]) -> None:
-        self.folder = Path(folder) / text_hash(fingerprint)
-        self._lock, self._held = None, False
+        super().__init__(Path(folder) / text_hash(fingerprint))
         if not (self.folder / FINGERPRINT).exists():
-            with atomic_write(self.folder / FINGERPRINT) as file:  # to be read by people only
+            with atomic_write(self.folder / FINGERPRINT) as file:  # only read by people
                 file.write(json.dumps(dict(fingerprint), indent=1).encode())
 
     def finish(self) -> None:
-        """Nothing: other runs may want it."""
-
-
-class Together(Unkept):
-    """A state of several processes, which all call it alike: the first one's, that all read."""
-
-    def __init__(self, state: Unkept, world: World) -> None:
-        self.state, self.world = state, world
-
-    def holds(self, key: str) -> bool:
-        return self.world.share(self.state.holds(key))
-
-    def load(self, key: str) -> Entry | None:
-        return self.world.share(self.state.load(key))
-
-    def save(self, key: str, tensors: Mapping[str, Tensor], figures: Mapping[str, Any]) -> None:
-        self.state.save(key, tensors, figures)
-
-    def finish(self) -> None:
-        self.world.meet()  # others may still read what is there
-        self.state.finish()
-
-    def __exit__(self, *error: object) -> None:
-        self.state.__exit__(*error)
+        """Nothing: other runs may use the results."""
 
 
 def open_state(
-    folder: Path, fingerprint: Mapping[str, str], restart: bool, world: World = ALONE
-) -> State | Together:
-    """The state in a folder, of however many processes."""
-    if world.size == 1:
-        return State(folder, fingerprint, restart)
-    state = Together(State(folder, fingerprint, restart) if world.first else Unkept(), world)
-    world.meet()
+    folder: Path | None,  # None: nothing is saved
+    fingerprint: Mapping[str, str],
+    restart: bool = False,  # discard what an interrupted run has finished
+    world: World = ALONE,
+) -> RunState:
+    """The state in a folder, for this run alone.
+
+    Raises UserError for results of another fingerprint, and if another run uses the folder.
+    """
+    state = RunState(folder, world)
+    if folder is not None:
+        if world.first:
+            state.begin(fingerprint, restart)
+        world.meet()
     return state
 
 
-def file_of(folder: Path, key: str, suffix: str = ".safetensors") -> Path:
-    """Where something is kept."""
+def state_folder(output: str | os.PathLike[str]) -> Path:
+    """The folder of a run's state: hidden, next to its output."""
+    return Path(output).with_name(f".{Path(output).name}.partial")
+
+
+def entry_file(folder: Path, key: str, suffix: str = ".safetensors") -> Path:
+    """The file of an entry."""
     return folder / f"{quote(key, safe=' ')}{suffix}"
 
 
-def state_folder(output: str | os.PathLike[str]) -> Path:
-    """Where the state of a run is kept: hidden, beside its output."""
-    return Path(output).with_name(f".{Path(output).name}.partial")
+def lock_folder(folder: Path) -> int:
+    """An open file whose lock the system releases however the process ends.
+
+    Raises UserError if another process holds it.
+    """
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:  # not flock: processes that decode images would inherit it, and outlive a kill
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(lock)
+        raise UserError(f"{folder}: in use by another run; wait until it has ended") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def check_fingerprint(path: Path, fingerprint: Mapping[str, str]) -> None:
     """Raise a UserError unless the file holds this fingerprint."""
     try:
-        old, mark = json.loads(path.read_bytes())
-        if mark != text_hash(old) or not all(isinstance(x, str) for x in old.values()):
+        recorded, recorded_hash = json.loads(path.read_bytes())
+        texts = all(isinstance(value, str) for value in recorded.values())
+        if recorded_hash != text_hash(recorded) or not texts:
             raise ValueError
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: damaged; pass --restart to start over") from None
-    if parted := difference(old, fingerprint):
+    if change := difference(recorded, fingerprint):
         raise UserError(
-            f"{path.parent}: an interrupted run, begun {parted[0]}, this one {parted[1]}: "
+            f"{path.parent}: holds an interrupted run that differs from this one ({change}): "
             "repeat that command, or pass --restart to start over"
         )
 
 
-class Notes:
-    """Small results by name: figures as JSON has them, kept in a state.
+def read_entry(path: Path) -> Entry | None:
+    """An entry; None, with a warning, if its contents are not those that were saved."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        text = metadata["figures"]
+        figures = json.loads(text)
+        if metadata["hash"] == content_hash(tensors, text) and isinstance(figures, dict):
+            return Entry(tensors, figures)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
+        pass  # RecursionError is a RuntimeError
+    log.warning("%s: damaged; it is computed again", path)
+    return None
 
-    Several processes start with the same notes; `collect` brings what others add to the first.
+
+class Notes:
+    """Small results by name, in JSON's types, saved in a state; all of them as the context ends.
+
+    Several processes start with the same notes; `collect` sends those of the others to the first.
     """
 
-    def __init__(self, state: Unkept) -> None:
-        self.state, self.known, self.fresh = state, {}, {}
-        self.pages, self.written = 0, time.monotonic()
+    def __init__(self, state: RunState) -> None:
+        self.state, self.known, self.unwritten = state, {}, {}
+        self.pages, self.written_at = 0, time.monotonic()
         while state.holds(self._page()):
             if entry := state.load(self._page()):
                 self.known |= entry.figures
@@ -263,42 +240,40 @@ class Notes:
         return f"notes {self.pages}"
 
     def get(self, key: str) -> Any:
-        """What was noted under `key`, or None."""
+        """The note of this name, or None."""
         return self.known.get(key)
 
     def add(self, key: str, figures: Any) -> None:
-        """Note something; it is on disk a second later, at the latest with the next note."""
-        self.known[key] = self.fresh[key] = figures
-        if time.monotonic() - self.written >= SECONDS_BETWEEN_NOTES:
+        """Add a note; it is written with the next one that is added a second or more later."""
+        self.known[key] = self.unwritten[key] = figures
+        if time.monotonic() - self.written_at >= SECONDS_BETWEEN_NOTES:
             self.write()
 
     def write(self) -> None:
         """Write what is not yet on disk."""
-        if self.fresh and self.state.world.first:
-            self.state.save(self._page(), {}, self.fresh)
-            self.pages, self.fresh = self.pages + 1, {}
-        self.written = time.monotonic()
+        if self.unwritten and self.state.world.first:
+            self.state.save(self._page(), {}, self.unwritten)
+            self.pages, self.unwritten = self.pages + 1, {}
+        self.written_at = time.monotonic()
 
     def collect(self, more: bool) -> bool:
-        """Note what others have noted; whether any of them still has `more` to do."""
+        """Add the notes of all processes to the first one's; whether any has `more` to do."""
         world = self.state.world
         if world.size == 1:
             return more
-        shares = world.gather((None if world.first else self.fresh, more))
-        for theirs, _ in shares[1:]:
-            if world.first:
-                self.known |= theirs
-                self.fresh |= theirs
-        if not world.first:
-            self.fresh = {}
-        elif time.monotonic() - self.written >= SECONDS_BETWEEN_NOTES:
-            self.write()
+        shares = world.gather((None if world.first else self.unwritten, more))
+        if world.first:
+            for notes, _ in shares[1:]:
+                self.known |= notes
+                self.unwritten |= notes
+            if time.monotonic() - self.written_at >= SECONDS_BETWEEN_NOTES:
+                self.write()
+        else:
+            self.unwritten = {}
         return any(more for _, more in shares)
 
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Inside, an interrupt loses nothing that was noted."""
-        try:
-            yield
-        finally:
-            self.write()
+    def __enter__(self) -> Notes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.write()

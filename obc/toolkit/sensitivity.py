@@ -1,15 +1,16 @@
 """What one compressed layer does to the network: losses and output errors per layer and level.
 
-The dynamic programme adds up the layers' errors, so each layer is compared alone, all others dense:
+The dynamic programme adds up the errors of layers, so each layer is measured alone, with all other
+layers dense:
 
     loss      L(layer at the level) − L(dense)       L: mean cross-entropy on calibration images
     squared   ‖y − ŷ‖² / ‖y‖²                        y: the layer's dense output, ŷ: at the level
 
-A change in a layer leaves everything before it as it was. For each batch the dense model runs once,
-and where it comes to a layer, only what follows is run for each of the layer's levels, from the
-values then alive (`tracing.py`). On average that is half of a network; nothing but one batch's live
-values is kept. Levels of a layer that are equal in all their tensors are run once, those equal to
-the dense layer not at all.
+A change in a layer does not affect what comes before it. For each batch the dense model runs once;
+when it reaches a layer, only the rest of the network is run for each of the layer's levels, from
+the intermediate values still needed (`tracing.py`). On average that is half of a network, and only
+the values of one batch are in memory. Equal levels of a layer are run once, those equal to the
+dense layer not at all.
 """
 
 from __future__ import annotations
@@ -29,33 +30,25 @@ from obc.solver.layers import forward_hooks
 from obc.solver.threads import in_pieces
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import Database
-from obc.toolkit.resume import Notes, Unkept
+from obc.toolkit.resume import Notes, RunState
 from quant import put_layer
 
 Scores = dict[str, dict[str, float]]  # layer → level → value
 
 
 def distinct_levels(db: Database, layer: str, dense: nn.Module) -> dict[str, list[str]]:
-    """One level of each set of equal ones → all levels of the set; those equal to dense: ""."""
+    """The first of each set of equal levels → the set; "" stands for the dense layer."""
     sets: dict[str, list[str]] = {content_hash(dense.state_dict()): [""]}
     hashes = {}
 
-    def work(part: slice) -> None:
-        for level in db.levels[part]:
+    def hash_levels(piece: slice) -> None:
+        for level in db.levels[piece]:
             hashes[level] = content_hash(db.layer(layer, level))
 
-    in_pieces(work, len(db.levels), 1)
+    in_pieces(hash_levels, len(db.levels), 1)
     for level in db.levels:
         sets.setdefault(hashes[level], []).append(level)
     return {names[0]: names for names in sets.values()}
-
-
-def all_levels(
-    values: Mapping[str, float], sets: Mapping[str, list[str]], db: Database
-) -> dict[str, float]:
-    """Values of distinct levels, given to all levels of each set, in the database's order."""
-    of = {name: values.get(one, 0.0) for one, names in sets.items() for name in names}
-    return {level: of[level] for level in db.levels}
 
 
 def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | None], None]:
@@ -69,89 +62,105 @@ def swap_layer(model: nn.Module, db: Database, layer: str) -> Callable[[str | No
     return put
 
 
+class Measurement:
+    """A measurement of all distinct levels of a database, batch by batch, noted as it goes on."""
+
+    def __init__(self, model: nn.Module, db: Database, notes: Notes | None) -> None:
+        self.db, self.notes = db, notes or Notes(RunState())
+        self.world = self.notes.state.world
+        self.sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
+        self.levels = {x: [level for level in sets if level] for x, sets in self.sets.items()}
+
+    def begin(self, total: int, unit: str) -> None:
+        """Log what an interrupted run has measured, of what this process has to do."""
+        total = sum(self.world.gather(total))
+        if self.notes.known:
+            log.info("resuming: %d of %d %s are done", len(self.notes.known), total, unit)
+
+    def end(self, values: list) -> list:
+        """What all processes have measured, in the order of the batches."""
+        while self.notes.collect(False):
+            pass  # others have more batches
+        return self.world.interleave(values)
+
+    def scores(self, values: Mapping[str, Mapping[str, float]]) -> Scores:
+        """Values of the distinct levels, given to all levels that are equal to them."""
+        scores = {}
+        for layer, sets in self.sets.items():
+            equal_to = {level: first for first, names in sets.items() for level in names}
+            scores[layer] = {x: values[layer].get(equal_to[x], 0.0) for x in self.db.levels}
+        return scores
+
+
 def losses(
     model: nn.Module,
     db: Database,
     batches: Batches,  # of several processes, each its own: every N-th
     device: torch.device,
-    notes: Notes | None = None,  # of what an interrupted run has measured
+    notes: Notes | None = None,  # what an interrupted run has measured
 ) -> Scores:
     """Change of the mean loss with exactly one layer compressed, per layer and level.
 
-    The model is dense, and dense again afterwards. ImageBatches are added in their order, whichever
-    process they are with.
+    The model is dense, and dense again afterwards. Batches are added in their order, whichever
+    process has them.
     """
-    notes = notes or Notes(Unkept())
-    world, found = notes.state.world, []
-    with evaluating(model):
+    measurement, measured = Measurement(model, db, notes), []
+    levels, notes, world = measurement.levels, measurement.notes, measurement.world
+    steps = len(levels) * batch_count(batches)
+    measurement.begin(steps, "layers × batches")
+    with evaluating(model), tqdm(total=steps, desc="loss", leave=False, disable=None) as bar:
         run = resumable(model)
-        sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
-        levels = {layer: [level for level in of if level] for layer, of in sets.items()}
-        _say_what_is_known(notes, len(db.layers) * _count(batches), "layers × batches")
-        with tqdm(
-            total=len(levels) * _count(batches), desc="loss", leave=False, disable=None
-        ) as bar:
-            for number, (images, labels) in enumerate(batches):
-                key = world.size * number + world.rank
-                known = {x: notes.get(f"{key} {x}") for x in levels}
-                wanted = {x: of for x, of in levels.items() if known[x] is None}
-                bar.update(len(levels) - len(wanted))
-                changes = batch_changes(run, model, db, wanted, placed(images, device), labels)
-                for layer, of_levels in changes if wanted else ():
-                    known[layer] = of_levels
-                    notes.add(f"{key} {layer}", of_levels)
-                    bar.update()
-                found.append((known, len(images)))
-                notes.collect(True)
-        while notes.collect(False):
-            pass  # others have more batches
-    found = world.interleave(found)
-    images_seen = sum(count for _, count in found)
-    means = {
-        layer: {
-            lv: sum((of[layer] or {}).get(lv, 0.0) for of, _ in found) / images_seen
-            for lv in of_layer
-        }
-        for layer, of_layer in levels.items()
-    }
-    return {layer: all_levels(means[layer], sets[layer], db) for layer in db.layers}
+        for number, (images, labels) in enumerate(batches):
+            key = world.size * number + world.rank
+            by_layer = {x: notes.get(f"{key} {x}") for x in levels}
+            missing = {x: names for x, names in levels.items() if by_layer[x] is None}
+            bar.update(len(levels) - len(missing))
+            changes = batch_changes(run, model, db, missing, placed(images, device), labels)
+            for layer, by_level in changes if missing else ():
+                by_layer[layer] = by_level
+                notes.add(f"{key} {layer}", by_level)
+                bar.update()
+            measured.append((by_layer, len(images)))
+            notes.collect(True)
+    measured = measurement.end(measured)
+    images_seen = sum(count for _, count in measured)
 
+    def mean(layer: str, level: str) -> float:
+        changes = ((by_layer[layer] or {}).get(level, 0.0) for by_layer, _ in measured)
+        return sum(changes) / images_seen
 
-def _say_what_is_known(notes: Notes, total: int, what: str) -> None:
-    total = sum(notes.state.world.gather(total))
-    if notes.known:
-        log.info("resuming: %d of %d %s are done", len(notes.known), total, what)
+    return measurement.scores({x: {lv: mean(x, lv) for lv in levels[x]} for x in levels})
 
 
 def batch_changes(
     run: TracedModel | UntracedModel,
     model: nn.Module,
     db: Database,
-    wanted: Mapping[str, Iterable[str]],  # layer → levels
+    levels: Mapping[str, Iterable[str]],  # by layer
     images: Tensor,
     labels: Tensor,
 ) -> Iterator[tuple[str, dict[str, float]]]:  # layer, changes of the summed loss by level
     """Run one batch at every level of every layer, each from where the layer is called."""
+
+    def summed_loss(outputs: Tensor) -> float:
+        return float(F.cross_entropy(outputs.double(), labels, reduction="sum"))
+
     labels = labels.to(images.device)
-    calls = {layer: run.calls(layer) for layer in wanted}
+    calls = {layer: run.calls(layer) for layer in levels}
     run.begin(images)
-    dense_loss = _loss(run.finish(), labels)
+    dense_loss = summed_loss(run.finish())
     for number, layer in sorted((numbers[0], layer) for layer, numbers in calls.items() if numbers):
         run.advance(number)
         put, changes = swap_layer(model, db, layer), {}
-        for level in wanted[layer]:
+        for level in levels[layer]:
             put(level)
-            changes[level] = _loss(run.finish(), labels) - dense_loss
+            changes[level] = summed_loss(run.finish()) - dense_loss
         put(None)
         yield layer, changes
 
 
-def _count(batches: Batches) -> int:
+def batch_count(batches: Batches) -> int:
     return len(batches) if hasattr(batches, "__len__") else 1
-
-
-def _loss(outputs: object, labels: Tensor) -> float:
-    return float(F.cross_entropy(outputs.double(), labels, reduction="sum"))
 
 
 def squared_errors(
@@ -159,36 +168,31 @@ def squared_errors(
     db: Database,
     batches: Batches,  # of several processes, each its own: every N-th
     device: torch.device,
-    notes: Notes | None = None,  # of what an interrupted run has measured
+    notes: Notes | None = None,  # what an interrupted run has measured
 ) -> Scores:
     """‖y − ŷ‖² / ‖y‖² of every layer's output at every level, its inputs the dense model's."""
-    notes = notes or Notes(Unkept())
-    sets = {x: distinct_levels(db, x, model.get_submodule(x)) for x in db.layers}
-    levels = {layer: [level for level in of if level] for layer, of in sets.items()}
-    _say_what_is_known(notes, _count(batches), "batches")
-    world, found = notes.state.world, []
+    measurement, measured = Measurement(model, db, notes), []
+    levels, notes, world = measurement.levels, measurement.notes, measurement.world
+    measurement.begin(batch_count(batches), "batches")
     for number, (images, _) in enumerate(tqdm(batches, desc="squared", leave=False, disable=None)):
         key = str(world.size * number + world.rank)
-        if (of_batch := notes.get(key)) is None:
-            of_batch = batch_squares(model, db, levels, placed(images, device))
-            notes.add(key, of_batch)
-        found.append(of_batch)
+        if (squares := notes.get(key)) is None:
+            squares = batch_squares(model, db, levels, placed(images, device))
+            notes.add(key, squares)
+        measured.append(squares)
         notes.collect(True)
-    while notes.collect(False):
-        pass  # others have more batches
-    found, scores = world.interleave(found), {}
-    for layer, of_layer in levels.items():
-        sums = {lv: sum(of[layer][lv] for of in found) for lv in ["", *of_layer]}
-        relative = {level: sums[level] / (sums[""] or 1.0) for level in of_layer}
-        scores[layer] = all_levels(relative, sets[layer], db)
-    return scores
+    measured, relative = measurement.end(measured), {}
+    for layer, names in levels.items():
+        sums = {lv: sum(squares[layer][lv] for squares in measured) for lv in ["", *names]}
+        relative[layer] = {level: sums[level] / (sums[""] or 1.0) for level in names}
+    return measurement.scores(relative)
 
 
 def batch_squares(
     model: nn.Module, db: Database, levels: Mapping[str, Iterable[str]], images: Tensor
 ) -> dict[str, dict[str, float]]:
     """‖y − ŷ‖² by layer and level, and ‖y‖² by layer and "", over one batch."""
-    sums = {layer: dict.fromkeys(["", *of], 0.0) for layer, of in levels.items()}
+    sums = {layer: dict.fromkeys(["", *names], 0.0) for layer, names in levels.items()}
     swaps = {layer: swap_layer(model, db, layer) for layer in db.layers}
     measuring: set[str] = set()
 

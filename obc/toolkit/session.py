@@ -37,9 +37,14 @@ from obc.inputs.batches import ImageBatches
 from obc.solver.distributed import ALONE, World, join, resolve_device
 from obc.solver.errors import UserError
 from obc.solver.memory import default_memory
-from obc.toolkit.fingerprints import bytes_hash, chosen_options, content_hash, surroundings
-
-CALIBRATING = ("obc.toolkit.calibrate", "datautils")  # the code that Hessians depend on
+from obc.toolkit.fingerprints import (
+    bytes_hash,
+    chosen_options,
+    content_hash,
+    hessian_code,
+    result_code,
+    surroundings,
+)
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,9 @@ class Invocation:
     @classmethod
     def of(cls, parser: argparse.ArgumentParser, args: argparse.Namespace) -> Invocation:
         """From options that are checked, their defaults filled in."""
-        options = chosen_options(parser, args)
-        return cls(parser.prog, dict(vars(args)), options, args.restart, args.repeat)
+        arguments = dict(vars(args))
+        options = chosen_options(parser, arguments)
+        return cls(parser.prog, arguments, options, args.restart, args.repeat)
 
 
 @dataclass(frozen=True)
@@ -137,17 +143,17 @@ class Session:
     ) -> dict[str, str]:
         """Everything that the result is a function of, by name (`fingerprints.py`)."""
         marks = dict(invocation.options) if invocation else {}
-        modules = (Path(invocation.command).stem,) if invocation else CALIBRATING
+        code = result_code(Path(invocation.command).stem) if invocation else hessian_code()
         marks["--image-size"] = str(self.data.image_size)
         if ".py:" in self.options.model:
-            code = Path(self.options.model.rpartition(":")[0]).read_bytes()
-            marks["code of the model"] = bytes_hash([code])
+            file = Path(self.options.model.rpartition(":")[0])
+            marks["code of the model"] = bytes_hash([file.read_bytes()])
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks["calibration images"] = images_hash(self.data.calibration)
         if invocation and self.device.type != "cpu":  # how many rows go in one product
             memory = self.options.memory or default_memory(self.device) / 1e9
             marks["--memory"] = f"{memory:g}"
-        return marks | contents | surroundings(self.device, *modules, threads=threads)
+        return marks | contents | surroundings(self.device, code, threads)
 
     def accuracy(self, model: nn.Module) -> float:
         """Top-1 in percent on the test images; each of several processes evaluates its share."""

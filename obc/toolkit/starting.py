@@ -1,16 +1,20 @@
-"""The first import of every command: from here on an interrupt is one line, not a traceback.
+"""The first import of every command: from here on a signal is answered with one line.
 
-Python imports PyTorch for a second or more. An interrupt (SIGINT) that comes then would show the
-traceback of whatever was being imported; a request to end (SIGTERM) would show nothing. There is
-nothing to lose yet: the process says why it ends, and ends. `process.interruptible` takes over as
-soon as there is.
+Python imports PyTorch for a second or more. An interrupt (SIGINT) during that time would show the
+traceback of whatever is being imported, and a request to end (SIGTERM) would show nothing. So one
+handler is installed before anything else; `phase`, which `cli.guarded` sets, decides what it does:
+
+    starting     nothing is open yet: it prints one line and ends the process
+    working      it raises KeyboardInterrupt or `Terminated`, which `guarded` turns into that line
+    interrupted  a second signal while the first unwinds: it ends the process at once
+    over         the output is written: it ignores the signal
 
 Products of matrices in Intel's MKL depend, in their last bits, on where in memory the matrices lie,
-unless it is asked (MKL_CBWR) before its first product; it costs nothing measurable. Threads of
-OpenMP that have nothing to do wait (OMP_WAIT_POLICY) and do not spin: on a machine that others use,
-too, spinning took most of the time, on a quiet one the two are alike. Neither overrides the user.
+unless MKL_CBWR is set before the first product; setting it costs nothing measurable. Idle threads
+of OpenMP wait (OMP_WAIT_POLICY) instead of spinning: on a machine with other users spinning took
+most of the time, on an idle one the two are equally fast. Neither overrides the user's choice.
 
-Nothing of this is done where the module is only imported, by a test or another program.
+None of this happens where the module is only imported, by a test or another program.
 """
 
 from __future__ import annotations
@@ -22,11 +26,17 @@ import time
 BEGAN = time.monotonic()
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 SIGINT, SIGTERM = 2, 15
-ENDS = {SIGINT: ("interrupted", 130), SIGTERM: ("terminated", 143)}
+ENDINGS = {SIGINT: ("interrupted", 130), SIGTERM: ("terminated", 143)}
+
+phase = "starting"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM; it passes through whatever lets an interrupt through."""
 
 
 def is_program() -> bool:
-    """Whether what Python was asked to run is a command of ours."""
+    """Whether Python was asked to run one of our commands."""
     file = getattr(sys.modules["__main__"], "__file__", None)
     if file is None:  # python -m PACKAGE.COMMAND, while it looks for the command in this package
         return sys.argv[:1] == ["-m"]
@@ -34,31 +44,37 @@ def is_program() -> bool:
 
 
 def seconds() -> float:
-    """Since this program began; 0 where it is not one of ours."""
+    """Time since this program began; 0 if it is not one of ours."""
     return time.monotonic() - BEGAN if is_program() else 0.0
 
 
-def end(number: int, frame: object = None) -> None:
-    """Say why, and end at once: nothing is open that would have to be closed."""
-    why, status = ENDS[number]
-    if os.environ.get("RANK", "0") == "0":  # of many processes (torchrun) one speaks
-        os.write(2, f"error: {why}\n".encode())
+def answer(number: int, frame: object = None) -> None:
+    """The handler of SIGINT and SIGTERM."""
+    global phase
+    if phase == "over":
+        return
+    if phase == "working":
+        phase = "interrupted"
+        raise Terminated if number == SIGTERM else KeyboardInterrupt
+    message, status = ENDINGS[number]
+    if os.environ.get("RANK", "0") == "0":  # only one of many processes (torchrun) reports
+        os.write(2, f"error: {message}\n".encode())
     os._exit(status)
 
 
-def answer_signals() -> None:
-    """Let signals end the process, those that are not ignored (as in a shell's background)."""
-    import signal  # which takes ten milliseconds: time enough for an interrupt
+def install_handler() -> None:
+    """Answer the signals that are not ignored, as they are in the background of a shell."""
+    import signal  # takes ten milliseconds: long enough for an interrupt
 
-    for number in ENDS:
+    for number in ENDINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, end)
+            signal.signal(number, answer)
 
 
 if is_program():
     os.environ.setdefault("MKL_CBWR", "AUTO")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        answer_signals()
+        install_handler()
     except KeyboardInterrupt:
-        end(SIGINT)
+        answer(SIGINT)

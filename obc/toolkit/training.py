@@ -59,7 +59,7 @@ from tqdm import tqdm
 from modelutils import eval_mode, find_layers, placed
 from obc.solver.errors import UserError, log
 from obc.solver.layers import forward_hooks
-from obc.toolkit.resume import Unkept
+from obc.toolkit.resume import RunState
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
 
 SECONDS_BETWEEN_SAVES = 5.0  # at least, between two saved epochs of a correction
@@ -88,7 +88,7 @@ class TrainingTask:
     device: torch.device
     epochs: int
     rate_option: str  # that sets the learning rate, for the error message
-    state: Unkept = field(default_factory=Unkept)
+    state: RunState = field(default_factory=RunState)
     seconds_between_saves: float | None = None  # None: SECONDS_BETWEEN_SAVES
 
 
