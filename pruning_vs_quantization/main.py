@@ -40,7 +40,7 @@ from obc.inputs import files
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli
-from obc.toolkit.fingerprints import content_hash, surroundings
+from obc.toolkit.fingerprints import content_hash, result_code, surroundings
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.records import write_record
 from obc.toolkit.resume import open_state, state_folder
@@ -127,7 +127,7 @@ def train_compressed(args: argparse.Namespace) -> None:
         images, dense = load_inputs(options, args.seed, device)
         marks = {f"--{name.replace('_', '-')}": str(x) for name, x in settings.items()}
         marks["dense weights"] = content_hash(dense.state_dict())
-        marks |= surroundings(device, "pruning_vs_quantization.training")
+        marks |= surroundings(device, result_code("pruning_vs_quantization.training"))
         with open_state(folder, marks, args.restart) as state:
             run = FineTuning(options, dense, images, device)
             with seeded(args.seed, device), determinism(options.deterministic):

@@ -201,9 +201,7 @@ class LevelMode(Mode, ABC):
     """A mode that yields the layer at every sparsity of a grid, from one elimination."""
 
     yields_levels = True
-    default_grid: ClassVar[
-        tuple[float, float, float]
-    ]  # min, max, delta (docs/design.md, section 1)
+    default_grid: ClassVar[tuple[float, float, float]]  # minimum, maximum, delta
 
     min_sparsity: float | None = option(
         None, "fraction of zeros at the first level", metavar="F", type=cli.fraction
