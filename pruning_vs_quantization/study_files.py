@@ -122,10 +122,7 @@ def check_same_settings(
         for each in (earlier, settings)
     )
     if differing := difference(old, new):
-        raise UserError(
-            f"{path}: made {differing[0]}, this run {differing[1]}; "
-            "pass --restart to replace it, or another --out"
-        )
+        raise UserError(f"{path}: {differing}; pass --restart to replace it, or another --out")
 
 
 # -- tables ----------------------------------------------------------------------------------------

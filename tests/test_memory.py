@@ -11,7 +11,7 @@ import torch
 
 import main_trueobs
 import trueobs
-from benchmarks.bench_memory import measure
+from benchmarks.bench_memory import measure_memory
 from obc.solver.errors import UserError
 from obc.solver.memory import Needs, in_passes, layer_needs, most_at_a_time
 from obc.solver.threads import SpareBuffers
@@ -72,7 +72,7 @@ def test_levels_come_back(rows, tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_solver_keeps_to_its_budget():
-    result = measure(16, 2304, 1.0)
+    result = measure_memory(16, 2304, 1.0)
     assert result.peak <= 1.15 * result.budget
 
 

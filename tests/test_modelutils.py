@@ -276,7 +276,7 @@ def test_what_is_in_no_layer_is_counted():
             self.token = nn.Parameter(torch.zeros(1, 1, 8))  # a vector, whatever its shape
             self.positions = nn.Parameter(torch.zeros(1, 5, 8))
             self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(8, 2))
-            self.other = nn.Conv1d(8, 8, 3)
+            self.other = nn.ConvTranspose1d(8, 8, 3)
 
     assert other_weights(Net()) == {"positions": 40, "other.weight": 192}
 

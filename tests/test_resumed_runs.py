@@ -171,7 +171,7 @@ def test_only_the_unfinished_layers_are_compressed(line, work, command, monkeypa
 @pytest.mark.parametrize(
     ("line", "module", "name", "after", "said"),
     [
-        (LOSS, "sensitivity", "_loss", 40, "layers × batches are done"),
+        (LOSS, "sensitivity", "summed_loss", 40, "layers × batches are done"),
         (SQUARED, "sensitivity", "batch_squares", 1, "resuming: 1 of 2 batches are done"),
         (GAP, "post_proc", "batchnorm_tune", 0, "resuming: gap is done"),
     ],

@@ -251,7 +251,7 @@ def test_the_command_prints_draws_and_resumes(tmp_path, capsys, caplog, monkeypa
 
     assert expected_sqnr.main([*words, "--balanced"]) == 2
     error = capsys.readouterr().err
-    assert "made with balanced false, this run with balanced true" in error and "--restart" in error
+    assert "balanced was false, is now true" in error and "--restart" in error
 
 
 def test_broken_results_are_named(tmp_path, capsys):
@@ -306,9 +306,9 @@ def test_results_come_back_and_infinity_is_null(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"bits": [8], "seed": 0}, "made with bits [8, 2], this run with bits [8]"),
-        ({"bits": [8, 2]}, "made with seed 0, this run with seed None"),
-        ({"bits": [8, 2], "seed": 0, "new": "x"}, 'made with new None, this run with new "x"'),
+        ({"bits": [8], "seed": 0}, "bits was [8, 2], is now [8]"),
+        ({"bits": [8, 2]}, "seed was 0, is now not set"),
+        ({"bits": [8, 2], "seed": 0, "new": "x"}, 'new was not set, is now "x"'),
     ],
 )
 def test_other_settings_are_refused(tmp_path, settings, named):

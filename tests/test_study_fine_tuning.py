@@ -175,7 +175,7 @@ def test_a_run_is_done_once(folder, capsys, caplog):
     assert written == {path: path.read_bytes() for path in folder.iterdir()}
     assert main.main([*WEIGHTS_ONLY, "--learning-rate", "0.02"]) == 2
     error = capsys.readouterr().err
-    assert "made with learning_rate = 0.01, now 0.02; pass --restart" in error
+    assert "learning_rate was 0.01, is now 0.02; pass --restart" in error
     assert written == {path: path.read_bytes() for path in folder.iterdir()}
     answer([*WEIGHTS_ONLY, "--learning-rate", "0.02", "--restart"], capsys)
     assert (

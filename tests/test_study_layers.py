@@ -247,7 +247,7 @@ def test_other_settings_are_refused_unless_told_to_restart(folder, capsys):
     changed = [*SMALL, "--out", str(folder), "--opt-dim", "10"]
     assert QUANT(changed) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "made with opt_dim 12, this run with opt_dim 10" in error and "--restart" in error
+    assert "opt_dim was 12, is now 10" in error and "--restart" in error
     assert PRUNE([*SMALL, "--out", str(folder), "--method", "exact", "--per-channel"]) == 0
 
 

@@ -231,7 +231,7 @@ def test_the_command_on_the_shipped_network(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == printed
 
     assert run("--models", "rn8", "--balanced", "--out", tmp_path) == 2
-    assert "rn8: made with balanced false, this run with balanced true" in capsys.readouterr().err
+    assert "rn8: balanced was false, is now true" in capsys.readouterr().err
 
 
 def test_more_bits_are_added_and_restart_replaces(tmp_path, capsys):

@@ -142,21 +142,23 @@ def batch_changes(
 ) -> Iterator[tuple[str, dict[str, float]]]:  # layer, changes of the summed loss by level
     """Run one batch at every level of every layer, each from where the layer is called."""
 
-    def summed_loss(outputs: Tensor) -> float:
-        return float(F.cross_entropy(outputs.double(), labels, reduction="sum"))
-
     labels = labels.to(images.device)
     calls = {layer: run.calls(layer) for layer in levels}
     run.begin(images)
-    dense_loss = summed_loss(run.finish())
+    dense_loss = summed_loss(run.finish(), labels)
     for number, layer in sorted((numbers[0], layer) for layer, numbers in calls.items() if numbers):
         run.advance(number)
         put, changes = swap_layer(model, db, layer), {}
         for level in levels[layer]:
             put(level)
-            changes[level] = summed_loss(run.finish()) - dense_loss
+            changes[level] = summed_loss(run.finish(), labels) - dense_loss
         put(None)
         yield layer, changes
+
+
+def summed_loss(outputs: Tensor, labels: Tensor) -> float:
+    """Cross-entropy in nats, summed over the images of a batch."""
+    return float(F.cross_entropy(outputs.double(), labels, reduction="sum"))
 
 
 def batch_count(batches: Batches) -> int:
