@@ -133,7 +133,7 @@ def deployed(model: nn.Module, dense: nn.Module) -> nn.Module:
     return plain
 
 
-def sparsity(plain: nn.Module) -> float:
+def network_sparsity(plain: nn.Module) -> float:
     """Share of zeros among the weights of all conv and linear layers."""
     weights = [layer.weight for layer in find_layers(plain).values()]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(map(Tensor.numel, weights))

@@ -28,13 +28,13 @@ from pruning_vs_quantization.plots import (
 )
 from pruning_vs_quantization.study_files import read_result
 
-QUANTISED, PRUNED, OBQ, EXACT = "quantised", "pruned", "OBQ", "ExactOBS"
+QUANTISED, PRUNED, OBQ, EXACT_METHOD = "quantised", "pruned", "OBQ", "ExactOBS"
 TITLE_WIDTH = 70  # characters that fit above the plot
-COLUMNS = {  # method: heading
+TABLE_COLUMNS = {  # method: heading
     QUANTISED: "quantised, trained",
     PRUNED: "pruned, trained",
     OBQ: "OBQ, BN tuning",
-    EXACT: "ExactOBS, BN tuning",
+    EXACT_METHOD: "ExactOBS, BN tuning",
 }
 
 
@@ -42,7 +42,7 @@ COLUMNS = {  # method: heading
 class Result:
     """One network in the comparison."""
 
-    method: str  # of COLUMNS
+    method: str  # of TABLE_COLUMNS
     bits: float  # size, in bits per weight
     top1: float
     seed: int | None = None  # of training
@@ -122,8 +122,10 @@ def untrained_results(path: Path) -> list[Result]:
                 f"{path}, line {number}: expected method, bits, reached, top-1; "
                 "did an earlier command fail?"
             ) from None
-        if words[0] not in (OBQ, EXACT):
-            raise UserError(f"{path}, line {number}: {words[0]} is neither {OBQ} nor {EXACT}")
+        if words[0] not in (OBQ, EXACT_METHOD):
+            raise UserError(
+                f"{path}, line {number}: {words[0]} is neither {OBQ} nor {EXACT_METHOD}"
+            )
     return results
 
 
@@ -131,12 +133,16 @@ def markdown(results: Iterable[Result]) -> str:
     """The table, largest size first."""
     results = list(results)
     lines = [
-        "| bits | sparsity | " + " | ".join(COLUMNS.values()) + " | seeds | minutes per run |",
-        "|---" * (len(COLUMNS) + 4) + "|",
+        "| bits | sparsity | "
+        + " | ".join(TABLE_COLUMNS.values())
+        + " | seeds | minutes per run |",
+        "|---" * (len(TABLE_COLUMNS) + 4) + "|",
     ]
     for bits in sorted({result.bits for result in results}, reverse=True):
         row = [result for result in results if result.bits == bits]
-        cells = [_accuracy([one.top1 for one in row if one.method == method]) for method in COLUMNS]
+        cells = [
+            _accuracy([one.top1 for one in row if one.method == method]) for method in TABLE_COLUMNS
+        ]
         seeds = sorted({one.seed for one in row if one.seed is not None})
         minutes = [one.seconds / 60 for one in row if one.seconds is not None]
         cells += [" ".join(map(str, seeds)) or "–", _range(minutes)]
@@ -166,7 +172,7 @@ def draw(results: Iterable[Result], title: str, stem: Path) -> None:
         QUANTISED: (QUANTISATION_COLOUR, "-", "o"),
         PRUNED: (PRUNING_COLOUR, "-", "s"),
         OBQ: (QUANTISATION_COLOUR, ":", "o"),
-        EXACT: (PRUNING_COLOUR, ":", "s"),
+        EXACT_METHOD: (PRUNING_COLOUR, ":", "s"),
     }
     sizes = sorted({result.bits for result in results})
     for method, (colour, line, marker) in styles.items():
@@ -182,7 +188,7 @@ def draw(results: Iterable[Result], title: str, stem: Path) -> None:
                 color=colour,
                 linestyle=line,
                 marker=marker,
-                label=COLUMNS[method],
+                label=TABLE_COLUMNS[method],
             )
     labels = [f"{bits:g}\n{sparsity_percent(bits)}" for bits in sizes]
     axes.set_xticks(sizes, labels)

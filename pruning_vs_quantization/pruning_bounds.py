@@ -65,7 +65,7 @@ The search starts from ExactOBS's own answer, the incumbent.
 Rounding. All computations use the scale in which G has a unit diagonal (the problem does not
 change). A is the inverse of a G changed by a few nε‖G‖, and elimination changes A by a few nε‖A‖:
 with G's condition number κ either changes losses by a few nεκ, relative, and `lower` is reduced by
-8nεκ. If κ > SINGULAR, the search runs on G with a ridge, which finds good subsets and proves
+8nεκ. If κ > SINGULAR_PIVOT, the search runs on G with a ridge, which finds good subsets and proves
 nothing: `lower` is 0.
 
     symbol  variable  shape          meaning
@@ -103,7 +103,7 @@ from pruning_vs_quantization.proof import (
 
 RANK = 1e-12  # relative; below, a direction of G_KK counts as missing
 CONDITION = 1e7
-SINGULAR = 1e10  # condition number; beyond, the search proves nothing
+SINGULAR_PIVOT = 1e10  # condition number; beyond, the search proves nothing
 SHRINKS = tuple(10.0**exponent for exponent in range(-7, 0))  # of d, tried in turn
 
 
@@ -309,7 +309,7 @@ def best_subset(problem: PruningProblem, start: Reals, limits: SearchLimits) -> 
     least = float(path.threshold[0])
     if not finished:
         least = min(least, least_open_loss(path))
-    certain = 1 - 8 * len(live) * EPS * condition if condition <= SINGULAR else 0.0
+    certain = 1 - 8 * len(live) * EPS * condition if condition <= SINGULAR_PIVOT else 0.0
     lower = min(least * certain, error)
     return ProvenSolution(solution, error, lower, finished, nodes, seconds)
 
@@ -324,7 +324,7 @@ def subset_root(
     G, scale = unit_diagonal(problem.G[np.ix_(live, live)])
     w = problem.w[live] * scale
     eigenvalues = np.linalg.eigvalsh(G)
-    smallest = eigenvalues[-1] / SINGULAR
+    smallest = eigenvalues[-1] / SINGULAR_PIVOT
     condition = float(eigenvalues[-1] / max(eigenvalues[0], smallest / 2))
     ridge = max(0.0, smallest - float(eigenvalues[0]))
     A = np.linalg.inv(G + ridge * np.eye(n))

@@ -201,7 +201,11 @@ class FineTuning:
         self.learned = plain = self.plain()
         top1 = evaluate(plain, self.images.test_batches(), self.device)
         seconds = figures["training_s"] + time.perf_counter() - started
-        figures |= {"top1": top1, "sparsity": compressed.sparsity(plain), "seconds": seconds}
+        figures |= {
+            "top1": top1,
+            "sparsity": compressed.network_sparsity(plain),
+            "seconds": seconds,
+        }
         if self.options.oscillations_freeze_threshold:
             figures["frozen"] = oscillations.frozen_share(self.model)
         line = (

@@ -92,7 +92,7 @@ def learning_rate_schedule(text: str) -> LearningRateSchedule:
     return LearningRateSchedule(kind, *(values or [None]), epochs)
 
 
-def bits(text: str) -> int:
+def study_bits(text: str) -> int:
     """argparse type: 2 … 16."""
     value = int(text) if text.isdecimal() else 0
     if not 2 <= value <= 16:
@@ -112,11 +112,11 @@ COUNT, RATE = (
     {"type": cli.positive_int, "metavar": "N"},
     {"type": cli.positive_float, "metavar": "F"},
 )
-SPARSITY, BITS = {"type": cli.fraction, "metavar": "S"}, {"type": bits, "metavar": "B"}
+SPARSITY_TYPE, BITS = {"type": cli.fraction, "metavar": "S"}, {"type": study_bits, "metavar": "B"}
 EPOCH, WEIGHT = COUNT | {"metavar": "E"}, {"type": cli.nonnegative_float, "metavar": "F"}
 
 
-def option(default: Any, help: str, **words: Any) -> Any:
+def training_option(default: Any, help: str, **words: Any) -> Any:
     """A field that is an option; without type or choices, --name and --no-name."""
     return dataclasses.field(default=default, metadata={"help": help, **words})
 
@@ -125,35 +125,35 @@ def option(default: Any, help: str, **words: Any) -> Any:
 class NetworkOptions:
     """network and images"""
 
-    architecture: str = option(
+    architecture: str = training_option(
         None,
         "resnet18_quantized resnet50_quantized mobilenet_v2_quantized "
         "efficientnet_lite_quantized, or any MODEL of main_trueobs.py with _quantized appended",
         metavar="NAME_quantized",
         required=True,
     )
-    dataset: str = option("imagenet", "what to train on", choices=DATASETS)
-    images_dir: str | None = option(
+    dataset: str = training_option("imagenet", "what to train on", choices=DATASETS)
+    images_dir: str | None = training_option(
         None,
         "folder with train/ and val/ (default: ../imagenet, ../cifar10; digits needs none)",
         metavar="DIR",
     )
-    weights: str | None = option(
+    weights: str | None = training_option(
         None,
         "dense weights to start from (default: downloaded, or shipped with the toolkit)",
         metavar="FILE",
     )
-    image_size: int | None = option(
+    image_size: int | None = training_option(
         None,
         "side of the network's input in pixels "
         "(default: imagenet and folder 224, cifar10 32, digits 16)",
         **COUNT,
     )
-    train_samples: int | None = option(
+    train_samples: int | None = training_option(
         None, "training images, chosen by --seed (default: all)", **COUNT
     )
-    augment: bool = option(True, "random crops or shifts, and flips, of training images")
-    num_workers: int | None = option(
+    augment: bool = training_option(True, "random crops or shifts, and flips, of training images")
+    num_workers: int | None = training_option(
         None,
         "processes that decode images (default: 0 for cifar10 and digits, which are decoded "
         "once, otherwise one per core, 8 at most)",
@@ -166,23 +166,25 @@ class NetworkOptions:
 class OptimiserOptions:
     """training"""
 
-    max_epochs: int = option(20, "passes over the training images", **COUNT)
-    batch_size: int = option(128, "images per batch", **COUNT)
-    optimizer: str = option("SGD", "optimiser of weights, biases and norms", choices=OPTIMISERS)
-    learning_rate: float = option(1e-2, "initial learning rate", **RATE)
-    learning_rate_schedule: LearningRateSchedule = option(
+    max_epochs: int = training_option(20, "passes over the training images", **COUNT)
+    batch_size: int = training_option(128, "images per batch", **COUNT)
+    optimizer: str = training_option(
+        "SGD", "optimiser of weights, biases and norms", choices=OPTIMISERS
+    )
+    learning_rate: float = training_option(1e-2, "initial learning rate", **RATE)
+    learning_rate_schedule: LearningRateSchedule = training_option(
         "cosine",
         f"{FORMS}. The number of a cosine is the final learning rate "
         "(default: 0.01 × --learning-rate), that of the others the factor",
         type=learning_rate_schedule,
         metavar="SCHEDULE",
     )
-    momentum: float = option(0.9, "momentum of SGD", type=cli.fraction, metavar="F")
-    weight_decay: float = option(1e-4, "weight decay of the optimiser", **WEIGHT)
-    reestimate_bn_stats: bool = option(
+    momentum: float = training_option(0.9, "momentum of SGD", type=cli.fraction, metavar="F")
+    weight_decay: float = training_option(1e-4, "weight decay of the optimiser", **WEIGHT)
+    reestimate_bn_stats: bool = training_option(
         False, "collect the running statistics of batch norms again before each evaluation"
     )
-    reestimate_bn_batches: int = option(
+    reestimate_bn_batches: int = training_option(
         50, "training batches, not augmented, to average them over", **COUNT
     )
 
@@ -191,24 +193,28 @@ class OptimiserOptions:
 class QuantisationOptions:
     """quantisation"""
 
-    weight_quant: bool = option(True, "quantise weights; first and last layer: 8 bits")
-    act_quant: bool = option(True, "quantise the inputs of layers; first and last layer: 8 bits")
-    n_bits: int = option(4, "bits of weights, 2 to 16", **BITS)
-    n_bits_act: int | None = option(None, "bits of inputs (default: as --n-bits)", **BITS)
-    per_channel: bool = option(False, "a step for each output channel, not for each layer")
-    weight_quant_method: str = option(
+    weight_quant: bool = training_option(True, "quantise weights; first and last layer: 8 bits")
+    act_quant: bool = training_option(
+        True, "quantise the inputs of layers; first and last layer: 8 bits"
+    )
+    n_bits: int = training_option(4, "bits of weights, 2 to 16", **BITS)
+    n_bits_act: int | None = training_option(None, "bits of inputs (default: as --n-bits)", **BITS)
+    per_channel: bool = training_option(False, "a step for each output channel, not for each layer")
+    weight_quant_method: str = training_option(
         "MSE",
         "initial range of weights: of least squared error, or from minimum to maximum",
         choices=RANGE_METHODS,
     )
-    act_quant_method: str = option("MSE", "the same for inputs", choices=RANGE_METHODS)
-    num_est_batches: int = option(1, "batches to estimate the ranges of inputs from", **COUNT)
-    sep_quant_optimizer: bool = option(True, "a separate optimiser for the steps")
-    quant_optimizer: str = option("Adam", "optimiser of the steps", choices=OPTIMISERS)
-    quant_learning_rate: float = option(
+    act_quant_method: str = training_option("MSE", "the same for inputs", choices=RANGE_METHODS)
+    num_est_batches: int = training_option(
+        1, "batches to estimate the ranges of inputs from", **COUNT
+    )
+    sep_quant_optimizer: bool = training_option(True, "a separate optimiser for the steps")
+    quant_optimizer: str = training_option("Adam", "optimiser of the steps", choices=OPTIMISERS)
+    quant_learning_rate: float = training_option(
         1e-5, "its initial learning rate; it follows the same schedule", **RATE
     )
-    quant_weight_decay: float = option(
+    quant_weight_decay: float = training_option(
         0.0, "weight decay of the steps, whichever optimiser they have", **WEIGHT
     )
 
@@ -217,36 +223,38 @@ class QuantisationOptions:
 class PruningOptions:
     """pruning"""
 
-    prune_method: str = option(
+    prune_method: str = training_option(
         "none",
         "zhu_gupta: gradual magnitude pruning, sparsity along a cubic",
         choices=("none", "zhu_gupta"),
     )
-    s_i: float = option(0.0, "initial sparsity", **SPARSITY)
-    s_f: float | None = option(
-        None, "final sparsity (default: 0.75, or that of the pattern)", **SPARSITY
+    s_i: float = training_option(0.0, "initial sparsity", **SPARSITY_TYPE)
+    s_f: float | None = training_option(
+        None, "final sparsity (default: 0.75, or that of the pattern)", **SPARSITY_TYPE
     )
-    prune_epoch_start: int = option(
+    prune_epoch_start: int = training_option(
         0, "epochs before pruning begins", type=cli.nonnegative_int, metavar="E"
     )
-    prune_last_epoch: int | None = option(
+    prune_last_epoch: int | None = training_option(
         None,
         "epochs after which the last weights are removed (default: three quarters of --max-epochs)",
         **EPOCH,
     )
-    delta_t: int | None = option(
+    delta_t: int | None = training_option(
         None,
         "steps between masks (default: 100, or a twentieth of the pruning if that is less)",
         **COUNT,
     )
-    tile_size: int | None = option(
+    tile_size: int | None = training_option(
         None,
         "prune in tiles of T weights along input channels (default: no pattern)",
         **COUNT | {"metavar": "T"},
     )
-    zeros_per_tile: int | None = option(None, "zeros in each tile", **COUNT | {"metavar": "Z"})
-    first_last_sparsity: float = option(
-        0.5, "highest sparsity of first and last layer; 0.5 is the size of 8 bits", **SPARSITY
+    zeros_per_tile: int | None = training_option(
+        None, "zeros in each tile", **COUNT | {"metavar": "Z"}
+    )
+    first_last_sparsity: float = training_option(
+        0.5, "highest sparsity of first and last layer; 0.5 is the size of 8 bits", **SPARSITY_TYPE
     )
 
 
@@ -254,19 +262,19 @@ class PruningOptions:
 class OscillationOptions:
     """oscillating weights"""
 
-    oscillations_dampen_weight: float = option(
+    oscillations_dampen_weight: float = training_option(
         0.0, "weight in the loss of latent weights' squared distance to the grid; 0: none", **WEIGHT
     )
-    oscillations_dampen_weight_final: float | None = option(
+    oscillations_dampen_weight_final: float | None = training_option(
         None, "its final value, reached along a cosine (default: the same)", **WEIGHT
     )
-    oscillations_freeze_threshold: float = option(
+    oscillations_freeze_threshold: float = training_option(
         0.0, "oscillations per step above which a weight is frozen; 0: never", **WEIGHT
     )
-    oscillations_freeze_threshold_final: float | None = option(
+    oscillations_freeze_threshold_final: float | None = training_option(
         None, "its final value, reached along a cosine (default: the same)", **RATE
     )
-    oscillations_freeze_ema_momentum: float = option(
+    oscillations_freeze_ema_momentum: float = training_option(
         0.01, "momentum of the moving averages of frequency and code", type=momentum, metavar="F"
     )
 
@@ -275,9 +283,11 @@ class OscillationOptions:
 class MachineOptions:
     """machine"""
 
-    cuda: bool | None = option(None, "as --device cuda; --no-cuda: as --device cpu")
-    deterministic: bool = option(False, "only algorithms that give the same bits every time")
-    tb_logging_dir: str | None = option(
+    cuda: bool | None = training_option(None, "as --device cuda; --no-cuda: as --device cpu")
+    deterministic: bool = training_option(
+        False, "only algorithms that give the same bits every time"
+    )
+    tb_logging_dir: str | None = training_option(
         None, "folder for TensorBoard logs (default: no logs)", metavar="DIR"
     )
 

@@ -527,7 +527,9 @@ def test_bits_per_weight():
     pruned = get_model("rn8", "digits")
     GradualPruning(CubicSchedule(0.75, 0.75, 0, 1), 1, 0.5).start(pruned)
     assert compressed.bits_per_weight(pruned) == pytest.approx(4 + 4 * ends / total, rel=1e-4)
-    assert compressed.sparsity(pruned) == pytest.approx(0.75 - 0.25 * ends / total, rel=1e-4)
+    assert compressed.network_sparsity(pruned) == pytest.approx(
+        0.75 - 0.25 * ends / total, rel=1e-4
+    )
 
 
 # -- images ----------------------------------------------------------------------------------------

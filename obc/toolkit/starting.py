@@ -48,7 +48,7 @@ def seconds() -> float:
     return time.monotonic() - BEGAN if is_program() else 0.0
 
 
-def answer(number: int, frame: object = None) -> None:
+def answer_signal(number: int, frame: object = None) -> None:
     """The handler of SIGINT and SIGTERM."""
     global phase
     if phase == "over":
@@ -68,7 +68,7 @@ def install_handler() -> None:
 
     for number in ENDINGS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, answer)
+            signal.signal(number, answer_signal)
 
 
 if is_program():
@@ -77,4 +77,4 @@ if is_program():
     try:
         install_handler()
     except KeyboardInterrupt:
-        answer(SIGINT)
+        answer_signal(SIGINT)

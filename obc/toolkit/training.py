@@ -126,7 +126,7 @@ class StraightThrough(torch.autograd.Function):
         return gradient * inside, by_step, None, None, None, None
 
 
-def round_to_grid(x: Tensor, grid: Grid) -> Tensor:
+def round_straight_through(x: Tensor, grid: Grid) -> Tensor:
     """`grid(x)`, with gradients for x."""
     low, high = -grid.zero, grid.maxq - grid.zero
     return StraightThrough.apply(x, grid.scale, low, high, HALF_STEP)
@@ -254,7 +254,7 @@ class ConstrainedParameter:
         value = self.latent if self.mask is None else self.latent * self.mask
         if self.grid is None:
             return value
-        return round_to_grid(value.flatten(1), self.grid).view_as(value)
+        return round_straight_through(value.flatten(1), self.grid).view_as(value)
 
 
 def constrained_parameters(
@@ -277,7 +277,7 @@ def latents_in_charge(model: nn.Module) -> Iterator[None]:
     """Eval mode, gradients through activation grids, none for the model's own parameters."""
 
     def round_input(name: str, grid: Grid, args: tuple, kwargs: dict, rounded: Tensor) -> Tensor:
-        return round_to_grid(args[0], grid)
+        return round_straight_through(args[0], grid)
 
     grids = {
         name: module
