@@ -32,12 +32,12 @@ from tqdm import tqdm
 from obc.inputs.batches import Batches
 from obc.inputs.checkpoints import load_checkpoint, load_state
 from obc.inputs.cifar_resnets import CifarResNet
-from obc.inputs.tracing import resumable
+from obc.inputs.tracing import TracedModel, UntracedModel, resumable
 from obc.inputs.usercode import user_module
 from obc.inputs.vision import make_importable, torchvision
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError
-from obc.solver.layers import compressible
+from obc.solver.layers import compressible, forward_hooks
 from quant import ACTIVATION_GRID, WEIGHT_GRID
 
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
@@ -181,10 +181,24 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if compressible(module)}
 
 
-def first_and_last(model: nn.Module) -> tuple[str, ...]:
-    """Names of the first and the last layer, by registration; one name if there is one layer."""
-    names = list(find_layers(model))
-    return tuple(dict.fromkeys((names[0], names[-1])))
+def first_and_last(
+    model: nn.Module,
+    image: Tensor,  # (n, 3, s, s), of any values
+) -> tuple[str, ...]:
+    """Names of the layers that an image reaches first and last; one name if they are the same.
+
+    In eval mode, so that heads for training only are neither. Empty if no layer is called.
+    """
+    names: list[str] = []
+
+    def see(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if output.numel():
+            names.append(name)
+
+    device = next(model.parameters()).device
+    with evaluating(model), forward_hooks(find_layers(model), see):
+        model(placed(image, device))
+    return tuple(dict.fromkeys([*names[:1], *names[-1:]]))
 
 
 def check_layers(model: nn.Module, name: str) -> None:
@@ -241,10 +255,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def placed(images: Tensor, device: torch.device) -> Tensor:
-    """Images on a device, in the memory layout that is fast there."""
+    """Images on a device, in the memory layout that is fast there: a copy, to work on in place."""
     # Channels last is 30 % faster than planes for rn20 on 2 cores (7.5 instead of 11 s).
     on_cpu = torch.device(device).type == "cpu" and images.ndim == 4
-    return images.to(device, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
+    layout = torch.channels_last if on_cpu else torch.preserve_format
+    return images.to(device, memory_format=layout, copy=True)
 
 
 def _outputs(
@@ -252,9 +267,11 @@ def _outputs(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # logits (n, classes), labels (n,)
     model.to(device)
     with evaluating(model):
-        run = resumable(model)
+        run = None
         for images, labels in tqdm(batches, desc=task, leave=False, disable=None):
-            run.begin(placed(images, device))
+            images = placed(images, device)
+            run = run or _fastest(model, images)
+            run.begin(images)
             logits = run.finish()
             if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
                 raise UserError("the model does not return class scores of shape (images, classes)")
@@ -264,6 +281,12 @@ def _outputs(
                     f"class {int(labels.max())} (counted from 0)"
                 )
             yield logits, labels.to(device)
+
+
+def _fastest(model: nn.Module, images: Tensor) -> TracedModel | UntracedModel:
+    """The model with its norms folded, unless it rounds activations: folding would move codes."""
+    rounds = any(name.endswith(f".{ACTIVATION_GRID}") for name, _ in model.named_modules())
+    return UntracedModel(model) if rounds else resumable(model, images)
 
 
 def evaluate(

@@ -123,7 +123,7 @@ def check_options(options: Mapping[str, Any], file: str, save: str | None) -> No
 def load_model(
     dense: nn.Module,
     path: str,  # checkpoint or, with a kind of database, profile
-    skip_firstlast: bool,
+    left_dense: Iterable[str],  # layers
     kind: str | None,
     tag: str,  # the model's name in the database
     prefix: str,  # folder of the database
@@ -137,7 +137,7 @@ def load_model(
         Database.open(kind, tag, prefix).stitch(model, profile)
         for name in find_layers(model).keys() - profile.keys():
             log.info("%s left dense: not in the profile", name)
-    for name in first_and_last(model) if skip_firstlast else ():
+    for name in left_dense:
         put_layer(model.get_submodule(name), dense.get_submodule(name).state_dict())
         log.info("%s left dense: --skip-firstlast", name)
     return model
@@ -236,7 +236,10 @@ def run(args: argparse.Namespace) -> None:
     session = Session.of(common_options(args))
     data, device = session.data, session.device
     database = args.database, model_tag(args.model), args.prefix or "."
-    model = load_model(session.model, args.file, args.skip_firstlast, *database)
+    left_dense: tuple[str, ...] = ()
+    if args.skip_firstlast:
+        left_dense = first_and_last(session.model, statistics_images(data, 1, args.workers))
+    model = load_model(session.model, args.file, left_dense, *database)
     models = model, session.model
     contents = {"compressed model": content_hash(model.state_dict())}
     invocation = Invocation.of(build_parser(), args)

@@ -39,7 +39,7 @@ folded if it has γ and β and is the only consumer of its layer's output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,7 +47,7 @@ from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import quant
-from modelutils import find_layers, first_and_last
+from modelutils import find_layers
 from obc.solver.errors import UserError, log
 from pruning_vs_quantization.expected_error import DENSE_BITS
 from pruning_vs_quantization.learned_steps import LearnedStep, weight_grid
@@ -59,9 +59,8 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # and classes derived from them, such 
 FOLDABLE = (nn.Conv2d, nn.Linear)
 
 
-def layer_bits(model: nn.Module, bits: int) -> dict[str, int]:
-    """Bits by name of the layer: `bits`, but 8 in the first and the last."""
-    ends = first_and_last(model)
+def layer_bits(model: nn.Module, bits: int, ends: Collection[str]) -> dict[str, int]:
+    """Bits by name of the layer: `bits`, but 8 in the first and the last, which are `ends`."""
     return {name: FIRST_LAST_BITS if name in ends else bits for name in find_layers(model)}
 
 

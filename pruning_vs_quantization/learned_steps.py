@@ -198,7 +198,7 @@ def input_grids(
         if len(x) > count:
             drawn = torch.randint(len(x), (count,), generator=generator)
             sample = torch.cat([x[drawn.to(x.device)], x.amin()[None], x.amax()[None]])
-        samples.setdefault(name, []).append(sample)
+        samples.setdefault(name, []).append(sample.clone())  # the model may work on x in place
 
     with evaluating(model), watching(layers, see):
         for images, _ in batches:

@@ -21,12 +21,13 @@ logged.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from modelutils import find_layers, first_and_last
+from modelutils import find_layers
 from obc.solver.errors import log
 
 MASK = "pruning_mask"  # a buffer of each pruned layer, bool, the weight's shape; False: zero
@@ -83,6 +84,7 @@ class GradualPruning:
     schedule: CubicSchedule
     every: int  # Δt, steps
     limit: float  # on the sparsity of the first and the last layer
+    ends: Collection[str]  # the first and the last layer
     tile: int | None = None  # T; None: no pattern
 
     def start(self, model: nn.Module) -> None:
@@ -109,7 +111,7 @@ class GradualPruning:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """After `step` steps: reset masked weights to zero, and make new masks if they are due."""
-        ends, due = first_and_last(model), self.is_due(step)
+        due = self.is_due(step)
         for name, layer in masked_layers(model).items():
             mask = getattr(layer, MASK)
             layer.weight.masked_fill_(
@@ -117,7 +119,7 @@ class GradualPruning:
             )  # moved by momentum; before looking for the smallest
             if due:
                 sparsity = self.schedule.sparsity(step)
-                sparsity = min(sparsity, self.limit) if name in ends else sparsity
+                sparsity = min(sparsity, self.limit) if name in self.ends else sparsity
                 mask.copy_(self._mask(layer.weight, sparsity))
                 layer.weight.masked_fill_(~mask, 0)
 

@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datautils import DATASETS
+from datautils import DATASETS, DEFAULT_SIZES
 from modelutils import first_and_last, get_model, load_checkpoint, load_state
 from obc.inputs import files
 from obc.inputs.vision import torchvision
@@ -101,6 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
     ends.add_argument("strong", metavar="FILE", type=Path, help="checkpoint to change")
     ends.add_argument("mild", metavar="FILE", type=Path, help="checkpoint to take them from")
     ends.add_argument("--weights", metavar="FILE", help="dense weights of the network")
+    ends.add_argument(
+        "--image-size",
+        metavar="N",
+        type=cli.positive_int,
+        help="pixels of the images that the network takes (default: as in train-compressed)",
+    )
     ends.add_argument("--save", metavar="FILE", type=Path, required=True, help="where to save")
     ends.set_defaults(run=exchange_first_and_last)
     return parser
@@ -214,10 +220,18 @@ def exchange_first_and_last(args: argparse.Namespace) -> None:
     milder = copy.deepcopy(model)
     load_compressed(model, args.strong)
     load_compressed(milder, args.mild)
-    for name in first_and_last(model):
+    size = args.image_size or DEFAULT_SIZES[args.dataset]
+    try:
+        ends = first_and_last(model, torch.zeros(2, 3, size, size))
+    except Exception as error:  # of the network's own code
+        raise UserError(
+            f"{args.architecture} cannot take images of {size}×{size} pixels: {error}; "
+            "pass --image-size"
+        ) from None
+    for name in ends:
         put_layer(model.get_submodule(name), milder.get_submodule(name).state_dict())
     files.save_checkpoint(model.state_dict(), args.save)
-    log.info("%s: first and last layer from %s", args.save, args.mild)
+    log.info("%s: %s from %s", args.save, " and ".join(ends), args.mild)
 
 
 # -- dense networks --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelutils import evaluate, find_layers
+from modelutils import evaluate, find_layers, first_and_last
 from obc.solver.errors import UserError, log
 from obc.toolkit.corrections import BatchNorm, batchnorm_averages
 from obc.toolkit.resume import RunState
@@ -45,16 +45,21 @@ STEPS_BETWEEN_MASKS, MASKS = 100, 20  # at most, at least
 
 
 def compressed_network(
-    options: TrainingOptions, dense: nn.Module, images: TrainingData, device: torch.device
+    options: TrainingOptions,
+    dense: nn.Module,
+    ends: tuple[str, ...],  # the first and the last layer
+    images: TrainingData,
+    device: torch.device,
 ) -> nn.Module:
     """A copy of the dense network with the quantisers and trackers that the options ask for."""
     model = copy.deepcopy(dense)
     if options.weight_quant:
-        bits = compressed.layer_bits(model, options.n_bits)
+        bits = compressed.layer_bits(model, options.n_bits, ends)
         method = options.weight_quant_method
         compressed.quantise_weights(model, bits, options.per_channel, method)
     if options.act_quant:
-        bits, method = compressed.layer_bits(model, options.n_bits_act), options.act_quant_method
+        bits = compressed.layer_bits(model, options.n_bits_act, ends)
+        method = options.act_quant_method
         batches = images.plain(options.num_est_batches)
         grids = input_grids(dense, find_layers(dense), bits, method, batches, device)
         compressed.quantise_inputs(model, grids)
@@ -63,7 +68,11 @@ def compressed_network(
     return model
 
 
-def pruning_plan(options: TrainingOptions, steps_per_epoch: int) -> GradualPruning | None:
+def pruning_plan(
+    options: TrainingOptions,
+    ends: tuple[str, ...],  # the first and the last layer
+    steps_per_epoch: int,
+) -> GradualPruning | None:
     """How to prune, if at all."""
     if options.prune_method == "none":
         return None
@@ -71,7 +80,7 @@ def pruning_plan(options: TrainingOptions, steps_per_epoch: int) -> GradualPruni
     last = options.prune_last_epoch * steps_per_epoch
     every = options.delta_t or max(1, min(STEPS_BETWEEN_MASKS, (last - first) // MASKS))
     schedule = CubicSchedule(options.s_i, options.s_f, first, last)
-    return GradualPruning(schedule, every, options.first_last_sparsity, options.tile_size)
+    return GradualPruning(schedule, every, options.first_last_sparsity, ends, options.tile_size)
 
 
 def make_optimizers(options: TrainingOptions, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -129,8 +138,10 @@ class FineTuning:
                 "--reestimate-bn-stats: this model has no batch norm; pass --no-reestimate-bn-stats"
             )
         self.options, self.dense, self.images, self.device = options, dense, images, device
-        self.model = compressed_network(options, dense, images, device)
-        self.pruning = pruning_plan(options, len(images))
+        size = images.data.image_size
+        ends = first_and_last(dense, torch.zeros(2, 3, size, size))
+        self.model = compressed_network(options, dense, ends, images, device)
+        self.pruning = pruning_plan(options, ends, len(images))
         if self.pruning:
             self.pruning.start(self.model)
         self.optimizers = make_optimizers(options, self.model)

@@ -314,7 +314,8 @@ def test_masks_stay_through_the_optimiser(tile, final, caplog):
     """Momentum and weight decay cannot bring a weight back; counts are exact at the end."""
     caplog.set_level("INFO", logger="trueobs")
     model = get_model("rn8", "digits")
-    plan = GradualPruning(CubicSchedule(0.25, final, 2, 9), 3, 0.5, tile)
+    ends = first_and_last(model, draw(2, 3, 16, 16))
+    plan = GradualPruning(CubicSchedule(0.25, final, 2, 9), 3, 0.5, ends, tile)
     plan.start(model)
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1.0)
     images, gone = draw(4, 3, 16, 16), {}
@@ -334,7 +335,6 @@ def test_masks_stay_through_the_optimiser(tile, final, caplog):
     dense = {name for name in find_layers(model) if name not in gone}
     assert dense == ({"conv1"} if tile else set())
     assert ("conv1 left dense: 3 input channels" in caplog.text) == (tile is not None)
-    ends = first_and_last(model)
     for name, zeros in gone.items():
         share = min(final, 0.5) if name in ends else final
         assert int(zeros.sum()) == round(share * zeros.numel())
@@ -422,9 +422,10 @@ def test_folded_network_is_the_trained_one(per_channel):
     dense, images = model, draw(8, 3, 16, 16)
     trained = get_model("rn8", "digits")
     awkward_norms(trained)
-    bits = compressed.layer_bits(trained, 3)
+    ends = "conv1", "linear"
+    bits = compressed.layer_bits(trained, 3, ends)
     compressed.quantise_weights(trained, bits, per_channel, "MSE")
-    GradualPruning(CubicSchedule(0.5, 0.5, 0, 1), 1, 0.5).start(trained)
+    GradualPruning(CubicSchedule(0.5, 0.5, 0, 1), 1, 0.5, ends).start(trained)
     grids = input_grids(
         dense,
         find_layers(dense),
@@ -520,12 +521,13 @@ def test_efficientnet_of_timm(tmp_path):
 def test_bits_per_weight():
     model = get_model("rn8", "digits")
     total = sum(layer.weight.numel() for layer in find_layers(model).values())
-    ends = sum(find_layers(model)[name].weight.numel() for name in first_and_last(model))
+    names = first_and_last(model, draw(2, 3, 16, 16))
+    ends = sum(find_layers(model)[name].weight.numel() for name in names)
     assert compressed.bits_per_weight(model) == 16
-    compressed.quantise_weights(model, compressed.layer_bits(model, 3), False, "minmax")
+    compressed.quantise_weights(model, compressed.layer_bits(model, 3, names), False, "minmax")
     assert compressed.bits_per_weight(model) == pytest.approx(3 + 5 * ends / total)
     pruned = get_model("rn8", "digits")
-    GradualPruning(CubicSchedule(0.75, 0.75, 0, 1), 1, 0.5).start(pruned)
+    GradualPruning(CubicSchedule(0.75, 0.75, 0, 1), 1, 0.5, names).start(pruned)
     assert compressed.bits_per_weight(pruned) == pytest.approx(4 + 4 * ends / total, rel=1e-4)
     assert compressed.network_sparsity(pruned) == pytest.approx(
         0.75 - 0.25 * ends / total, rel=1e-4

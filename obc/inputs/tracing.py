@@ -7,9 +7,13 @@ this: a batch norm (in eval mode) that alone reads the output of a convolution i
 
     y = γ (W∗x + b − μ)/√(σ² + ε) + β  =  W'∗x + b',    W' = W γ/√(σ² + ε),
 
-after the layer that is being changed. This changes the output by rounding only. The layer's input
-is exactly the plain model's, or a layer with 4-bit inputs could round them to other codes. A model
-that cannot be traced runs as a whole.
+after the last call of the layer that is being changed. This changes the output by rounding only.
+The layer's inputs are exactly the plain model's, or a layer with 4-bit inputs could round them to
+other codes.
+
+A trace sees tensors, not Python: hooks of the whole model, a random number or a tensor that is made
+while tracing are lost. So `resumable` compares it with the plain model on real images. A model that
+cannot be traced, or that differs, runs as a whole, and the log says so once a command.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +29,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from obc.solver.errors import log
 
+ROUNDING = 1e-3  # of the spread of the outputs: 300 × what folding does to ResNets and MobileNets
+IMAGES_COMPARED = 16
+logged: set[str] = set()  # lines of this command; a search evaluates hundreds of models
 IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor setitem".split()
 
 
@@ -46,7 +54,8 @@ class TracedModel(fx.Interpreter):
     """A model in eval mode: `begin`, then `advance` from layer to layer, with calls of `finish`."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, graph=InPlaceTracer().trace(model))
+        self.traced = twin(model)  # tracing runs the model's code, which may leave values in it
+        super().__init__(model, graph=InPlaceTracer().trace(self.traced))
         self.nodes = list(self.graph.nodes)
         self.place = {node: number for number, node in enumerate(self.nodes)}
         self.folded_from = 0  # operations before this one run as the model has them
@@ -76,13 +85,21 @@ class TracedModel(fx.Interpreter):
         )
 
     def calls(self, layer: str) -> list[int]:
-        """The operations that use a layer, a tensor of it, or a module that it is part of."""
-        return [
-            number
-            for number, node in enumerate(self.nodes)
-            if node.op in ("call_module", "get_attr")
-            and (f"{layer}.".startswith(f"{node.target}.") or node.target.startswith(f"{layer}."))
-        ]
+        """The operations that use a layer or a tensor of it, under whatever name."""
+        ours = _tensors(self.module.get_submodule(layer))
+        return [number for number, node in enumerate(self.nodes) if ours & self._tensors_of(node)]
+
+    def _tensors_of(self, node: fx.Node) -> set[int]:
+        if node.op == "call_module":
+            return _tensors(self.module.get_submodule(node.target))
+        return {id(self.fetch_attr(node.target))} if node.op == "get_attr" else set()
+
+    def fetch_attr(self, target: str) -> object:
+        """An attribute of the model, or a tensor that its code made while it was traced."""
+        try:
+            return super().fetch_attr(target)
+        except RuntimeError:  # there is none of that name
+            return operator.attrgetter(target)(self.traced)
 
     def run_node(self, node: fx.Node) -> object:
         """One operation, on the values in `env`."""
@@ -95,16 +112,19 @@ class TracedModel(fx.Interpreter):
 
     def begin(self, images: Tensor) -> None:
         """Get ready to run on a batch of images, with no layer changed."""
-        self.env, self.args_iter, self.folded_from = {}, iter([images]), 0
+        self.env, self.args_iter, self.folded_from = {}, iter([images.clone()]), 0
         placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self.position = 0
         self._run_to(len(placeholders))
 
-    def advance(self, number: int) -> None:
-        """Run up to operation `number`, which is the first call of a layer that will be changed."""
+    def advance(self, first: int, last: int | None = None) -> None:
+        """Run up to operation `first`: the first call of a layer that will be changed.
+
+        `last` is its last call, if there are several.
+        """
         self.folded_from = len(self.nodes)
-        self._run_to(number)
-        self.folded_from = number + 1
+        self._run_to(first)
+        self.folded_from = (first if last is None else last) + 1
 
     def finish(self) -> object:
         """The model's output. Can be called again, with other weights in the changed layer."""
@@ -135,17 +155,65 @@ class UntracedModel:
     def begin(self, images: Tensor) -> None:
         self.images = images
 
-    def advance(self, number: int) -> None:
+    def advance(self, first: int, last: int | None = None) -> None:
         """There is nothing to do before operation 0."""
 
     def finish(self) -> object:
         return self.model(self.images.clone())
 
 
-def resumable(model: nn.Module) -> TracedModel | UntracedModel:
-    """A model, to be run again and again with one layer changed."""
+def resumable(model: nn.Module, images: Tensor | None = None) -> TracedModel | UntracedModel:
+    """A model, in eval mode, to be run again and again with one layer changed.
+
+    Where there are images, the first ones prove that it gives the plain model's answers.
+    """
     try:
-        return TracedModel(model)
+        run = TracedModel(model)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
-        log.warning("the model cannot be traced (%s): it always runs as a whole", error)
-        return UntracedModel(model)
+        return whole(model, f"the model cannot be traced ({error})")
+    if images is None:
+        return run
+    images = images[:IMAGES_COMPARED]
+    try:
+        run.begin(images)
+        outputs = run.finish()
+    except Exception as error:
+        return whole(model, f"the traced model fails ({error})")
+    if not equal_but_for_rounding(outputs, model(images.clone())):
+        return whole(model, "the traced model gives other outputs than the model itself")
+    return run
+
+
+def whole(model: nn.Module, reason: str) -> UntracedModel:
+    """The model as one operation; the reason is logged once a command."""
+    line = f"{reason}: it always runs as a whole"
+    if line not in logged:
+        logged.add(line)
+        log.warning("%s", line)
+    return UntracedModel(model)
+
+
+def equal_but_for_rounding(outputs: object, plain: object) -> bool:
+    """Whether two outputs of a model differ by less than `ROUNDING` of the second one's spread."""
+    if not (isinstance(outputs, Tensor) and isinstance(plain, Tensor)):
+        return False
+    if outputs.shape != plain.shape or outputs.dtype != plain.dtype:
+        return False
+    outputs, plain = outputs.double(), plain.double()
+    finite = plain[plain.isfinite()]
+    tolerance = ROUNDING * float(finite.std(correction=0)) if len(finite) else 0.0
+    return torch.allclose(outputs, plain, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares the model's parameters, but nothing that a call may change.
+
+    For another thread, or to be traced.
+    """
+    attributes = (x for module in model.modules() for x in vars(module).values())
+    computed = [x for x in attributes if torch.is_tensor(x) and x.requires_grad]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *computed]})
+
+
+def _tensors(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in chain(module.parameters(), module.buffers())}

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import quant
 from modelutils import evaluating, find_layers
 from obc.inputs.batches import ImageBatches
+from obc.inputs.tracing import twin
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError
 from obc.solver.hessian import CHUNK_BYTES
@@ -79,7 +80,7 @@ def show(
     """
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     images = (
-        images.to(device, memory_format=layout)
+        images.to(device, memory_format=layout, copy=True)  # a model may work on them in place
         for images, _ in tqdm(batches, desc="calibrating", leave=False, disable=None)
     )
     first = next(images, None)
@@ -88,7 +89,7 @@ def show(
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     calls: Counter[str] = Counter()
     if threads > 1:
-        calls, image_bytes = probe(dense, first[:1])
+        calls, image_bytes = probe(dense, first[:1].clone())
         batch_bytes = len(first) * image_bytes + 3 * CHUNK_BYTES
         threads = max(1, min(threads, default_memory(device) // 2 // batch_bytes))
     turns, mine = Turns(), threading.local()  # a thread's batch, its model, layers it is done with
@@ -115,14 +116,6 @@ def show(
             turns.leave(name, number)
 
     one_at_a_thread(work, chain([first], images), threads, turns)
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """A copy of the modules, for another thread, that shares all tensors with the model."""
-    attributes = (x for module in model.modules() for x in vars(module).values())
-    plain = [x for x in attributes if torch.is_tensor(x)]
-    tensors = [*model.parameters(), *model.buffers(), *plain]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def probe(model: nn.Module, image: Tensor) -> tuple[Counter[str], int]:
@@ -160,11 +153,12 @@ def activation_grids(
 
         def fit(name: str, x: Tensor) -> None:
             waiting.acquire()
-            fits[name] = submit(quant.fit_activation_grid, x.float(), bits, symmetric, search)
+            x = x.to(torch.float32, copy=True)  # the model may go on to work in place
+            fits[name] = submit(quant.fit_activation_grid, x, bits, symmetric, search)
             fits[name].add_done_callback(lambda _: waiting.release())
 
         with watching(find_layers(dense), fit):
-            dense(images)
+            dense(images.clone())
         return {name: grid.result() for name, grid in fits.items()}
 
 

@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
+from obc.inputs.tracing import logged
 from obc.solver.errors import GRACE_S, UserError, log, one_line, printable, rank
 from obc.solver.threads import reuse_freed_memory
 from obc.toolkit import starting
@@ -186,6 +187,7 @@ def command(
     else:
         setup_logging()
     reuse_freed_memory()
+    logged.clear()
     return guarded(run, args)
 
 

@@ -123,7 +123,7 @@ def batchnorm_averages(
         for images, _ in batches:
             several = len(images) > 1
             if several:
-                model(images.to(device))
+                model(placed(images, device))
             statistics.append(_statistics(norms).cpu() if several else None)
     statistics = [of_batch for of_batch in world.interleave(statistics) if of_batch is not None]
     if not statistics:

@@ -15,7 +15,10 @@ dense layer not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +27,14 @@ from tqdm import tqdm
 
 from modelutils import evaluating, placed
 from obc.inputs.batches import Batches
-from obc.inputs.tracing import TracedModel, UntracedModel, resumable
+from obc.inputs.tracing import (
+    IMAGES_COMPARED,
+    TracedModel,
+    UntracedModel,
+    equal_but_for_rounding,
+    resumable,
+    whole,
+)
 from obc.solver.errors import log
 from obc.solver.layers import forward_hooks
 from obc.solver.threads import in_pieces
@@ -109,13 +119,15 @@ def losses(
     steps = len(levels) * batch_count(batches)
     measurement.begin(steps, "layers × batches")
     with evaluating(model), tqdm(total=steps, desc="loss", leave=False, disable=None) as bar:
-        run = resumable(model)
+        run = None
         for number, (images, labels) in enumerate(batches):
+            images = placed(images, device)
+            run = run or proven(model, db, levels, images)
             key = world.size * number + world.rank
             by_layer = {x: notes.get(f"{key} {x}") for x in levels}
             missing = {x: names for x, names in levels.items() if by_layer[x] is None}
             bar.update(len(levels) - len(missing))
-            changes = batch_changes(run, model, db, missing, placed(images, device), labels)
+            changes = batch_changes(run, model, db, missing, images, labels)
             for layer, by_level in changes if missing else ():
                 by_layer[layer] = by_level
                 notes.add(f"{key} {layer}", by_level)
@@ -132,22 +144,51 @@ def losses(
     return measurement.scores({x: {lv: mean(x, lv) for lv in levels[x]} for x in levels})
 
 
+def proven(
+    model: nn.Module,
+    db: Database,
+    levels: Mapping[str, Sequence[str]],  # by layer
+    images: Tensor,
+) -> TracedModel | UntracedModel:
+    """The model to resume from its layers, if the outputs of each at its last level are right."""
+    run, images = resumable(model, images), images[:IMAGES_COMPARED]
+    if isinstance(run, UntracedModel):
+        return run
+    run.begin(images)
+    for calls, layer in layers_in_order(run, levels):
+        run.advance(calls[0], calls[-1])
+        put = swap_layer(model, db, layer)
+        put(levels[layer][-1])
+        resumed, plain = run.finish(), model(images.clone())
+        put(None)
+        if not equal_but_for_rounding(resumed, plain):
+            return whole(model, f"resumed from {layer}, the model gives other outputs")
+    return run
+
+
+def layers_in_order(
+    run: TracedModel | UntracedModel, levels: Mapping[str, Sequence[str]]
+) -> list[tuple[list[int], str]]:
+    """Calls and names of the layers that have levels and are called, in order of execution."""
+    calls = ((run.calls(layer), layer) for layer, names in levels.items() if names)
+    return sorted((numbers, layer) for numbers, layer in calls if numbers)
+
+
 def batch_changes(
     run: TracedModel | UntracedModel,
     model: nn.Module,
     db: Database,
-    levels: Mapping[str, Iterable[str]],  # by layer
+    levels: Mapping[str, Sequence[str]],  # by layer
     images: Tensor,
     labels: Tensor,
 ) -> Iterator[tuple[str, dict[str, float]]]:  # layer, changes of the summed loss by level
     """Run one batch at every level of every layer, each from where the layer is called."""
 
     labels = labels.to(images.device)
-    calls = {layer: run.calls(layer) for layer in levels}
     run.begin(images)
     dense_loss = summed_loss(run.finish(), labels)
-    for number, layer in sorted((numbers[0], layer) for layer, numbers in calls.items() if numbers):
-        run.advance(number)
+    for calls, layer in layers_in_order(run, levels):
+        run.advance(calls[0], calls[-1])
         put, changes = swap_layer(model, db, layer), {}
         for level in levels[layer]:
             put(level)
@@ -196,7 +237,12 @@ def batch_squares(
     """‖y − ŷ‖² by layer and level, and ‖y‖² by layer and "", over one batch."""
     sums = {layer: dict.fromkeys(["", *names], 0.0) for layer, names in levels.items()}
     swaps = {layer: swap_layer(model, db, layer) for layer in db.layers}
+    inputs: dict[str, tuple[tuple, dict]] = {}  # of the layers that are running
     measuring: set[str] = set()
+
+    def keep(layer: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if layer not in measuring:
+            inputs[layer] = copy.deepcopy((args, kwargs))  # a layer may work on them in place
 
     def compare(layer: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         if layer in measuring:  # one of the calls below
@@ -205,13 +251,18 @@ def batch_squares(
         sums[layer][""] += float(output.double().square().sum())
         for level in levels[layer]:
             swaps[layer](level)
+            args, kwargs = copy.deepcopy(inputs[layer])
             difference = module(*args, **kwargs) - output
             sums[layer][level] += float(difference.double().square().sum())
         swaps[layer](None)
         measuring.remove(layer)
+        del inputs[layer]
 
     modules = {layer: model.get_submodule(layer) for layer in db.layers}
-    with evaluating(model), forward_hooks(modules, compare):
+    with evaluating(model), forward_hooks(modules, compare), ExitStack() as stack:
+        for layer, module in modules.items():
+            handle = module.register_forward_pre_hook(partial(keep, layer), with_kwargs=True)
+            stack.callback(handle.remove)
         model(images)
     return sums
 

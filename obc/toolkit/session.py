@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -34,8 +35,9 @@ from modelutils import (
     load_state,
 )
 from obc.inputs.batches import ImageBatches
+from obc.inputs.tracing import equal_but_for_rounding
 from obc.solver.distributed import ALONE, World, join, resolve_device
-from obc.solver.errors import UserError
+from obc.solver.errors import UserError, log
 from obc.solver.memory import default_memory
 from obc.toolkit.fingerprints import (
     bytes_hash,
@@ -45,6 +47,8 @@ from obc.toolkit.fingerprints import (
     result_code,
     surroundings,
 )
+
+RARELY = 20  # calls until something random that rarely happens is seen
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,25 @@ def check_model(model: nn.Module, name: str, data: ImageData) -> None:
         raise UserError(f"{name} does not return class scores of shape (images, classes)")
     if outputs.shape[1] < classes:
         raise UserError(f"{name} has {outputs.shape[1]} classes, but {data.name} has {classes}")
+    warn_if_random(model, name, images)
+
+
+def warn_if_random(model: nn.Module, name: str, images: Tensor) -> None:
+    """Log a line if the outputs for the same images are not always the same."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    states = torch.get_rng_state(), random.getstate()
+    with evaluating(model):
+        first = model(noise.clone())
+        draws = not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate()
+        equal = torch.equal if draws else equal_but_for_rounding
+        for _ in range(RARELY if draws else 1):
+            if not equal(model(noise.clone()), first):
+                log.warning(
+                    "%s: its outputs differ between two calls on the same images (dropout in eval "
+                    "mode?), so results cannot be repeated",
+                    name,
+                )
+                return
 
 
 def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[str, Tensor]:

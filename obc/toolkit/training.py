@@ -306,7 +306,7 @@ def _train_constrained(
 
     def loss_of_latents(images: Tensor, labels: Tensor) -> Tensor:
         values = {name: parameter.value() for name, parameter in parameters.items()}
-        return loss_of(lambda x: functional_call(model, values, x), images, labels)
+        return loss_of(lambda x: functional_call(model, values, x.clone()), images, labels)
 
     adam = torch.optim.Adam(latents.values(), lr=lr)
     with latents_in_charge(model):
@@ -398,4 +398,4 @@ def _distance_to(dense: nn.Module) -> Loss:
 
 def _logits(dense: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad(), eval_mode(dense):
-        return dense(images)
+        return dense(images.clone())  # a model may work in place, on its images too
