@@ -152,13 +152,18 @@ def set_weight_grid(layer: nn.Module, grid: Grid) -> None:
 def set_activation_grid(layer: nn.Module, grid: Grid) -> None:
     """Make a layer round its input to a grid from now on."""
     if _round_input not in layer._forward_pre_hooks.values():
-        layer.register_forward_pre_hook(_round_input)
+        layer.register_forward_pre_hook(_round_input, with_kwargs=True)
     layer.add_module(ACTIVATION_GRID, grid)
 
 
-def _round_input(layer: nn.Module, args: tuple) -> tuple:
+def _round_input(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     grid = layer._modules.get(ACTIVATION_GRID)
-    return args if grid is None else (grid(args[0]), *args[1:])
+    if grid is None:
+        return None
+    if args:
+        return (grid(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))  # called by keyword
+    return args, kwargs | {name: grid(kwargs[name])}
 
 
 def clear_grids(layer: nn.Module) -> None:
