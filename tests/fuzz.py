@@ -1,7 +1,8 @@
-"""Mutated files for everything that reads untrusted files.
+"""Mutated files for everything that reads untrusted files, and random networks.
 
     python tests/fuzz.py --cases 100000 --seed 0            all targets, so many cases for each
     python tests/fuzz.py --target scores --cases 1000
+    python tests/fuzz.py --target graphs --graphs 2000      networks alone (random_graphs.py)
 
 A case is a valid file, mutated. Half of the mutations know nothing about the format (bits and bytes
 change, pieces are lost, doubled, spliced); half do (numbers become nan, 1e999 or digits of another
@@ -36,7 +37,9 @@ from safetensors.torch import save as safetensors_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "tests" / "corpus"
-sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
+sys.path[:0] = [x for x in (str(ROOT), str(ROOT / "tests")) if x not in sys.path]
+
+from random_graphs import wrong_answers  # noqa: E402
 
 from obc.inputs.checkpoints import load_checkpoint, load_state  # noqa: E402
 from obc.solver.errors import UserError  # noqa: E402
@@ -45,6 +48,7 @@ from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
 from obc.toolkit.records import read_record  # noqa: E402
 from obc.toolkit.resume import FINGERPRINT, RunState, open_state  # noqa: E402
 
+GRAPHS = "graphs"
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # not on a disk
 SECONDS = 10  # of CPU time, for a case
 GIGABYTES = 6  # address space that the cases may add
@@ -443,6 +447,16 @@ def fuzz(name: str, cases: int, seed: int) -> tuple[dict[str, int], dict[str, by
     return ends, failures
 
 
+def fuzz_graphs(cases: int, seed: int) -> tuple[dict[str, int], list[str]]:
+    """How many random networks were traced, run as a whole, or failed; what was wrong with which."""
+    ends, failures = {"traced": 0, "whole": 0, "failed": 0}, []
+    for number in range(cases):
+        wrong, traced = wrong_answers(np.random.default_rng([seed, number]))
+        failures += [f"network {number}: {answer}" for answer in wrong]
+        ends["failed" if wrong else "traced" if traced else "whole"] += 1
+    return ends, failures
+
+
 def limit_memory() -> None:
     """Claims of huge tensors shall fail rather than fill the machine."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -452,15 +466,23 @@ def limit_memory() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=100_000, help="of each target")
+    parser.add_argument("--cases", type=int, default=100_000, help="of each kind of file")
+    parser.add_argument("--graphs", type=int, default=2_000, help="random networks")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", choices=list(TARGETS), action="append", help="default: all")
+    names = [*TARGETS, GRAPHS]
+    parser.add_argument("--target", choices=names, action="append", help="default: all")
     args = parser.parse_args()
     logging.getLogger("trueobs").setLevel(logging.CRITICAL)
     limit_memory()
     failed = False
-    for name in args.target or TARGETS:
+    for name in args.target or names:
         started = time.process_time()
+        if name == GRAPHS:
+            ends, wrong = fuzz_graphs(args.graphs, args.seed)
+            sys.stdout.write(f"{name}: {ends}, {time.process_time() - started:.0f} s of CPU\n")
+            sys.stdout.writelines(f"  {line}\n" for line in wrong)
+            failed |= bool(wrong)
+            continue
         ends, failures = fuzz(name, args.cases, args.seed)
         seconds = time.process_time() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fuzz import BLIND, CORPUS, TARGETS, Target, blind, fuzz, outcome
+from fuzz import BLIND, CORPUS, TARGETS, Target, blind, fuzz, fuzz_graphs, outcome
 
+NETWORKS = 25
 FRESH = 400  # cases of each target
 FOUND = sorted(path for path in CORPUS.rglob("*") if path.is_file())
 
@@ -34,6 +36,30 @@ def test_fresh_cases(name: str) -> None:
     ends, failures = fuzz(name, FRESH, seed=1)
     assert not failures
     assert ends["refused" if name != "entry" else "read"] > FRESH / 4
+
+
+def test_random_networks() -> None:
+    ends, failures = fuzz_graphs(NETWORKS, seed=1)
+    assert not failures
+    assert ends["traced"] > 0.8 * NETWORKS
+
+
+def test_the_fuzzer_notices_a_write_into_memory_that_is_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Values that are handed on without a copy, and a comparison that lets everything pass."""
+    from obc.inputs import tracing
+    from obc.toolkit import sensitivity
+
+    monkeypatch.setattr(tracing.copy, "deepcopy", shallow_lists(tracing.copy.deepcopy))
+    for module in (tracing, sensitivity):
+        monkeypatch.setattr(module, "equal_but_for_rounding", lambda outputs, plain: True)
+    ends, failures = fuzz_graphs(6, seed=1)
+    assert ends["failed"] and any("loss of" in failure for failure in failures)
+
+
+def shallow_lists(deepcopy: Callable) -> Callable:
+    return lambda value, *memo: value if isinstance(value, list) else deepcopy(value, *memo)
 
 
 def test_the_fuzzer_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
