@@ -448,7 +448,7 @@ def fuzz(name: str, cases: int, seed: int) -> tuple[dict[str, int], dict[str, by
 
 
 def fuzz_graphs(cases: int, seed: int) -> tuple[dict[str, int], list[str]]:
-    """How many random networks were traced, run as a whole, or failed; what was wrong with which."""
+    """How many random networks were traced, run as a whole, or failed; what was wrong."""
     ends, failures = {"traced": 0, "whole": 0, "failed": 0}, []
     for number in range(cases):
         wrong, traced = wrong_answers(np.random.default_rng([seed, number]))

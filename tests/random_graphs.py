@@ -129,7 +129,7 @@ class RandomNet(nn.Module):
 
 
 def runnable_net(rng: Random) -> RandomNet:
-    """A random network that PyTorch runs: it refuses sums of a map and its own transpose in place."""
+    """A random network that PyTorch runs: it refuses to add a transpose to its map in place."""
     while True:
         net = random_net(rng)
         try:
@@ -252,41 +252,57 @@ def close(one: float, other: float, scale: float) -> bool:
     return abs(one - other) <= 1e-4 * max(scale, 1e-2)
 
 
+def wrong_scores(
+    of: str, scores: dict[str, dict[str, float]], right: dict[str, dict[str, float]], scale: float
+) -> list[str]:
+    return [
+        f"{of} of {layer} {level}: {scores[layer][level]}, not {value}"
+        for layer, by_level in right.items()
+        for level, value in by_level.items()
+        if not close(scores[layer][level], value, scale + abs(value))
+    ]
+
+
+def plain_losses(
+    net: nn.Module, db: Database, images: Tensor, labels: Tensor
+) -> dict[str, dict[str, float]]:
+    stitched, dense = copy.deepcopy(net), plain_loss(net, images, labels)
+    changes: dict[str, dict[str, float]] = {}
+    for layer in db.layers:
+        for level in reversed(db.levels):  # the last one is dense
+            db.stitch(stitched, {layer: level})
+            changes.setdefault(layer, {})[level] = plain_loss(stitched, images, labels) - dense
+    return changes
+
+
+def plain_ends(net: nn.Module, layers: list[str], images: Tensor) -> tuple[str, ...]:
+    """The first and the last layer that is called with images."""
+    called = [
+        name
+        for name, args, kwargs in layer_calls(net, layers, images)
+        if len((*args, *kwargs.values())[0])
+    ]
+    return tuple(dict.fromkeys((called[0], called[-1])))
+
+
 def wrong_answers(rng: Random) -> tuple[list[str], bool]:
     """What the toolkit says wrongly of a random network; whether the fast path was taken."""
     net = runnable_net(rng)
     db, other = random_levels(net, rng), registered_anew(net, rng)
     images = torch.randn(IMAGES, 3, 6, 6)
-    labels, before, wrong = torch.randint(CLASSES, (IMAGES,)), images.clone(), []
-    batches = [(images, labels)]
-    dense = plain_loss(net, images, labels)
-    if not close(mean_loss(net, batches, CPU), dense, dense):
-        wrong.append("evaluation")
-    scores, stitched = losses(net, db, batches, CPU), copy.deepcopy(net)
-    for layer in db.layers:
-        for level in reversed(db.levels):  # the last one is dense
-            db.stitch(stitched, {layer: level})
-            right = plain_loss(stitched, images, labels)
-            if not close(scores[layer][level], right - dense, max(dense, right)):
-                wrong.append(
-                    f"loss of {layer} {level}: {scores[layer][level]}, not {right - dense}"
-                )
+    labels, before = torch.randint(CLASSES, (IMAGES,)), images.clone()
+    batches, dense = [(images, labels)], plain_loss(net, images, labels)
+    scores = losses(net, db, batches, CPU)
     squares = squared_errors(net, db, batches, CPU)
-    for layer, by_level in plain_squares(net, db, images).items():
-        for level, right in by_level.items():
-            if not close(squares[layer][level], right, right):
-                wrong.append(f"error of {layer} {level}: {squares[layer][level]}, not {right}")
-    called = [
-        name
-        for name, args, kwargs in layer_calls(net, db.layers, images)
-        if len((*args, *kwargs.values())[0])
-    ]
-    ends = tuple(dict.fromkeys((called[0], called[-1])))
-    if not first_and_last(net, images) == first_and_last(other, images) == ends:
-        wrong.append("first and last")
-    if losses(other, db, batches, CPU) != scores:
-        wrong.append("losses after another order of registration")
-    if not torch.equal(images, before):
-        wrong.append("the images were changed")
+    wrong = wrong_scores("loss", scores, plain_losses(net, db, images, labels), dense)
+    wrong += wrong_scores("squared error", squares, plain_squares(net, db, images), 0.0)
+    ends = plain_ends(net, db.layers, images)
+    facts = {
+        "evaluation": close(mean_loss(net, batches, CPU), dense, dense),
+        "first and last": first_and_last(net, images) == first_and_last(other, images) == ends,
+        "order of registration": losses(other, db, batches, CPU) == scores,
+        "images as they were": torch.equal(images, before),
+    }
+    wrong += [fact for fact, holds in facts.items() if not holds]
     with evaluating(net):
         return wrong, isinstance(resumable(net, images), TracedModel)
