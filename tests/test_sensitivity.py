@@ -148,6 +148,55 @@ def test_squared_errors_are_the_definition(kind: str) -> None:
             assert scores[name][level] == pytest.approx(error / energy, rel=1e-4, abs=1e-9)
 
 
+class Hidden(nn.Module):
+    """A layer's weight is used where a trace records a tensor, not where it comes from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).mean((2, 3))
+        scale = next(self.linear.parameters()).abs().sum() / 4
+        return self.linear(x * scale)
+
+
+def test_a_use_of_a_layer_that_the_trace_does_not_see(caplog: pytest.LogCaptureFixture) -> None:
+    tracing.logged.clear()
+    torch.manual_seed(0)
+    model = Hidden().eval()
+    db, batches = levels_of(model), images()
+    scores, right = sensitivity.losses(model, db, batches, CPU), plain_losses(model, db, batches)
+    assert "resumed from linear, the model gives other outputs" in caplog.text
+    assert len(caplog.records) == 1
+    for layer in db.layers:
+        assert scores[layer] == pytest.approx(right[layer], abs=2e-6)
+
+
+class InPlaceLinear(nn.Linear):
+    """A layer that overwrites its own input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.leaky_relu_(x, 0.5).mul_(2))
+
+
+def test_squared_errors_of_a_layer_that_overwrites_its_input() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), InPlaceLinear(12, 4)).eval()
+    db, batches = levels_of(model), images(size=2)
+    scores = sensitivity.squared_errors(model, db, batches, CPU)["1"]
+    dense, energy = model[1], 0.0
+    errors = dict.fromkeys(db.levels, 0.0)
+    for x, _ in images(size=2):
+        x = 2 * torch.where(x > 0, x, x / 2).flatten(1)
+        energy += float((x @ dense.weight.T + dense.bias).double().square().sum())
+        for level in ("3000", "6000"):
+            change = db.states[level]["1.weight"] - dense.weight
+            errors[level] += float((x @ change.T).double().square().sum())
+    for level in ("0000", "3000", "6000"):
+        assert scores[level] == pytest.approx(errors[level] / energy, rel=1e-4)
+
+
 def test_equal_levels_run_once() -> None:
     db = levels_of(model_of("residual"))
     db.states = {"0000": db.states["0000"], "1000": db.states["0000"], "3000": db.states["3000"]}
