@@ -42,12 +42,13 @@ import copy
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import quant
 from modelutils import find_layers
+from obc.inputs.tracing import InPlaceTracer
 from obc.solver.errors import UserError, log
 from pruning_vs_quantization.expected_error import DENSE_BITS
 from pruning_vs_quantization.learned_steps import LearnedStep, weight_grid
@@ -156,7 +157,7 @@ def bits_per_weight(model: nn.Module) -> float:
 # -- batch norms folded ----------------------------------------------------------------------------
 
 
-class _LayerTracer(fx.Tracer):
+class _LayerTracer(InPlaceTracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return isinstance(module, (*FOLDABLE, *NORMS)) or super().is_leaf_module(module, name)
 
@@ -164,7 +165,9 @@ class _LayerTracer(fx.Tracer):
 def layers_before_norms(model: nn.Module) -> dict[str, str]:
     """Layer → the batch norm to fold into it. Raises whatever tracing the model raises."""
     modules = dict(model.named_modules())
-    calls = [node for node in _LayerTracer().trace(model).nodes if node.op == "call_module"]
+    nodes = list(_LayerTracer().trace(model).nodes)
+    calls = [node for node in nodes if node.op == "call_module"]
+    owners = {node.target.rpartition(".")[0] for node in nodes if node.op == "get_attr"}
     targets = [node.target for node in calls]
     pairs = {}
     for call in calls:
@@ -174,6 +177,7 @@ def layers_before_norms(model: nn.Module) -> dict[str, str]:
         if layer not in calls or not isinstance(modules[layer.target], FOLDABLE):
             continue
         once = targets.count(layer.target) == targets.count(call.target) == 1
+        once &= not {layer.target, call.target} & owners  # of tensors that are used by themselves
         if once and len(layer.users) == 1:
             pairs[layer.target] = call.target
     return pairs

@@ -210,7 +210,10 @@ class Writing(nn.Module):
             y = y + self.scratch
         else:
             y = y + y.mean(0)
-        return self.fc(F.relu_(y).mean((2, 3)))
+        features = F.relu_(y).mean((2, 3))
+        scores = self.fc(features)
+        features.mul_(9 if self.in_place else 1)
+        return scores
 
 
 def images(count: int = 40) -> Tensor:

@@ -491,6 +491,31 @@ def test_norms_that_cannot_be_folded_stay(caplog):
     assert [line.split()[0] for line in caplog.messages] == ["bn1", "bn2", "bn3"]
 
 
+def test_what_is_read_again_is_not_folded():
+    """A weight that is used by itself, and an output that is overwritten and read."""
+
+    class Aliases(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3))
+
+        def forward(self, x):
+            x = self.norms[0](self.convs[0](x))
+            x = torch.conv2d(x, self.convs[0].weight)
+            y = same = self.convs[1](x)
+            y[:, 0] = 0.5
+            same += 1
+            x = self.norms[1](y)
+            return self.norms[2](self.convs[2](x)).mean((2, 3))
+
+    model, images = Aliases().eval(), draw(4, 3, 9, 9)
+    awkward_norms(model)
+    assert layers_before_norms(model) == {"convs.2": "norms.2"}
+    with evaluating(model):
+        torch.testing.assert_close(folded(model)(images), model(images), rtol=1e-4, atol=1e-4)
+
+
 def test_a_network_that_cannot_be_traced(caplog):
     class Data(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
