@@ -30,7 +30,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import quant
 from datautils import ImageData, ImageSet
@@ -39,6 +38,7 @@ from obc.inputs.batches import Batches
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import SingularHessian, UserError, log
 from obc.solver.layers import view
+from obc.solver.progress import ProgressBar, progress
 from obc.solver.threads import give_back_freed_memory
 from obc.toolkit.calibrate import calibrate, watching
 from obc.toolkit.leveldb import LevelFile, level_file
@@ -239,7 +239,7 @@ class Compression:
                         quant.put_layer(self.layers[name], entry.tensors)
                     self._finish(name, entry, bar)
 
-    def _progress(self) -> tqdm:
+    def _progress(self) -> ProgressBar:
         """A bar over the operations of all layers, as far as they are done."""
         work = {
             name: operations(layer)
@@ -247,21 +247,14 @@ class Compression:
             if not self.mode.misfit(view(layer).columns)
         }
         done = sum(work.get(name, 0) for name in self.reports)
-        return tqdm(
-            total=sum(work.values()),
-            initial=done,
-            desc="compressing",
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
-            smoothing=0,  # the average so far
-            leave=False,
-            disable=None,
-        )
+        return progress("compressing", total=sum(work.values()), done=done, counted=False)
 
-    def _finish(self, name: str, entry: Entry, bar: tqdm) -> None:
+    def _finish(self, name: str, entry: Entry, bar: ProgressBar) -> None:
         """Save a layer that is done, and log it."""
         self.state.save(name, entry.tensors, entry.figures)
         self._enter(entry)
         log.info(self.reports[name].line())
+        bar.set_postfix_str(f"{len(self.reports)} of {len(self.layers)} layers")
         bar.update(0 if self.reports[name].dense else operations(self.layers[name]))
 
 
@@ -286,7 +279,7 @@ def measured_errors(
 
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     with evaluating(dense), watching(layers, see):
-        for images, _ in tqdm(batches, desc="checking", leave=False, disable=None):
+        for images, _ in progress("checking", batches):
             dense(images.to(device, memory_format=layout))
             count += len(images)
     return {name: float(total) / count for name, total in sums.items()}
