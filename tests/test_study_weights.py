@@ -410,13 +410,8 @@ def test_dots_are_where_the_figures_are():
 
 def test_the_plot_reads_nan_and_infinity(tmp_path, capsys):
     """As Python's json writes them by default."""
-    pairs = [
-        (20.0, 5),
-        (float("inf"), 4.0),
-        (3.0, float("nan")),
-        (-1.0, -3.0),
-        (2.0, -float("inf")),
-    ]
+    infinity, nan = float("inf"), float("nan")
+    pairs = [(20.0, 5), (infinity, 4.0), (3.0, nan), (-1.0, -3.0), (2.0, -infinity)]
     layers = {
         f"layer{i}": {"quant_sqnr": quantised, "pruning_sqnr": pruned}
         for i, (quantised, pruned) in enumerate(pairs)
