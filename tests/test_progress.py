@@ -10,6 +10,7 @@ import pytest
 from obc.solver import progress as module
 from obc.solver.progress import Loop, Reporter, progress
 from obc.solver.search import SearchState, least_candidates_left
+from obc.solver.threads import in_pieces
 
 
 class Clock:
@@ -84,6 +85,16 @@ def test_loops_within_loops_share_a_line(clock, caplog):
     assert lines(caplog)[0].endswith("; decoding: 1 done, 00:30 so far")
 
 
+def test_the_rows_of_a_large_layer_are_seen(clock, caplog):
+    with progress("compressing", total=100.0, counted=False):
+        in_pieces(lambda rows: spend(clock, 5), 40, 1)
+    assert len(lines(caplog)) == 6
+    assert lines(caplog)[-1] == (
+        "compressing: 0 %, 03:00 so far, time left not known yet; "
+        "this step: 88 %, 03:00 so far, about 00:25 left"
+    )
+
+
 def test_what_was_done_before_does_not_count_for_the_pace(clock):
     loop = Loop("loss", total=100, done=90)
     loop.update(5)
@@ -135,6 +146,8 @@ def test_a_terminal_has_a_bar(monkeypatch, capsys):
         bar.update(1.0)
     shown = capsys.readouterr().err
     assert "evaluating:   0%" in shown and "0/2" in shown
+    assert [*progress("rows", [1, 2], within=True)] == [1, 2]
+    assert not capsys.readouterr().err
     assert "compressing:   0%" in shown and "1 of 2 layers" in shown and "0/4" not in shown
 
 

@@ -11,7 +11,7 @@ done, of how many, and the time left, at the average pace so far:
     calibrating: 120 of 800 (15 %), 05:10 so far, about 29:17 left
 
 so that a line appears even while a single step takes long. Loops within loops share a line, the
-outermost first. Processes but the first are silent.
+outermost first, such as the rows of a large layer. Processes but the first are silent.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ def progress(
     total: float | None = None,  # default: the number of items, if they have one
     done: float = 0,  # of the total, before
     counted: bool = True,  # whether the numbers mean something to a user, or only their share does
+    within: bool = False,  # part of a step of another loop: no bar of its own
 ) -> ProgressBar:
     """A loop, or a context to call `update` in, that shows how far it is."""
     if sys.stderr and sys.stderr.isatty() and not rank():
         style = {} if counted else {"bar_format": SHARE_ONLY, "smoothing": 0}
-        return tqdm(items, desc=task, total=total, initial=done, leave=False, **style)
+        style |= {"disable": within, "leave": False}
+        return tqdm(items, desc=task, total=total, initial=done, **style)
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     return Loop(task, items, total, done, counted)
