@@ -49,7 +49,7 @@ class Gram:
         self.view = view(layer)
         self.total: Tensor | None = None  # (G, d, d); of the blocks (i, i') those with i ≤ i'
         self.shards: Tensor | None = None  # the same, over the shards of the images that have ended
-        self.patches = 0  # x's in the sums of a group; in those of all shards, once they are one
+        self.patches = 0  # x's in the sums so far, of each group
         self.patches_before = 0  # in the shards that have ended
 
     def sums(self) -> Tensor:  # (G, d, d) float64
@@ -58,6 +58,7 @@ class Gram:
             (G, d), device = (self.view.groups, self.view.columns), self.view.layer.weight.device
             with torch.inference_mode(False):  # else only inference mode could add to them
                 self.total = torch.zeros(G, d, d, dtype=torch.float64, device=device)
+            self.patches = 0
         return self.total
 
     def end_shard(self) -> None:
