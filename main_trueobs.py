@@ -29,7 +29,13 @@ from obc.inputs.batches import Batches
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, records
 from obc.toolkit.calibrate import attach_activation_grids, calls_of_layers
-from obc.toolkit.compress import Compression, compare, fresh_images, measured_errors
+from obc.toolkit.compress import (
+    Compression,
+    compare,
+    doubtful_claims,
+    fresh_images,
+    measured_errors,
+)
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import level_names, model_tag, stray_levels, write_levels
 from obc.toolkit.modes import MODES, Mode, make_mode, mode_options
@@ -148,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     record, folder = output_files(args.save, args.sparse_dir, model_tag(args.model))
     uses_cache = args.cache and not mode.nothing_to_solve
     with (
-        open_state(folder, marks, args.restart, world) if folder else RunState() as state,
+        open_state(folder, marks, args.restart, world) as state,
         open_cache(args.cache, session, args.shards) if uses_cache else RunState() as cache,
     ):
         compression = Compression(
@@ -161,6 +167,7 @@ def run(args: argparse.Namespace) -> None:
             rel_damp=args.rel_damp,
             memory_gb=args.memory,
             shards=args.shards,
+            repeats=args.nrounds if args.noaug else 1,
             keep_results=args.check,
             world=world,
         )
@@ -181,6 +188,9 @@ def run(args: argparse.Namespace) -> None:
                 layers=layers,
             )
         state.finish()
+    chosen, augmented = session.data.calibration, not args.noaug
+    for line in doubtful_claims(compression.layers, layers, chosen, mode, augmented):
+        log.warning(line)
     if accuracy is not None:
         cli.print_result(f"top-1 {accuracy:.2f}")
     world.leave()

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from tqdm import tqdm
 
 from obc.inputs.batches import Batches
 from obc.inputs.checkpoints import load_checkpoint, load_state
@@ -38,6 +37,7 @@ from obc.inputs.vision import make_importable, torchvision
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError
 from obc.solver.layers import compressible, forward_hooks
+from obc.solver.progress import progress
 from quant import ACTIVATION_GRID, WEIGHT_GRID
 
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
@@ -268,7 +268,7 @@ def _outputs(
     model.to(device)
     with evaluating(model):
         run = None
-        for images, labels in tqdm(batches, desc=task, leave=False, disable=None):
+        for images, labels in progress(task, batches):
             images = placed(images, device)
             run = run or _fastest(model, images)
             run.begin(images)

@@ -267,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
     }
     requested = {name: make for name, make in corrections.items() if getattr(args, name)}
     folder = state_folder(args.save) if args.save else None
-    with open_state(folder, marks, args.restart, session.world) if folder else RunState() as state:
+    with open_state(folder, marks, args.restart, session.world) as state:
         reports = correct(model, requested, state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save)

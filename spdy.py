@@ -30,12 +30,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from modelutils import mean_loss, placed
 from obc.inputs import files
 from obc.solver import dp
 from obc.solver.errors import UserError, log
+from obc.solver.progress import progress
 from obc.solver.search import ProfileProblem, SearchState, picks_key, profile_problem, search
 from obc.toolkit import cli, profiles
 from obc.toolkit.corrections import batchnorm_averages, correct_statistics, norm_moments
@@ -64,7 +64,7 @@ class Evaluator:
         self.session, self.db, device = session, db, session.device
         self.world = world = session.world
         shard = session.calibration().shard(world.rank, world.size)
-        images = tqdm(shard, desc="reading images", leave=False, disable=None)
+        images = progress("reading images", shard)
         self.batches = [(placed(x, device) if device.type == "cpu" else x, y) for x, y in images]
         self.correct: Callable[[nn.Module], None] = lambda model: None
         if correction == "statcorr":

@@ -136,6 +136,7 @@ class TrueOBS:
         self.gram.all_shards()
         world.sum_in_order(self.gram.sums())
         self.nsamples = sum(world.gather(self.nsamples))
+        self.gram.patches = sum(world.gather(self.gram.patches))
 
     @property
     def H(self) -> Tensor:  # (d, d), or (groups, d, d) if grouped; float64

@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,6 +41,7 @@ if not __package__:  # run by its path, not with -m
 from datautils import calibration_batches, load_data
 from modelutils import find_layers, get_model
 from obc.inputs import files
+from obc.solver.progress import progress
 from obc.toolkit import cli, records
 from pruning_vs_quantization.layer_problem import (
     Subproblem,
@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
     results = []
     for network in args.networks:
         work = list(real_subproblems(args, network))
-        for name, layer, sub in tqdm(work, desc=network, disable=None):
+        for name, layer, sub in progress(network, work):
             for kind in OWN:
                 for bits in args.bits:
                     method = "exact" if len(results) % args.relax_every else "both"

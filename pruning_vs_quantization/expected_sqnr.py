@@ -16,9 +16,9 @@ import sys
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from obc.solver.errors import UserError
+from obc.solver.progress import progress
 from obc.toolkit import cli
 from pruning_vs_quantization import expected_error, plots, study_files
 from pruning_vs_quantization.expected_error import TAIL, Density, StudentT
@@ -59,7 +59,7 @@ def kurtosis_figures(bits: list[int], balanced: bool, tail: float) -> dict[str, 
     curve = [StudentT.with_tail(degrees, tail) for degrees in CURVE_DEGREES]
     kurtoses = [density.kurtosis for density in curve]
     figures: dict[str, Any] = {}
-    for width in tqdm(bits, desc="kurtosis", leave=False, disable=None):
+    for width in progress("kurtosis", bits):
         gains = [expected_error.advantage_db(density, width, balanced) for density in curve]
         figures[str(width)] = {"kurtosis": kurtoses, "advantage_db": gains, "crossing": None}
         lost = next((i for i, gain in enumerate(gains) if gain <= 0), 0)
@@ -77,7 +77,7 @@ def largest_disagreement_db(
     """Between closed forms and samples, over all densities and bit widths, of either method."""
     generator, largest = np.random.default_rng(seed), 0.0
     every = compared_densities(tail).items()
-    for name, density in tqdm(every, desc="samples", leave=False, disable=None):
+    for name, density in progress("samples", every):
         values = density.sample(samples, generator)
         power = float(np.square(values).sum())
         for width, expected in figures["densities"][name]["bits"].items():

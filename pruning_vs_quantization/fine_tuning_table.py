@@ -5,10 +5,20 @@ There is a row for each size of b bits per weight; pruned weights count as FP16 
 that quantise weights and nothing else, or prune and nothing else, are included. Several seeds are
 averaged, and their range is shown. Results without training come from a text file with a line
 `<method> <bits> <reached> <top-1>` each, tab-separated, as recipes/fine_tuning.sh writes it.
+
+Two top-1 p and q (fractions) on the same n test images differ only if |p − q| > 2σ with
+
+    σ² = (p(1 − p) + q(1 − q)) / n
+
+and a network has learned something only if p > 1/classes + 2σ of its own. `no_verdict` says which
+of this, or of the conditions that both sides have to share, is missing.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import statistics
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -29,6 +39,9 @@ from pruning_vs_quantization.plots import (
 from pruning_vs_quantization.study_files import read_result
 
 QUANTISED, PRUNED, OBQ, EXACT_METHOD = "quantised", "pruned", "OBQ", "ExactOBS"
+CLASSES = {"imagenet": 1000, "cifar10": 10, "digits": 10}
+SHARED = ("weights", "image_size", "augment", "batch_size", "max_epochs", "images_dir")  # settings
+SHARED_FIGURES = ("training_images", "test_images")
 TITLE_WIDTH = 70  # characters that fit above the plot
 TABLE_COLUMNS = {  # method: heading
     QUANTISED: "quantised, trained",
@@ -49,6 +62,8 @@ class Result:
     seconds: float | None = None  # of training
     reached: float | None = None  # bits per weight, with the first and the last layer's own
     training: str | None = None  # how long, and on what
+    classes: int | None = None
+    shared: dict[str, Any] | None = None  # the conditions that a comparison needs to be alike
 
 
 def trained_results(folder: Path, architecture: str, dataset: str) -> list[Result]:
@@ -70,6 +85,8 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
                 figures["seconds"],
                 figures["bits_per_weight"],
                 _training(settings, figures),
+                figures.get("classes") or CLASSES.get(dataset),
+                _shared(settings, figures),
             )
         )
     if not results:
@@ -88,6 +105,41 @@ def _size(settings: dict[str, Any]) -> tuple[str, float] | None:
     if pruned:
         return PRUNED, DENSE_BITS * (1 - settings["s_f"])
     return QUANTISED, float(settings["n_bits"])
+
+
+def _shared(settings: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+    values = {name: settings.get(name) for name in SHARED}
+    for name in ("weights", "images_dir"):
+        values[name] = values[name] and os.path.realpath(values[name])
+    return values | {name: figures.get(name) for name in SHARED_FIGURES}
+
+
+def no_verdict(quantised: list[Result], pruned: list[Result]) -> str:
+    """Why two sides of a size cannot be compared; empty if their difference means something."""
+    results = [*quantised, *pruned]
+    shared = [one.shared for one in results]
+    if any(not each or not each.get("test_images") for each in shared):
+        return "the number of test images and the conditions are not known; run `main table` again"
+    if (classes := results[0].classes) is None:
+        return "the number of classes is not known; train again"
+    for name in shared[0]:
+        if len({str(each.get(name)) for each in shared}) > 1:
+            first, *others = dict.fromkeys(str(each.get(name)) for each in shared)
+            name = name.replace("_", " ")
+            return f"not trained alike, {name} {first} and {', '.join(others)}; train them alike"
+    images, variances, tops = shared[0]["test_images"], [], []
+    for method, side in (("quantised", quantised), ("pruned", pruned)):
+        tops.append(top1 := statistics.fmean(one.top1 for one in side) / 100)
+        variances.append(top1 * (1 - top1) / images)
+        chance = 1 / classes
+        if top1 <= chance + 2 * math.sqrt(max(variances[-1], chance * (1 - chance) / images)):
+            return (
+                f"the {method} network, {100 * top1:.2f} % right, is not above chance, "
+                f"{100 * chance:g} %; train longer"
+            )
+    if abs(tops[0] - tops[1]) <= (error := 2 * math.sqrt(sum(variances))):
+        return f"{images} test images tell only differences above {100 * error:.2f} points"
+    return ""
 
 
 def _training(settings: dict[str, Any], figures: dict[str, Any]) -> str:

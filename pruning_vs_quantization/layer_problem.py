@@ -34,11 +34,11 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from modelutils import evaluating
 from obc.solver.hessian import Gram
 from obc.solver.layers import view
+from obc.solver.progress import progress
 from obc.toolkit.calibrate import watching
 from pruning_vs_quantization import pruning_bounds, quantisation_bounds
 from pruning_vs_quantization.expected_error import Histogram, best_step, integer_codes, sparsity_of
@@ -193,7 +193,7 @@ def second_moments(
             each.add(inputs)
 
     with evaluating(model), watching(layers, add):
-        for images, _ in tqdm(batches, desc="inputs of the layers", leave=False, disable=None):
+        for images, _ in progress("inputs of the layers", batches):
             model(images.to(device))
     return {name: {m.chunk: m.matrix() for m in each} for name, each in moments.items()}
 

@@ -36,12 +36,12 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from modelutils import find_layers
 from obc.inputs import files
 from obc.solver.errors import UserError, log
 from obc.solver.layers import view
+from obc.solver.progress import progress
 from obc.toolkit import cli
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import model_tag
@@ -139,7 +139,7 @@ def layer_figures(
     """Every subproblem of a layer at a bit width, and their summary."""
     solve, records, silent = settings.solver(kind, layer, bits), [], 0
     every = layer_problem.subproblems(layer, settings.places(layer), moments)
-    for sub in tqdm(every, desc=f"{name}, {bits} bits", leave=False, disable=None):
+    for sub in progress(f"{name}, {bits} bits", every):
         if not sub.signal > 0:
             silent += 1
             continue

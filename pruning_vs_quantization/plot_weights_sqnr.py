@@ -38,14 +38,16 @@ def read_points(folder: Path, corrected: bool = False) -> tuple[Points, int]:
             continue
         dots = points.setdefault(int(match["bits"]), [])
         for layer, figures in study_files.read_json(path).items():
-            try:
-                x, y = figures[pruning], figures["quant_sqnr"]
-            except (KeyError, TypeError):
-                raise UserError(f"{path}: {layer} has no {pruning} and quant_sqnr") from None
-            if isinstance(x, int | float) and isinstance(y, int | float):
-                dots.append((float(x), float(y)))
-            else:
+            x, y = (
+                study_files.finite_figure(path, layer, figures, name)
+                for name in (pruning, "quant_sqnr")
+            )
+            if x is None or y is None:
                 infinite += 1
+            else:
+                dots.append((x, y))
+    if infinite and not any(points.values()):
+        raise UserError(f"{folder}: none of its {infinite} tensors has a finite SQNR to draw")
     if not any(points.values()):
         raise UserError(f"{folder}: no <model>_<b>_bits_mse.json with figures in it")
     return dict(sorted(points.items(), reverse=True)), infinite
@@ -70,9 +72,10 @@ def draw_points(points: Points, corrected: bool = False) -> Any:
             markeredgewidth=0,
             label=f"{bits} bits: {pruning_wins(dots)}",
         )
-    highest = 1.04 * max(max(dot) for dots in points.values() for dot in dots)
-    axes.plot([0, highest], [0, highest], color=plots.NEUTRAL_COLOUR, linewidth=0.8)
-    axes.set(xlim=(0, highest), ylim=(0, highest), aspect="equal")
+    values = [value for dots in points.values() for dot in dots for value in dot]
+    limits = min(0.0, 1.04 * min(values)), 1.04 * max(0.0, max(values)) or 1.0
+    axes.plot(limits, limits, color=plots.NEUTRAL_COLOUR, linewidth=0.8)
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
     axes.set_xlabel("SQNR of pruning" + (", zeros matched" if corrected else "") + " (dB)")
     axes.set_ylabel("SQNR of quantisation (dB)")
     title = "tensors on which\npruning is better"

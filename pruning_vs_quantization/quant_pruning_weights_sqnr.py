@@ -49,7 +49,6 @@ from urllib.request import Request, urlopen
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from modelutils import (
     CIFAR_BLOCKS,
@@ -63,6 +62,7 @@ from modelutils import (
 from obc.inputs.vision import torchvision
 from obc.solver.distributed import resolve_device
 from obc.solver.errors import UserError, log
+from obc.solver.progress import progress
 from obc.toolkit import cli, records
 from obc.toolkit.fingerprints import bytes_hash
 from obc.toolkit.leveldb import model_tag
@@ -312,7 +312,7 @@ def run(args: argparse.Namespace) -> None:
         for name in models
     }
     cli.print_result(study_files.markdown_head(COLUMNS))
-    for name in tqdm(models, desc="models", leave=False, disable=None):
+    for name in progress("models", models):
         if missing[name]:
             try:
                 model = zoo_model(name, args.weights, downloads)

@@ -16,7 +16,9 @@ in dB of SQNR or in points of accuracy:
     fine-tuning     gap of mean top-1, points                           main train-compressed, table
 
 The parts are ordered: the later, the closer to what a user wants, so the answer follows the last
-one that has been run, and says where others disagree. Gaps within EVEN favour neither.
+one that has been run, and says where others disagree. Gaps within EVEN favour neither. There is no
+verdict where both sides were not made under the same conditions, where a trained network is not
+better than chance, or where so many test images cannot tell a difference (`no_verdict`).
 """
 
 from __future__ import annotations
@@ -39,7 +41,13 @@ from obc.toolkit import cli
 from obc.toolkit.leveldb import model_tag
 from pruning_vs_quantization import expected_sqnr, plot_weights_sqnr, plots, study_files
 from pruning_vs_quantization.expected_error import sparsity_percent
-from pruning_vs_quantization.fine_tuning_table import PRUNED, QUANTISED, Result, markdown
+from pruning_vs_quantization.fine_tuning_table import (
+    PRUNED,
+    QUANTISED,
+    Result,
+    markdown,
+    no_verdict,
+)
 from pruning_vs_quantization.layer_study import decibel_text
 from pruning_vs_quantization.study_files import TextTable, signed
 
@@ -50,6 +58,8 @@ QUESTION = (
 LEGEND = "Quantisation − pruning: above 0, quantisation loses less."
 EVEN = {"dB": 0.1, "points": 0.3}  # points: the standard error of a difference on 10,000 images
 CLOSEST = 5  # tensors that are named
+SAME_INPUTS = ("weights", "nsamples", "image_size", "calibration_seed", "opt_dim")
+SAME_INPUTS += ("num_output_channels", "num_chunks")  # settings of both sides of a layer
 LayerPair = tuple[dict[str, Any], dict[str, Any]]  # a layer's summaries, quantised and pruned
 
 
@@ -64,6 +74,7 @@ class Section:
     text: str
     tables: list[TextTable] = field(default_factory=list)
     pictures: list[tuple[str, bytes]] = field(default_factory=list)  # caption, PNG
+    doubts: dict[float, str] = field(default_factory=dict)  # bits → why a gap is no verdict
 
     @property
     def title(self) -> str:
@@ -115,7 +126,7 @@ class TensorResult:
     model: str
     bits: int
     layer: str
-    kurtosis: float  # excess
+    kurtosis: float | None  # excess
     quantised: float
     pruned: float
 
@@ -129,11 +140,14 @@ def tensor_results(folder: Path, model: str | None) -> Iterator[TensorResult]:
     for path in sorted(folder.glob("*_bits_mse.json")):
         match = plot_weights_sqnr.FILE_NAME.fullmatch(path.name)
         if match and is_model(match["model"], model and model_tag(model)):
-            for layer, x in study_files.read_json(path).items():
-                sqnrs = x["quant_sqnr"], x["pruning_sqnr"]
+            for layer, figures in study_files.read_json(path).items():
+                kurtosis, *sqnrs = (
+                    study_files.finite_figure(path, layer, figures, name, name != "sample_kurtosis")
+                    for name in ("sample_kurtosis", "quant_sqnr", "pruning_sqnr")
+                )
                 if None not in sqnrs:
                     place = match["model"], int(match["bits"]), layer
-                    yield TensorResult(*place, x["sample_kurtosis"], *sqnrs)
+                    yield TensorResult(*place, kurtosis, *sqnrs)
 
 
 def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
@@ -159,7 +173,8 @@ def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
     closest = TextTable(
         ["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"],
         [
-            [x.model, x.layer, f"{x.bits}", f"{x.kurtosis:.1f}", signed(x.gap, "dB")]
+            [x.model, x.layer, f"{x.bits}"]
+            + ["–" if x.kurtosis is None else f"{x.kurtosis:.1f}", signed(x.gap, "dB")]
             for x in sorted(results, key=lambda tensor: tensor.gap)[:CLOSEST]
         ],
     )
@@ -180,19 +195,25 @@ def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
 
 def layer_outputs_section(folder: Path, model: str | None) -> Iterator[Section]:
     """Part 3: layers that both studies have covered."""
-    networks: dict[tuple[str, str], dict[tuple[str, int], dict[str, Any]]] = {}
+    networks: dict[tuple[str, str], dict[tuple[str, int], dict[str, tuple]]] = {}
     for path in sorted((folder / "layer_outputs").glob("*_bits_*.json")):
         settings, figures = study_files.read_result(path)
         if is_model(settings["model"], model) and figures["summary"]:
             layers = networks.setdefault((settings["model"], settings["dataset"]), {})
             kinds = layers.setdefault((figures["layer"], figures["bits"]), {})
-            kinds[figures["kind"]] = figures["summary"]
+            kinds[figures["kind"]] = figures["summary"], settings
     for (name, dataset), layers in networks.items():
-        pairs = {
-            key: (kinds["quantisation"], kinds["pruning"])
-            for key, kinds in sorted(layers.items(), key=lambda item: natural_order(*item[0]))
-            if len(kinds) == 2
-        }
+        pairs = {}
+        for key, kinds in sorted(layers.items(), key=lambda item: natural_order(*item[0])):
+            if len(kinds) == 2:
+                (quantised, settings), (pruned, others) = kinds["quantisation"], kinds["pruning"]
+                if unlike := [x for x in SAME_INPUTS if settings.get(x) != others.get(x)]:
+                    log.warning(
+                        "%s of %s at %d bits left out: quantised and pruned with another %s",
+                        *(key[0], name, key[1], unlike[0]),
+                    )
+                else:
+                    pairs[key] = quantised, pruned
         by_bits: dict[int, list[LayerPair]] = {}
         for (_, bits), pair in sorted(pairs.items(), key=lambda item: -item[0][1]):
             by_bits.setdefault(bits, []).append(pair)
@@ -289,19 +310,24 @@ def fine_tuning_section(folder: Path, model: str | None) -> Iterator[Section]:
         if not is_model(name, model):
             continue
         results = [Result(**one) for one in record["results"]]
-        top1: dict[str, dict[float, list[float]]] = {QUANTISED: {}, PRUNED: {}}
-        for one in results:
-            top1.setdefault(one.method, {}).setdefault(one.bits, []).append(one.top1)
-        gaps = {
-            bits: statistics.fmean(values) - statistics.fmean(top1[PRUNED][bits])
-            for bits, values in sorted(top1[QUANTISED].items(), reverse=True)
-            if bits in top1[PRUNED]
+        sides: dict[float, dict[str, list[Result]]] = {}
+        for one in sorted(results, key=lambda one: -one.bits):
+            sides.setdefault(one.bits, {}).setdefault(one.method, []).append(one)
+        pairs = {
+            bits: (x[QUANTISED], x[PRUNED])
+            for bits, x in sides.items()
+            if x.keys() >= {QUANTISED, PRUNED}
         }
+        gaps = {}
+        for bits, pair in pairs.items():
+            quantised, pruned = (statistics.fmean(one.top1 for one in side) for side in pair)
+            gaps[bits] = quantised - pruned
+        doubts = {bits: why for bits, pair in pairs.items() if (why := no_verdict(*pair))}
         text = f"Top-1 in percent; {record['conditions']}."
         picture, subject = path.with_suffix(".png"), f"{name} on {record['dataset']}"
         pictures = [("Top-1 against size", picture.read_bytes())] if picture.exists() else []
         tables = [TextTable.parse(markdown(results))]
-        yield Section("fine-tuning", subject, "points", gaps, text, tables, pictures)
+        yield Section("fine-tuning", subject, "points", gaps, text, tables, pictures, doubts)
 
 
 PARTS: dict[str, tuple[Callable[[Path, str | None], Iterator[Section]], str]] = {
@@ -340,9 +366,12 @@ def study_sections(folder: Path, model: str | None) -> list[Section]:
 # -- the answer ------------------------------------------------------------------------------------
 
 
-def better(gap: float, unit: str) -> str:
-    """Which of the two a gap favours."""
-    if abs(gap) <= EVEN[unit]:
+def better(section: Section, bits: float) -> str:
+    """Which of the two a section favours at a size; empty where its gap is no verdict."""
+    if bits in section.doubts:
+        return ""
+    gap = section.gaps[bits]
+    if abs(gap) <= EVEN[section.unit]:
         return "neither"
     return "quantisation" if gap > 0 else "pruning"
 
@@ -364,24 +393,30 @@ def answer(sections: list[Section]) -> str:
 
     by_winner: dict[str, list[float]] = {}
     for bits in sorted(last.gaps, reverse=True):
-        by_winner.setdefault(better(last.gaps[bits], last.unit), []).append(bits)
+        by_winner.setdefault(better(last, bits), []).append(bits)
+    doubtful = by_winner.pop("", [])
     verdicts = [f"{winner} is better at {sizes(last, bits)}" for winner, bits in by_winner.items()]
+    for why in dict.fromkeys(last.doubts[bits] for bits in doubtful):
+        same = [bits for bits in doubtful if last.doubts[bits] == why]
+        verdicts.append(f"no verdict at {sizes(last, same)}, since {why}")
     heads = {"quantisation": "Quantise.", "pruning": "Prune.", "neither": "Either will do."}
     head = heads[next(iter(by_winner))] if len(by_winner) == 1 else "It depends on the size."
+    head = head if by_winner else "No verdict."
     text = f"{head} By {last.part}, {last.subject}: {'; '.join(verdicts)}."
     text = text.replace("neither is better", "neither is clearly better")
     dissent = []
     for section in sections[:-1]:
         bits = [
             b
-            for b, gap in section.gaps.items()
-            if b in last.gaps and better(gap, section.unit) != better(last.gaps[b], last.unit)
+            for b in section.gaps
+            if b in last.gaps and better(section, b) not in ("", better(last, b))
         ]
         if bits:
             dissent.append(f"{section.part}, {section.subject}, at {sizes(section, bits)}")
     if dissent:
         return f"{text} Otherwise by {'; '.join(dissent)}."
-    return text + (" The other parts that have been run agree." if sections[:-1] else "")
+    agree = bool(sections[:-1] and by_winner)
+    return text + (" The other parts that have been run agree." if agree else "")
 
 
 def summary_table(sections: list[Section]) -> TextTable:

@@ -12,13 +12,15 @@ that a run that was killed goes on where it stopped:
 
 Settings are the result's fingerprint (`obc/toolkit/fingerprints.py`): everything that the figures
 depend on and nothing else (no output folder, no number of threads). A file with other settings is
-never used, and never overwritten unless asked for. NaN and infinity, which JSON lacks, are null.
+never used, and never overwritten unless asked for. NaN and infinity, which JSON lacks, are null;
+files by other programs may have them as NaN, Infinity and -Infinity (`finite_figure`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,11 +106,29 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:  # not JSON, or not even text
+    except (ValueError, RecursionError):  # not JSON, or not even text
         raise UserError(f"{path}: not a complete JSON file; delete it, or pass --restart") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; delete it, or pass --restart")
     return content
+
+
+def finite_figure(
+    path: Path, layer: str, figures: Any, name: str, required: bool = True
+) -> float | None:
+    """A figure of a layer; None if it is null, NaN or infinite. Raises UserError for anything else.
+
+    A figure that is not required may be absent.
+    """
+    if not isinstance(figures, dict) or (required and name not in figures):
+        raise UserError(f"{path}: {layer} has no {name}")
+    value = figures.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise UserError(f"{path}: {name} of {layer} is not a number")
+    try:
+        return float(value) if value is not None and math.isfinite(value) else None
+    except OverflowError:  # a whole number that no float holds
+        return None
 
 
 def check_same_settings(

@@ -243,6 +243,7 @@ class FineTuning:
             "seconds": sum(figures["seconds"] for figures in self.history),
             "training_images": len(self.images.data.calibration),
             "test_images": len(self.images.data.test),
+            "classes": len(self.images.data.classes),
             "epochs": self.history,
         }
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from datautils import ImageData, ImageSet, calibration_batches, load_data, normalise, test_batches
+from obc.solver.progress import progress
 
 IN_MEMORY = 4 << 30  # bytes of decoded images that are kept
 
@@ -50,7 +50,7 @@ class DecodedImages:
             return None
         pixels = np.empty((count, size, size, 3), dtype=np.uint8)
         labels = torch.empty(count, dtype=torch.int64)
-        for index in tqdm(range(count), desc="decoding", leave=False, disable=None):
+        for index in progress("decoding", range(count)):
             pixels[index], labels[index] = images.pixels(index)
         return cls(pixels, labels, batchsize)
 

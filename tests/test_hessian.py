@@ -354,3 +354,20 @@ def test_products_that_are_not_symmetric_yield_a_symmetric_matrix() -> None:
         gram.sums().copy_(torch.randn(1, size, size))
         H = gram.matrix()
         assert torch.equal(H, H.mT) and not torch.equal(H, torch.zeros_like(H))
+
+
+def test_patches_are_counted_over_batches_and_shards():
+    """A 3×3 convolution with stride 2 and no padding has 2·3 windows in 5×7 pixels."""
+    gram = Gram(nn.Conv2d(4, 4, 3, stride=2, groups=2))
+    for images in (2, 3):
+        gram.add(torch.randn(images, 4, 5, 7))
+    assert gram.patches == 5 * 6
+    gram.end_shard()
+    gram.add(torch.randn(1, 4, 5, 7))
+    assert gram.patches == 6
+    gram.end_shard()
+    gram.all_shards()
+    assert gram.patches == 6 * 6
+    linear = Gram(nn.Linear(8, 2))
+    linear.add(torch.randn(5, 3, 8))  # three tokens an image
+    assert linear.patches == 15

@@ -809,3 +809,74 @@ def test_an_interrupted_run_leaves_what_is_done_hidden(words, tmp_path):
     assert out == "" and err.splitlines()[-1] == "error: interrupted"
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
     assert not [name for name in tree(tmp_path) if name.endswith(".tmp")]
+
+
+# -- claims that cannot be believed ----------------------------------------------------------------
+
+POSITIONS = {"conv1": 256, "layer1": 256, "layer2": 64, "layer3": 16, "linear": 1}  # of 16² pixels
+WIDE = """
+import torch
+from torch import nn
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.grouped = nn.Conv2d(3, 6, 3, stride=8, padding=1, groups=3)
+        self.head = nn.Linear(6 * 4, 2000)
+        self.last = nn.Linear(2000, 10)
+
+    def forward(self, x):
+        return self.last(self.head(self.grouped(x).flatten(1)).relu())
+
+def wide():
+    return Wide().eval()
+"""
+
+
+def believed(err: str) -> list[str]:
+    return [line for line in err.splitlines() if line.startswith("warning: do not believe")]
+
+
+@pytest.mark.parametrize("more", [[], ["--shards", 3], ["--nrounds", 4], ["--cache", "cache"]])
+def test_layers_that_saw_fewer_patches_than_columns_are_named(more, command, tmp_path):
+    more = [tmp_path / word if word == "cache" else word for word in more]
+    words = ["--wbits", 4, "--noaug", "--save", tmp_path / "q.pth", *more]
+    for _ in range(2 if "--cache" in more else 1):
+        done = command("rn8", "digits", "quant", "--nsamples", 32, *words)
+    (line,) = believed(done.err)
+    assert "--nsamples 64 would do: layer3.0.conv2 (512 for 576), linear (32 for 64)" in line
+    assert done.err.splitlines().index(line) >= len(done.err.splitlines()) - 2
+    for report in record_of(tmp_path / "q.pth")["layers"]:
+        assert report["patches"] == 32 * POSITIONS[report["name"].partition(".")[0]]
+    assert believed(command("rn8", "digits", "quant", "--nsamples", 64, *words).err) == []
+
+
+def test_augmented_passes_are_patches_of_their_own(command, tmp_path):
+    words = ["--nrounds", 2, "--save", tmp_path / "nm.pth"]
+    done = command("rn8", "digits", "nmprune", "--nsamples", 31, *words)
+    (line,) = believed(done.err)
+    assert "--nsamples 32 would do: linear (62 for 64)" in line
+    assert believed(command("rn8", "digits", "nmprune", "--nsamples", 32, *words).err) == []
+
+
+def test_more_images_than_the_dataset_has_are_not_advised(command, tmp_path):
+    (tmp_path / "net.py").write_text(WIDE)
+    model, save = f"{tmp_path}/net.py:wide", ["--save", tmp_path / "q.pth"]
+    words = [model, "digits", "quant", "--wbits", 4, "--nsamples", 100, *save]
+    (line,) = believed(command(*words, "--noaug").err)
+    assert "2000 images would do, the dataset has 1437: leave out --noaug: last (100 for" in line
+    (line,) = believed(command(*words, "--nrounds", 1).err)
+    assert "raise --nrounds: last (100 for 2000)" in line
+    done = command(*words, "--noaug", "--order", "nearest", "--restart")
+    assert done.status == 0 and believed(done.err) == []  # rounding does not fit the images
+
+
+def test_check_names_the_layers_that_fresh_images_refute(command, tmp_path):
+    words = ["--wbits", 4, "--noaug", "--check", "--save", tmp_path / "q.pth"]
+    done = command("rn8", "digits", "quant", "--nsamples", 32, *words)
+    reports = record_of(tmp_path / "q.pth")["layers"]
+    refuted = [x["name"] for x in reports if x["fresh_error"] > 2 * x["squared_error"]]
+    (line,) = [x for x in done.err.splitlines() if "more than 2 times" in x]
+    assert refuted == ["layer3.0.conv2"]
+    assert [name for name in LAYERS if f" {name} (" in line] == refuted

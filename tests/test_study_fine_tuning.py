@@ -23,6 +23,7 @@ import quant
 from modelutils import find_layers, get_model, load_checkpoint
 from obc.toolkit.session import load_compressed
 from pruning_vs_quantization import main
+from pruning_vs_quantization.fine_tuning_table import Result, no_verdict
 from pruning_vs_quantization.study_files import write_result
 from pruning_vs_quantization.training_options import training_options
 
@@ -450,6 +451,31 @@ def test_table(folder, capsys, caplog):
     write_run(folder, "e", 80.5, s_f=0.5, max_epochs=9, **pruned)
     assert main.main(TABLE) == 0
     assert "not all trained the same way: quantised and pruned for 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pruned", "why"),
+    [
+        ({}, ""),
+        ({"weights": "../b.pth"}, "not trained alike, weights"),
+        ({"weights": "./a.pth"}, ""),  # the same file in other words
+        ({"max_epochs": 30}, "not trained alike, max epochs 3 and 30"),
+        ({"learning_rate": 0.1}, ""),  # each method may have its own
+    ],
+)
+def test_the_table_keeps_the_conditions_of_a_comparison(pruned, why, folder):
+    figures = {"seconds": 1.0, "bits_per_weight": 4.0, "training_images": 9, "test_images": 360}
+    quantised = {"act_quant": False, "weight_quant": True, "prune_method": "none", "n_bits": 4}
+    common = {"architecture": "rn8_quantized", "dataset": "digits", "seed": 0, "weights": "a.pth"}
+    common |= quantised | {"max_epochs": 3, "batch_size": 64, "learning_rate": 0.01}
+    pruned = {"weight_quant": False, "prune_method": "zhu_gupta", "s_f": 0.75} | pruned
+    write_result(folder / "a_seed0.json", common, figures | {"top1": 95.0})
+    write_result(folder / "b_seed0.json", common | pruned, figures | {"top1": 80.0})
+    assert main.main(TABLE) == 0
+    record = json.loads((folder / "table_rn8_digits.json").read_text())
+    sides = [Result(**one) for one in record["results"]]
+    text = no_verdict(sides[:1], sides[1:])
+    assert text.startswith(why) if why else text == ""
 
 
 @pytest.mark.parametrize(

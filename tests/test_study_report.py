@@ -73,9 +73,21 @@ def write_outputs(folder: Path, layer: str, bits: int, quantised: tuple, pruned:
         write_result(path, {"model": "rn8", "dataset": "digits"}, figures)
 
 
-def write_training(folder: Path, architecture: str, tops: dict[tuple[str, int], list[float]]):
+def write_training(
+    folder: Path,
+    architecture: str,
+    tops: dict[tuple[str, int], list[float]],
+    test_images: int | None = 10_000,
+    classes: int | None = 10,
+    **pruned_with: object,  # conditions of the pruned networks that differ
+):
+    def shared(method: str) -> dict | None:
+        own = pruned_with if method == "pruned" else {}
+        common = {"weights": "/rn8.pth", "max_epochs": 3, "training_images": 1437}
+        return common | {"test_images": test_images} | own if test_images else None
+
     results = [
-        Result(method, bits, top1, seed=seed, seconds=60.0)
+        Result(method, bits, top1, seed, 60.0, classes=classes, shared=shared(method))
         for (method, bits), values in tops.items()
         for seed, top1 in enumerate(values)
     ]
@@ -221,6 +233,94 @@ def part(name: str, unit: str = "dB", **gaps: float) -> Section:
 )
 def test_the_answer_depends_on_the_numbers(sections, words):
     assert answer(sections) == words
+
+
+def fine_tuned(folder: Path, quantised: float, pruned: float, **conditions) -> str:
+    """The answer from networks of 4 bits."""
+    tops = {("quantised", 4): [quantised], ("pruned", 4): [pruned]}
+    write_training(folder, "rn8_quantized", tops, **conditions)
+    return answer(report.study_sections(folder, None))
+
+
+@pytest.mark.parametrize(
+    ("quantised", "pruned", "images", "clear"),
+    [  # 2σ = 200 √((p(1 − p) + q(1 − q)) / n) points
+        (90.0, 96.0, 360, True),  # 3.77
+        (90.0, 93.0, 360, False),  # 4.15
+        (90.0, 93.0, 1000, True),  # 2.49
+        (50.0, 51.0, 10_000, False),  # 1.41
+        (50.0, 51.0, 50_000, True),  # 0.63
+        (100.0, 99.0, 360, False),  # 1.05
+    ],
+)
+def test_a_verdict_needs_enough_test_images(quantised, pruned, images, clear, tmp_path):
+    text = fine_tuned(tmp_path, quantised, pruned, test_images=images)
+    assert clear == ("is better" in text) == ("No verdict." not in text)
+    if not clear:
+        limit = 2 * math.sqrt(sum(p * (100 - p) for p in (quantised, pruned)) / images)
+        assert f"{images} test images tell only differences above {limit:.2f} points" in text
+
+
+@pytest.mark.parametrize(
+    ("quantised", "pruned", "conditions", "why"),
+    [
+        (12.0, 20.0, {"test_images": 360}, "the quantised network, 12.00 % right, is not above"),
+        (50.0, 10.0, {}, "the pruned network, 10.00 % right, is not above chance, 10 %"),
+        (0.15, 5.0, {"classes": 1000}, "not above chance, 0.1 %"),
+        (90.0, 99.0, {"test_images": None}, "the number of test images and the conditions are not"),
+        (90.0, 99.0, {"classes": None}, "the number of classes is not known"),
+        (90.0, 99.0, {"max_epochs": 9}, "not trained alike, max epochs 3 and 9"),
+        (90.0, 99.0, {"weights": "/b.pth"}, "not trained alike, weights /rn8.pth and /b.pth"),
+        (90.0, 99.0, {"training_images": 720}, "not trained alike, training images 1437 and 720"),
+    ],
+)
+def test_no_verdict_says_what_is_missing(quantised, pruned, conditions, why, tmp_path):
+    text = fine_tuned(tmp_path, quantised, pruned, **conditions)
+    assert text.startswith("No verdict. By fine-tuning, rn8 on digits: no verdict at 4 bits (")
+    assert why in text and "is better" not in text
+
+
+def test_other_parts_are_named_where_training_gives_no_verdict(tmp_path):
+    write_weights(tmp_path, "rn8", 4, [(20.0, 5.0)])
+    text = fine_tuned(tmp_path, 11.0, 15.0, test_images=360)
+    assert text.startswith("No verdict.") and "Prune." not in text and "agree" not in text
+    assert text.endswith("Otherwise by weights, rn8, at 4 bits (+15.00 dB).")
+
+
+def test_a_verdict_at_one_size_and_none_at_another(tmp_path):
+    tops = {("quantised", 4): [98.0], ("pruned", 4): [97.9]}
+    tops |= {("quantised", 2): [95.0], ("pruned", 2): [80.0]}
+    write_training(tmp_path, "rn8_quantized", tops)
+    text = answer(report.study_sections(tmp_path, None))
+    assert text.startswith("Quantise. By fine-tuning, rn8 on digits: quantisation is better at 2")
+    assert "no verdict at 4 bits (+0.10 points), since 10000 test images" in text
+
+
+def test_layers_of_other_inputs_are_not_compared(tmp_path, caplog):
+    write_outputs(tmp_path, "conv1", 4, (1.0, 0.1, 0.1, 0.1), (1.0, 0.2, 0.2, 0.2))
+    path = tmp_path / "layer_outputs" / "rn8_conv1_4_bits_pruning.json"
+    path.write_text(path.read_text().replace('"dataset"', '"nsamples": 8, "dataset"'))
+    assert report.study_sections(tmp_path, None) == []
+    assert "conv1 of rn8 at 4 bits left out: quantised and pruned with another" in caplog.text
+
+
+def test_published_weights_files_may_hold_nan_and_infinity(tmp_path, capsys):
+    """As Python's json writes them by default."""
+    figures = {"quant_sqnr": 20.0, "pruning_sqnr": 5.0, "sample_kurtosis": math.nan}
+    layers = {
+        "a": figures,
+        "b": figures | {"quant_sqnr": math.inf},
+        "c": figures | {"pruning_sqnr": math.nan},
+        "d": figures | {"pruning_sqnr": -math.inf, "quant_sqnr": None},
+        "e": {"quant_sqnr": 10, "pruning_sqnr": -2},
+    }
+    (tmp_path / "weights_sqnr").mkdir()
+    (tmp_path / "weights_sqnr" / "resnet18_4_bits_mse.json").write_text(json.dumps(layers))
+    section = section_of(tmp_path, "weights", "rn18")
+    assert section.gaps == {4: 13.5} and section.tables[0].rows[0][2] == "2"
+    assert section.tables[1].rows[0] == ["resnet18", "e", "4", "–", "+12.00 dB"]
+    assert report.main([str(tmp_path)]) == 0
+    assert "Quantise. By weights, resnet18" in capsys.readouterr().out
 
 
 def test_the_summary_has_a_row_per_size_and_a_column_per_part():
@@ -370,7 +470,7 @@ def test_nothing_to_report(words, tmp_path, capsys):
     ("name", "content", "message"),
     [
         ("weights_sqnr/rn8_4_bits_mse.json", "{", "not a complete JSON file"),
-        ("weights_sqnr/rn8_4_bits_mse.json", '{"conv1": {}}', "part weights is not as its command"),
+        ("weights_sqnr/rn8_4_bits_mse.json", '{"conv1": {}}', "conv1 has no quant_sqnr"),
         (
             "layer_outputs/rn8_conv1_4_bits_pruning.json",
             '{"settings": {}, "figures": {}}',

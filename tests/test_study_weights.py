@@ -408,6 +408,23 @@ def test_dots_are_where_the_figures_are():
     ]
 
 
+def test_the_plot_reads_nan_and_infinity(tmp_path, capsys):
+    """As Python's json writes them by default."""
+    infinity, nan = float("inf"), float("nan")
+    pairs = [(20.0, 5), (infinity, 4.0), (3.0, nan), (-1.0, -3.0), (2.0, -infinity)]
+    layers = {
+        f"layer{i}": {"quant_sqnr": quantised, "pruning_sqnr": pruned}
+        for i, (quantised, pruned) in enumerate(pairs)
+    }
+    (tmp_path / "resnet18_4_bits_mse.json").write_text(json.dumps(layers))
+    assert "Infinity" in (tmp_path / "resnet18_4_bits_mse.json").read_text()
+    assert plot_weights_sqnr.main([str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "4 bits: pruning better in 0 of 2 tensors\n"
+    assert "3 tensors without a finite SQNR are not drawn" in captured.err
+    assert (tmp_path / "weights_sqnr.png").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -415,6 +432,13 @@ def test_dots_are_where_the_figures_are():
         ("x_4_bits_mse.json", "{", "not a complete JSON file"),
         ("x_4_bits_mse.json", '{"a": {"quant_sqnr": 1}}', "a has no pruning_sqnr"),
         ("x_4_bits_mse.json", '{"a": 3}', "a has no pruning_sqnr"),
+        ("x_4_bits_mse.json", '{"a": {"quant_sqnr": "x", "pruning_sqnr": 1}}', "is not a number"),
+        (
+            "x_4_bits_mse.json",
+            '{"a": {"quant_sqnr": Infinity, "pruning_sqnr": 1}}',
+            "none of its 1",
+        ),
+        ("x_4_bits_mse.json", "[" * 99999, "not a complete JSON file"),
         ("x_4_bits_mse.json", "{}", "no <model>_<b>_bits_mse.json"),
     ],
 )

@@ -22,9 +22,9 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from obc.solver.errors import UserError
+from obc.solver.progress import progress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FILES_PER_WORKER = 2000  # for fewer, starting a process does not pay
@@ -127,7 +127,7 @@ def damaged(files: Sequence[str], workers: int) -> dict[str, str]:
         num_workers=min(workers, len(files) // FILES_PER_WORKER),
         worker_init_fn=leave_interrupts,
     )
-    batches = tqdm(loader, desc="checking images", leave=False, disable=None, delay=2)
+    batches = progress("checking images", loader)
     return {path: flaw for flaws in batches for path, flaw in flaws}
 
 

@@ -49,6 +49,8 @@ class Gram:
         self.view = view(layer)
         self.total: Tensor | None = None  # (G, d, d); of the blocks (i, i') those with i ≤ i'
         self.shards: Tensor | None = None  # the same, over the shards of the images that have ended
+        self.patches = 0  # x's in the sums so far, of each group
+        self.patches_before = 0  # in the shards that have ended
 
     def sums(self) -> Tensor:  # (G, d, d) float64
         """The sums so far, to add to."""
@@ -56,10 +58,12 @@ class Gram:
             (G, d), device = (self.view.groups, self.view.columns), self.view.layer.weight.device
             with torch.inference_mode(False):  # else only inference mode could add to them
                 self.total = torch.zeros(G, d, d, dtype=torch.float64, device=device)
+            self.patches = 0
         return self.total
 
     def end_shard(self) -> None:
         """End a shard of the images: add its sums to those of the shards before it."""
+        self.patches_before, self.patches = self.patches_before + self.patches, 0
         if self.shards is None:
             self.shards, self.total = self.sums(), None
         else:
@@ -70,6 +74,7 @@ class Gram:
         """Continue with the sums over all shards that have ended."""
         if self.shards is not None:
             self.total, self.shards = self.shards, None
+            self.patches, self.patches_before = self.patches_before, 0
 
     def add(
         self,
@@ -89,6 +94,7 @@ class Gram:
                 products, size = [], 0
         wait()
         self._put(products)
+        self.patches += self.view.positions(torch.empty(inputs.shape, device="meta"))
 
     def _put(self, products: list[tuple[tuple, Tensor]]) -> None:
         (kh, _), (G, d, _) = self.view.kernel, self.sums().shape

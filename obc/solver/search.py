@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from obc.solver import dp
 from obc.solver.errors import UserError, log
+from obc.solver.progress import progress
 
 RANDOM_VECTORS = 100
 RESAMPLED = 0.1  # of the layers, at first
@@ -183,7 +183,8 @@ def search(
     """Run a search to its end from wherever `state` is, which it changes; returns it."""
     generator = np.random.Generator(np.random.PCG64())
     generator.bit_generator.state = state.generator
-    with tqdm(desc="search", initial=state.candidates, unit=" candidates", disable=None) as bar:
+    total = state.candidates + least_candidates_left(state)
+    with progress("search", total=total, done=state.candidates) as bar:
         while state.resampled:
             coefficients = next_coefficients(state, len(problem.levels), generator)
             picks = problem.solve(coefficients).levels
@@ -196,12 +197,19 @@ def search(
             state.generator = generator.bit_generator.state
             if not known or not state.resampled:
                 save(state)
+            bar.total = state.candidates + least_candidates_left(state)
             bar.update()
             best = math.nan if state.loss is None else state.loss
             bar.set_postfix_str(f"best loss {best:.5f}, {len(state.losses)} evaluated")
     if state.loss is None:
         raise UserError("no candidate has a finite calibration loss; try --dp, or another target")
     return state
+
+
+def least_candidates_left(state: SearchState) -> int:
+    """How many candidates are to come if none of them lowers the loss any more."""
+    random_vectors = max(0, RANDOM_VECTORS - state.candidates)
+    return random_vectors + TRIES * state.resampled - state.failures
 
 
 def next_coefficients(

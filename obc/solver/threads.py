@@ -27,6 +27,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from obc.solver.progress import progress
+
 Item = TypeVar("Item")
 Wait = Callable[[], None]  # returns once it is the caller's turn
 CACHE_BYTES = 8 << 20  # matrices of one piece, so that they stay in the last-level cache
@@ -103,11 +105,12 @@ def in_pieces(work: Callable[[slice], None], rows: int, size: int) -> None:
     pieces = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
     if threads == 1 or len(pieces) <= 1 or hasattr(of_worker, "alone"):
         with one_thread():
-            for piece in pieces:
+            for piece in progress("this step", pieces, counted=False, within=True):
                 work(piece)
         return
     with pool_of(min(threads, len(pieces))) as submit:
-        for future in [submit(work, piece) for piece in pieces]:
+        futures = [submit(work, piece) for piece in pieces]
+        for future in progress("this step", futures, counted=False, within=True):
             future.result()
 
 

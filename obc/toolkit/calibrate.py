@@ -21,7 +21,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import quant
 from modelutils import evaluating, find_layers
@@ -32,6 +31,7 @@ from obc.solver.errors import UserError
 from obc.solver.hessian import CHUNK_BYTES
 from obc.solver.layers import forward_hooks
 from obc.solver.memory import default_memory
+from obc.solver.progress import progress
 from obc.solver.threads import Turns, one_at_a_thread, one_thread, pool_of
 from trueobs import TrueOBS
 
@@ -81,7 +81,7 @@ def show(
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     images = (
         images.to(device, memory_format=layout, copy=True)  # a model may work on them in place
-        for images, _ in tqdm(batches, desc="calibrating", leave=False, disable=None)
+        for images, _ in progress("calibrating", batches)
     )
     first = next(images, None)
     if first is None:

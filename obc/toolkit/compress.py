@@ -24,13 +24,13 @@ is wrong. On *fresh* images, which H has not seen, the error shows how well the 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import quant
 from datautils import ImageData, ImageSet
@@ -39,6 +39,7 @@ from obc.inputs.batches import Batches
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import SingularHessian, UserError, log
 from obc.solver.layers import view
+from obc.solver.progress import ProgressBar, progress
 from obc.solver.threads import give_back_freed_memory
 from obc.toolkit.calibrate import calibrate, watching
 from obc.toolkit.leveldb import LevelFile, level_file
@@ -48,6 +49,7 @@ from obc.toolkit.resume import Entry, RunState
 from trueobs import TrueOBS
 
 CHECK_TOLERANCE = 0.05  # relative
+FRESH_FACTOR = 2  # × the claimed error: from here on, fresh images refute it
 
 
 @dataclass
@@ -63,6 +65,7 @@ class LayerReport:
     relative_error: float = 0.0  # the same, relative to Σ wHwᵀ/2
     damping: float = 0.0  # × mean(diag H)
     rank_deficit: int = 0
+    patches: int = 0  # columns of inputs that its Hessian has seen, repeated ones counted once
 
     def line(self) -> str:
         shape = "×".join(map(str, self.shape))
@@ -84,11 +87,13 @@ def compress_layer(
     solver: TrueOBS,
     mode: Mode,
     levels: LevelFile | None,  # where the levels go, of a mode that yields them
+    repeats: int = 1,  # how often the same images were shown
 ) -> Entry:
     """Compress one layer: its tensors, or the hash of the file of its levels, and its report."""
     layer = solver.layer
     report = LayerReport(name, tuple(layer.weight.shape), why_dense(layer, mode, solver.nsamples))
     report.dense, tensors, levels_hash = bool(report.result), {}, ""
+    report.patches = solver.gram.patches // repeats
     if not report.dense:
         before = layer.weight.detach().clone()
         started = time.perf_counter()
@@ -125,6 +130,7 @@ class Compression:
     rel_damp: float = 0.0  # × mean(diag H), added to the diagonal
     memory_gb: float | None = None  # None: half of what is free
     shards: int = 1  # of the calibration images
+    repeats: int = 1  # how often the batches show the same images
     keep_results: bool = False  # for --check
     world: World = ALONE
     reports: dict[str, LayerReport] = field(default_factory=dict)
@@ -204,6 +210,7 @@ class Compression:
         for name, entry in cached.items():
             solvers[name].gram.sums().copy_(entry.tensors["total"])
             solvers[name].nsamples = entry.figures["nsamples"]
+            solvers[name].gram.patches = entry.figures["patches"]
         if cached:
             log.info("calibrated before (--cache): %d of %d layers", len(cached), len(names))
         if missing := {name: solver for name, solver in solvers.items() if name not in cached}:
@@ -211,7 +218,8 @@ class Compression:
             calibrate(self.dense, missing, batches, device, self.world, self.shards)
             give_back_freed_memory()
         for name, solver in missing.items() if self.world.first else ():
-            self.cache.save(name, {"total": solver.gram.sums()}, {"nsamples": solver.nsamples})
+            figures = {"nsamples": solver.nsamples, "patches": solver.gram.patches}
+            self.cache.save(name, {"total": solver.gram.sums()}, figures)
         return solvers
 
     def _compress(self, plan: Plan, solvers: dict[str, TrueOBS]) -> None:
@@ -227,7 +235,8 @@ class Compression:
                 if owner not in (None, self.world.rank):
                     continue
                 try:
-                    entry = compress_layer(name, solver, self.mode, self.level_file(name))
+                    file = self.level_file(name)
+                    entry = compress_layer(name, solver, self.mode, file, self.repeats)
                 except (SingularHessian, ArithmeticError) as error:
                     raise UserError(f"{name}: {error}") from error
                 self._finish(name, entry, bar)
@@ -239,7 +248,7 @@ class Compression:
                         quant.put_layer(self.layers[name], entry.tensors)
                     self._finish(name, entry, bar)
 
-    def _progress(self) -> tqdm:
+    def _progress(self) -> ProgressBar:
         """A bar over the operations of all layers, as far as they are done."""
         work = {
             name: operations(layer)
@@ -247,21 +256,14 @@ class Compression:
             if not self.mode.misfit(view(layer).columns)
         }
         done = sum(work.get(name, 0) for name in self.reports)
-        return tqdm(
-            total=sum(work.values()),
-            initial=done,
-            desc="compressing",
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
-            smoothing=0,  # the average so far
-            leave=False,
-            disable=None,
-        )
+        return progress("compressing", total=sum(work.values()), done=done, counted=False)
 
-    def _finish(self, name: str, entry: Entry, bar: tqdm) -> None:
+    def _finish(self, name: str, entry: Entry, bar: ProgressBar) -> None:
         """Save a layer that is done, and log it."""
         self.state.save(name, entry.tensors, entry.figures)
         self._enter(entry)
         log.info(self.reports[name].line())
+        bar.set_postfix_str(f"{len(self.reports)} of {len(self.layers)} layers")
         bar.update(0 if self.reports[name].dense else operations(self.layers[name]))
 
 
@@ -286,7 +288,7 @@ def measured_errors(
 
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     with evaluating(dense), watching(layers, see):
-        for images, _ in tqdm(batches, desc="checking", leave=False, disable=None):
+        for images, _ in progress("checking", batches):
             dense(images.to(device, memory_format=layout))
             count += len(images)
     return {name: float(total) / count for name, total in sums.items()}
@@ -316,3 +318,50 @@ def compare(name: str, claimed: float, measured: float, fresh: float) -> None:
         log.warning("%s: they differ by more than %g %%", line, 100 * CHECK_TOLERANCE)
     else:
         log.info(line)
+
+
+# -- claims that cannot be believed ----------------------------------------------------------------
+
+
+def doubtful_claims(
+    layers: Mapping[str, nn.Module],
+    reports: Sequence[Mapping[str, Any]],  # as in the record
+    chosen: ImageSet,  # the calibration images
+    mode: Mode,
+    augmented: bool,
+) -> list[str]:
+    """In a line each: layers that saw too little for their claimed errors, and what helps.
+
+    With fewer patches than columns, Σxxᵀ says nothing of the other directions of weight space: a
+    change along them is free on the calibration images, and on no others. Baselines, which do not
+    fit their weights to Σxxᵀ, do not profit from that.
+    """
+    images, available = len(chosen), len(chosen.source)
+    short, worse = {}, {}
+    for report in reports:
+        name, patches, claimed = report["name"], report["patches"], report["squared_error"]
+        columns = view(layers[name]).columns
+        if report["dense"]:
+            continue
+        if patches < columns and mode.order == "obs":
+            short[name] = f"{name} ({patches} for {columns})", -(-columns * images // patches)
+        if (fresh := report.get("fresh_error", 0.0)) > FRESH_FACTOR * claimed:
+            worse[name] = f"{name} ({fresh:.4g} for {claimed:.4g})"
+    lines = []
+    if short:
+        texts, counts = zip(*short.values(), strict=True)
+        remedy = f"--nsamples {max(counts)} would do"
+        if max(counts) > available:
+            remedy = f"{max(counts)} images would do, the dataset has {available}: "
+            remedy += "raise --nrounds" if augmented else "leave out --noaug"
+        lines.append(
+            "do not believe the errors claimed for layers that saw fewer patches than they have "
+            f"columns; {remedy}: {', '.join(texts)}"
+        )
+    if worse:
+        help_text = "" if short.keys() >= worse.keys() else f"; more than {images} images help"
+        lines.append(
+            f"fresh images give more than {FRESH_FACTOR} times the error claimed for these layers"
+            f"{help_text}: {', '.join(worse.values())}"
+        )
+    return lines

@@ -38,12 +38,12 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from modelutils import evaluating, placed
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError, log
 from obc.solver.layers import forward_hooks
+from obc.solver.progress import progress
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of 1, 2 and 3 dimensions
 MOMENTUM = 0.1
@@ -70,9 +70,8 @@ def batchnorm_tune(
     if not norms:
         raise UserError("batch-norm tuning (--bnt): this model has no batch norm; try --statcorr")
     model.to(device)
-    progress = {"desc": "batch norm", "total": nbatches, "leave": False, "disable": None}
     with evaluating(model), _collecting(norms, MOMENTUM):
-        for images in tqdm(islice(_repeated(batches), nbatches), **progress):
+        for images in progress("batch norm", islice(_repeated(batches), nbatches), total=nbatches):
             model(placed(images, device))
 
 

@@ -15,7 +15,8 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
     top1         number in percent, or null (main_trueobs.py, post_proc.py)
 
 and further figures of the command. A layer of main_trueobs.py: name, shape, result, dense, seconds,
-squared_error, relative_error, damping, rank_deficit; with --check also checked_error, fresh_error.
+squared_error, relative_error, damping, rank_deficit, patches; with --check also checked_error,
+fresh_error.
 A layer of spdy.py: name, level, cost, error.
 
 `COMMAND --repeat RECORD` takes the arguments from a record; options after it replace those, such as

@@ -23,7 +23,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from modelutils import evaluating, placed
 from obc.inputs.batches import Batches
@@ -37,6 +36,7 @@ from obc.inputs.tracing import (
 )
 from obc.solver.errors import log
 from obc.solver.layers import forward_hooks
+from obc.solver.progress import progress
 from obc.solver.threads import in_pieces
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import Database
@@ -118,7 +118,7 @@ def losses(
     levels, notes, world = measurement.levels, measurement.notes, measurement.world
     steps = len(levels) * batch_count(batches)
     measurement.begin(steps, "layers × batches")
-    with evaluating(model), tqdm(total=steps, desc="loss", leave=False, disable=None) as bar:
+    with evaluating(model), progress("loss", total=steps) as bar:
         run = None
         for number, (images, labels) in enumerate(batches):
             images = placed(images, device)
@@ -217,7 +217,7 @@ def squared_errors(
     measurement, measured = Measurement(model, db, notes), []
     levels, notes, world = measurement.levels, measurement.notes, measurement.world
     measurement.begin(batch_count(batches), "batches")
-    for number, (images, _) in enumerate(tqdm(batches, desc="squared", leave=False, disable=None)):
+    for number, (images, _) in enumerate(progress("squared", batches)):
         key = str(world.size * number + world.rank)
         if (squares := notes.get(key)) is None:
             squares = batch_squares(model, db, levels, placed(images, device))

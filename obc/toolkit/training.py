@@ -54,11 +54,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 
 from modelutils import eval_mode, find_layers, placed
 from obc.solver.errors import UserError, log
 from obc.solver.layers import forward_hooks
+from obc.solver.progress import progress
 from obc.toolkit.resume import RunState
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
 
@@ -156,8 +156,7 @@ def train(
     steps_done, saved_at = len(history) * steps, time.monotonic()
     for scheduler in schedulers if history else ():
         scheduler.load_state_dict({"last_epoch": steps_done, "_step_count": steps_done + 1})
-    bar = tqdm(total=task.epochs * steps, desc=task.name, leave=False, disable=None)
-    bar.update(steps_done)
+    bar = progress(task.name, total=task.epochs * steps, done=steps_done)
     with bar:
         for number in range(len(history), task.epochs):
             started, count = time.perf_counter(), 0
