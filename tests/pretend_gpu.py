@@ -39,8 +39,10 @@ NOT_OURS = tuple(str(ROOT / folder) for folder in ("tests", ".venv"))
 # Operations whose result, or whose result's size, the CPU has to know; on CUDA, bincount looks at
 # the largest value, and linear algebra that reports errors at whether there was one.
 WAITING = {
-    *("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount"),
-    *("unique_dim", "unique_consecutive", "_unique", "_unique2", "_linalg_check_errors"),
+    *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"),
+    *("nonzero", "masked_select", "bincount"),
+    *("unique_dim", "unique_consecutive", "_unique", "_unique2"),
+    *("_linalg_check_errors", "linalg_cholesky", "linalg_inv", "linalg_solve"),
 }
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
 MADE_FROM_VALUES = {torch.tensor, torch.as_tensor, Tensor.new_tensor}
@@ -51,15 +53,16 @@ class OnGPU(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor, requires_grad: bool = False) -> OnGPU:
-        made = Tensor._make_wrapper_subclass(
-            cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=GPU,
-            requires_grad=requires_grad,
-        )
+        with torch.inference_mode(False):  # what that mode forbids, it forbids `inner`
+            made = Tensor._make_wrapper_subclass(
+                cls,
+                inner.size(),
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=GPU,
+                requires_grad=requires_grad,
+            )
         made.inner = inner
         PretendedGPU.now.hold(inner)
         return made
@@ -130,11 +133,8 @@ class PretendedGPU:
     def run(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         """One operation: on the GPU if its tensors are, or if it is to make one there."""
         operation = Operation.of(func)
-        if operation.decomposes:  # as in inference mode, where PyTorch leaves that to us
-            with inside(self):
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if operation.name == "to":  # in inference mode; elsewhere PyTorch makes it a copy
+            return copied(func, args, kwargs)
         self.operations += 1
         tensors = tensors_in((args, kwargs.values()))
         self._check(operation, tensors, args, kwargs)
@@ -184,7 +184,6 @@ class Operation:
     """What there is to know of an operation of PyTorch."""
 
     name: str
-    decomposes: bool  # into others, even where no gradients are recorded
     written: tuple[int | str, ...]  # arguments that it writes to and returns
 
     @staticmethod
@@ -196,10 +195,28 @@ class Operation:
             for place, argument in enumerate(arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         )
-        decomposes = torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
-        )
-        return Operation(func.overloadpacket.__name__, decomposes, written)
+        return Operation(func.overloadpacket.__name__, written)
+
+
+def copied(func: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """x.to(…), with a copy only where there has to be one."""
+    names = [argument.name for argument in func._schema.arguments]
+    options = dict(zip(names, args, strict=False)) | kwargs
+    x, other, copy = options.pop("self"), options.pop("other", None), options.pop("copy", False)
+    if other is not None:
+        options |= {"dtype": other.dtype, "device": other.device}
+    options = {name: value for name, value in options.items() if value is not None}
+    same = (x.dtype, x.device.type) == (
+        options.get("dtype", x.dtype),
+        torch.device(options.get("device", x.device)).type,
+    )
+    keeps_layout = options.get("memory_format") in (None, torch.preserve_format)
+    if same and not copy and (keeps_layout or x.is_contiguous(**{
+        "memory_format": options["memory_format"]
+    })):
+        return x
+    with inside(PretendedGPU.now):
+        return torch.ops.aten._to_copy(x, **options)
 
 
 def tensors_in(arguments: Iterable) -> list[Tensor]:
