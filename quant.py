@@ -41,7 +41,7 @@ class Grid(nn.Module):
         super().__init__()
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
-        self.register_buffer("maxq", torch.as_tensor(maxq, device=scale.device))
+        self.register_buffer("maxq", maxq if isinstance(maxq, Tensor) else torch.full((), maxq, device=scale.device))
 
     @property
     def bits(self) -> int:
@@ -103,7 +103,7 @@ def _fitted(
     best_scale, best_zero = _scale_and_zero(low, high, bits, symmetric)
     if not search:
         return best_scale, best_zero
-    least, maxq = torch.full_like(low, float("inf")), x.new_tensor(2**bits - 1)
+    least, maxq = torch.full_like(low, float("inf")), x.new_full((), 2**bits - 1)
     for factor in SHRINK_FACTORS:
         scale, zero = _scale_and_zero(low * factor, high * factor, bits, symmetric)
         rounded = _rounded(sample, scale, zero, maxq)

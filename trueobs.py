@@ -262,8 +262,11 @@ class TrueOBS:
             W, steps, gone = snapshot.W[numbers], order[first].long(), counts[:, first]
             weights = weights_at(W, inverse, H, system, steps, gone, undamped).flatten(1, 2)
             rows = numbers.flatten()
-            final = snapshot.apart[rows] == (inverse is not snapshot.inverse)
-            yield (rows, weights) if bool(final.all()) else (rows[final], weights[:, final])
+            if shared and inverse is snapshot.inverse:  # rows apart are still to come
+                final = torch.nonzero(~snapshot.apart[rows]).flatten()
+                if len(final) < len(rows):
+                    rows, weights = rows[final], weights[:, final]
+            yield rows, weights
 
     # -- modes with one result ---------------------------------------------------------------------
 

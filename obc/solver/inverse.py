@@ -109,7 +109,9 @@ def inverse_of_groups(H: Tensor, rel_damp: float, dtype: torch.dtype) -> Inverse
     return Inverse(matrix, (1 / decoupled_diagonal(H, damping)).to(dtype), damping, deficit)
 
 
-def rank_deficit(H: Tensor) -> int:  # (d, d) float64, positive semidefinite; overwritten
+def rank_deficit(
+    H: Tensor,  # (d, d) float64, positive semidefinite; overwritten
+) -> Tensor:  # () int64
     """How many eigenvalues of H are below τ = 1e-7 × the Frobenius norm.
 
     As many as H − τ1 has negative ones, which by Sylvester's law of inertia are those of D in a
@@ -117,7 +119,7 @@ def rank_deficit(H: Tensor) -> int:  # (d, d) float64, positive semidefinite; ov
     """
     H.diagonal().sub_(1e-7 * torch.linalg.matrix_norm(H))
     factor, pivots, _ = torch.linalg.ldl_factor_ex(H)
-    return int(((factor.diagonal() < 0) & (pivots > 0)).sum()) + int((pivots < 0).sum()) // 2
+    return ((factor.diagonal() < 0) & (pivots > 0)).sum() + (pivots < 0).sum() // 2
 
 
 def decoupled(
@@ -126,7 +128,7 @@ def decoupled(
 ) -> Tensor:  # H
     """H damped, and zero in rows and columns of dead inputs except for the mean as diagonal."""
     diagonal, alive = decoupled_diagonal(H, damping), alive_inputs(H)
-    if not bool(alive.all()):
+    if H.device.type != "cpu" or not bool(alive.all()):  # a look would wait for a GPU
         H.masked_fill_(~alive[:, :, None], 0).masked_fill_(~alive[:, None, :], 0)
     H.diagonal(dim1=1, dim2=2).copy_(diagonal)
     return H

@@ -73,13 +73,15 @@ def first_counts(
 ) -> Tensor:  # (levels, systems) int64, how many columns each system loses from its start
     """Global selection (section 4): the units of least loss go, over all systems."""
     units = losses.view(len(losses), -1, size).sum(2)
-    cheapest = units.flatten().argsort(stable=True) // units.shape[1]
-    counts = []
+    cheapest, counts = units.flatten().argsort(stable=True), []
+    place = torch.empty_like(cheapest)  # of each unit among all
+    place[cheapest] = torch.arange(len(place), device=place.device)
+    place = place.view(units.shape)
     for sparsity in sparsities:
         if not 0 <= sparsity <= 1:
             raise ValueError(f"a sparsity must be in [0, 1]; got {sparsity}")
         K = ceil(units.numel() * sparsity * (1 - 1e-12))  # 0.3·10 is 3, not 3.0000000000000004
-        counts.append(torch.bincount(cheapest[:K], minlength=len(losses)) * size)
+        counts.append((place < K).sum(1) * size)
     return torch.stack(counts)
 
 
@@ -118,8 +120,8 @@ def weights_at(
         H_of_them = undamped and Undamped(
             undamped.H, undamped.system[systems], undamped.damped[systems]
         )
-        for row in range(q)[rows]:
-            levels[:, systems, row] = solver.weights(W[systems, row], H_of_them)
+        w = W[systems, rows].transpose(0, 1)
+        levels[:, systems, rows] = solver.weights(w, H_of_them).transpose(1, 2)
 
     if W.device.type != "cpu":
         fill(slice(None), solver_of(slice(None)))
@@ -157,33 +159,41 @@ class LevelSolver:
 
     def weights(
         self,
-        w: Tensor,  # (R, d), one row of each system
+        w: Tensor,  # (q, R, d), q rows of each system
         undamped: Undamped | None,
-    ) -> Tensor:  # (levels, R, d)
-        """The row's weights at all levels."""
-        level = torch.arange(len(self.few_removed), device=w.device)
-        solution = self.solve(w[None], self.gradient(w)[None], level).masked_fill_(w == 0, 0)
+    ) -> Tensor:  # (levels, q, R, d)
+        """The rows' weights at all levels; in between, n = levels·q of them in a row."""
+        q, count = len(w), len(self.few_removed)
+        level = torch.arange(count * q, device=w.device) // q
+        gradient, shape = self.gradient(w), (count, *w.shape)
+        if q > 1:  # else all levels share the row
+            w, gradient = w.repeat(count, 1, 1), gradient.repeat(count, 1, 1)
+        solution = self.solve(w, gradient, level).masked_fill_(w == 0, 0)
         if undamped is not None:
-            free = ~self.is_removed & (w != 0) & undamped.damped[:, None]
+            free = ~self.is_removed[level] & (w != 0) & undamped.damped[:, None]
             H, system = undamped.H, undamped.system
-            solution = refined(solution, w, H, system, free, self.precondition)
-        return solution.to(w.dtype)
 
-    def gradient(self, w: Tensor) -> Tensor:  # (R, d) -> (R, d)
+            def precondition(v: Tensor, which: Tensor) -> Tensor:
+                return self.precondition(v, level[which])
+
+            solution = refined(solution, w, H, system, free, precondition)
+        return solution.to(w.dtype).view(shape)
+
+    def gradient(self, w: Tensor) -> Tensor:  # (q, R, d) -> (q, R, d)
         """H w, damped like the inverse; zero where no level needs it."""
         if not self.remaining.size:
             return torch.zeros_like(w)
         shift = 1 / self.inverse.floor.double() - self.H.diagonal(dim1=1, dim2=2)  # (G, d)
         v = shift[self.system] * w
         if (engine := engine_for(w)) is None:
-            return (v + times(w.double()[None], self.H, self.system)[0]).to(w.dtype)
+            return (v + times(w.double(), self.H, self.system)).to(w.dtype)
         for r, g in enumerate(self.system.tolist()):
             columns = self.order[r, -self.remaining.size :]
             product = torch.empty(len(columns), dtype=v.dtype)
             engine.multiply_rows(
-                self.H[g].numpy(), columns.numpy(), w[r].double().numpy(), product.numpy()
+                self.H[g].numpy(), columns.numpy(), w[0, r].double().numpy(), product.numpy()
             )
-            v[r, columns] += product
+            v[0, r, columns] += product
         return v.to(w.dtype)
 
     def precondition(
@@ -203,11 +213,11 @@ class LevelSolver:
     ) -> Tensor:  # (n, R, d): v_M (H_MM)⁻¹ on the columns M that remain at each level, else 0
         """Through A_PP where few columns are removed: A v − A_:P (A_PP)⁻¹ (A v)_P."""
         few, solution = self.few_removed[level], v.new_zeros(len(level), *v.shape[1:])
-        if bool((use := few.flatten(1).any(1)).any()):
+        if (use := chosen(few.flatten(1).any(1))) is not None:
             u = u[use] if len(u) > 1 else u
             correction = self.removed.solve(u, level[use])
             solution[use] = u - times(correction, self.inverse.matrix, self.system)
-        if bool((use := ~few.flatten(1).all(1)).any()):
+        if (use := chosen(~few.flatten(1).all(1))) is not None:
             x = self.remaining.solve(v[use] if len(v) > 1 else v, level[use])
             solution[use] = torch.where(few[use], solution[use], x)
         return solution.masked_fill_(self.is_removed[level], 0)
@@ -259,6 +269,14 @@ class LeadingBlocks:
         inside = place < self.counts[level][:, :, None]  # (n, R, size)
         x = torch.linalg.solve_triangular(self.L.mT, z * inside.permute(1, 2, 0), upper=True)
         return result.scatter_(2, index, x.permute(2, 0, 1).to(b.dtype))
+
+
+def chosen(levels: Tensor) -> Tensor | slice | None:  # (n,) bool
+    """An index of these levels, None if there are none; of all levels where a look at them would
+    wait for a GPU, whose triangular solves take as long for all as for some."""
+    if levels.device.type != "cpu":
+        return slice(None)
+    return levels if bool(levels.any()) else None
 
 
 # -- matrices in another order ---------------------------------------------------------------------

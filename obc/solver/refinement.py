@@ -38,7 +38,7 @@ RESOLVED = 4 * torch.finfo(torch.float32).eps  # × Σ p_i² H_ii: less curvatur
 
 def refined(
     start: Tensor,  # (levels, R, d) weights
-    W: Tensor,  # (R, d) dense weights
+    W: Tensor,  # (1 or levels, R, d) dense weights
     H: Tensor,  # (G, d, d) float64
     system: Tensor,  # (R,) which of the H is each row's
     free: Tensor,  # (levels, R, d) bool, weights that may change
@@ -47,7 +47,7 @@ def refined(
     """Weights of lower E, never of higher E; see the module docstring."""
     result, W = start.to(torch.float64, copy=True), W.double()
     diagonal = H.diagonal(dim1=1, dim2=2)[system]  # (R, d)
-    negligible = NEGLIGIBLE_ERROR * dot(W, times(W[None], H, system)[0])
+    negligible = (NEGLIGIBLE_ERROR * dot(W, times(W, H, system))).expand(len(start), -1, 1)
     level = torch.arange(len(start), device=start.device)  # those still in work
     residual = times(W - result, H, system)
     error = dot(W - result, residual)  # 2 E
@@ -56,13 +56,13 @@ def refined(
     energy = dot(residual, direction)
     for _ in range(CG_STEPS):
         active = (energy > CONVERGED * error) & (error > negligible)
-        go_on = active.flatten(1).any(1)
+        go_on = torch.nonzero(active.flatten(1).any(1)).flatten()
         result[level] = current
-        if not bool(go_on.any()):
+        if not len(go_on):
             break
-        level, free, active, error = level[go_on], free[go_on], active[go_on], error[go_on]
-        current, residual, direction, energy = (
-            x[go_on] for x in (current, residual, direction, energy)
+        level, free, active, negligible = (x[go_on] for x in (level, free, active, negligible))
+        current, residual, direction, energy, error = (
+            x[go_on] for x in (current, residual, direction, energy, error)
         )
         image = times(direction, H, system) * free
         curvature = dot(direction, image)
@@ -88,7 +88,9 @@ def times(
     system: Tensor,  # (R,)
 ) -> Tensor:  # (levels, R, d)
     """x H, with each system's own H."""
-    if len(matrices) == 1 or len(system) == 1:
+    if len(matrices) == 1:
+        return x @ matrices[0]
+    if len(system) == 1 and x.device.type == "cpu":  # to know which one, a GPU would be waited for
         return x @ matrices[int(system[0])]
     return torch.bmm(x.transpose(0, 1), matrices[system]).transpose(0, 1)
 
