@@ -21,6 +21,7 @@ model completely.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,13 +153,19 @@ def set_weight_grid(layer: nn.Module, grid: Grid) -> None:
 def set_activation_grid(layer: nn.Module, grid: Grid) -> None:
     """Make a layer round its input to a grid from now on."""
     if _round_input not in layer._forward_pre_hooks.values():
-        layer.register_forward_pre_hook(_round_input)
+        layer.register_forward_pre_hook(_round_input, with_kwargs=True)
     layer.add_module(ACTIVATION_GRID, grid)
 
 
-def _round_input(layer: nn.Module, args: tuple) -> tuple:
+def _round_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Round the first argument of a call, by position or by keyword."""
     grid = layer._modules.get(ACTIVATION_GRID)
-    return args if grid is None else (grid(args[0]), *args[1:])
+    if grid is None:
+        return args, kwargs
+    if args:
+        return (grid(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, kwargs | {name: grid(kwargs[name])}
 
 
 def clear_grids(layer: nn.Module) -> None:

@@ -58,6 +58,10 @@ class Gram:
                 self.total = torch.zeros(G, d, d, dtype=torch.float64, device=device)
         return self.total
 
+    def restart_shard(self) -> None:
+        """Forget what has been added since the last shard ended."""
+        self.total = None
+
     def end_shard(self) -> None:
         """End a shard of the images: add its sums to those of the shards before it."""
         if self.shards is None:
