@@ -44,7 +44,6 @@ from torch.nn.utils import skip_init
 
 from obc.solver.errors import UserError
 
-
 PROOF = "obc_proof"  # a layer's attribute, which its copies have, too
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 ROUNDING = 1e-4  # relative difference between two ways to compute a layer's output
@@ -178,7 +177,7 @@ class LinearView(LayerView):
 
 @final
 class ConvView(LayerView):
-    """nn.Conv1d and nn.Conv2d: inputs (n, G·C, length) and (n, G·C, height, width), or without n."""
+    """nn.Conv1d and nn.Conv2d: inputs (n, G·C, length), (n, G·C, height, width), or without n."""
 
     deed = "convolve its input with its weight"
 

@@ -125,13 +125,32 @@ def show(
     solvers: Mapping[str, TrueOBS],
     batches: ImageBatches | list[tuple[Tensor, Tensor]],
     device: torch.device,
-    threads: int | None = None,  # default: as many as torch uses
 ) -> set[str]:  # layers that were called
     """Run the dense model on batches: on a CPU several at a time, one per thread.
 
     Every layer adds them up in order, so that its sums do not depend on the threads. The order is
     lost if a batch calls a layer more often than the first images do: one thread starts again then.
     """
+    try:
+        return show_in_parallel(dense, solvers, batches, device, torch.get_num_threads())
+    except CalledAgain:
+        for solver in solvers.values():
+            solver.gram.restart_shard()
+        return show_in_parallel(dense, solvers, batches, device, 1)
+
+
+class CalledAgain(Exception):
+    """A batch calls a layer more often than the first images do."""
+
+
+def show_in_parallel(
+    dense: nn.Module,
+    solvers: Mapping[str, TrueOBS],
+    batches: ImageBatches | list[tuple[Tensor, Tensor]],
+    device: torch.device,
+    threads: int,  # at most
+) -> set[str]:  # layers that were called
+    """`show`; raises CalledAgain if several threads cannot keep the order."""
     layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     images = (
         images.to(device, memory_format=layout)
@@ -140,12 +159,7 @@ def show(
     first = next(images, None)
     if first is None:
         return set()
-    threads = threads or (torch.get_num_threads() if device.type == "cpu" else 1)
-    calls: Counter[str] = Counter()
-    if threads > 1:
-        calls, image_bytes = probe(dense, first[:2])
-        batch_bytes = len(first) * image_bytes + 3 * CHUNK_BYTES
-        threads = max(1, min(threads, default_memory(device) // 2 // batch_bytes))
+    threads, calls = batches_at_a_time(dense, first, threads)
     turns, mine = Turns(), threading.local()  # a thread's batch, its model, layers it is done with
     called: set[str] = set()
     sizes: list[int] = []  # of batches, in images
@@ -170,19 +184,23 @@ def show(
             turns.leave(name, number)
         sizes.append(len(batch))
 
-    try:
-        one_at_a_thread(work, chain([first], images), threads, turns)
-    except CalledAgain:
-        for solver in solvers.values():
-            solver.gram.restart_shard()
-        return show(dense, solvers, batches, device, threads=1)
+    one_at_a_thread(work, chain([first], images), threads, turns)
     for solver in solvers.values():
         solver.nsamples += sum(sizes)
     return called
 
 
-class CalledAgain(Exception):
-    """A batch calls a layer more often than the first images do."""
+def batches_at_a_time(
+    dense: nn.Module,
+    batch: Tensor,  # on the model's device
+    most: int,
+) -> tuple[int, Counter[str]]:
+    """How many batches the memory allows, and how often they call each layer; empty if it is 1."""
+    if most == 1 or batch.device.type != "cpu":
+        return 1, Counter()
+    calls, image_bytes = probe(dense, batch[:2])
+    batch_bytes = len(batch) * image_bytes + 3 * CHUNK_BYTES
+    return max(1, min(most, default_memory(batch.device) // 2 // batch_bytes)), calls
 
 
 def twin(model: nn.Module) -> nn.Module:

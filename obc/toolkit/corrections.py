@@ -323,8 +323,8 @@ def _only_bias(norm: nn.Module, bias: Tensor) -> Iterator[None]:
 def _is_elementwise(norm: nn.Module, x: Tensor, y: Tensor, output: Tensor, axis: int) -> bool:
     """Whether the output in some columns is what the bias alone gives, if it is y's column."""
     width = norm.weight.ndim
-    ours, theirs = (z.movedim(tuple(range(axis, axis + width)), tuple(range(-width, 0)))
-                    .reshape(-1, *norm.weight.shape) for z in (y, output))  # fmt: skip
+    axes, last = tuple(range(axis, axis + width)), tuple(range(-width, 0))
+    ours, theirs = (z.movedim(axes, last).reshape(-1, *norm.weight.shape) for z in (y, output))
     for place in torch.linspace(0, len(ours) - 1, COLUMNS).long().tolist():
         with _only_bias(norm, ours[place]):
             alone = norm.forward(x[:1] if x.ndim > width else x)
