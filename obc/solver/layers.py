@@ -54,9 +54,9 @@ Pads = tuple[tuple[int, int, str], ...]  # before, after and mode, for every axi
 
 @dataclass
 class Proof:
-    """What calls of a layer have shown."""
+    """What calls of a layer have shown. Paddings are by the size of the input."""
 
-    paddings: dict[tuple[int, ...], Pads] = field(default_factory=dict)  # by the input's size
+    paddings: dict[tuple[int, ...], Pads | None] = field(default_factory=dict)  # None: as it says
     flaw: str = ""  # why the layer cannot be compressed
 
 
@@ -96,7 +96,7 @@ class LayerView(ABC):
         """Whether y is the layer's output for x, without the bias, up to rounding."""
         try:
             ours = self.call(x, self.layer.weight.detach())
-        except RuntimeError:  # an input of other channels, or smaller than the kernel
+        except (RuntimeError, UserError):  # other channels; smaller than the kernel; a new size
             return False
         return close(ours.view(y.shape) if y.ndim < ours.ndim and len(ours) == 1 else ours, y)
 
@@ -200,13 +200,14 @@ class ConvView(LayerView):
 
     def padded(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if paddings := self.proof.paddings:
-            if (size := tuple(x.shape[2:])) not in paddings:
-                raise UserError(
-                    f"a {type(layer).__name__} that pads its input by itself is called with "
-                    f"{'×'.join(map(str, size))} pixels, unlike on the first images"
-                )
-            return padded_axes(x, paddings[size])
+        paddings, size = self.proof.paddings, tuple(x.shape[2:])
+        if any(paddings.values()) and size not in paddings:
+            raise UserError(
+                f"a {type(layer).__name__} that pads its input by itself is called with "
+                f"{'×'.join(map(str, size))} pixels, unlike on the first images"
+            )
+        if (pads := paddings.get(size)) is not None:
+            return padded_axes(x, pads)
         sides = []  # before and after, of the last dimension first
         for axis in reversed(range(len(layer.kernel_size))):
             if layer.padding == "same":  # as torch does: the odd one goes behind
@@ -318,14 +319,13 @@ def _explains(layer: nn.Module, x: Tensor, output: object, learn: bool = True) -
     y = output
     if bias is not None:
         y = y - bias.detach().view(-1, *[1] * (-1 - seen.channel_axis))
-    if seen.agrees(x, y):
-        return True
-    pads = seen.find_padding(x, y) if learn else None
-    if pads is None:
-        return False
-    paddings = dict(seen.proof.paddings)
-    setattr(layer, PROOF, Proof(paddings | {tuple(x.shape[seen.channel_axis + 1 :]): pads}))
-    return view(layer).agrees(x, y)
+    agrees, pads = seen.agrees(x, y), None
+    if not agrees and learn:
+        pads = seen.find_padding(x, y)
+    if learn and has_own_code(layer) and (agrees or pads):
+        size = tuple(x.shape[seen.channel_axis + 1 :]) if seen.channel_axis < -1 else ()
+        setattr(layer, PROOF, Proof({size: pads} | seen.proof.paddings))
+    return agrees or (pads is not None and view(layer).agrees(x, y))
 
 
 def has_own_code(layer: nn.Module) -> bool:

@@ -90,7 +90,7 @@ def prove_layers(
     for name, layer in find_layers(compressed).items():
         proof = view(layers[name]).proof
         setattr(layer, PROOF, proof)
-        if proof.paddings:
+        if any(proof.paddings.values()):
             log.info("%s: %s pads its input by itself; learned", name, type(layer).__name__)
 
 
