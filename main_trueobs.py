@@ -27,8 +27,9 @@ from modelutils import find_layers, other_weights
 from obc.inputs import files
 from obc.inputs.batches import Batches
 from obc.solver.errors import UserError, log
+from obc.solver.layers import view
 from obc.toolkit import cli, records
-from obc.toolkit.calibrate import attach_activation_grids, calls_of_layers
+from obc.toolkit.calibrate import attach_activation_grids, calls_of_layers, prove_layers
 from obc.toolkit.compress import (
     Compression,
     compare,
@@ -144,10 +145,11 @@ def run(args: argparse.Namespace) -> None:
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, start, threads=False)
     records.check_repeat(args.repeat, marks)
+    batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
+    prove_layers(dense, compressed, batches, session.device)
     show_plan(session, compressed, mode, asked=args.plan)
     if args.plan:
         return world.leave()
-    batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
     if grids := mode.activation_grids(dense, batches, session.device):
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
@@ -233,6 +235,9 @@ def compress(
     report_other_weights(compressed)
     if reason := mode.nothing_to_solve:
         log.info(reason)
+        for name, layer in find_layers(compressed).items():
+            if flaw := view(layer).proof.flaw:
+                log.info("%s left dense: %s", name, flaw)
         return []
     if mode.yields_levels and not compression.levels_folder.is_dir():
         raise UserError(f"{compression.levels_folder.parent}: all processes must share this folder")

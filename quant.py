@@ -21,6 +21,7 @@ model completely.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,9 @@ class Grid(nn.Module):
         super().__init__()
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
-        self.register_buffer("maxq", maxq if isinstance(maxq, Tensor) else torch.full((), maxq, device=scale.device))
+        self.register_buffer(
+            "maxq", maxq if isinstance(maxq, Tensor) else torch.full((), maxq, device=scale.device)
+        )
 
     @property
     def bits(self) -> int:
@@ -156,13 +159,14 @@ def set_activation_grid(layer: nn.Module, grid: Grid) -> None:
     layer.add_module(ACTIVATION_GRID, grid)
 
 
-def _round_input(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _round_input(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    """Round the first argument of a call, by position or by keyword."""
     grid = layer._modules.get(ACTIVATION_GRID)
     if grid is None:
-        return None
+        return args, kwargs
     if args:
         return (grid(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))  # called by keyword
+    name = next(iter(kwargs))
     return args, kwargs | {name: grid(kwargs[name])}
 
 

@@ -192,7 +192,7 @@ class TrueOBS:
 
     def _require_divisible(self, size: int) -> None:
         if size < 1 or not self.view.divides_by(size):
-            raise ValueError(f"{self.columns} columns are not a multiple of {size}")
+            raise ValueError(f"{self.view.channels} input channels are not a multiple of {size}")
 
     # -- one elimination for all rows --------------------------------------------------------------
 
@@ -359,7 +359,8 @@ class TrueOBS:
         """Find the order in which blocks of `size` columns go, in all rows of a group at once."""
         if self.world.size > 1:
             raise ValueError("rows that share their columns cannot be divided among processes")
-        self._require_divisible(size)
+        if size < 1 or self.columns % size:
+            raise ValueError(f"{self.columns} columns are not a multiple of {size}")
         snapshot = self._snapshot(choose_apart=lambda pruned: pruned.any(1))
         W = snapshot.W.view(self.groups, -1, self.columns)  # rows of a group share one system
         system = torch.arange(self.groups, device=W.device)

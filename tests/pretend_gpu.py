@@ -211,9 +211,11 @@ def copied(func: Callable, args: tuple, kwargs: dict) -> Tensor:
         torch.device(options.get("device", x.device)).type,
     )
     keeps_layout = options.get("memory_format") in (None, torch.preserve_format)
-    if same and not copy and (keeps_layout or x.is_contiguous(**{
-        "memory_format": options["memory_format"]
-    })):
+    if (
+        same
+        and not copy
+        and (keeps_layout or x.is_contiguous(**{"memory_format": options["memory_format"]}))
+    ):
         return x
     with inside(PretendedGPU.now):
         return torch.ops.aten._to_copy(x, **options)

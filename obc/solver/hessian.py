@@ -61,6 +61,10 @@ class Gram:
             self.patches = 0
         return self.total
 
+    def restart_shard(self) -> None:
+        """Forget what has been added since the last shard ended."""
+        self.total = None
+
     def end_shard(self) -> None:
         """End a shard of the images: add its sums to those of the shards before it."""
         self.patches_before, self.patches = self.patches_before + self.patches, 0

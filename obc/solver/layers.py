@@ -16,21 +16,48 @@ convolutions of an image, so that whatever needs a layer's geometry is written o
     kh·kw    kernel, taps                         kernel positions; (1, 1), 1 for a linear layer
 
 A new kind of layer is a subclass of `LayerView` and an entry in `VIEWS`.
+
+The class of a layer does not tell what it computes: a subclass may pad its input in its own forward
+(TensorFlow's "same"), or standardise its weight. `prove` compares a view with a call of the layer.
+If another padding explains the output, views of the layer pad like that from then on. If nothing
+does, they have a `flaw`, and the layer must be left dense. To find the padding, the input is padded
+on all sides and convolved with stride 1: what the layer computes are the outputs from (p, q) on, at
+multiples of its stride, p and q being the padding before the first row and column.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+
+from obc.solver.errors import UserError
+
+PROOF = "obc_proof"  # a layer's attribute, which its copies have, too
+PADDING_MODES = ("constant", "reflect", "replicate", "circular")
+ROUNDING = 1e-4  # relative difference between two ways to compute a layer's output
+PROOF_INPUTS = 4  # that the search for a padding uses
+
+Pads = tuple[tuple[int, int, str], ...]  # before, after and mode, for every axis of the input
+
+
+@dataclass
+class Proof:
+    """What calls of a layer have shown. Paddings are by the size of the input."""
+
+    paddings: dict[tuple[int, ...], Pads | None] = field(default_factory=dict)  # None: as it says
+    flaw: str = ""  # why the layer cannot be compressed
 
 
 class LayerView(ABC):
@@ -41,10 +68,12 @@ class LayerView(ABC):
 
     groups = 1
     kernel = stride = dilation = (1, 1)
-    channel_axis = 1  # of the layer's input
+    channel_axis = -1  # of the layer's input
+    deed = ""  # what the layer does, in words
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
+        self.proof: Proof = vars(layer).get(PROOF) or Proof()
         self.rows, self.channels = layer.weight.shape[:2]
         self.columns = layer.weight[0].numel()
         self.taps = self.columns // self.channels
@@ -58,6 +87,18 @@ class LayerView(ABC):
     @abstractmethod
     def call(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer would compute with another weight and no bias; its hooks do not run."""
+
+    def find_padding(self, x: Tensor, y: Tensor) -> Pads | None:
+        """The padding with which the layer's output for x, without the bias, is y, if any."""
+        return None
+
+    def agrees(self, x: Tensor, y: Tensor) -> bool:
+        """Whether y is the layer's output for x, without the bias, up to rounding."""
+        try:
+            ours = self.call(x, self.layer.weight.detach())
+        except (RuntimeError, UserError):  # other channels; smaller than the kernel; a new size
+            return False
+        return close(ours.view(y.shape) if y.ndim < ours.ndim and len(ours) == 1 else ours, y)
 
     @abstractmethod
     def resized(self, rows: int, channels: int, groups: int = 1) -> nn.Module:
@@ -80,8 +121,8 @@ class LayerView(ABC):
         return innermost_order(self.layer.weight.shape)
 
     def divides_by(self, size: int) -> bool:
-        """Whether the columns are whole groups of N:M, or blocks, of `size`."""
-        return self.columns % size == 0
+        """Whether the channels of every kernel position are whole groups of N:M, or blocks."""
+        return self.channels % size == 0
 
     # -- inputs ------------------------------------------------------------------------------------
 
@@ -96,9 +137,9 @@ class LayerView(ABC):
         image = self.image(x)
         return len(image) * math.prod(self.output_size(image))
 
-    def flops(self, x: Tensor) -> int:
+    def flops(self, output: Tensor) -> int:
         """Floating-point operations of a call, two for a multiply-add."""
-        return 2 * self.rows * self.columns * self.positions(x)
+        return 2 * self.columns * output.numel()
 
     def unfolded(self, x: Tensor, most_bytes: int) -> Iterator[Tensor]:  # (G, T, n·Wo, kw·C) each
         """The image's T rows unfolded along the width only, channel innermost.
@@ -126,7 +167,7 @@ class LayerView(ABC):
 class LinearView(LayerView):
     """nn.Linear: inputs (…, d)."""
 
-    channel_axis = -1
+    deed = "multiply its input with its weight"
 
     def image(self, x: Tensor) -> Tensor:
         return x.reshape(-1, self.columns, 1, 1)
@@ -141,7 +182,9 @@ class LinearView(LayerView):
 
 @final
 class ConvView(LayerView):
-    """nn.Conv1d and nn.Conv2d: inputs (n, G·C, length) and (n, G·C, height, width)."""
+    """nn.Conv1d and nn.Conv2d: inputs (n, G·C, length), (n, G·C, height, width), or without n."""
+
+    deed = "convolve its input with its weight"
 
     def __init__(self, layer: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(layer)
@@ -149,9 +192,27 @@ class ConvView(LayerView):
         first = (1,) if self.one_row else ()
         self.kernel, self.stride = first + layer.kernel_size, first + layer.stride
         self.dilation = first + layer.dilation
+        self.axes = len(layer.kernel_size)
+        self.channel_axis = -1 - self.axes
+
+    def batch(self, x: Tensor) -> Tensor:  # (n, channels, …)
+        """An input or output of the layer; one without the axis of images as a batch of one."""
+        return x if x.ndim == self.axes + 2 else x.unsqueeze(0)
 
     def image(self, x: Tensor) -> Tensor:
+        x = self.padded(self.batch(x))
+        return x.unsqueeze(2) if self.one_row else x
+
+    def padded(self, x: Tensor) -> Tensor:
         layer = self.layer
+        paddings, size = self.proof.paddings, tuple(x.shape[2:])
+        if any(paddings.values()) and size not in paddings:
+            raise UserError(
+                f"a {type(layer).__name__} that pads its input by itself is called with "
+                f"{'×'.join(map(str, size))} pixels, unlike on the first images"
+            )
+        if (pads := paddings.get(size)) is not None:
+            return padded_axes(x, pads)
         sides = []  # before and after, of the last dimension first
         for axis in reversed(range(len(layer.kernel_size))):
             if layer.padding == "same":  # as torch does: the odd one goes behind
@@ -162,19 +223,52 @@ class ConvView(LayerView):
         if any(sides):
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             x = F.pad(x, sides, mode=mode)
-        return x.unsqueeze(2) if self.one_row else x
+        return x
 
     def call(self, x: Tensor, weight: Tensor) -> Tensor:
         kernels = weight.reshape(self.rows, self.channels, *self.kernel)
         y = F.conv2d(self.image(x), kernels, None, self.stride, 0, self.dilation, self.groups)
         return y.squeeze(2) if self.one_row else y
 
+    def find_padding(self, x: Tensor, y: Tensor) -> Pads | None:
+        x, y = self.batch(x)[:PROOF_INPUTS], self.batch(y)[:PROOF_INPUTS]
+        weight = self.layer.weight.detach()
+        largest = weight.flatten(1).norm(dim=1).view(self.groups, -1).argmax(1)
+        rows = largest + torch.arange(self.groups, device=largest.device) * (
+            self.rows // self.groups
+        )
+        weight, y = weight[rows], y[:, rows]  # one row of each group is enough
+        geometry = (self.kernel, self.stride, self.dilation)
+        kernel, stride, dilation = (pair[-self.axes :] for pair in geometry)
+        spans = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+        sizes = list(zip(x.shape[2:], y.shape[2:], spans, stride, strict=True))
+        convolve = F.conv1d if self.one_row else F.conv2d
+        for modes in product(PADDING_MODES, repeat=self.axes):
+            most = [  # on either side
+                min(span + s, {"reflect": n - 1, "circular": n}.get(mode, span + s))
+                for (n, _, span, s), mode in zip(sizes, modes, strict=True)
+            ]
+            wide = padded_axes(x, [(p, p, mode) for p, mode in zip(most, modes, strict=True)])
+            if any(n < span for n, span in zip(wide.shape[2:], spans, strict=True)):
+                continue
+            everywhere = convolve(wide, weight, None, 1, 0, dilation, self.groups)
+            for before in product(*(range(p + 1) for p in most)):
+                starts = zip(most, before, sizes, strict=True)
+                steps = [slice(p - b, p - b + s * (m - 1) + 1, s) for p, b, (_, m, _, s) in starts]
+                if not close(everywhere[(..., *steps)], y):
+                    continue
+                ends = zip(before, sizes, modes, strict=True)
+                return tuple((b, s * (m - 1) + span - n - b, x) for b, (n, m, span, s), x in ends)
+        return None
+
     def resized(self, rows: int, channels: int, groups: int = 1) -> nn.Module:
         kind = nn.Conv1d if self.one_row else nn.Conv2d
         names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         options = {name: getattr(self.layer, name) for name in names}
         options |= {"groups": groups, "bias": False, "device": self.layer.weight.device}
-        return skip_init(kind, channels * groups, rows, **options)
+        layer = skip_init(kind, channels * groups, rows, **options)
+        setattr(layer, PROOF, self.proof)
+        return layer
 
 
 VIEWS: dict[type[nn.Module], type[LayerView]] = {
@@ -197,6 +291,71 @@ def view(layer: nn.Module) -> LayerView:
     raise TypeError(f"a {type(layer).__name__} is not a layer that can be compressed")
 
 
+# -- whether a view is right -----------------------------------------------------------------------
+
+
+def prove(layer: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: object) -> None:
+    """Compare the layer's view with a call of the layer, whose views have a padding or a flaw then.
+
+    A layer with a forward of its own is called again with half of its weights zero, to see whether
+    it uses them as they are.
+    """
+    seen, x = view(layer), first_input(args, kwargs)
+    if seen.proof.flaw:
+        return
+    explained = _explains(layer, x, output)
+    if explained and not has_own_code(layer):
+        return
+    if explained:
+        other = copy.deepcopy(layer).requires_grad_(False)
+        with torch.no_grad():
+            other.weight.flatten()[::2] = 0
+            explained = _explains(other, x, other.forward(*args, **kwargs), learn=False)
+    if not explained:
+        name = type(layer).__name__
+        setattr(layer, PROOF, Proof(flaw=f"{name} does not just {seen.deed}"))
+
+
+def _explains(layer: nn.Module, x: Tensor, output: object, learn: bool = True) -> bool:
+    """Whether the view computes the layer's output; if not, tries to learn the padding."""
+    seen, bias = view(layer), getattr(layer, "bias", None)
+    if not isinstance(output, Tensor) or output.ndim != x.ndim:
+        return False
+    y = output
+    if bias is not None:
+        y = y - bias.detach().view(-1, *[1] * (-1 - seen.channel_axis))
+    agrees, pads = seen.agrees(x, y), None
+    if not agrees and learn:
+        pads = seen.find_padding(x, y)
+    if learn and has_own_code(layer) and (agrees or pads):
+        size = tuple(x.shape[seen.channel_axis + 1 :]) if seen.channel_axis < -1 else ()
+        setattr(layer, PROOF, Proof({size: pads} | seen.proof.paddings))
+    return agrees or (pads is not None and view(layer).agrees(x, y))
+
+
+def has_own_code(layer: nn.Module) -> bool:
+    """Whether a layer may do something else than its kind of layer does."""
+    return type(layer) not in VIEWS or "forward" in vars(layer)
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results are equal up to rounding."""
+    if ours.shape != theirs.shape:
+        return False
+    return bool((ours - theirs).abs().max() <= ROUNDING * theirs.abs().max())
+
+
+def padded_axes(x: Tensor, pads: Sequence[tuple[int, int, str]]) -> Tensor:
+    """A batch (n, channels, …) with each axis padded in its own way; less than 0 crops."""
+    for axis, (before, after, mode) in enumerate(pads, 2):
+        x = x.narrow(axis, 0, x.shape[axis] + min(after, 0))
+        sides = [0, 0] * len(pads)  # of the last axis first
+        place = 2 * (x.ndim - 1 - axis)
+        sides[place : place + 2] = before, max(after, 0)
+        x = F.pad(x, sides, mode=mode) if any(sides) else x
+    return x
+
+
 # -- weights without their layer -------------------------------------------------------------------
 
 
@@ -211,6 +370,12 @@ def along_rows(values: Tensor, weight: Tensor) -> Tensor:  # (rows,) or (rows, 1
 
 
 # -- calls -----------------------------------------------------------------------------------------
+
+
+def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The first argument of a call, by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))
+
 
 Call = Callable[[str, nn.Module, tuple, dict[str, Any], Any], Any]
 

@@ -253,7 +253,7 @@ class Compression:
         work = {
             name: operations(layer)
             for name, layer in self.layers.items()
-            if not self.mode.misfit(view(layer).columns)
+            if not self.mode.misfit(view(layer))
         }
         done = sum(work.get(name, 0) for name in self.reports)
         return progress("compressing", total=sum(work.values()), done=done, counted=False)

@@ -44,7 +44,7 @@ def layer_flops(
     flops: dict[str, int] = {}
 
     def count(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        flops[name] = flops.get(name, 0) + view(layer).flops(args[0])
+        flops[name] = flops.get(name, 0) + view(layer).flops(output)
 
     with evaluating(model), forward_hooks(find_layers(model), count):
         model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))

@@ -31,6 +31,7 @@ import quant
 from obc.inputs.batches import Batches
 from obc.solver.elimination import ORDERS
 from obc.solver.errors import UserError
+from obc.solver.layers import LayerView
 from obc.solver.levels import sparsity_grid
 from obc.toolkit import cli
 from obc.toolkit.calibrate import activation_grids
@@ -73,7 +74,7 @@ class Mode(ABC):
 
     @property
     def divisor(self) -> int:
-        """A layer is left dense unless its columns are a multiple of this."""
+        """A layer is left dense unless its input channels are a multiple of this."""
         return 1
 
     @property
@@ -86,11 +87,14 @@ class Mode(ABC):
         """Why no layer needs the solver; empty if they do."""
         return ""
 
-    def misfit(self, columns: int) -> str:
-        """Why a layer of so many columns is left dense; empty if it is not."""
-        if columns % self.divisor == 0:
-            return ""
-        return f"{columns} columns are not a multiple of {self.divisor_name} = {self.divisor}"
+    def misfit(self, layer: LayerView) -> str:
+        """Why a layer is left dense; empty if it is not."""
+        if layer.proof.flaw or layer.divides_by(self.divisor):
+            return layer.proof.flaw
+        return (
+            f"{layer.channels} input channels are not a multiple of "
+            f"{self.divisor_name} = {self.divisor}"
+        )
 
     def activation_grids(
         self, dense: nn.Module, batches: Batches, device: torch.device

@@ -71,7 +71,7 @@ def is_long(layers: Mapping[str, nn.Module], images: int) -> bool:
 
 def why_dense(layer: nn.Module, mode: Mode, calls: int) -> str:
     """Why a layer is left dense; empty if it is not."""
-    if reason := mode.misfit(view(layer).columns):
+    if reason := mode.misfit(view(layer)):
         return reason
     return (
         "" if calls else "the model never calls it (attention may use its weights without a call)"
