@@ -270,9 +270,9 @@ def test_nm_counts_along_input_channels(n, m, command, tmp_path, dense):
     for layer in LAYERS[1:]:
         assert ((groups(state[f"{layer}.weight"], m) == 0).sum(1) == n).all(), layer
     assert torch.equal(state["conv1.weight"], dense["conv1.weight"])
-    assert f"conv1 16×3×3×3 left dense: 27 columns are not a multiple of M = {m}" in done.err
+    assert f"conv1 16×3×3×3 left dense: 3 input channels are not a multiple of M = {m}" in done.err
     first, *others = record_of(path)["layers"]
-    assert first["dense"] and "27 columns" in first["result"]
+    assert first["dense"] and "3 input channels" in first["result"]
     assert not any(layer["dense"] for layer in others)
 
 

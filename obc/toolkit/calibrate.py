@@ -241,7 +241,8 @@ def activation_grids(
         calls, _ = probe(dense, images.clone())
 
         def fit(name: str, x: Tensor) -> None:
-            inputs[name].append(x.clone())  # the model may go on to work in place
+            x = x.clone()  # the model may go on to work in place
+            inputs[name].append(x)
             if len(inputs[name]) == calls[name]:
                 x = x if calls[name] == 1 else torch.cat([x.flatten() for x in inputs[name]])
                 inputs[name].clear()
