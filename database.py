@@ -20,7 +20,7 @@ from pathlib import Path
 
 from obc.inputs import files
 from obc.solver.errors import UserError, log
-from obc.toolkit import cli, records, sensitivity
+from obc.toolkit import cli, origins, records, sensitivity
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores
 from obc.toolkit.resume import Notes, RunState, open_state, state_folder
@@ -69,7 +69,7 @@ def write_errors(
             fingerprint=marks,
             seconds=time.perf_counter() - started,
         )
-        write_scores(path, scores)
+        write_scores(path, scores, origins.score_marks(db))
         state.finish()
     cli.print_result(f"{len(scores)} layers at {len(db.levels)} levels: {path}")
 
@@ -83,12 +83,13 @@ def evaluate_levels(
     folder = Path(prefix) / f".{db.model}_{db.kind}_eval.partial"
     try:
         state = open_state(folder, marks, invocation.restart, session.world)
-    except OSError as error:
-        reason = error.strerror
+    except OSError as error:  # in all processes alike
         log.warning(
-            "%s: cannot be written (%s): an interrupt would lose all results", folder, reason
+            "%s: cannot be written (%s): an interrupt would lose all results",
+            folder,
+            error.strerror,
         )
-        state = RunState()
+        state = RunState(None, session.world)
     with state:
         notes = Notes(state)
         if notes.known:
@@ -110,11 +111,13 @@ def run(args: argparse.Namespace) -> None:
     profile = read_profile(args.profile) if args.profile else None
     db = Database.open(args.kind, model_tag(args.model), args.prefix)
     session = Session.of(common_options(args))
-    db.check(session.model)
+    db.check(session.model, session.weights_name)
     invocation = Invocation.of(build_parser(), args)
     if args.action == "eval":
         evaluate_levels(db, session, invocation, args.prefix)
     elif profile is not None:
+        origins.check_profile(profile, db)
+        origins.report_cost(profile, db, session.model, session.image_shape)
         db.stitch(session.model, profile)
         cli.print_result(f"top-1 {session.accuracy(session.model):.2f}")
     else:

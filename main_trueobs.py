@@ -26,6 +26,7 @@ import quant
 from modelutils import find_layers, other_weights
 from obc.inputs import files
 from obc.inputs.batches import Batches
+from obc.inputs.checkpoints import checkpoint_marks
 from obc.solver.errors import UserError, log
 from obc.solver.layers import view
 from obc.toolkit import cli, records
@@ -37,8 +38,15 @@ from obc.toolkit.compress import (
     fresh_images,
     measured_errors,
 )
-from obc.toolkit.fingerprints import content_hash
-from obc.toolkit.leveldb import level_names, model_tag, stray_levels, write_levels
+from obc.toolkit.fingerprints import content_hash, weights_hash
+from obc.toolkit.leveldb import (
+    DENSE_WEIGHTS,
+    check_origin,
+    level_names,
+    model_tag,
+    stray_levels,
+    write_levels,
+)
 from obc.toolkit.modes import MODES, Mode, make_mode, mode_options
 from obc.toolkit.planning import is_long, make_plan, plan_lines
 from obc.toolkit.resume import RunState, SharedCache, open_state, state_folder
@@ -141,6 +149,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--shards {args.shards}: there are {world.size} processes")
     args.shards = args.shards or world.size  # sums depend on it, by rounding
     dense, compressed = session.model, start_model(session.model, args.load, mode)
+    origin = {DENSE_WEIGHTS: weights_hash(dense.state_dict())}
+    if args.load:
+        mark = checkpoint_marks(args.load).get(DENSE_WEIGHTS)
+        check_origin(args.load, origin[DENSE_WEIGHTS], session.weights_name, mark)
     start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, start, threads=False)
@@ -175,9 +187,9 @@ def run(args: argparse.Namespace) -> None:
         )
         layers = compress(session, compression, batches)
         if mode.yields_levels and world.first:
-            write_database(compression, Path(args.sparse_dir), model_tag(args.model))
+            write_database(compression, Path(args.sparse_dir), model_tag(args.model), origin)
         if args.save:
-            files.save_checkpoint(compressed.state_dict(), args.save)
+            files.save_checkpoint(compressed.state_dict(), args.save, origin)
         accuracy = None if mode.yields_levels else session.accuracy(compressed)
         if record:
             records.write_run(
@@ -265,12 +277,14 @@ def compress(
     return reports
 
 
-def write_database(compression: Compression, folder: Path, tag: str) -> None:
+def write_database(
+    compression: Compression, folder: Path, tag: str, origin: dict[str, str]
+) -> None:
     """Write the checkpoints of all levels; layers that were left dense are in them as they are."""
     reports = compression.reports
     made = {name: compression.level_file(name) for name in reports if not reports[name].dense}
     state = compression.compressed.state_dict()
-    levels = write_levels(folder, tag, compression.mode.sparsities, state, made)
+    levels = write_levels(folder, tag, compression.mode.sparsities, state, made, origin)
     cli.print_result(f"{len(levels)} levels in {folder}")
 
 

@@ -28,7 +28,7 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,12 @@ from torch import Tensor, nn
 from datautils import ImageData, calibration_batches
 from modelutils import find_layers, first_and_last
 from obc.inputs import files
+from obc.inputs.checkpoints import checkpoint_marks
 from obc.solver.errors import UserError, log
-from obc.toolkit import cli, records
+from obc.toolkit import cli, origins, records
 from obc.toolkit.corrections import batchnorm_tune, statistics_correction
-from obc.toolkit.fingerprints import content_hash
-from obc.toolkit.leveldb import KINDS, Database, model_tag
+from obc.toolkit.fingerprints import content_hash, weights_hash
+from obc.toolkit.leveldb import DENSE_WEIGHTS, KINDS, Database, check_origin, model_tag
 from obc.toolkit.profiles import read_profile
 from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options, load_compressed
@@ -56,6 +57,7 @@ DEPENDENT = {  # option: the option that it requires
     "finetune_mse": "finetune",
     "prefix": "database",
 }
+USE_DENSE = ("gap", "statcorr", "lintune", "finetune_mse")  # they aim at the dense model's outputs
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -121,20 +123,24 @@ def check_options(options: Mapping[str, Any], file: str, save: str | None) -> No
 
 
 def load_model(
-    dense: nn.Module,
-    path: str,  # checkpoint or, with a kind of database, profile
-    left_dense: Iterable[str],  # layers
-    kind: str | None,
-    tag: str,  # the model's name in the database
-    prefix: str,  # folder of the database
+    session: Session,
+    args: argparse.Namespace,
+    left_dense: Collection[str],  # layers
 ) -> nn.Module:
     """The model in a checkpoint, or stitched from a database by a profile."""
-    model = copy.deepcopy(dense)
-    if kind is None:
+    dense, path, model = session.model, args.file, copy.deepcopy(session.model)
+    if args.database is None:
         load_compressed(model, path)
+        if left_dense or any(vars(args)[name] for name in USE_DENSE):
+            mark = checkpoint_marks(path).get(DENSE_WEIGHTS)
+            check_origin(path, weights_hash(dense.state_dict()), session.weights_name, mark)
     else:
         profile = read_profile(path)
-        Database.open(kind, tag, prefix).stitch(model, profile)
+        db = Database.open(args.database, model_tag(args.model), args.prefix or ".")
+        db.check(dense, session.weights_name)
+        origins.check_profile(profile, db)
+        origins.report_cost(profile, db, dense, session.image_shape, left_dense)
+        db.stitch(model, profile)
         for name in find_layers(model).keys() - profile.keys():
             log.info("%s left dense: not in the profile", name)
     for name in left_dense:
@@ -235,11 +241,10 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     session = Session.of(common_options(args))
     data, device = session.data, session.device
-    database = args.database, model_tag(args.model), args.prefix or "."
     left_dense: tuple[str, ...] = ()
     if args.skip_firstlast:
         left_dense = first_and_last(session.model, statistics_images(data, 1, args.workers))
-    model = load_model(session.model, args.file, left_dense, *database)
+    model = load_model(session, args, left_dense)
     models = model, session.model
     contents = {"compressed model": content_hash(model.state_dict())}
     invocation = Invocation.of(build_parser(), args)
@@ -270,7 +275,8 @@ def run(args: argparse.Namespace) -> None:
     with open_state(folder, marks, args.restart, session.world) as state:
         reports = correct(model, requested, state)
         if args.save:
-            files.save_checkpoint(model.state_dict(), args.save)
+            origin = {DENSE_WEIGHTS: weights_hash(session.model.state_dict())}
+            files.save_checkpoint(model.state_dict(), args.save, origin)
         accuracy = session.accuracy(model)
         if args.save:
             records.write_run(

@@ -37,7 +37,7 @@ from obc.solver import dp
 from obc.solver.errors import UserError, log
 from obc.solver.progress import progress
 from obc.solver.search import ProfileProblem, SearchState, picks_key, profile_problem, search
-from obc.toolkit import cli, profiles
+from obc.toolkit import cli, origins, profiles
 from obc.toolkit.corrections import batchnorm_averages, correct_statistics, norm_moments
 from obc.toolkit.costs import CONSTRAINTS, layer_costs
 from obc.toolkit.fingerprints import content_hash
@@ -193,7 +193,9 @@ def print_choice(problem: ProfileProblem, picks: list[int]) -> dict[str, float]:
 
 def score(path: str, problem: ProfileProblem, evaluator: Evaluator) -> None:
     """Print what the profile in a file reaches, its objective and its calibration loss."""
-    picks = problem.picks(profiles.read_profile(path), path)
+    profile = profiles.read_profile(path)
+    origins.check_profile(profile, evaluator.db)
+    picks = problem.picks(profile, path)
     loss = evaluator(problem.profile(picks))
     if print_choice(problem, picks)["cost"] > problem.budget:
         log.warning("%s misses the target %g", path, problem.target)
@@ -203,6 +205,7 @@ def score(path: str, problem: ProfileProblem, evaluator: Evaluator) -> None:
 def choose(
     path: Path,  # of the profile
     problem: ProfileProblem,
+    db: Database,
     invocation: Invocation,
     marks: dict[str, str],
     evaluator: Evaluator | None,  # None: no search
@@ -247,7 +250,8 @@ def choose(
                 for (layer, level), cost, error, pick in table
             ],
         )
-        profiles.write_profile(path, profile)
+        origin = origins.profile_marks(db, profile, invocation.arguments["constr"], problem.target)
+        profiles.write_profile(path, profile, origin)
         kept.finish()
     cli.print_result(f"profile {path}")
 
@@ -260,7 +264,7 @@ def run(args: argparse.Namespace) -> None:
         files.check_writable(path)
     db = Database.open(args.database, model_tag(args.model), args.prefix)
     session = Session.of(common_options(args))
-    db.check(session.model)
+    db.check(session.model, session.weights_name)
     scores_path = profiles.score_file(args.score_path, db.model, db.kind, args.errors)
     if not scores_path.exists():
         raise UserError(
@@ -269,6 +273,7 @@ def run(args: argparse.Namespace) -> None:
         )
     costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
     scores = profiles.read_scores(scores_path)
+    origins.check_scores(scores, db)
     problem = profile_problem(db.levels, costs, scores, scores_path, args.target, args.dpbuckets)
     correction = "statcorr" if args.statcorr else "none" if args.nobatchnorm else "averages"
     if args.score:
@@ -286,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
         marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks)
         evaluator = None if args.dp else Evaluator(session, db, correction)
-        choose(path, problem, invocation, marks, evaluator, args.seed)
+        choose(path, problem, db, invocation, marks, evaluator, args.seed)
     session.world.leave()
 
 

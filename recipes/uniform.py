@@ -22,6 +22,7 @@ from obc.solver import errors
 from obc.toolkit import cli  # noqa: E402
 from obc.toolkit.costs import CONSTRAINTS, layer_costs  # noqa: E402
 from obc.toolkit.leveldb import KINDS, Database, model_tag  # noqa: E402
+from obc.toolkit.origins import profile_marks  # noqa: E402
 from obc.toolkit.profiles import write_profile  # noqa: E402
 from obc.toolkit.session import Session, common_options  # noqa: E402
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     files.check_writable(path)
     db = Database.open(args.kind, tag, args.prefix)
     session = Session.of(common_options(args))
-    db.check(session.model)
+    db.check(session.model, session.weights_name)
     costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
     dense = sum(costs.dense.values())
     total = {level: sum(costs.levels[n][level] for n in db.layers) for level in db.levels}
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
         best = dense / min(total.values())
         raise errors.UserError(f"no level reaches {args.target:g}x; the most is {best:.2f}x")
     level = max(allowed, key=total.__getitem__)
-    write_profile(path, dict.fromkeys(db.layers, level))
+    profile = dict.fromkeys(db.layers, level)
+    write_profile(path, profile, profile_marks(db, profile, args.constr, args.target))
     for line in (f"level {level}", f"reached {dense / total[level]:.4f}", f"profile {path}"):
         cli.print_result(line)
 

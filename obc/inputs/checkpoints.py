@@ -22,16 +22,18 @@ import os
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError  # nosec B403  # an exception; nothing is unpickled by it
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from obc.inputs.files import MARKS
 from obc.solver.errors import UserError, log
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
@@ -57,6 +59,19 @@ def load_checkpoint(path: str | os.PathLike[str], finite: bool = True) -> dict[s
     if finite:
         check_finite(state, path)
     return state
+
+
+def checkpoint_marks(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What `save_checkpoint` noted in a file about its origin; empty for files of others."""
+    marks: Any = None
+    if Path(path).suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            marks = file.metadata()
+    elif zipfile.is_zipfile(path):
+        content = _read_torch(path)
+        marks = vars(content).get(MARKS) if isinstance(content, OrderedDict) else None
+    items = marks.items() if isinstance(marks, Mapping) else ()
+    return {key: value for key, value in items if isinstance(key, str) and isinstance(value, str)}
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import io
 import os
 import stat
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,7 @@ from torch import Tensor
 from obc.solver.errors import UserError, rank
 
 TEMPORARY_NAME = ".obc.{}.tmp"
+MARKS = "obc_marks"  # the attribute of a state dict that says what it was made of
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
@@ -113,20 +115,28 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def save_checkpoint(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def save_checkpoint(
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    marks: Mapping[str, str] | None = None,  # for `checkpoint_marks`
+) -> None:
     """Write a plain state dict of tensors: as safetensors by its suffix, else as torch.save does.
 
-    Tensors are copied to the CPU, each contiguous and with its own storage, so that a view does not
-    bring its whole base into the file. Raises TypeError for anything but a tensor.
+    Marks are no entries of it: they become safetensors' metadata, or an attribute of the dictionary
+    (like the `_metadata` of PyTorch's own), which `load_state_dict` does not look at. Tensors are
+    copied to the CPU, each contiguous and with its own storage, so that a view does not bring its
+    whole base into the file. Raises TypeError for anything but a tensor.
     """
-    plain: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = OrderedDict() if marks else {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors only")
         plain[name] = tensor.detach().to("cpu", copy=True).contiguous()
     if Path(path).suffix == ".safetensors":
-        contents: bytes | memoryview = safetensors_bytes(plain)
+        contents: bytes | memoryview = safetensors_bytes(plain, dict(marks) if marks else None)
     else:
+        if marks:
+            setattr(plain, MARKS, dict(marks))
         buffer = io.BytesIO()  # torch.save itself would report a full disk as a RuntimeError
         torch.save(plain, buffer)
         contents = buffer.getbuffer()

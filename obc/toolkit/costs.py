@@ -20,6 +20,8 @@ Timings are a text file in the format of the scores: a layer's name on a line, t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -64,15 +66,43 @@ def layer_costs(
     """
     if constr == "timingsq":
         return timed_costs(db, timings)
-    flops = layer_flops(model, image_shape) if constr in ("flops", "bops") else {}
-    dense, levels = {}, {}
-    for name in db.layers:
-        tensors = {level: db.layer(name, level) for level in db.levels}
-        size = tensors[db.levels[0]]["weight"].numel()
-        work = flops.get(name, 0) if constr in ("flops", "bops") else size
-        dense[name] = float(work * (FULL_BITS if constr in ("bits", "bops") else 1))
-        levels[name] = {lv: work * unit_cost(x, db.kind, constr) for lv, x in tensors.items()}
+    work, dense = work_and_costs(db, model, image_shape, constr)
+    levels = {
+        name: {
+            level: work[name] * unit_cost(db.layer(name, level), db.kind, constr)
+            for level in db.levels
+        }
+        for name in db.layers
+    }
     return Costs(dense, levels)
+
+
+def work_and_costs(
+    db: Database, model: nn.Module, image_shape: tuple[int, ...], constr: str
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Weights or FLOPs of each layer, and what it costs when dense; constr is not timingsq."""
+    work = {name: db.states[db.levels[0]][f"{name}.weight"].numel() for name in db.layers}
+    if constr in ("flops", "bops"):
+        flops = layer_flops(model, image_shape)
+        work = {name: flops.get(name, 0) for name in db.layers}
+    bits = FULL_BITS if constr in ("bits", "bops") else 1
+    return work, {name: float(work[name] * bits) for name in db.layers}
+
+
+def profile_cost(
+    db: Database,
+    profile: Mapping[str, str],  # layer → level; the other layers are dense
+    model: nn.Module,
+    image_shape: tuple[int, ...],  # (3, s, s)
+    constr: str,  # one of CONSTRAINTS, but not timingsq
+) -> tuple[float, float]:  # of the dense layers, of the profile's
+    """What a profile costs, as `layer_costs` counts; reads no other levels."""
+    work, dense = work_and_costs(db, model, image_shape, constr)
+    costs = dense | {
+        layer: work[layer] * unit_cost(db.layer(layer, level), db.kind, constr)
+        for layer, level in profile.items()
+    }
+    return math.fsum(dense.values()), math.fsum(costs.values())
 
 
 def timed_costs(db: Database, path: str | Path | None) -> Costs:

@@ -62,6 +62,12 @@ def content_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return content.hexdigest()
 
 
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """A hash of a network's weights; the counts of batches, which some files lack, do not count."""
+    counted = {k: x for k, x in state.items() if not k.endswith("num_batches_tracked")}
+    return content_hash(counted)
+
+
 def bytes_hash(strings: Iterable[bytes]) -> str:
     """A hash of byte strings, in order."""
     content = hashlib.blake2b(digest_size=HASH_BYTES)

@@ -16,6 +16,10 @@ file. Files are mapped into memory (.safetensors are read), so that opening a da
 names and shapes, and stitching only the layers that it stitches. Bits and zeros of a level are read
 from its tensors.
 
+A layer's levels are only right in the network that they were made of. Each file carries a hash of
+the dense weights; a file without one is compared with the model by the tensors that compression
+never changes (`Database.check`).
+
 While main_trueobs.py makes a database, each layer has a file of its own (`LevelFile`), written a
 few rows at a time and read a level at a time:
 
@@ -32,7 +36,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,17 +46,19 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from obc.inputs.checkpoints import check_finite, load_checkpoint
+from obc.inputs.checkpoints import check_finite, checkpoint_marks, load_checkpoint
 from obc.inputs.files import save_checkpoint, sync_folder
 from obc.solver.errors import UserError, log
 from obc.solver.layers import compressible, innermost_order
-from obc.toolkit.fingerprints import bytes_hash, content_hash
+from obc.toolkit.fingerprints import bytes_hash, content_hash, weights_hash
 from obc.toolkit.modes import modes_serving
 from obc.toolkit.resume import entry_file
 from quant import ACTIVATION_GRID, WEIGHT_GRID, put_layer
 
+GRIDS = (WEIGHT_GRID, ACTIVATION_GRID)
 SPARSITY = r"\d{4}"
 SUFFIXES = (".pth", ".safetensors")
+DENSE_WEIGHTS = "dense weights"  # the mark in a file: a hash of what it was made of
 FULL_BITS = 32
 
 
@@ -203,13 +209,14 @@ def write_levels(
     sparsities: Sequence[float],
     tensors: Mapping[str, Tensor],  # everything that is not in `layers`
     layers: Mapping[str, LevelFile],
+    marks: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write the checkpoints of all levels, one at a time; they appear when all are complete."""
     names = [f"{model}_{level}.pth" for level in level_names(sparsities)]
     hidden = next(iter(layers.values())).path.parent / "levels"
     for index, name in enumerate(names):
         weights = {f"{layer}.weight": file.read(index) for layer, file in layers.items()}
-        save_checkpoint({**tensors, **weights}, hidden / name)
+        save_checkpoint({**tensors, **weights}, hidden / name, marks)
     for name in names:  # all at once, as far as a file system can
         os.replace(hidden / name, folder / name)
     sync_folder(folder)
@@ -222,9 +229,17 @@ def write_levels(
 class Database:
     """The levels of a model's layers, mapped from their files."""
 
-    def __init__(self, kind: str, model: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.kind, self.model, self.states = kind, model, states
+    def __init__(
+        self,
+        kind: str,
+        model: str,
+        states: Mapping[str, Mapping[str, Tensor]],
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.kind, self.model, self.states, self.files = kind, model, states, files or {}
         self.finite: set[tuple[str, str]] = set()  # layers and levels that were checked
+        self.hashes: dict[tuple[str, str], str] = {}  # of layers and levels
+        self.dense_hash = ""  # of the dense weights, once they are checked
         suffix = ".weight"
         self.layers = [
             key.removesuffix(suffix)
@@ -240,13 +255,19 @@ class Database:
     def open(cls, kind: str, model: str, prefix: str | Path = "") -> Database:
         """Map all level files of `model` in the folders of `kind` below `prefix`.
 
-        Raises UserError if there are none, or if they are not all of the same model.
+        Raises UserError if there are none, if they are not all of the same model, and if two files
+        are of the same level.
         """
         files: dict[str, Path] = {}
         for folder in KINDS[kind].folders:
             for path in sorted((Path(prefix) / folder).glob(f"{glob.escape(model)}_*")):
                 level = path.stem.removeprefix(f"{model}_")
                 if path.suffix in SUFFIXES and re.fullmatch(KINDS[kind].level_pattern, level):
+                    if level in files:
+                        raise UserError(
+                            f"{files[level]} and {path}: two files of level {level}; "
+                            "move one of them away"
+                        )
                     files[level] = path
         if not files:
             where = " and ".join(str(Path(prefix) / folder) for folder in KINDS[kind].folders)
@@ -259,7 +280,7 @@ class Database:
         names = list(files)
         for level in names[1:]:
             check_same_model(files[names[0]], states[names[0]], files[level], states[level])
-        return cls(kind, model, states)
+        return cls(kind, model, states, files)
 
     def _size(self, level: str) -> float:
         """What is left of the largest layer's BOPs at a level, to put levels in order."""
@@ -282,10 +303,18 @@ class Database:
     @cached_property
     def hash(self) -> str:
         """A hash of all layers at all levels; reads them all."""
+        return self.choice_hash((layer, level) for layer in self.layers for level in self.levels)
+
+    def choice_hash(self, choice: Iterable[tuple[str, str]]) -> str:
+        """A hash of layers, each at a level; reads no others."""
+
+        def layer_hash(layer: str, level: str) -> str:
+            if (layer, level) not in self.hashes:
+                self.hashes[layer, level] = content_hash(self.layer(layer, level))
+            return self.hashes[layer, level]
+
         return bytes_hash(
-            f"{layer} {level} {content_hash(self.layer(layer, level))}".encode()
-            for layer in self.layers
-            for level in self.levels
+            f"{name} {level} {layer_hash(name, level)}".encode() for name, level in choice
         )
 
     def stitch(self, model: nn.Module, profile: Mapping[str, str]) -> None:
@@ -301,10 +330,11 @@ class Database:
             check_layer(name, layers.get(name), tensors["weight"], self.kind)
             put_layer(layers[name], tensors)
 
-    def check(self, model: nn.Module) -> None:
-        """Raise a UserError unless the database's layers are those of the model.
+    def check(self, model: nn.Module, weights: str = "the model's") -> None:
+        """Raise a UserError unless the levels were made of the dense model's layers and weights.
 
-        Other matrices in the files, such as embeddings, no longer count as layers afterwards.
+        weights: what the user calls them, as in --weights FILE. Other matrices in the files, such
+        as embeddings, no longer count as layers afterwards.
         """
         layers = dict(model.named_modules())
         self.layers = [
@@ -313,6 +343,64 @@ class Database:
         for name in self.layers:
             weight = self.states[self.levels[0]][f"{name}.weight"]
             check_layer(name, layers.get(name), weight, self.kind)
+        dense = model.state_dict()
+        self.dense_hash = weights_hash(dense)
+        for level in self.levels:
+            path = self.files.get(level, f"level {level}")
+            mark = checkpoint_marks(path).get(DENSE_WEIGHTS) if level in self.files else None
+            changed = None
+            if mark is None:
+                changed = next(
+                    (k for k in self.untouched(level) if self.changed(level, k, dense)), None
+                )
+            check_origin(path, self.dense_hash, weights, mark, changed)
+
+    def untouched(self, level: str) -> Iterator[str]:
+        """Names of the tensors in a level's file that compression leaves as they are."""
+        state, layers = self.states[level], set(self.layers)
+        for key in state:
+            layer, _, name = key.rpartition(".")
+            owner, _, group = layer.rpartition(".")
+            if (owner in layers and group in GRIDS) or name == "num_batches_tracked":
+                continue
+            if layer not in layers or name != "weight" or self.left_dense(layer, level):
+                yield key
+
+    def left_dense(self, layer: str, level: str) -> bool:
+        """Whether a layer has neither zeros nor grids at level 0000, or at all levels, alike."""
+        if level not in (level_name(0), self.levels[0]):
+            return False  # the first level answers for all
+        weight, *others = (self.states[x][f"{layer}.weight"] for x in (level, *self.levels))
+        gridless = not any(f"{layer}.{grid}.scale" in self.states[level] for grid in GRIDS)
+        if not gridless or not weight.all():
+            return False
+        alike = len(others) > 1 and all(torch.equal(weight, other) for other in others)
+        return level == level_name(0) or alike
+
+    def changed(self, level: str, key: str, dense: Mapping[str, Tensor]) -> bool:
+        """Whether a tensor of a level differs from the dense model's, by more than its rounding."""
+        tensor = self.states[level][key]
+        if key not in dense:
+            return False
+        if dense[key].shape != tensor.shape:
+            return True
+        return not torch.equal(dense[key].to("cpu", tensor.dtype), tensor)
+
+
+def check_origin(
+    path: str | Path,
+    dense_hash: str,  # of the dense weights in use
+    weights: str,  # their name
+    mark: str | None,  # hash of the weights that the file was made of; None if it has none
+    changed: str | None = None,  # a tensor that shows that there were others
+) -> None:
+    """Raise a UserError if a compressed file was made of other weights than those in use."""
+    if changed or mark not in (None, dense_hash):
+        reason = f" ({changed} differs)" if changed else ""
+        raise UserError(
+            f"{path}: made of other weights than {weights}{reason}; make it again with "
+            "main_trueobs.py, or pass the --weights that it was made of"
+        )
 
 
 def check_layer(name: str, layer: nn.Module | None, weight: Tensor, kind: str) -> None:

@@ -154,13 +154,19 @@ def open_state(
 ) -> RunState:
     """The state in a folder, for this run alone.
 
-    Raises UserError for results of another fingerprint, and if another run uses the folder.
+    Raises UserError for results of another fingerprint, and if another run uses the folder; OSError
+    if it cannot be written. All processes raise what the first one does.
     """
-    state = RunState(folder, world)
-    if folder is not None:
-        if world.first:
+    state, failure = RunState(folder, world), None
+    if folder is None:
+        return state
+    if world.first:
+        try:
             state.begin(fingerprint, restart)
-        world.meet()
+        except (UserError, OSError) as error:
+            failure = error
+    if failure := world.share(failure):
+        raise failure
     return state
 
 

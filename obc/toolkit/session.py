@@ -125,6 +125,11 @@ class Session:
         return cls(options, device, data, model, world)
 
     @property
+    def weights_name(self) -> str:
+        """The dense weights, as the user knows them."""
+        return self.options.weights or f"the weights of {self.options.model}"
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         return (3, self.data.image_size, self.data.image_size)
 
