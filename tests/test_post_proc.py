@@ -158,6 +158,42 @@ def test_a_profile_is_stitched(database, tmp_path, capsys):
     )
 
 
+def test_what_a_profile_costs_is_told_and_what_does_not_belong_is_refused(
+    database, tmp_path, capsys
+):
+    layers = list(find_layers(get_model("rn8", "digits")))
+    profile = tmp_path / "rn8_unstr_200x_dp.txt"
+    profile.write_text("# mine\n" + "".join(f"5000 {layer}\n" for layer in layers))
+    words = ["--database", "unstr", "--prefix", database]
+    assert post_proc.main(["rn8", "digits", str(profile), *map(str, words), *COMMON]) == 0
+    told = f"{profile}: misses the target 2: reached 1.0000 (flops)"  # its levels have no zeros
+    assert told in capsys.readouterr().err
+    profile.write_text("# mine\n\n5000 conv1\n5500 linear\n")
+    assert f"{profile}, line 4: no level 5500 of layer linear" in error(capsys, profile, *words)
+    other = tmp_path / "other.pth"
+    state = get_model("rn8", "digits").state_dict()
+    save_checkpoint(state | {"bn1.bias": state["bn1.bias"] + 0.1}, other)
+    profile.write_text("5000 conv1\n")
+    told = f"rn8_0000.pth: made of other weights than {other} (bn1.bias differs)"
+    assert told in error(capsys, profile, *words, "--weights", other)
+
+
+def test_a_checkpoint_of_other_weights_is_refused_where_the_dense_model_matters(
+    compressed, tmp_path, capsys
+):
+    other = tmp_path / "other.pth"
+    state = get_model("rn8", "digits").state_dict()
+    save_checkpoint(state | {"bn1.bias": state["bn1.bias"] + 0.1}, other)
+    top1 = run(capsys, compressed)
+    assert run(capsys, compressed, "--weights", other) == top1
+    for option in ("--gap", "--statcorr", "--skip-firstlast"):
+        told = f"{compressed}: made of other weights than {other}"
+        assert told in error(capsys, compressed, "--weights", other, option)
+    words = ["quant", "--wbits", "4", "--load", str(compressed.with_name("rn8_24.pth"))]
+    assert main_trueobs.main(["rn8", "digits", *words, "--weights", str(other), *COMMON]) == 2
+    assert "rn8_24.pth: made of other weights than" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------- images
 
 

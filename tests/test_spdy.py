@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,6 +319,27 @@ def test_the_programme_from_end_to_end(workplace, capsys):
     assert math.isclose(sum(layer["cost"] for layer in record["layers"]), record["cost"])
     assert record["arguments"]["constr"] == "flops" and record["arguments"]["errors"] == "loss"
     assert {layer["name"]: layer["level"] for layer in record["layers"]} == profile
+
+
+def test_scores_of_another_database_are_refused(workplace, capsys):
+    """The same command is right with the levels that the scores were measured on, only."""
+    assert command("2", "unstr", "--dp") == 0
+    original = (workplace / "models_unstr").resolve()
+    (workplace / "models_unstr").unlink()
+    shutil.copytree(original, workplace / "models_unstr")
+    capsys.readouterr()
+    path = Path("models_unstr/rn8_6000.pth")
+    state = torch.load(path, weights_only=True)
+    state["linear.weight"] *= 1.5  # as another calibration might have it; the mark stays
+    torch.save(state, path)
+    for words in (["2", "unstr", "--dp"], ["2", "unstr"], ["2", "unstr", "--errors", "spdy"]):
+        assert command(*words) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and str(path) in err and "scores/rn8_unstr_" in err
+    profile = "rn8_unstr_200x_dp.txt"
+    chosen = "6000 linear" in Path(profile).read_text()
+    words = ["stitch", "--profile", profile, *COMMON]
+    assert database.main(["rn8", "digits", "unstr", *words]) == (2 if chosen else 0)
 
 
 @pytest.mark.parametrize("options", [[], ["--errors", "spdy"], ["--nobatchnorm"], ["--statcorr"]])
