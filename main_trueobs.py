@@ -26,7 +26,6 @@ import quant
 from modelutils import find_layers, other_weights
 from obc.inputs import files
 from obc.inputs.batches import Batches
-from obc.inputs.checkpoints import checkpoint_marks
 from obc.solver.errors import UserError, log
 from obc.solver.layers import view
 from obc.toolkit import cli, records
@@ -38,12 +37,12 @@ from obc.toolkit.compress import (
     fresh_images,
     measured_errors,
 )
-from obc.toolkit.fingerprints import content_hash, weights_hash
+from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import (
-    DENSE_WEIGHTS,
-    check_origin,
+    check_checkpoint,
     level_names,
     model_tag,
+    origin_marks,
     stray_levels,
     write_levels,
 )
@@ -148,11 +147,8 @@ def run(args: argparse.Namespace) -> None:
     if args.shards and world.size not in (1, args.shards):
         raise UserError(f"--shards {args.shards}: there are {world.size} processes")
     args.shards = args.shards or world.size  # sums depend on it, by rounding
-    dense, compressed = session.model, start_model(session.model, args.load, mode)
-    origin = {DENSE_WEIGHTS: weights_hash(dense.state_dict())}
-    if args.load:
-        mark = checkpoint_marks(args.load).get(DENSE_WEIGHTS)
-        check_origin(args.load, origin[DENSE_WEIGHTS], session.weights_name, mark)
+    dense, compressed = session.model, start_model(session, args.load, mode)
+    origin = origin_marks(dense)
     start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, start, threads=False)
@@ -218,11 +214,12 @@ def open_cache(folder: str, session: Session, shards: int) -> SharedCache:
     return SharedCache(folder, session.fingerprint(None, contents, threads=False))
 
 
-def start_model(dense: nn.Module, path: str | None, mode: Mode) -> nn.Module:
+def start_model(session: Session, path: str | None, mode: Mode) -> nn.Module:
     """The model to compress: a copy of the dense one, or what the checkpoint of --load holds."""
-    compressed = copy.deepcopy(dense)
+    compressed = copy.deepcopy(session.model)
     if path:
         state = load_compressed(compressed, path)
+        check_checkpoint(path, session.model, session.weights_name)
         if not mode.starts_from_grids and any(f".{quant.WEIGHT_GRID}." in key for key in state):
             raise UserError(f"{path}: its weights are quantised; prune first, then quantise")
     return compressed

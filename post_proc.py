@@ -39,12 +39,11 @@ from torch import Tensor, nn
 from datautils import ImageData, calibration_batches
 from modelutils import find_layers, first_and_last
 from obc.inputs import files
-from obc.inputs.checkpoints import checkpoint_marks
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, origins, records
 from obc.toolkit.corrections import batchnorm_tune, statistics_correction
-from obc.toolkit.fingerprints import content_hash, weights_hash
-from obc.toolkit.leveldb import DENSE_WEIGHTS, KINDS, Database, check_origin, model_tag
+from obc.toolkit.fingerprints import content_hash
+from obc.toolkit.leveldb import KINDS, Database, check_checkpoint, model_tag, origin_marks
 from obc.toolkit.profiles import read_profile
 from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options, load_compressed
@@ -57,7 +56,6 @@ DEPENDENT = {  # option: the option that it requires
     "finetune_mse": "finetune",
     "prefix": "database",
 }
-USE_DENSE = ("gap", "statcorr", "lintune", "finetune_mse")  # they aim at the dense model's outputs
 
 
 # -- options ---------------------------------------------------------------------------------------
@@ -131,9 +129,9 @@ def load_model(
     dense, path, model = session.model, args.file, copy.deepcopy(session.model)
     if args.database is None:
         load_compressed(model, path)
-        if left_dense or any(vars(args)[name] for name in USE_DENSE):
-            mark = checkpoint_marks(path).get(DENSE_WEIGHTS)
-            check_origin(path, weights_hash(dense.state_dict()), session.weights_name, mark)
+        logits = (args.lintune and not args.lintune_loss) or args.finetune_mse
+        if left_dense or args.gap or args.statcorr or logits:  # these use the dense model
+            check_checkpoint(path, dense, session.weights_name)
     else:
         profile = read_profile(path)
         db = Database.open(args.database, model_tag(args.model), args.prefix or ".")
@@ -275,8 +273,7 @@ def run(args: argparse.Namespace) -> None:
     with open_state(folder, marks, args.restart, session.world) as state:
         reports = correct(model, requested, state)
         if args.save:
-            origin = {DENSE_WEIGHTS: weights_hash(session.model.state_dict())}
-            files.save_checkpoint(model.state_dict(), args.save, origin)
+            files.save_checkpoint(model.state_dict(), args.save, origin_marks(session.model))
         accuracy = session.accuracy(model)
         if args.save:
             records.write_run(

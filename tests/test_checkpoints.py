@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import database
 import main_trueobs
-from modelutils import CifarResNet
+from modelutils import CifarResNet, get_model
 from obc.inputs.checkpoints import load_checkpoint, load_state
 from obc.inputs.files import save_checkpoint
 from obc.solver.errors import UserError
@@ -225,7 +225,7 @@ def test_bytes_of_another_file(tmp_path):
 
 def test_a_broken_level_of_a_database_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    state = CifarResNet(1).state_dict()
+    state = get_model("rn8", "digits").state_dict()
     save_checkpoint(state, "models_unstr/rn8_0000.pth")
     save_checkpoint(
         state | {WEIGHT: torch.full((16, 16, 3, 3), float("nan"))}, "models_unstr/rn8_5000.pth"

@@ -189,6 +189,8 @@ def test_a_checkpoint_of_other_weights_is_refused_where_the_dense_model_matters(
     for option in ("--gap", "--statcorr", "--skip-firstlast"):
         told = f"{compressed}: made of other weights than {other}"
         assert told in error(capsys, compressed, "--weights", other, option)
+    trained = ["--lintune", "--lintune-loss", "--lintune-epochs", "1"]  # on the labels
+    run(capsys, compressed, "--weights", other, *trained)
     words = ["quant", "--wbits", "4", "--load", str(compressed.with_name("rn8_24.pth"))]
     assert main_trueobs.main(["rn8", "digits", *words, "--weights", str(other), *COMMON]) == 2
     assert "rn8_24.pth: made of other weights than" in capsys.readouterr().err

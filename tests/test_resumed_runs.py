@@ -315,7 +315,7 @@ def test_another_run_is_refused_and_told_the_difference(work, command):
         (["--wasym"], "--wasym was off, is now on"),
         (["--seed", "1"], "--seed was 0, is now 1"),
         (["--nsamples", "65"], "--nsamples was 64, is now 65"),
-        (["--weights", "other.pth"], "dense weights changed"),
+        (["--weights", "other.pth", "--load", "other.pth"], "dense weights changed"),
         (["--load", "other.pth"], "--load changed"),
     ]:
         status, _, err = command(QUANT, *more)

@@ -413,6 +413,17 @@ def check_layer(name: str, layer: nn.Module | None, weight: Tensor, kind: str) -
         )
 
 
+def origin_marks(dense: nn.Module) -> dict[str, str]:
+    """The marks of checkpoints that are made of a dense model."""
+    return {DENSE_WEIGHTS: weights_hash(dense.state_dict())}
+
+
+def check_checkpoint(path: str | Path, dense: nn.Module, weights: str) -> None:
+    """Raise a UserError if a checkpoint has the mark of other weights than the dense model's."""
+    mark = checkpoint_marks(path).get(DENSE_WEIGHTS)
+    check_origin(path, weights_hash(dense.state_dict()), weights, mark)
+
+
 def check_same_model(
     path: Path, state: Mapping[str, Tensor], other: Path, others: Mapping[str, Tensor]
 ) -> None:
