@@ -27,7 +27,7 @@ from typing import Any
 
 from obc.solver import errors
 from obc.solver.errors import UserError
-from obc.toolkit.profiles import read_lines
+from obc.toolkit.profiles import Table, read_lines
 from pruning_vs_quantization.expected_error import DENSE_BITS, sparsity_percent
 from pruning_vs_quantization.plots import (
     PRUNING_COLOUR,
@@ -166,7 +166,7 @@ def conditions(results: Iterable[Result]) -> str:
 def untrained_results(path: Path) -> list[Result]:
     """From lines `<method> <bits> <reached> <top-1>`. Raises UserError that names the line."""
     results = []
-    for number, words in read_lines(path):
+    for number, words in read_lines(Table(path)):
         try:
             results.append(Result(words[0], float(words[1]), float(words[-1])))
         except (ValueError, IndexError):
