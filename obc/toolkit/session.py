@@ -25,16 +25,9 @@ from torch import Tensor, nn
 
 import quant
 from datautils import ArrayImages, ImageData, ImageSet, calibration_batches, load_data, test_batches
-from modelutils import (
-    check_layers,
-    evaluate,
-    evaluating,
-    find_layers,
-    get_model,
-    load_checkpoint,
-    load_state,
-)
+from modelutils import check_layers, evaluate, evaluating, find_layers, get_model, load_state
 from obc.inputs.batches import ImageBatches
+from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.tracing import equal_but_for_rounding
 from obc.solver.distributed import ALONE, World, join, resolve_device
 from obc.solver.errors import UserError, log
@@ -69,6 +62,7 @@ class CommonOptions:
     noaug: bool
     device: str
     memory: float | None  # GB
+    weights_key: str | None = None  # a place in the file of weights
 
 
 def common_options(args: argparse.Namespace) -> CommonOptions:
@@ -120,7 +114,9 @@ class Session:
         )
         torch.manual_seed(options.seed)  # for a model of the user's own that starts at random
         classes = len(data.classes)
-        model = get_model(options.model, options.dataset, options.weights, classes).to(device)
+        model = get_model(
+            options.model, options.dataset, options.weights, classes, options.weights_key
+        ).to(device)
         check_model(model, options.model, data)
         return cls(options, device, data, model, world)
 
@@ -229,7 +225,7 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[s
 
     Returns the state dict. Raises UserError if it does not fit.
     """
-    state = load_checkpoint(path, finite=False)
+    state = fitting_weights(path, model, additions=(quant.WEIGHT_GRID, quant.ACTIVATION_GRID))
     try:
         quant.restore_grids(model, state)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
