@@ -30,6 +30,7 @@ from torch.nn.parameter import is_lazy
 from obc.inputs.batches import Batches
 from obc.inputs.checkpoints import fitting_weights, load_checkpoint, load_state  # noqa: F401
 from obc.inputs.cifar_resnets import CifarResNet
+from obc.inputs.failures import foreign_code
 from obc.inputs.tracing import TracedModel, UntracedModel, resumable
 from obc.inputs.usercode import user_module
 from obc.inputs.vision import make_importable, torchvision
@@ -246,11 +247,15 @@ def other_weights(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with gradients; every module's own mode comes back afterwards."""
+    """Eval mode, with gradients; every module's own mode comes back afterwards.
+
+    What the model's own code raises becomes a `FailedForward`, a UserError.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with foreign_code():
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -2,7 +2,7 @@
 
     fitting_weights(path, model) ─▶ {name: tensor}  from a file that anyone may have made
     load_state(model, state, path)                  into a model with exactly these names and shapes
-    load_checkpoint(path) ─▶ {key: tensor}          by the names in the file, before a model is known
+    load_checkpoint(path) ─▶ {key: tensor}          by the names in the file, without a model
 
 `.pth` is read with `weights_only=True`, so that nothing in it runs, and `.safetensors` has nothing
 to run. What surrounds the names in a file is removed as far as the model requires (`names.py`); old

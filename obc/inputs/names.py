@@ -220,3 +220,16 @@ def _reading(
         left_out,
         content.ignored,
     )
+
+
+def named_like(
+    tensors: Mapping[str, Tensor],
+    names: Collection[str],  # of the model
+    additions: Collection[str] = (),
+) -> Mapping[str, Tensor]:
+    """The tensors of a state dict by the model's names; as they are if they do not fit them."""
+    if all(name in tensors for name in names):
+        return tensors
+    found = (x for x in readings({"": StateDict(tensors)}, names, additions) if x.fits)
+    reading = next((x for x in found if not (x.left_out or x.masks)), None)
+    return tensors if reading is None else reading.tensors

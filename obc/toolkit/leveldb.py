@@ -44,6 +44,7 @@ from torch import Tensor, nn
 import quant
 from obc.inputs.checkpoints import check_finite, load_checkpoint
 from obc.inputs.files import save_checkpoint, sync_folder
+from obc.inputs.names import named_like
 from obc.solver.errors import UserError, log
 from obc.solver.layers import compressible, innermost_order
 from obc.toolkit.fingerprints import bytes_hash, content_hash
@@ -54,6 +55,7 @@ from quant import ACTIVATION_GRID, WEIGHT_GRID, put_layer
 SPARSITY = r"\d{4}"
 SUFFIXES = (".pth", ".safetensors")
 FULL_BITS = 32
+GRIDS = (WEIGHT_GRID, ACTIVATION_GRID)
 
 
 # -- kinds of databases ----------------------------------------------------------------------------
@@ -225,12 +227,7 @@ class Database:
     def __init__(self, kind: str, model: str, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.kind, self.model, self.states = kind, model, states
         self.finite: set[tuple[str, str]] = set()  # layers and levels that were checked
-        suffix = ".weight"
-        self.layers = [
-            key.removesuffix(suffix)
-            for key, tensor in next(iter(states.values())).items()
-            if key.endswith(suffix) and tensor.ndim > 1
-        ]
+        self.layers = _layers(states)
         if not self.layers:
             raise UserError(f"no layers in the {kind} database of {model}")
         by_name = all(level.isdecimal() for level in states)  # sparsities
@@ -301,11 +298,19 @@ class Database:
             check_layer(name, layers.get(name), tensors["weight"], self.kind)
             put_layer(layers[name], tensors)
 
+    def name_like(self, model: nn.Module) -> None:
+        """Take the names of the model where files have prefixes (`module.`) or lack them."""
+        names = list(model.state_dict())
+        states = {level: named_like(state, names, GRIDS) for level, state in self.states.items()}
+        if any(states[level] is not self.states[level] for level in states):
+            self.states, self.layers = states, _layers(states)
+
     def check(self, model: nn.Module) -> None:
         """Raise a UserError unless the database's layers are those of the model.
 
         Other matrices in the files, such as embeddings, no longer count as layers afterwards.
         """
+        self.name_like(model)
         layers = dict(model.named_modules())
         self.layers = [
             name for name in self.layers if name not in layers or compressible(layers[name])
@@ -313,6 +318,15 @@ class Database:
         for name in self.layers:
             weight = self.states[self.levels[0]][f"{name}.weight"]
             check_layer(name, layers.get(name), weight, self.kind)
+
+
+def _layers(states: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """The layers in the first of some state dicts."""
+    return [
+        key.removesuffix(".weight")
+        for key, tensor in next(iter(states.values())).items()
+        if key.endswith(".weight") and tensor.ndim > 1
+    ]
 
 
 def check_layer(name: str, layer: nn.Module | None, weight: Tensor, kind: str) -> None:
