@@ -81,7 +81,8 @@ def fitting_weights(
     """
     names = _tensors(model)
     found = readings(_state_dicts(_read(path), path), names, additions)
-    places = [reading.place for reading in found if reading.place]
+    fits = [reading for reading in found if reading.fits]
+    places = [reading.place for reading in fits or found if reading.place]
     if key is not None:
         found = [reading for reading in found if reading.is_at(key)]
         if not found:
