@@ -435,6 +435,15 @@ def test_odd_tensors_in_wrappers_are_refused(tmp_path):
         fitting_weights(path, net())
 
 
+def test_only_what_is_taken_has_to_be_plain(tmp_path):
+    """Averaged weights are taken; what is wrong with the others does not matter."""
+    odd = {**STATE, "0.weight": torch.zeros(8, 3, 3, 3).to_sparse()}
+    torch.save({"ema": STATE, "model": odd}, tmp_path / "x.pth")
+    loads(net(), STATE, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="0.weight is sparse_coo"):
+        fitting_weights(tmp_path / "x.pth", net(), "model")
+
+
 def test_names_without_shells():
     assert without_shells("_orig_mod.a.module.b.weight") == "a.b.weight"
     assert without_shells("modules.my_module.weight") == "modules.my_module.weight"

@@ -89,18 +89,25 @@ def fitting_weights(
             there = f"it has {', '.join(places[:8])}" if places else "it is a plain state dict"
             raise UserError(f"{path}: no weights at {key} (--weights-key): {there}")
     fits = [reading for reading in found if reading.fits]
-    for reading in fits or found:
-        _check_plain(reading.tensors | {f"{x}_mask": y for x, y in reading.masks.items()}, path)
-    best = min(fits, key=lambda reading: _misfits(reading, names), default=None)
-    if best is None:
-        by_match = sorted(found, key=lambda x: len(x.missing) + len(x.unexpected))
-        chances = by_match[:MAX_CONVERSIONS]
-        converted = (x for x in chances if _conversion(model, x.tensors, x.versions)[0])
-        best = next(converted, None)
-        if best is None:
-            raise UserError(_differences(by_match[0], path))
+    if fits:
+        best = min(fits, key=lambda reading: _misfits(reading, names))
+        masks = {f"{name}_mask": mask for name, mask in best.masks.items()}
+        _check_plain(best.tensors | masks, path)
+    else:
+        found.sort(key=lambda reading: len(reading.missing) + len(reading.unexpected))
+        best = _convertible(found[:MAX_CONVERSIONS], model, path)
     _log_choice(best, [x.place for x in fits if x is not best], path, chosen=key is not None)
     return _masked(best, path)
+
+
+def _convertible(found: list[Reading], model: nn.Module, path: str | os.PathLike[str]) -> Reading:
+    """The first reading with names that the model converts to its own."""
+    for reading in found:
+        masks = {f"{name}_mask": mask for name, mask in reading.masks.items()}
+        _check_plain(reading.tensors | masks, path)
+        if _conversion(model, reading.tensors, reading.versions)[0]:
+            return reading
+    raise UserError(_differences(found[0], path))
 
 
 def _misfits(reading: Reading, ours: Mapping[str, Tensor]) -> int:
@@ -324,7 +331,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _same_shape(tensor: Tensor, ours: Tensor) -> bool:
-    return is_lazy(ours) or tensor.shape == ours.shape
+    return is_lazy(ours) or (not tensor.is_nested and tensor.shape == ours.shape)
 
 
 def _with_versions(
