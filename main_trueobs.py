@@ -49,7 +49,7 @@ from obc.toolkit.leveldb import (
 from obc.toolkit.modes import MODES, Mode, make_mode, mode_options
 from obc.toolkit.planning import is_long, make_plan, plan_lines
 from obc.toolkit.resume import RunState, SharedCache, open_state, state_folder
-from obc.toolkit.session import Invocation, Session, common_options, load_compressed
+from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
 
@@ -122,9 +122,21 @@ def check_options(args: argparse.Namespace) -> Mode:
         if Path(args.save).suffix not in CHECKPOINT_SUFFIXES:
             raise UserError(f"--save {args.save}: name a file in {' '.join(CHECKPOINT_SUFFIXES)}")
         files.check_writable(args.save)
+    check_inputs_stay(args, mode)
     if record := output_files(args.save, args.sparse_dir, model_tag(args.model))[0]:
         files.check_writable(record)
     return mode
+
+
+def check_inputs_stay(args: argparse.Namespace, mode: Mode) -> None:
+    """Raise a UserError if what is saved would overwrite what the run starts from."""
+    inputs = {"--load": args.load, **dense_files(args.model, args.dataset, args.weights)}
+    if args.save:
+        files.check_keeps("--save", args.save, inputs)
+    elif args.sparse_dir:
+        folder, tag = Path(args.sparse_dir), model_tag(args.model)
+        for name in level_names(mode.sparsities):
+            files.check_keeps("--sparse-dir: level", folder / f"{tag}_{name}.pth", inputs)
 
 
 def output_files(
@@ -219,9 +231,13 @@ def start_model(session: Session, path: str | None, mode: Mode) -> nn.Module:
     compressed = copy.deepcopy(session.model)
     if path:
         state = load_compressed(compressed, path)
+        quantised = any(f".{quant.WEIGHT_GRID}." in key for key in state)
+        if quantised and not mode.nothing_to_solve:
+            raise UserError(
+                f"{path}: its weights are quantised already: start from one before that "
+                "(prune first, then quantise once)"
+            )
         check_checkpoint(path, session.model, session.weights_name)
-        if not mode.starts_from_grids and any(f".{quant.WEIGHT_GRID}." in key for key in state):
-            raise UserError(f"{path}: its weights are quantised; prune first, then quantise")
     return compressed
 
 

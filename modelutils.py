@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from obc.inputs.batches import Batches
-from obc.inputs.checkpoints import load_checkpoint, load_state
+from obc.inputs.checkpoints import fitting_weights, load_checkpoint, load_state  # noqa: F401
 from obc.inputs.cifar_resnets import CifarResNet
+from obc.inputs.failures import foreign_code
 from obc.inputs.tracing import TracedModel, UntracedModel, resumable
 from obc.inputs.usercode import user_module
 from obc.inputs.vision import make_importable, torchvision
@@ -41,6 +41,7 @@ from obc.solver.progress import progress
 from quant import ACTIVATION_GRID, WEIGHT_GRID
 
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
+AUXILIARY_CLASSIFIERS = ("googlenet", "inception_v3")  # which a file may lack
 CIFAR_BLOCKS = {f"rn{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # name: n, blocks per stage
 SHIPPED_WEIGHTS = {("rn8", "digits"): Path(__file__).resolve().parent / "assets/rn8_digits.pth"}
 
@@ -53,22 +54,25 @@ def get_model(
     dataset: str,
     weights: str | os.PathLike[str] | None = None,
     classes: int | None = None,  # of the dataset; None: as many as the weights have
+    weights_key: str | None = None,  # which weights in that file; None: those that fit
 ) -> nn.Module:
     """The model `name` with its weights, in eval mode, float32, on the CPU.
 
     Raises UserError for an unknown name, for weights that are missing or do not fit, and if the
     weights and the dataset have different numbers of classes.
     """
+    if weights_key is not None and weights is None:
+        raise UserError("--weights-key has no effect without --weights")
     if ".py:" in name:
         model = _from_file(name)
         if weights is not None:
-            load_state(model, _dense_checkpoint(weights), weights)
+            load_state(model, _dense_weights(weights, model, weights_key), weights)
     elif name in CIFAR_BLOCKS or _torchvision_name(name) is not None:
         path = SHIPPED_WEIGHTS.get((name, dataset)) if weights is None else weights
         if path is None:
             model = _pretrained(name, dataset, classes)
         else:
-            model = _with_weights(name, path, dataset, classes)
+            model = _with_weights(name, path, dataset, classes, weights_key)
     else:
         known = [*TORCHVISION_ALIASES, *CIFAR_BLOCKS, *_torchvision_names()]
         close = difflib.get_close_matches(name, known, n=3)
@@ -88,30 +92,34 @@ def _torchvision_name(name: str) -> str | None:
     return full if full in _torchvision_names() else None
 
 
-def _build(name: str, state: Mapping[str, Any], **options: int) -> nn.Module:
-    """The model `name`, not trained, with the optional parts that `state` has weights for."""
+def _build(name: str, auxiliary: bool = False, **options: int) -> nn.Module:
+    """The model `name`, not trained; GoogLeNet and Inception with auxiliary classifiers or not."""
     if name in CIFAR_BLOCKS:
         return CifarResNet(CIFAR_BLOCKS[name], classes=options.get("num_classes", 10))
     full = _torchvision_name(name)
-    if full in ("googlenet", "inception_v3"):  # as torchvision's pretrained ones are
-        auxiliary = any(key.lower().startswith("aux") for key in state)
+    if full in AUXILIARY_CLASSIFIERS:  # as torchvision's pretrained ones are
         options |= {"transform_input": True, "init_weights": False, "aux_logits": auxiliary}
     return torchvision.models.get_model(full, weights=None, **options)
 
 
 def _with_weights(
-    name: str, path: str | os.PathLike[str], dataset: str, classes: int | None
+    name: str, path: str | os.PathLike[str], dataset: str, classes: int | None, key: str | None
 ) -> nn.Module:
     """The model with the weights in the file `path` and as many classes as they have."""
-    state = _dense_checkpoint(path)
-    model = _build(name, state)
+    choices = (True, False) if _torchvision_name(name) in AUXILIARY_CLASSIFIERS else (False,)
+    for auxiliary in choices:
+        model = _build(name, auxiliary)
+        try:
+            state = _dense_weights(path, model, key)
+            break
+        except UserError:
+            if auxiliary is choices[-1]:
+                raise
     classifier, last = list(find_layers(model).items())[-1]
-    if f"{classifier}.weight" not in state:
-        raise UserError(f"{path}: no {classifier}.weight in it, so these are not weights of {name}")
-    trained_classes = len(state[f"{classifier}.weight"])
+    trained_classes = len(state.get(f"{classifier}.weight", last.weight))
     _check_classes(f"{path}: these weights have", trained_classes, dataset, classes)
     if trained_classes != len(last.weight):
-        model = _build(name, state, num_classes=trained_classes)
+        model = _build(name, auxiliary, num_classes=trained_classes)
     load_state(model, state, path)
     return model
 
@@ -165,9 +173,11 @@ def _from_file(name: str) -> nn.Module:
 # -------------------------------------------------------------------------------- checkpoints
 
 
-def _dense_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """A checkpoint to start from. Its values are read once it is known to fit (load_state)."""
-    state = load_checkpoint(path, finite=False)
+def _dense_weights(
+    path: str | os.PathLike[str], model: nn.Module, key: str | None
+) -> dict[str, Tensor]:
+    """Weights to start from. Their values are read once they are known to fit (load_state)."""
+    state = fitting_weights(path, model, key, additions=(ACTIVATION_GRID, WEIGHT_GRID))
     if any(f".{grid}." in key for grid in (ACTIVATION_GRID, WEIGHT_GRID) for key in state):
         raise UserError(f"{path}: a quantised checkpoint; --weights takes dense ones")
     return state
@@ -237,11 +247,15 @@ def other_weights(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with gradients; every module's own mode comes back afterwards."""
+    """Eval mode, with gradients; every module's own mode comes back afterwards.
+
+    What the model's own code raises becomes a `FailedForward`, a UserError.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with foreign_code():
+            yield
     finally:
         for module, training in modes:
             module.training = training

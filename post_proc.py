@@ -46,7 +46,7 @@ from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, check_checkpoint, model_tag, origin_marks
 from obc.toolkit.profiles import read_profile
 from obc.toolkit.resume import RunState, open_state, state_folder
-from obc.toolkit.session import Invocation, Session, common_options, load_compressed
+from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
 
@@ -105,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(options: Mapping[str, Any], file: str, save: str | None) -> None:
     """Checks beyond argparse's; raises UserError before any work is done."""
+    dense = dense_files(options["model"], options["dataset"], options["weights"])
     for option, required in DEPENDENT.items():
         if options[option] and not options[required]:
             flag, needed = (f"--{name.replace('_', '-')}" for name in (option, required))
@@ -115,6 +116,7 @@ def check_options(options: Mapping[str, Any], file: str, save: str | None) -> No
         if Path(save).suffix == ".json":
             raise UserError(f"--save {save}: .json is for the record; name a .pth")
         files.check_writable(save)
+        files.check_keeps("--save", save, {"the input": file, **dense})
 
 
 # -- the model and its images ----------------------------------------------------------------------

@@ -35,8 +35,10 @@ import torch
 from torch import nn
 
 from datautils import DATASETS, DEFAULT_SIZES
-from modelutils import first_and_last, get_model, load_checkpoint, load_state
+from modelutils import first_and_last, get_model, load_state
 from obc.inputs import files
+from obc.inputs.checkpoints import fitting_weights
+from obc.inputs.failures import FailedForward
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli
@@ -44,7 +46,7 @@ from obc.toolkit.fingerprints import content_hash, result_code, surroundings
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.records import write_record
 from obc.toolkit.resume import open_state, state_folder
-from obc.toolkit.session import check_model, load_compressed
+from obc.toolkit.session import advice, check_model, load_compressed
 from pruning_vs_quantization.compressed_model import folded
 from pruning_vs_quantization.fine_tuning_table import (
     as_records,
@@ -216,6 +218,8 @@ def exchange_first_and_last(args: argparse.Namespace) -> None:
     network is as good as having compressed them that way.
     """
     files.check_writable(args.save)
+    inputs = {"the input": args.strong, "the milder one": args.mild, "--weights": args.weights}
+    files.check_keeps("--save", args.save, inputs)
     model = dense_network(args.architecture, args.dataset, args.weights)
     milder = copy.deepcopy(model)
     load_compressed(model, args.strong)
@@ -223,11 +227,9 @@ def exchange_first_and_last(args: argparse.Namespace) -> None:
     size = args.image_size or DEFAULT_SIZES[args.dataset]
     try:
         ends = first_and_last(model, torch.zeros(2, 3, size, size))
-    except Exception as error:  # of the network's own code
-        raise UserError(
-            f"{args.architecture} cannot take images of {size}×{size} pixels: {error}; "
-            "pass --image-size"
-        ) from None
+    except FailedForward as error:
+        reason = f"{args.architecture}: {error}{advice(model, size, str(error))}"
+        raise UserError(reason) from None
     for name in ends:
         put_layer(model.get_submodule(name), milder.get_submodule(name).state_dict())
     files.save_checkpoint(model.state_dict(), args.save)
@@ -251,8 +253,8 @@ def dense_network(
     timm = study_package("timm")
     if weights is None:
         return _downloaded(timm, name).float().eval()
-    state = load_checkpoint(weights)
-    weights_classes = len(state.get("classifier.weight", ()))
+    state = fitting_weights(weights, timm.create_model(TIMM_NAMES[name]))
+    weights_classes = len(state["classifier.weight"])
     if classes not in (None, weights_classes):
         raise UserError(
             f"{weights}: these weights have {weights_classes} classes, the dataset has {classes}"

@@ -56,9 +56,9 @@ from modelutils import (
     TORCHVISION_ALIASES,
     find_layers,
     get_model,
-    load_checkpoint,
     load_state,
 )
+from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.vision import torchvision
 from obc.solver.distributed import resolve_device
 from obc.solver.errors import UserError, log
@@ -188,7 +188,7 @@ def zoo_model(name: str, weights: str | None, downloads: Downloads) -> nn.Module
     if weights is not None:
         backbone = {} if task == "video" else {"weights_backbone": None}
         model = torchvision.models.get_model(full, weights=None, **backbone)
-        load_state(model, load_checkpoint(weights), weights)
+        load_state(model, fitting_weights(weights, model), weights)
         return model
     chosen = pretrained_weights(name)
     downloads.check(chosen.url)

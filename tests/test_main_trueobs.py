@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import main_trueobs
 from datautils import calibration_batches, load_data
 from modelutils import SHIPPED_WEIGHTS, CifarResNet
+from obc.inputs.files import save_checkpoint
 from obc.toolkit.modes import MODES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -289,15 +290,62 @@ def test_a_pruned_checkpoint_keeps_its_zeros_when_quantised(pruned, command, tmp
             assert (zeros.movedim(1, -1).reshape(-1, 4).sum(1) == 2).all()
 
 
-def test_a_quantised_checkpoint_can_be_quantised_further_but_not_pruned(
-    quant_run, command, tmp_path
-):
-    again = tmp_path / "rn8_3w8a.pth"
-    words = ["--wbits", 3, "--abits", 8, "--aminmax", "--load", quant_run[1], "--save", again]
-    assert accuracy(command("rn8", "digits", "quant", *words, *QUICK)) > 90
-    check_on_grid(read(again), "layer3.0.conv2", 3)
-    done = command("rn8", "digits", "nmprune", "--load", again, *QUICK)
-    assert done.status == 2 and "prune first, then quantise" in done.err
+def test_quantised_weights_are_neither_quantised_again_nor_pruned(quant_run, command, tmp_path):
+    again = tmp_path / "again.pth"
+    words = ["rn8", "digits", "--load", quant_run[1], "--save", again, *QUICK]
+    for mode in (["quant", "--wbits", 3], ["quant", "--wbits", 4, "--abits", 8], ["nmprune"]):
+        done = command(*words[:2], *mode, *words[2:])
+        assert done.status == 2 and "prune first, then quantise" in done.err
+        assert done.err.count("\n") == 1 and not again.exists()
+    done = command("rn8", "digits", "unstr", "--load", quant_run[1], "--sparse-dir", tmp_path)
+    assert done.status == 2 and "quantised already" in done.err
+    # Other grids for the activations leave the weights as they are.
+    activations = ["quant", "--abits", 6, "--aminmax"]
+    assert accuracy(command(*words[:2], *activations, *words[2:])) > 90
+    before, after = read(quant_run[1]), read(again)
+    for layer in LAYERS:
+        assert torch.equal(before[f"{layer}.weight"], after[f"{layer}.weight"])
+        assert int(after[f"{layer}.act_quant.maxq"]) == 63
+
+
+@pytest.mark.parametrize("alias", ["same", "relative", "symbolic link", "hard link"])
+@pytest.mark.parametrize("option", ["--weights", "--load"])
+def test_what_a_run_starts_from_is_not_overwritten(option, alias, command, tmp_path, dense):
+    source, save = tmp_path / "dense.pth", tmp_path / "other.pth"
+    save_checkpoint(dense, source)
+    content = source.read_bytes()
+    if alias == "same":
+        save = source
+    elif alias == "relative":
+        (tmp_path / "folder").mkdir()
+        save = tmp_path / "folder" / ".." / "dense.pth"
+    elif alias == "symbolic link":
+        save.symlink_to(source)
+    else:
+        save.hardlink_to(source)
+    done = command("rn8", "digits", "quant", "--wbits", 4, option, source, "--save", save, *QUICK)
+    assert done.status == 2 and f"would overwrite {option} {source}" in done.err
+    assert done.err.count("\n") == 1 and source.read_bytes() == content
+
+
+def test_levels_and_shipped_weights_are_not_overwritten(command, tmp_path, dense, monkeypatch):
+    level = tmp_path / "models_unstr" / "rn8_0000.pth"
+    save_checkpoint(dense, level)
+    folder = ["--sparse-dir", level.parent, "--delta-sparse", 0.9]
+    done = command("rn8", "digits", "unstr", "--weights", level, *folder, *QUICK)
+    assert done.status == 2 and f"would overwrite --weights {level}" in done.err
+    shipped = tmp_path / "shipped.pth"  # a copy, should the test fail
+    save_checkpoint(dense, shipped)
+    monkeypatch.setitem(SHIPPED_WEIGHTS, ("rn8", "digits"), shipped)
+    before = shipped.read_bytes()
+    done = command("rn8", "digits", "quant", "--wbits", 4, "--save", shipped, *QUICK)
+    assert done.status == 2 and "would overwrite the shipped weights" in done.err
+    assert shipped.read_bytes() == before
+    # With other weights, nothing that this run starts from is there.
+    saved = tmp_path / "saved.pth"
+    for _ in range(2):  # the second run replaces the first one's output
+        words = ["quant", "--wbits", 8, "--weights", level, "--save", saved]
+        assert accuracy(command("rn8", "digits", *words, *QUICK)) > 97
 
 
 # -- the baselines: --order ------------------------------------------------------------------------
@@ -444,8 +492,10 @@ def test_foreign_checkpoints_and_safetensors(pruned, command, tmp_path, dense):
 def test_safetensors_with_grids_come_back(command, tmp_path):
     path = tmp_path / "q.safetensors"
     words = ["rn8", "digits", "quant", "--wbits", 4, "--abits", 8, "--aminmax", *QUICK]
-    assert accuracy(command(*words, "--save", path)) > 97
-    assert accuracy(command(*words, "--load", path)) > 97
+    first = command(*words, "--save", path)
+    assert accuracy(first) > 97
+    words = ["rn8", "digits", "quant", "--abits", 8, "--aminmax", *QUICK]
+    assert accuracy(command(*words, "--load", path)) == accuracy(first)
 
 
 USER_MODEL = '''

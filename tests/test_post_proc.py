@@ -271,6 +271,23 @@ def test_misfits_are_told_in_one_line(database, tmp_path, capsys):
     assert "does not fit" in error(capsys, other)
 
 
+def test_the_input_is_not_overwritten(compressed, database, tmp_path, capsys):
+    source, link = tmp_path / "q.pth", tmp_path / "link.pth"
+    save_checkpoint(load_checkpoint(compressed), source)
+    link.symlink_to(source)
+    before = source.read_bytes()
+    for save in (source, link):
+        assert "would overwrite the input" in error(capsys, source, "--bnt", "--save", save)
+    assert "would overwrite --weights" in error(
+        capsys, compressed, "--weights", source, "--save", source
+    )
+    profile = tmp_path / "profile.pth"
+    profile.write_text("5000 conv1\n")
+    words = [profile, "--database", "unstr", "--prefix", database, "--save", profile]
+    assert "would overwrite the input" in error(capsys, *words)
+    assert source.read_bytes() == before and profile.read_text() == "5000 conv1\n"
+
+
 def test_a_failing_correction_leaves_no_file(compressed, tmp_path, capsys):
     (tmp_path / "mlp.py").write_text(
         "from torch import nn\n\n\ndef build():\n"

@@ -1,11 +1,14 @@
 """Weights from untrusted files: tensors by name, or an error of one line that says what is wrong.
 
-    load_checkpoint(path) ─▶ {key: tensor}          from a file that anyone may have made
+    fitting_weights(path, model) ─▶ {name: tensor}  from a file that anyone may have made
     load_state(model, state, path)                  into a model with exactly these names and shapes
+    load_checkpoint(path) ─▶ {key: tensor}          by the names in the file, without a model
 
 `.pth` is read with `weights_only=True`, so that nothing in it runs, and `.safetensors` has nothing
-to run. Wrappers that training scripts put around a state dict are removed. A file cannot make us
-allocate much more than its own size:
+to run. What surrounds the names in a file is removed as far as the model requires (`names.py`); old
+names are left to the model's own conversion, which PyTorch runs while it loads. Of several state
+dicts that fit, averaged weights (`ema`, `model_ema`, …) are taken, as timm does: they are meant for
+evaluation. A file cannot make us allocate much more than its own size:
 
 * an archive whose members are compressed, or larger than the archive, is refused before it is read:
   `torch.save` does not compress;
@@ -18,12 +21,13 @@ A `.pth` can still keep the unpickler busy for a long time; safetensors cannot.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from pickle import UnpicklingError  # nosec B403  # an exception; nothing is unpickled by it
 from typing import Any
@@ -32,33 +36,137 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from obc.inputs.files import MARKS
+from obc.inputs.names import UNCOUNTED, WRAPPERS, Reading, StateDict, readings
 from obc.solver.errors import UserError, log
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, of torch.compile
 MAX_CLAIM = 4  # × the size of the file, which holds tied weights once
 MAX_PICKLE = 256 << 20  # bytes of names and shapes; a network of 10,000 tensors has 2 MB
+MAX_DICTS = 1000  # in one file
+MAX_CONVERSIONS = 4  # places that the model's own conversion of names is tried on
 VALUES_AT_ONCE = 1 << 24  # in the search for NaN
 
 
 def load_checkpoint(path: str | os.PathLike[str], finite: bool = True) -> dict[str, Tensor]:
     """The state dict in a .pth, .th, .pt or .safetensors file: finite tensors on the CPU, by name.
 
-    Wrappers and prefixes are removed. Raises UserError for anything else. The values are mapped
-    from the file; with finite=False they are not read at all.
+    Wrappers are removed; names stay as they are. Raises UserError for anything else. The values are
+    mapped from the file; with finite=False they are not read at all.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: {'is not a file' if Path(path).exists() else 'no such file'}")
-    content = _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_torch(path)
-    state = _unwrap(content, path)
-    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), ""):
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    _check_plain(state, path)
+    content = _read(path)
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    content = _state_dict(content, path)
+    if not content.tensors:
+        raise UserError(f"{path}: no tensors in it")
+    _log_ignored(content.ignored, path)
+    _check_plain(content.tensors, path)
     if finite:
-        check_finite(state, path)
-    return state
+        check_finite(content.tensors, path)
+    return dict(content.tensors)
+
+
+def fitting_weights(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    key: str | None = None,  # the place in the file; None: the preferred one of those that fit
+    additions: Collection[str] = (),  # modules that a layer may have in the file only
+) -> dict[str, Tensor]:
+    """The tensors in a file that fit the model, by the model's names; their values are not read.
+
+    Logs what was taken if this was not plain. Raises UserError if no names fit; `load_state`
+    compares shapes.
+    """
+    names = _tensors(model)
+    found = readings(_state_dicts(_read(path), path), names, additions)
+    fits = [reading for reading in found if reading.fits]
+    places = [reading.place for reading in fits or found if reading.place]
+    if key is not None:
+        found = [reading for reading in found if reading.is_at(key)]
+        if not found:
+            there = f"it has {', '.join(places[:8])}" if places else "it is a plain state dict"
+            raise UserError(f"{path}: no weights at {key} (--weights-key): {there}")
+    fits = [reading for reading in found if reading.fits]
+    if fits:
+        best = min(fits, key=lambda reading: _misfits(reading, names))
+        masks = {f"{name}_mask": mask for name, mask in best.masks.items()}
+        _check_plain(best.tensors | masks, path)
+    else:
+        found.sort(key=lambda reading: len(reading.missing) + len(reading.unexpected))
+        best = _convertible(found[:MAX_CONVERSIONS], model, path)
+    _log_choice(best, [x.place for x in fits if x is not best], path, chosen=key is not None)
+    return _masked(best, path)
+
+
+def _convertible(found: list[Reading], model: nn.Module, path: str | os.PathLike[str]) -> Reading:
+    """The first reading with names that the model converts to its own."""
+    for reading in found:
+        masks = {f"{name}_mask": mask for name, mask in reading.masks.items()}
+        _check_plain(reading.tensors | masks, path)
+        if _conversion(model, reading.tensors, reading.versions)[0]:
+            return reading
+    raise UserError(_differences(found[0], path))
+
+
+def _misfits(reading: Reading, ours: Mapping[str, Tensor]) -> int:
+    """How many tensors have other shapes than the model's."""
+    return sum(
+        not _same_shape(x, ours[name]) for name, x in reading.tensors.items() if name in ours
+    )
+
+
+def _differences(reading: Reading, path: str | os.PathLike[str]) -> str:
+    """In which names a file and a model differ."""
+    texts = [
+        f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+        for what, keys in (("missing", reading.missing), ("unexpected", reading.unexpected))
+        if keys
+    ]
+    place = f" at {reading.place}" if reading.place else ""
+    return f"{path}: does not fit the model{place}: {'; '.join(texts)}"
+
+
+def _log_choice(
+    reading: Reading, others: list[str], path: str | os.PathLike[str], chosen: bool
+) -> None:
+    """Log in one line which weights are taken, unless these are all there are, as usual."""
+    _log_ignored(reading.ignored if not reading.place else (), path)
+    notes = []
+    if not chosen and (others or reading.averaged or not reading.usual):
+        place = f"at {reading.place}" if reading.place else "outside of all dictionaries"
+        others = [f"at {other}" if other else "outside" for other in others]
+        averaged = " (averaged, as for evaluation)" if reading.averaged else ""
+        rejected = f", not those {', '.join(others[:5])}: --weights-key chooses" if others else ""
+        notes.append(f"took the weights {place}{averaged}{rejected}")
+    if reading.left_out:
+        notes.append(f"left out {_some(reading.left_out)}")
+    if reading.masks:
+        notes.append(f"applied the masks of {_some(list(reading.masks))}")
+    if not reading.fits:
+        notes.append("the model converted old names")
+    if notes:
+        log.info("%s: %s", path, "; ".join(notes))
+
+
+def _some(names: list[str]) -> str:
+    """The first name, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _masked(reading: Reading, path: str | os.PathLike[str]) -> OrderedDict[str, Tensor]:
+    """The tensors, those that are pruned multiplied by their masks, with versions of modules."""
+    tensors = OrderedDict(reading.tensors)
+    for name, mask in reading.masks.items():
+        if mask.shape != tensors[name].shape:
+            raise UserError(
+                f"{path}: {name}_mask is {tuple(mask.shape)}, another shape than {name}"
+            )
+        tensors[name] = tensors[name] * mask.to(tensors[name].dtype)
+    tensors._metadata = reading.versions  # where PyTorch looks for them
+    return tensors
 
 
 def checkpoint_marks(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -127,25 +235,59 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
             )
 
 
-def _unwrap(content: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors by name, from whatever dictionary a training script has put them in."""
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+def _read(path: str | os.PathLike[str]) -> Any:
+    """Whatever is in the file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: {'is not a file' if Path(path).exists() else 'no such file'}")
+    return _read_safetensors(path) if Path(path).suffix == ".safetensors" else _read_torch(path)
+
+
+def _state_dicts(content: Any, path: str | os.PathLike[str]) -> dict[str, StateDict]:
+    """All dictionaries of tensors in a file, by the keys that lead to them, outermost first."""
+    state_dicts, seen, unread = {}, set(), [("", content)]
+    for where, mapping in unread:  # which grows
+        if id(mapping) in seen or len(seen) == MAX_DICTS:
+            continue
+        seen.add(id(mapping))
+        found = _state_dict(mapping, path)
+        if found.tensors:
+            state_dicts.setdefault(where, found)
+        unread += [
+            (f"{where}.{key}" if where else key, value)
+            for key, value in mapping.items()
+            if isinstance(key, str) and isinstance(value, Mapping)
+        ]
+    if not state_dicts:
+        raise UserError(f"{path}: no tensors in it")
+    return state_dicts
+
+
+def _state_dict(content: Any, path: str | os.PathLike[str]) -> StateDict:
+    """The tensors in one dictionary."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: contains a {type(content).__name__}, not a state dict")
-    state = {k: v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)}
-    if not state:
-        raise UserError(f"{path}: no tensors in it")
-    ignored = [
-        key if isinstance(key, str) else f"a {type(key).__name__}"
-        for key in content
-        if key not in state
-    ]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)}
+    ignored = [x if isinstance(x, str) else f"a {type(x).__name__}" for x in content]
+    versions = getattr(content, "_metadata", None)
+    versions = versions if isinstance(versions, dict) else {}
+    return StateDict(
+        tensors,
+        [key for key in ignored if key not in tensors],
+        {
+            module: {"version": version["version"]}
+            for module, version in versions.items()
+            if isinstance(module, str)
+            and isinstance(version, dict)
+            and isinstance(version.get("version"), int)
+        },
+    )
+
+
+def _log_ignored(ignored: Collection[str], path: str | os.PathLike[str]) -> None:
     if ignored:
         more = f" and {len(ignored) - 5} more" if len(ignored) > 5 else ""
-        log.warning("%s: ignored, since not tensors: %s", path, ", ".join(ignored[:5]) + more)
-    return state
+        names = ", ".join(list(ignored)[:5]) + more
+        log.warning("%s: ignored, since not tensors: %s", path, names)
 
 
 # -- checking --------------------------------------------------------------------------------------
@@ -195,6 +337,50 @@ def _numbers(dtype: torch.dtype) -> str:
     return "bool" if dtype == torch.bool else "integer"
 
 
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
+
+
+def _same_shape(tensor: Tensor, ours: Tensor) -> bool:
+    return is_lazy(ours) or (not tensor.is_nested and tensor.shape == ours.shape)
+
+
+def _with_versions(
+    state: Mapping[str, Tensor], versions: Mapping[str, dict[str, Any]]
+) -> OrderedDict[str, Tensor]:
+    """A state dict to load; a copy, since loading notes things in it."""
+    state = OrderedDict(state)
+    state._metadata = {module: dict(version) for module, version in versions.items()}
+    return state
+
+
+def _conversion(
+    model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, dict[str, Any]]
+) -> tuple[bool, dict[str, Tensor] | None]:
+    """What the model's own conversion of old names makes of a state dict.
+
+    Whether it has the model's names then; and the tensors by these names, if shapes fit, too.
+    """
+    wrong = [["not loaded"]]
+
+    def see(module: nn.Module, keys: Any) -> None:  # before an error because of shapes
+        missing = [name for name in keys.missing_keys if not name.endswith(UNCOUNTED)]
+        wrong[:] = [missing + list(keys.unexpected_keys)]
+
+    try:  # what runs is the model's own code, which may raise anything
+        trial = copy.deepcopy(model)
+        trial.register_load_state_dict_post_hook(see)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial.load_state_dict(_with_versions(state, versions), strict=False, assign=True)
+    except Exception:
+        return not wrong[0], None
+    return not wrong[0], None if wrong[0] else _tensors(trial)
+
+
 def load_state(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -202,29 +388,27 @@ def load_state(
 ) -> None:
     """Copy `state` into `model`, which must have exactly its names and shapes.
 
-    Values are cast to the model's dtypes. Raises a UserError that names the first tensor that does
-    not fit: by name, shape, kind of numbers (a cast would distort them), or values.
+    Names and shapes may be old ones that the model converts by itself. Values are cast to the
+    model's dtypes. Raises a UserError that names the first tensor that does not fit: by name,
+    shape, kind of numbers (a cast would distort them), or values.
     """
-    model_state = model.state_dict()
-    optional = "num_batches_tracked"  # in files since PyTorch 0.4.1
-    missing = [key for key in model_state if key not in state and not key.endswith(optional)]
-    unexpected = [key for key in state if key not in model_state]
-    texts = [
-        f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-        for what, keys in (("missing", missing), ("unexpected", unexpected))
-        if keys
-    ]
-    if texts:
-        raise UserError(f"{path}: does not fit the model: {'; '.join(texts)}")
-    misfits = [key for key in state if state[key].shape != model_state[key].shape]
-    if misfits:
-        shape, should_be = (tuple(tensors[misfits[0]].shape) for tensors in (state, model_state))
+    ours, versions = _tensors(model), getattr(state, "_metadata", {})
+    missing = [key for key in ours if key not in state and not key.endswith(UNCOUNTED)]
+    unexpected = [key for key in state if key not in ours]
+    wrong = missing or unexpected
+    misfits = [key for key in state if key in ours and not _same_shape(state[key], ours[key])]
+    final = _conversion(model, state, versions)[1] if wrong or misfits else state
+    if final is None and wrong:
+        reading = Reading("", dict(state), {}, {}, missing, unexpected, [], ())
+        raise UserError(_differences(reading, path))
+    if final is None:
+        shape, should_be = (tuple(tensors[misfits[0]].shape) for tensors in (state, ours))
         more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
         raise UserError(
             f"{path}: does not fit the model: {misfits[0]} is {shape}, should be {should_be}{more}"
         )
-    for key, tensor in state.items():
-        dtype, should_be = tensor.dtype, model_state[key].dtype
+    for key, tensor in final.items():
+        dtype, should_be = tensor.dtype, ours[key].dtype if key in ours else tensor.dtype
         numbers = (_numbers(dtype), _numbers(should_be))
         # Counts may be floating: a model saved in half precision has all its tensors in it.
         if numbers[0] != numbers[1] and numbers != ("floating", "integer"):
@@ -232,5 +416,11 @@ def load_state(
                 f"{path}: {key} is {_short(dtype)}, should be {numbers[1]}; "
                 f"save it as {_short(should_be)}"
             )
-    check_finite(state, path)
-    model.load_state_dict(model_state | dict(state))
+    check_finite(final, path)
+    for assumed in (versions, getattr(model.state_dict(), "_metadata", {})):
+        try:  # a module may refuse a file that has no versions
+            model.load_state_dict(_with_versions(state, assumed), strict=False)
+            return
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+    raise UserError(f"{path}: the model cannot load it: {reason}")

@@ -115,6 +115,20 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def check_keeps(
+    option: str,  # that names the output
+    path: str | os.PathLike[str],
+    inputs: Mapping[str, str | os.PathLike[str] | None],  # by the option or word that names them
+) -> None:
+    """Raise a UserError if an output would overwrite an input, under whatever name."""
+    for name, other in inputs.items():
+        if other and os.path.exists(other) and os.path.exists(path):
+            if os.path.samefile(path, other):
+                raise UserError(
+                    f"{option} {path}: would overwrite {name} {other}; choose another name"
+                )
+
+
 def save_checkpoint(
     state: Mapping[str, Tensor],
     path: str | os.PathLike[str],

@@ -110,6 +110,12 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="dense weights, .pth .th .pt or .safetensors (default: torchvision's, or the shipped)",
     )
     add(
+        "--weights-key",
+        metavar="KEY",
+        help="which weights in that file, if there are several, such as model or model_ema "
+        "(default: those that fit, averaged ones first)",
+    )
+    add(
         "--datapath",
         metavar="DIR",
         help="folder of the images (default: ../imagenet, ../cifar10; digits needs none)",

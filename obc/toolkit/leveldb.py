@@ -48,6 +48,7 @@ from torch import Tensor, nn
 import quant
 from obc.inputs.checkpoints import check_finite, checkpoint_marks, load_checkpoint
 from obc.inputs.files import save_checkpoint, sync_folder
+from obc.inputs.names import named_like
 from obc.solver.errors import UserError, log
 from obc.solver.layers import compressible, innermost_order
 from obc.toolkit.fingerprints import bytes_hash, content_hash, weights_hash
@@ -240,12 +241,7 @@ class Database:
         self.finite: set[tuple[str, str]] = set()  # layers and levels that were checked
         self.hashes: dict[tuple[str, str], str] = {}  # of layers and levels
         self.dense_hash = ""  # of the dense weights, once they are checked
-        suffix = ".weight"
-        self.layers = [
-            key.removesuffix(suffix)
-            for key, tensor in next(iter(states.values())).items()
-            if key.endswith(suffix) and tensor.ndim > 1
-        ]
+        self.layers = _layers(states)
         if not self.layers:
             raise UserError(f"no layers in the {kind} database of {model}")
         by_name = all(level.isdecimal() for level in states)  # sparsities
@@ -330,12 +326,20 @@ class Database:
             check_layer(name, layers.get(name), tensors["weight"], self.kind)
             put_layer(layers[name], tensors)
 
+    def name_like(self, model: nn.Module) -> None:
+        """Take the names of the model where files have prefixes (`module.`) or lack them."""
+        names = list(model.state_dict())
+        states = {level: named_like(state, names, GRIDS) for level, state in self.states.items()}
+        if any(states[level] is not self.states[level] for level in states):
+            self.states, self.layers = states, _layers(states)
+
     def check(self, model: nn.Module, weights: str = "the model's") -> None:
         """Raise a UserError unless the levels were made of the dense model's layers and weights.
 
         weights: what the user calls them, as in --weights FILE. Other matrices in the files, such
         as embeddings, no longer count as layers afterwards.
         """
+        self.name_like(model)
         layers = dict(model.named_modules())
         self.layers = [
             name for name in self.layers if name not in layers or compressible(layers[name])
@@ -401,6 +405,15 @@ def check_origin(
             f"{path}: made of other weights than {weights}{reason}; make it again with "
             "main_trueobs.py, or pass the --weights that it was made of"
         )
+
+
+def _layers(states: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """The layers in the first of some state dicts."""
+    return [
+        key.removesuffix(".weight")
+        for key, tensor in next(iter(states.values())).items()
+        if key.endswith(".weight") and tensor.ndim > 1
+    ]
 
 
 def check_layer(name: str, layer: nn.Module | None, weight: Tensor, kind: str) -> None:

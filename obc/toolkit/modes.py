@@ -54,7 +54,6 @@ class Mode(ABC):
     baseline: ClassVar[str] = "magnitude"  # the --order besides obs
     channels_innermost: ClassVar[bool] = False  # whether columns are in the order (kh, kw, c)
     rows_divisible: ClassVar[bool] = True  # whether processes can share the rows of a layer
-    starts_from_grids: ClassVar[bool] = False  # whether weights of --load may be quantised
     yields_levels: ClassVar[bool] = False  # a database of levels, or one model
     serves: ClassVar[tuple[str, ...]] = ()  # kinds of database that its output is for
     divisor_name: ClassVar[str] = ""  # in the reason for leaving a layer dense
@@ -128,7 +127,6 @@ class QuantMode(Mode):
     name = "quant"
     text = "OBQ: weights and, with --abits, activations on a grid"
     baseline = "nearest"
-    starts_from_grids = True
     serves = ("mixed", "4block_8w8a")
 
     wbits: int = option(NO_QUANTISATION, "bits of weights, 1-16; 32: none", type=cli.bits)

@@ -26,15 +26,17 @@ from torch import Tensor, nn
 import quant
 from datautils import ArrayImages, ImageData, ImageSet, calibration_batches, load_data, test_batches
 from modelutils import (
+    SHIPPED_WEIGHTS,
     check_layers,
     evaluate,
     evaluating,
     find_layers,
     get_model,
-    load_checkpoint,
     load_state,
 )
 from obc.inputs.batches import ImageBatches
+from obc.inputs.checkpoints import fitting_weights
+from obc.inputs.failures import FailedForward, accepted_input
 from obc.inputs.tracing import equal_but_for_rounding
 from obc.solver.distributed import ALONE, World, join, resolve_device
 from obc.solver.errors import UserError, log
@@ -69,6 +71,7 @@ class CommonOptions:
     noaug: bool
     device: str
     memory: float | None  # GB
+    weights_key: str | None = None  # a place in the file of weights
 
 
 def common_options(args: argparse.Namespace) -> CommonOptions:
@@ -120,7 +123,9 @@ class Session:
         )
         torch.manual_seed(options.seed)  # for a model of the user's own that starts at random
         classes = len(data.classes)
-        model = get_model(options.model, options.dataset, options.weights, classes).to(device)
+        model = get_model(
+            options.model, options.dataset, options.weights, classes, options.weights_key
+        ).to(device)
         check_model(model, options.model, data)
         return cls(options, device, data, model, world)
 
@@ -187,6 +192,13 @@ def images_hash(images: ImageSet) -> str:
     return bytes_hash(pieces())
 
 
+def dense_files(model: str, dataset: str, weights: str | None) -> dict[str, str | Path | None]:
+    """The files that the dense model is made from, by what names them."""
+    code = model.rpartition(":")[0] if ".py:" in model else None
+    shipped = None if weights else SHIPPED_WEIGHTS.get((model, dataset))
+    return {"--weights": weights, "the model's code": code, "the shipped weights": shipped}
+
+
 def check_model(model: nn.Module, name: str, data: ImageData) -> None:
     """Raise a UserError, before hours are spent, unless the model can be compressed and run."""
     if not find_layers(model):
@@ -200,15 +212,35 @@ def check_model(model: nn.Module, name: str, data: ImageData) -> None:
     try:
         with evaluating(model):
             outputs = model(images)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise UserError(
-            f"{name} cannot take images of {size}×{size} pixels (--image-size): {error}"
-        ) from None
+    except FailedForward as error:
+        raise UserError(f"{name}: {error}{advice(model, size, str(error))}") from None
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
         raise UserError(f"{name} does not return class scores of shape (images, classes)")
     if outputs.shape[1] < classes:
         raise UserError(f"{name} has {outputs.shape[1]} classes, but {data.name} has {classes}")
     warn_if_random(model, name, images)
+
+
+def advice(
+    model: nn.Module,
+    size: int,  # pixels of the images that it fails on
+    reason: str,
+) -> str:
+    """What to do about a model that fails, if other images would do: to follow the reason."""
+    with evaluating(model):
+        accepted = accepted_input(model, size, reason)
+    if accepted is None:
+        return ""
+    channels, other_size = accepted
+    texts = []
+    if channels != 3:
+        texts.append(
+            f"it takes {channels} channel{'s' if channels > 1 else ''}, but images have 3: "
+            "let its forward convert them"
+        )
+    if other_size != size:
+        texts.append(f"it takes {other_size}×{other_size} pixels: pass --image-size {other_size}")
+    return f"; {'; '.join(texts)}"
 
 
 def warn_if_random(model: nn.Module, name: str, images: Tensor) -> None:
@@ -234,7 +266,7 @@ def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[s
 
     Returns the state dict. Raises UserError if it does not fit.
     """
-    state = load_checkpoint(path, finite=False)
+    state = fitting_weights(path, model, additions=(quant.WEIGHT_GRID, quant.ACTIVATION_GRID))
     try:
         quant.restore_grids(model, state)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:

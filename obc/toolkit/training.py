@@ -56,6 +56,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from modelutils import eval_mode, find_layers, placed
+from obc.inputs.failures import foreign_code
 from obc.solver.errors import UserError, log
 from obc.solver.layers import forward_hooks
 from obc.solver.progress import progress
@@ -162,7 +163,8 @@ def train(
             started, count = time.perf_counter(), 0
             total = torch.zeros((), dtype=torch.float64, device=device)
             for images, labels in task.images.epoch(number):
-                loss = loss_of(placed(images, device), labels.to(device))
+                with foreign_code():
+                    loss = loss_of(placed(images, device), labels.to(device))
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss.backward()
