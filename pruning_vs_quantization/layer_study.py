@@ -413,5 +413,7 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     add("--node-limit", metavar="N", type=positive, help="the same in nodes")
     add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
     study_files.add_study_options(parser, "layer_outputs")
-    parser.set_defaults(nrounds=None, noaug=True, memory=None)  # common options that are fixed here
+    parser.set_defaults(
+        nrounds=None, noaug=True, memory=None, weights_key=None
+    )  # common options that are fixed here
     return parser

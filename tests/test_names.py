@@ -23,6 +23,7 @@ from obc.inputs.files import save_checkpoint
 from obc.inputs.names import StateDict, named_like, readings, without_shells
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError
+from obc.toolkit.fingerprints import weights_hash
 from obc.toolkit.leveldb import Database
 
 State = dict[str, Tensor]
@@ -268,16 +269,20 @@ def test_whole_commands_of_such_models(function, tmp_path, monkeypatch, capsys):
 
 def test_databases_follow_the_names_of_the_model(tmp_path):
     plain = {name: tensor.clone() for name, tensor in STATE.items()}
-    for level, state in (("0000", plain), ("5000", other(plain))):
+    half = plain | {"0.weight": torch.full_like(plain["0.weight"], 7)}
+    for level, state in (("0000", plain), ("5000", half)):
         save_checkpoint(state, tmp_path / "models_unstr" / f"net_{level}.pth")
-    model = nn.DataParallel(net())
+    inner = net()
+    inner.load_state_dict(STATE)
+    model = nn.DataParallel(inner)
+    assert weights_hash(model.state_dict()) == weights_hash(STATE)
     db = Database.open("unstr", "net", tmp_path)
     db.check(model)
     assert db.layers == ["module.0", "module.2.0", "module.2.3"]
     db.stitch(model, {"module.0": "5000"})
     assert model.module[0].weight.eq(7).all()
-    back = Database("unstr", "net", {"0000": model.state_dict()})
-    back.check(net())
+    back = Database("unstr", "net", {"0000": nn.DataParallel(inner).state_dict()})
+    back.check(inner)
     assert back.layers == ["0", "2.0", "2.3"]
     with pytest.raises(UserError, match="a database of another model"):
         back.check(nn.Sequential(nn.Linear(3, 3)))

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obc.inputs.names import without_shells
+
 HASH_BYTES = 16
 ROOT = Path(__file__).resolve().parents[2]  # of all our modules
 HESSIAN_CODE = (
@@ -63,9 +65,13 @@ def content_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """A hash of a network's weights; the counts of batches, which some files lack, do not count."""
+    """A hash of a network's weights, the same inside and outside of DataParallel and its like.
+
+    The counts of batches, which some files lack, do not count.
+    """
     counted = {k: x for k, x in state.items() if not k.endswith("num_batches_tracked")}
-    return content_hash(counted)
+    bare = {without_shells(k): x for k, x in counted.items()}
+    return content_hash(bare if len(bare) == len(counted) else counted)
 
 
 def bytes_hash(strings: Iterable[bytes]) -> str:
