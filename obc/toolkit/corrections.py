@@ -282,7 +282,7 @@ def _affine_output(norm: nn.Module, x: Tensor, output: Tensor) -> tuple[Tensor, 
         return output, axis
     for axis in {1, x.ndim - norm.weight.ndim} if isinstance(norm, nn.LayerNorm) else {1}:
         y = _plain_norm(norm, x, axis)
-        if y is not None and output.shape == y.shape and _is_elementwise(norm, x, y, output, axis):
+        if y is not None and output.shape == y.shape and _follows_columns(norm, x, y, output, axis):
             return y, axis
     return None
 
@@ -319,8 +319,12 @@ def _only_bias(norm: nn.Module, bias: Tensor) -> Iterator[None]:
         norm.bias.copy_(kept[1])
 
 
-def _is_elementwise(norm: nn.Module, x: Tensor, y: Tensor, output: Tensor, axis: int) -> bool:
-    """Whether the output in some columns is what the bias alone gives, if it is y's column."""
+def _follows_columns(norm: nn.Module, x: Tensor, y: Tensor, output: Tensor, axis: int) -> bool:
+    """Whether the output at a position depends on y (the plain norm) at that position only.
+
+    Tested at some positions: with weight 0 and y's channels there for a bias, the norm yields the
+    same output.
+    """
     width = norm.weight.ndim
     axes, last = tuple(range(axis, axis + width)), tuple(range(-width, 0))
     ours, theirs = (z.movedim(axes, last).reshape(-1, *norm.weight.shape) for z in (y, output))
