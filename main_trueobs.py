@@ -49,6 +49,7 @@ from obc.toolkit.leveldb import (
 from obc.toolkit.modes import MODES, Mode, make_mode, mode_options
 from obc.toolkit.planning import is_long, make_plan, plan_lines
 from obc.toolkit.resume import RunState, SharedCache, open_state, state_folder
+from obc.toolkit.sequential import SequentialCompression
 from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
@@ -117,6 +118,8 @@ def check_options(args: argparse.Namespace) -> Mode:
             )
     elif args.sparse_dir:
         raise UserError(f"{mode.name} yields one model: name --save FILE, not --sparse-dir")
+    if mode.sequential and args.cache:
+        raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
     args.nrounds = args.nrounds or (1 if args.noaug else 10)
     if args.save:
         if Path(args.save).suffix not in CHECKPOINT_SUFFIXES:
@@ -158,6 +161,8 @@ def run(args: argparse.Namespace) -> None:
     world = session.world
     if args.shards and world.size not in (1, args.shards):
         raise UserError(f"--shards {args.shards}: there are {world.size} processes")
+    if mode.sequential and (world.size > 1 or (args.shards or 1) > 1):
+        raise UserError("--sequential runs in one process: start it without torchrun and --shards")
     args.shards = args.shards or world.size  # sums depend on it, by rounding
     dense, compressed = session.model, start_model(session, args.load, mode)
     origin = origin_marks(dense)
@@ -170,7 +175,8 @@ def run(args: argparse.Namespace) -> None:
     show_plan(session, compressed, mode, asked=args.plan)
     if args.plan:
         return world.leave()
-    if grids := mode.activation_grids(dense, batches, session.device):
+    grids = {} if mode.sequential else mode.activation_grids(dense, batches, session.device)
+    if grids:
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
     record, folder = output_files(args.save, args.sparse_dir, model_tag(args.model))
@@ -179,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
         open_state(folder, marks, args.restart, world) as state,
         open_cache(args.cache, session, args.shards) if uses_cache else RunState() as cache,
     ):
-        compression = Compression(
+        compression = (SequentialCompression if mode.sequential else Compression)(
             dense,
             compressed,
             mode,
@@ -263,6 +269,8 @@ def compress(
         for name, layer in find_layers(compressed).items():
             if flaw := view(layer).proof.flaw:
                 log.info("%s left dense: %s", name, flaw)
+        if mode.sequential:
+            compression.fit_grids(batches)
         return []
     if mode.yields_levels and not compression.levels_folder.is_dir():
         raise UserError(f"{compression.levels_folder.parent}: all processes must share this folder")

@@ -138,6 +138,18 @@ class TrueOBS:
         self.nsamples = sum(world.gather(self.nsamples))
         self.gram.patches = sum(world.gather(self.gram.patches))
 
+    def set_hessian(
+        self,
+        H: Tensor,  # (groups, d, d) float64, (2/N) Σ x xᵀ; columns in the order (channel, kh, kw)
+        nsamples: int,  # N; batches that are added later count beside these
+    ) -> None:
+        """Take a Hessian from elsewhere in place of the batches seen so far."""
+        shape = (self.groups, self.columns, self.columns)
+        if H.shape != shape or H.dtype != torch.float64 or nsamples < 1:
+            raise ValueError(f"H must be {shape} in float64, of at least one image")
+        self.gram = Gram(self.layer)
+        self._scaled, self._scaled_by, self.nsamples = H, nsamples, nsamples
+
     @property
     def H(self) -> Tensor:  # (d, d), or (groups, d, d) if grouped; float64
         """(2/N) Σ x xᵀ over the N images seen; columns in the order (channel, kh, kw)."""

@@ -50,13 +50,56 @@ class InPlaceTracer(fx.Tracer):
         return self.Value(node, self)
 
 
-class TracedModel(fx.Interpreter):
+class Operations(fx.Interpreter):
+    """A model in eval mode, as it is: `begin`, then `run_to` one operation after another."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tracer: type[InPlaceTracer] = InPlaceTracer,
+        like: Operations | None = None,  # of the same modules: they need not be traced again
+    ) -> None:
+        # Tracing runs the model's code, which may leave values in it.
+        self.traced = like.traced if like else twin(model)
+        super().__init__(model, graph=like.graph if like else tracer().trace(self.traced))
+        self.nodes = list(self.graph.nodes)
+
+    def calls(self, layer: str) -> list[int]:
+        """The operations that use a layer or a tensor of it, under whatever name."""
+        ours = _tensors(self.module.get_submodule(layer))
+        return [number for number, node in enumerate(self.nodes) if ours & self._tensors_of(node)]
+
+    def _tensors_of(self, node: fx.Node) -> set[int]:
+        if node.op == "call_module":
+            return _tensors(self.module.get_submodule(node.target))
+        return {id(self.fetch_attr(node.target))} if node.op == "get_attr" else set()
+
+    def fetch_attr(self, target: str) -> object:
+        """An attribute of the model, or a tensor that its code made while it was traced."""
+        try:
+            return super().fetch_attr(target)
+        except RuntimeError:  # there is none of that name
+            return operator.attrgetter(target)(self.traced)
+
+    def begin(self, images: Tensor) -> None:
+        """Get ready to run on a batch of images."""
+        self.env, self.args_iter, self.position = {}, iter([images.clone()]), 0
+        self.run_to(sum(node.op == "placeholder" for node in self.nodes))
+
+    def run_to(self, number: int) -> None:
+        """Run what comes before operation `number`, and keep the values that are still needed."""
+        for node in self.nodes[self.position : number]:
+            self.env[node] = self.run_node(node)
+            for value in self.user_to_last_uses.get(node, ()):
+                del self.env[value]
+        self.position = number
+
+
+class TracedModel(Operations):
     """A model in eval mode: `begin`, then `advance` from layer to layer, with calls of `finish`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.traced = twin(model)  # tracing runs the model's code, which may leave values in it
-        super().__init__(model, graph=InPlaceTracer().trace(self.traced))
-        self.nodes = list(self.graph.nodes)
+        super().__init__(model)
         self.place = {node: number for number, node in enumerate(self.nodes)}
         self.folded_from = 0  # operations before this one run as the model has them
         self.folded: dict[fx.Node, nn.Module] = {}  # convolution -> the same with its norm in it
@@ -84,23 +127,6 @@ class TracedModel(fx.Interpreter):
             and len(self.calls(conv.target)) == 1
         )
 
-    def calls(self, layer: str) -> list[int]:
-        """The operations that use a layer or a tensor of it, under whatever name."""
-        ours = _tensors(self.module.get_submodule(layer))
-        return [number for number, node in enumerate(self.nodes) if ours & self._tensors_of(node)]
-
-    def _tensors_of(self, node: fx.Node) -> set[int]:
-        if node.op == "call_module":
-            return _tensors(self.module.get_submodule(node.target))
-        return {id(self.fetch_attr(node.target))} if node.op == "get_attr" else set()
-
-    def fetch_attr(self, target: str) -> object:
-        """An attribute of the model, or a tensor that its code made while it was traced."""
-        try:
-            return super().fetch_attr(target)
-        except RuntimeError:  # there is none of that name
-            return operator.attrgetter(target)(self.traced)
-
     def run_node(self, node: fx.Node) -> object:
         """One operation, on the values in `env`."""
         if node in self.folded and self.place[node] >= self.folded_from:
@@ -112,10 +138,8 @@ class TracedModel(fx.Interpreter):
 
     def begin(self, images: Tensor) -> None:
         """Get ready to run on a batch of images, with no layer changed."""
-        self.env, self.args_iter, self.folded_from = {}, iter([images.clone()]), 0
-        placeholders = [node for node in self.nodes if node.op == "placeholder"]
-        self.position = 0
-        self._run_to(len(placeholders))
+        self.folded_from = 0
+        super().begin(images)
 
     def advance(self, first: int, last: int | None = None) -> None:
         """Run up to operation `first`: the first call of a layer that will be changed.
@@ -123,24 +147,17 @@ class TracedModel(fx.Interpreter):
         `last` is its last call, if there are several.
         """
         self.folded_from = len(self.nodes)
-        self._run_to(first)
+        self.run_to(first)
         self.folded_from = (first if last is None else last) + 1
 
     def finish(self) -> object:
         """The model's output. Can be called again, with other weights in the changed layer."""
         env, position = self.env, self.position
         self.env = dict(zip(env, copy.deepcopy(list(env.values())), strict=True))
-        self._run_to(len(self.nodes))
+        self.run_to(len(self.nodes))
         output = self.env[self.nodes[-1]]
         self.env, self.position = env, position
         return output
-
-    def _run_to(self, number: int) -> None:
-        for node in self.nodes[self.position : number]:
-            self.env[node] = self.run_node(node)
-            for value in self.user_to_last_uses.get(node, ()):
-                del self.env[value]
-        self.position = number
 
 
 class UntracedModel:

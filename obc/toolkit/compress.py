@@ -24,10 +24,11 @@ is wrong. On *fresh* images, which H has not seen, the error shows how well the 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -117,9 +118,20 @@ def compress_layer(
     return Entry(on_cpu, {"report": asdict(report), "levels": levels_hash})
 
 
+@contextmanager
+def naming_layer(name: str) -> Iterator[None]:
+    """Inside, errors of the solver are the user's, and say which layer it is."""
+    try:
+        yield
+    except (SingularHessian, ArithmeticError) as error:
+        raise UserError(f"{name}: {error}") from error
+
+
 @dataclass
 class Compression:
     """The layers of a model on their way from dense to compressed."""
+
+    in_order: ClassVar[bool] = False  # whether a layer depends on those before it
 
     dense: nn.Module  # sees the images
     compressed: nn.Module  # its layers are compressed in place; they may be pruned already
@@ -147,15 +159,19 @@ class Compression:
         self._resume()
         if to_do := {name: x for name, x in self.layers.items() if name not in self.reports}:
             plan = make_plan(to_do, self.mode, self.memory_gb, self.world)
-            for number, names in enumerate(plan.passes, 1):
-                if (count := len(plan.passes)) > 1:
-                    log.info("pass %d of %d over the images: %d layers", number, count, len(names))
-                self._compress(plan, self._calibrated(plan, names, batches))
+            self._run(plan, batches)
         reports = [self.reports[name] for name in self.layers]
         if all(report.dense for report in reports):
             self.state.finish()
             raise UserError(f"no layer can be compressed; {reports[0].line()}")
         return reports
+
+    def _run(self, plan: Plan, batches: Batches) -> None:
+        """Compress the layers that are not done yet."""
+        for number, names in enumerate(plan.passes, 1):
+            if (count := len(plan.passes)) > 1:
+                log.info("pass %d of %d over the images: %d layers", number, count, len(names))
+            self._compress(plan, self._calibrated(plan, names, batches))
 
     def level_file(self, name: str) -> LevelFile | None:
         """The file of a layer's levels, of a mode that yields them."""
@@ -167,6 +183,8 @@ class Compression:
         """Take over what an interrupted run has finished."""
         for name, layer in self.layers.items():
             if (entry := self.state.load(name)) is None or not self._levels_are_intact(name, entry):
+                if self.in_order:
+                    break
                 continue
             if entry.tensors:
                 quant.put_layer(layer, entry.tensors)
@@ -234,11 +252,9 @@ class Compression:
                 solver.memory = plan.memory - sum(plan.needs[other].sums for other in solvers)
                 if owner not in (None, self.world.rank):
                     continue
-                try:
+                with naming_layer(name):
                     file = self.level_file(name)
                     entry = compress_layer(name, solver, self.mode, file, self.repeats)
-                except (SingularHessian, ArithmeticError) as error:
-                    raise UserError(f"{name}: {error}") from error
                 self._finish(name, entry, bar)
                 if owner is not None:
                     entries[name] = entry

@@ -51,6 +51,7 @@ class Mode(ABC):
 
     name: ClassVar[str]
     text: ClassVar[str]  # for --help
+    sequential: ClassVar[bool] = False  # an option of the modes that yield one model
     baseline: ClassVar[str] = "magnitude"  # the --order besides obs
     channels_innermost: ClassVar[bool] = False  # whether columns are in the order (kh, kw, c)
     rows_divisible: ClassVar[bool] = True  # whether processes can share the rows of a layer
@@ -101,6 +102,15 @@ class Mode(ABC):
         """Grids that the inputs of layers are rounded to, by layer."""
         return {}
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the layers' inputs are rounded."""
+        return False
+
+    def activation_grid(self, inputs: Tensor) -> quant.Grid:
+        """The grid that one layer's inputs are rounded to."""
+        raise NotImplementedError
+
     @abstractmethod
     def solve(self, solver: TrueOBS) -> None:
         """Compress the layer in place; or, of many levels, prepare `solver.level_parts`."""
@@ -136,6 +146,11 @@ class QuantMode(Mode):
     wminmax: bool = option(False, "min-max weight range instead of the search")
     asym: bool = option(False, "symmetric activation grid (a-sym)")
     aminmax: bool = option(False, "min-max activation range instead of the search")
+    sequential: bool = option(
+        False,
+        "layer by layer in order of execution: each by the inputs that the compressed network "
+        "gives it, to return what the dense network does",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,6 +170,13 @@ class QuantMode(Mode):
             return {}
         images = next(iter(batches))[0].to(device)
         return activation_grids(dense, images, self.abits, self.asym, not self.aminmax)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        return self.abits < NO_QUANTISATION
+
+    def activation_grid(self, inputs: Tensor) -> quant.Grid:
+        return quant.fit_activation_grid(inputs, self.abits, self.asym, not self.aminmax)
 
     def solve(self, solver: TrueOBS) -> None:
         solver.quantizer = quant.fit_weight_grid(
@@ -178,6 +200,11 @@ class NMPruneMode(Mode):
 
     prunen: int = option(2, "zeros per group", type=cli.nonnegative_int)
     prunem: int = option(4, "weights per group", type=cli.positive_int)
+    sequential: bool = option(
+        False,
+        "layer by layer in order of execution: each by the inputs that the compressed network "
+        "gives it, to return what the dense network does",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,473 @@
+"""Layers compressed in order of execution, each to make up for those before it (--sequential).
+
+`Compression` treats each layer as if all others were dense. Here a layer sees x̂, what the
+*compressed* network gives it, and should return y, what the *dense* network's layer does. The
+solver gets H = (2/N) Σ x̂ x̂ᵀ, and the weights W' that map x̂ to y best (`shift.py`) in place of W.
+
+Both networks are walked once, as lists of operations (`tracing.py`). Between two layers there is a
+boundary: for each batch, the values of either network that later operations need.
+
+    dense       ──────────── y ┐                        ┌───────────
+                               ├─▶ H, B ─▶ W' ─▶ Ŵ      │ first call of the next layer
+    compressed  ──────────── x̂ ┘           └─▶ from the boundary on with Ŵ ──
+
+A layer that is called several times has one boundary, at its first call. From there the compressed
+network runs ahead to the last call, with the weights that its layers have now; H and B are summed
+over the calls. Then it goes back to the boundary.
+
+Boundaries are in memory as far as --memory allows, the others in files that are removed. A model
+that cannot be traced is one operation: its boundaries are the images, and each layer takes a pass
+of both networks over them. On a CPU each batch is on one thread, several batches at a time, and is
+added to the sums in order, so that these do not depend on the number of threads.
+
+An interrupted run continues after the last layer it has finished; boundaries are computed again.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+import quant
+from modelutils import eval_mode, placed
+from obc.inputs.batches import Batches
+from obc.inputs.tracing import InPlaceTracer, Operations, equal_but_for_rounding, twin, whole
+from obc.solver.errors import UserError, log
+from obc.solver.hessian import Gram
+from obc.solver.layers import compressible, first_input, forward_hooks, view
+from obc.solver.memory import default_memory, layer_needs
+from obc.solver.shift import Cross, output_error, shifted_weights
+from obc.solver.threads import Turns, give_back_freed_memory, one_at_a_thread, one_thread
+from obc.toolkit.calibrate import batches_at_a_time, probe
+from obc.toolkit.compress import Compression, LayerReport, compress_layer, naming_layer
+from obc.toolkit.planning import Plan, why_dense
+from obc.toolkit.resume import Entry
+from trueobs import TrueOBS
+
+ACTIVATIONS = "activations-"  # begins the names of folders of boundaries
+
+# -- a network, run in parts -----------------------------------------------------------------------
+
+
+class LayerTracer(InPlaceTracer):
+    """Layers to compress are single operations, whatever their class computes."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return compressible(module) or super().is_leaf_module(module, name)
+
+
+class Walk(Operations):
+    """A network that can leave its values at a boundary, and continue from there."""
+
+    def __init__(self, model: nn.Module, like: Walk | None = None) -> None:
+        super().__init__(model, LayerTracer, like)
+
+    def leave(self) -> tuple[int, dict[fx.Node, Any]]:
+        """The next operation, and the values that are needed from there on."""
+        values = {
+            node: None if node.op == "get_attr" else value for node, value in self.env.items()
+        }
+        return self.position, values
+
+    def resume(self, position: int, values: dict[fx.Node, Any]) -> None:
+        """Continue from what `leave` returned; the model's own tensors are as they are now."""
+        self.position, self.env = position, {}
+        for node, value in values.items():
+            self.env[node] = self.run_node(node) if node.op == "get_attr" else value
+
+    def only_runs(self, layer: str, first: int, last: int) -> bool:
+        """Whether operations first … last are one call of the layer itself."""
+        node = self.nodes[first]
+        return first == last and node.op == "call_module" and node.target == layer
+
+
+class WholeWalk:
+    """A `Walk` of a model that cannot be traced: one operation, which is all of it."""
+
+    def __init__(self, model: nn.Module, like: WholeWalk | None = None) -> None:
+        self.module = model
+
+    def calls(self, layer: str) -> list[int]:
+        return [0]
+
+    def begin(self, images: Tensor) -> None:
+        self.images, self.position = images, 0
+
+    def run_to(self, number: int) -> None:
+        if number > self.position:
+            self.module(self.images.clone())
+        self.position = number
+
+    def leave(self) -> tuple[int, Tensor]:
+        return self.position, self.images
+
+    def resume(self, position: int, values: Tensor) -> None:
+        self.position, self.images = position, values
+
+    def only_runs(self, layer: str, first: int, last: int) -> bool:
+        return False
+
+
+def walk_of(model: nn.Module, images: Tensor) -> Walk | WholeWalk:
+    """The model in operations, if they give what the model gives; else as a whole."""
+    try:
+        walk = Walk(model)
+        walk.begin(images)
+        walk.run_to(len(walk.nodes))
+        outputs = walk.env[walk.nodes[-1]]
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        return WholeWalk(whole(model, f"the model cannot be traced ({error})").model)
+    if not equal_but_for_rounding(outputs, model(images.clone())):
+        reason = "the traced model gives other outputs than the model itself"
+        return WholeWalk(whole(model, reason).model)
+    return walk
+
+
+class LastCall(BaseException):
+    """The input of a layer's last call is known. The network, which need not run on, lets it by."""
+
+
+@contextmanager
+def inputs_of(layer: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, `see` gets the input of every call of a layer, rounded if the layer rounds it."""
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if (x := first_input(args, kwargs)).numel():
+            see(x)
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def outputs_of(layer: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
+    """Inside, the output of every call of a layer, without its bias, is put into the list."""
+    axes_behind = -1 - view(layer).channel_axis
+
+    def see(_: str, __: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        if not first_input(args, kwargs).numel():
+            return
+        if layer.bias is None:
+            outputs.append(output.clone())  # what follows may work in place
+        else:
+            outputs.append(output - layer.bias.view(-1, *[1] * axes_behind))
+
+    with forward_hooks({"": layer}, see):
+        yield
+
+
+# -- boundaries ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The value of a batch, taken apart."""
+
+    leaves: list[Any]
+    structure: TreeSpec
+    tensors: list[int]  # places of the leaves that are tensors
+    size: int  # bytes of these
+    file: Path | None  # where they are; None: in memory
+
+
+class Boundary:
+    """A value for each batch: tensors in memory up to a budget, the others in files."""
+
+    def __init__(self, budget: int, folder: Path) -> None:
+        self.budget, self.folder = budget, folder
+        self.size = 0  # bytes in memory
+        self._kept: dict[int, Kept] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def put(self, number: int, value: Any) -> None:
+        """Keep the value of a batch."""
+        leaves, structure = tree_flatten(value)
+        places = [place for place, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+        storages = [leaves[place].untyped_storage() for place in places]
+        size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        with self._lock:
+            file = None if self.size + size <= self.budget else self.folder / f"{number}.pt"
+            self.size += 0 if file else size
+        if file:
+            torch.save([leaves[place] for place in places], file)
+            for place in places:
+                leaves[place] = None
+        self._kept[number] = Kept(leaves, structure, places, size, file)
+
+    def take(self, number: int) -> Any:
+        """The value of a batch, which is not kept any longer."""
+        kept = self._kept.pop(number)
+        if kept.file is None:
+            with self._lock:
+                self.size -= kept.size
+        else:
+            tensors = torch.load(kept.file, weights_only=True)
+            for place, tensor in zip(kept.tensors, tensors, strict=True):
+                kept.leaves[place] = tensor
+        return tree_unflatten(kept.leaves, kept.structure)
+
+
+# -- both networks ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Sums:
+    """What is summed over all calls of a layer for all images."""
+
+    gram: Gram
+    cross: Cross
+    images: int = 0
+
+    def statistics(self) -> tuple[Tensor, Tensor, float]:
+        """H, B and C of `shift.py`; the sums are given up."""
+        scale = 2 / self.images
+        energy = scale * float(self.cross.energy)
+        return self.gram.take().mul_(scale), self.cross.take().mul_(scale), energy
+
+
+class DoubleWalk:
+    """The dense and the compressed network, both in eval mode, side by side on all batches."""
+
+    def __init__(
+        self, dense: nn.Module, compressed: nn.Module, batches: Batches, boundary: Boundary
+    ) -> None:
+        self.networks, self.batches, self.boundary = (dense, compressed), batches, boundary
+        self.device = next(dense.parameters()).device
+        self.batch_sizes: list[int] = []  # in images, once all have been seen
+        first = placed(next(iter(batches))[0], self.device)
+        with torch.inference_mode():
+            started = time.perf_counter()
+            self.calls, _ = probe(dense, first.clone())  # in order of execution
+            self.pass_s = 2 * (time.perf_counter() - started) * len(batches)
+            self.walk = walk_of(dense, first[:16])
+            self.threads, _ = batches_at_a_time(dense, first, torch.get_num_threads())
+        self.places = {name: self.walk.calls(name) for name in self.calls}
+
+    def layers(self) -> list[str]:
+        """The layers that are called, in order of execution."""
+        return sorted(self.calls, key=lambda name: self.places[name][0])
+
+    def sums(
+        self,
+        name: str,
+        layer: nn.Module,  # compressed
+        next_layer: str | None,  # the dense network may go on as far as its first call
+    ) -> Sums:
+        """Move the boundary to a layer's first call, and sum over all of its calls."""
+        sums, turns, mine = Sums(Gram(layer), Cross(layer)), Turns(), threading.local()
+        first, last = self._span(name)
+        stop = min(last + 1, self._span(next_layer)[0] if next_layer else last + 1)
+
+        def work(number: int, images: Tensor | None) -> None:
+            if not hasattr(mine, "walks"):
+                mine.walks = self._walks()
+            dense, compressed = mine.walks
+            outputs: list[Tensor] = []
+
+            def wait() -> None:
+                turns.wait(name, number)
+
+            def add(x: Tensor) -> None:
+                sums.gram.add(x, wait)
+                sums.cross.add(x, outputs.pop(0), wait)
+
+            with torch.inference_mode():
+                self._go_on(mine.walks, number, images, first)
+                with outputs_of(dense.module.get_submodule(name), outputs):
+                    dense.run_to(stop)
+                    if stop <= last:
+                        self._run_ahead(dense, last + 1)
+                self._see_inputs(compressed, name, add, len(outputs))
+                self.boundary.put(number, [walk.leave() for walk in mine.walks])
+            turns.leave(name, number)
+
+        one_at_a_thread(work, self._batches(), self.threads, turns)
+        sums.images = sum(self.batch_sizes)
+        return sums
+
+    def first_inputs(self, name: str) -> Tensor:  # (values,)
+        """What the compressed network gives a layer for the first batch, in all of its calls."""
+        inputs: list[Tensor] = []
+        kept = len(self.boundary) > 0
+        images = None if kept else placed(next(iter(self.batches))[0], self.device)
+        with torch.inference_mode(), one_thread():
+            walks = self._walks()
+            self._go_on(walks, 0, images, self._span(name)[0])
+            self._see_inputs(walks[1], name, lambda x: inputs.append(x.clone()), self.calls[name])
+            if kept:
+                self.boundary.put(0, [walk.leave() for walk in walks])
+        return torch.cat([x.float().flatten() for x in inputs])
+
+    def _walks(self) -> list[Walk | WholeWalk]:
+        """Both networks, for one thread."""
+        return [type(self.walk)(twin(model), self.walk) for model in self.networks]
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """A layer's first and its last operation."""
+        return self.places[name][0], self.places[name][-1]
+
+    def _batches(self) -> Iterator[Tensor | None]:
+        """Images to begin with; later, nothing but their number is needed."""
+        if self.batch_sizes:
+            yield from [None] * len(self.batch_sizes)
+            return
+        sizes = []
+        for images, _ in self.batches:
+            sizes.append(len(images))
+            yield placed(images, self.device)
+        self.batch_sizes = sizes
+
+    def _go_on(
+        self, walks: list[Walk | WholeWalk], number: int, images: Tensor | None, place: int
+    ) -> None:
+        """Both networks to an operation, from the boundary or from images."""
+        if images is None:
+            for walk, left in zip(walks, self.boundary.take(number), strict=True):
+                walk.resume(*left)
+        else:
+            for walk in walks:
+                walk.begin(images)
+        for walk in walks:
+            walk.run_to(place)
+
+    def _run_ahead(self, walk: Walk | WholeWalk, place: int) -> None:
+        """Run to an operation, on copies, since a model may work in place; then go back."""
+        left = walk.leave()
+        walk.resume(*copy.deepcopy(left))
+        try:
+            walk.run_to(place)
+        finally:
+            walk.resume(*left)
+
+    def _see_inputs(
+        self, walk: Walk | WholeWalk, name: str, see: Callable[[Tensor], None], count: int
+    ) -> None:
+        """Show the inputs of `count` calls of a layer; the network stays at the first."""
+        (first, last), seen = self._span(name), 0
+
+        def see_and_count(x: Tensor) -> None:
+            nonlocal seen
+            see(x)
+            seen += 1
+            if seen == count:
+                raise LastCall
+
+        with suppress(LastCall), inputs_of(walk.module.get_submodule(name), see_and_count):
+            if walk.only_runs(name, first, last):
+                walk.run_to(last + 1)  # which ends before the layer has done anything
+            elif count:
+                self._run_ahead(walk, last + 1)
+        if seen < count:
+            raise UserError(
+                f"{name} is called {seen} times by the compressed network, {count} times by the "
+                "dense one: leave out --sequential"
+            )
+
+
+# -- the layers ------------------------------------------------------------------------------------
+
+
+@dataclass
+class SequentialCompression(Compression):
+    """The layers of a model on their way from dense to compressed, in order of execution."""
+
+    in_order: ClassVar[bool] = True
+
+    def run(self, batches: Batches) -> list[LayerReport]:
+        """Compress one layer after the other."""
+        with self._walking(batches) as self.walk:
+            called = self.walk.layers()
+            names = [*(name for name in self.layers if name not in called), *called]
+            self.layers = {name: self.layers[name] for name in names}
+            return super().run(batches)
+
+    def fit_grids(self, batches: Batches) -> None:
+        """Give layers grids for their inputs, and leave their weights as they are."""
+        with self._walking([next(iter(batches))]) as walk:
+            for name in walk.layers():
+                if not view(self.layers[name]).proof.flaw:
+                    self._fit_grid(walk, name)
+
+    @contextmanager
+    def _walking(self, batches: Batches) -> Iterator[DoubleWalk]:
+        """Both networks at their beginning. Files of boundaries are gone afterwards."""
+        device, folder = next(self.dense.parameters()).device, self.state.folder
+        memory = int(self.memory_gb * 1e9) if self.memory_gb else default_memory(device)
+        solving = max(layer_needs(layer).least for layer in self.layers.values())
+        for leftover in folder.glob(f"{ACTIVATIONS}*") if folder else ():  # of a killed run
+            shutil.rmtree(leftover, ignore_errors=True)
+        with (
+            eval_mode(self.dense),
+            eval_mode(self.compressed),
+            TemporaryDirectory(dir=folder, prefix=ACTIVATIONS) as files,
+        ):
+            boundary = Boundary(max(0, min(memory // 2, memory - solving)), Path(files))
+            yield DoubleWalk(self.dense, self.compressed, batches, boundary)
+
+    def _fit_grid(self, walk: DoubleWalk, name: str) -> None:
+        if self.mode.rounds_inputs:
+            layer = self.layers[name]
+            layer._modules.pop(quant.ACTIVATION_GRID, None)  # that of --load
+            quant.set_activation_grid(layer, self.mode.activation_grid(walk.first_inputs(name)))
+
+    def _run(self, plan: Plan, batches: Batches) -> None:
+        solved, calls = [], self.walk.calls
+        with self._progress() as bar:
+            for name in [name for name in self.layers if name not in self.reports]:
+                if why_dense(self.layers[name], self.mode, calls[name]):
+                    self._finish(name, self._left_dense(name, calls[name]), bar)
+                else:
+                    solved.append(name)
+            if isinstance(self.walk.walk, WholeWalk):
+                log.warning(
+                    "each of %d layers takes a pass of both networks over all images, up to %.2g s",
+                    len(solved),
+                    self.walk.pass_s,
+                )
+            for name, next_name in zip(solved, [*solved[1:], None], strict=True):
+                self._fit_grid(self.walk, name)
+                sums = self.walk.sums(name, self.layers[name], next_name)
+                with naming_layer(name):
+                    self._finish(name, self._solved(plan, name, sums), bar)
+                give_back_freed_memory()
+
+    def _left_dense(self, name: str, calls: int) -> Entry:
+        solver = TrueOBS(self.layers[name])
+        solver.nsamples = calls
+        return compress_layer(name, solver, self.mode, None)
+
+    def _solved(self, plan: Plan, name: str, sums: Sums) -> Entry:
+        """A layer compressed, with the error of its outputs."""
+        layer, images, patches = self.layers[name], sums.images, sums.gram.patches
+        if not patches:
+            return self._left_dense(name, 0)
+        H, B, C = sums.statistics()
+        shifted = shifted_weights(view(layer).matrix, H, B)
+        layer.weight.data.copy_(view(layer).shaped(shifted))
+        memory = plan.memory - self.walk.boundary.size - B.nbytes
+        solver = TrueOBS(layer, self.rel_damp, memory, order=self.mode.order)
+        solver.set_hessian(H, images)
+        solver.gram.patches = patches
+        entry = compress_layer(name, solver, self.mode, None, self.repeats)
+        error = output_error(view(layer).matrix, H, B, C)
+        entry.figures["report"]["squared_error"] = error
+        entry.figures["report"]["relative_error"] = 2 * error / C if C else 0.0
+        return entry
