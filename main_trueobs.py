@@ -30,13 +30,7 @@ from obc.solver.errors import UserError, log
 from obc.solver.layers import view
 from obc.toolkit import cli, records
 from obc.toolkit.calibrate import attach_activation_grids, calls_of_layers, prove_layers
-from obc.toolkit.compress import (
-    Compression,
-    compare,
-    doubtful_claims,
-    fresh_images,
-    measured_errors,
-)
+from obc.toolkit.compress import Compression, compare, doubtful_claims, fresh_images
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import (
     check_checkpoint,
@@ -118,8 +112,6 @@ def check_options(args: argparse.Namespace) -> Mode:
             )
     elif args.sparse_dir:
         raise UserError(f"{mode.name} yields one model: name --save FILE, not --sparse-dir")
-    if mode.sequential and args.cache:
-        raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
     args.nrounds = args.nrounds or (1 if args.noaug else 10)
     if args.save:
         if Path(args.save).suffix not in CHECKPOINT_SUFFIXES:
@@ -142,6 +134,16 @@ def check_inputs_stay(args: argparse.Namespace, mode: Mode) -> None:
             files.check_keeps("--sparse-dir: level", folder / f"{tag}_{name}.pth", inputs)
 
 
+def check_sequential(mode: Mode, args: argparse.Namespace) -> None:
+    """Raise a UserError for what cannot be done layer by layer."""
+    if not mode.sequential:
+        return
+    if args.shards > 1:
+        raise UserError("--sequential runs in one process: leave out torchrun and --shards")
+    if args.cache:
+        raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
+
+
 def output_files(
     save: str | None, sparse_dir: str | None, tag: str
 ) -> tuple[Path | None, Path | None]:
@@ -161,9 +163,8 @@ def run(args: argparse.Namespace) -> None:
     world = session.world
     if args.shards and world.size not in (1, args.shards):
         raise UserError(f"--shards {args.shards}: there are {world.size} processes")
-    if mode.sequential and (world.size > 1 or (args.shards or 1) > 1):
-        raise UserError("--sequential runs in one process: start it without torchrun and --shards")
     args.shards = args.shards or world.size  # sums depend on it, by rounding
+    check_sequential(mode, args)
     dense, compressed = session.model, start_model(session, args.load, mode)
     origin = origin_marks(dense)
     start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
@@ -175,8 +176,7 @@ def run(args: argparse.Namespace) -> None:
     show_plan(session, compressed, mode, asked=args.plan)
     if args.plan:
         return world.leave()
-    grids = {} if mode.sequential else mode.activation_grids(dense, batches, session.device)
-    if grids:
+    if grids := mode.activation_grids(dense, batches, session.device):
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
     record, folder = output_files(args.save, args.sparse_dir, model_tag(args.model))
@@ -274,25 +274,14 @@ def compress(
         return []
     if mode.yields_levels and not compression.levels_folder.is_dir():
         raise UserError(f"{compression.levels_folder.parent}: all processes must share this folder")
-    before = {}
-    if compression.keep_results:
-        layers = find_layers(compressed).items()
-        before = {name: layer.weight.detach().clone() for name, layer in layers}
     reports = [asdict(report) for report in compression.run(batches)]
     if compression.keep_results:
-        changes = {
-            name: before[name] - weight.to(session.device)
-            for name, weight in compression.results.items()
-        }
         data, images = fresh_images(session.data, session.options.seed)
         log.info("checking on the calibration images and on %s", images)
         fresh = replace(session, data=data).calibration(augment=not session.options.noaug)
-        errors, fresh_errors = (
-            measured_errors(session.model, changes, shown, session.device)
-            for shown in (batches, fresh)
-        )
+        errors, fresh_errors = map(compression.measured_errors, (batches, fresh))
         for report in reports:
-            if (name := report["name"]) in changes:
+            if (name := report["name"]) in errors:
                 report["checked_error"], report["fresh_error"] = errors[name], fresh_errors[name]
                 compare(name, report["squared_error"], errors[name], fresh_errors[name])
     return reports

@@ -464,6 +464,29 @@ def masked_least_squares(
     return w_hat
 
 
+def shift_oracle(
+    W: Array,  # (rows, d)
+    X: Array,  # (d, L) inputs
+    Y: Array,  # (rows, L) outputs that they should give
+    images: int,
+    ridge: float,
+) -> Array:  # (rows, d)
+    """argmin over W' of  sum ||y - W' x||^2 / images + ridge mean(diag H) ||W' - W||^2 / 2.
+
+    Zeros of W stay. Each row is a least-squares problem by itself, with an equation for each input
+    and one for each weight.
+    """
+    shifted = W.copy()
+    damping = ridge * np.mean(2 / images * np.sum(X**2, axis=1))
+    for row, w in enumerate(W):
+        S = np.flatnonzero(w)
+        weights = np.sqrt(damping * images / 2)
+        A = np.concatenate([X[S].T, weights * np.eye(len(S))])
+        b = np.concatenate([Y[row], weights * w[S]])
+        shifted[row, S] = np.linalg.lstsq(A, b, rcond=None)[0]
+    return shifted
+
+
 def squared_error(
     w: Array,  # (d,) or (rows, d)
     w_hat: Array,  # like w

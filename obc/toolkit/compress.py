@@ -150,6 +150,11 @@ class Compression:
 
     def __post_init__(self) -> None:
         self.layers = find_layers(self.compressed)
+        self.weights_before = {
+            name: layer.weight.detach().clone()
+            for name, layer in self.layers.items()
+            if self.keep_results
+        }
 
     def run(self, batches: Batches) -> list[LayerReport]:
         """Calibrate and compress, in as many passes over the images as the memory requires.
@@ -172,6 +177,15 @@ class Compression:
             if (count := len(plan.passes)) > 1:
                 log.info("pass %d of %d over the images: %d layers", number, count, len(names))
             self._compress(plan, self._calibrated(plan, names, batches))
+
+    def measured_errors(self, batches: Batches) -> dict[str, float]:
+        """Squared errors of all results, measured again for --check."""
+        device = next(self.dense.parameters()).device
+        changes = {
+            name: self.weights_before[name] - weight.to(device)
+            for name, weight in self.results.items()
+        }
+        return measured_errors(self.dense, changes, batches, device)
 
     def level_file(self, name: str) -> LevelFile | None:
         """The file of a layer's levels, of a mode that yields them."""

@@ -99,7 +99,7 @@ class Mode(ABC):
     def activation_grids(
         self, dense: nn.Module, batches: Batches, device: torch.device
     ) -> dict[str, quant.Grid]:
-        """Grids that the inputs of layers are rounded to, by layer."""
+        """Grids that the inputs of layers are rounded to, by layer, unless it is sequential."""
         return {}
 
     @property
@@ -166,7 +166,7 @@ class QuantMode(Mode):
     def activation_grids(
         self, dense: nn.Module, batches: Batches, device: torch.device
     ) -> dict[str, quant.Grid]:
-        if self.abits == NO_QUANTISATION:
+        if self.sequential or not self.rounds_inputs:
             return {}
         images = next(iter(batches))[0].to(device)
         return activation_grids(dense, images, self.abits, self.asym, not self.aminmax)

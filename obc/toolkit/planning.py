@@ -89,8 +89,11 @@ def plan_lines(
     dense = {name: why_dense(layer, mode, calls[name]) for name, layer in layers.items()}
     work = {name: operations(layer) for name, layer in layers.items() if not dense[name]}
     least = max(most_at_a_time(plan.needs[name] for name in names) for names in plan.passes)
+    passes = f"in {len(plan.passes)} passes over the images"
+    if mode.sequential:
+        passes = "one after the other, in order of execution"
     text = [
-        f"{len(layers)} layers in {len(plan.passes)} passes over the images; "
+        f"{len(layers)} layers {passes}; "
         f"memory {plan.memory / 1e9:.3g} GB (at least {least / 1e9:.3g})"
     ]
     if work:

@@ -29,8 +29,8 @@ import copy
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,13 +41,21 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 import quant
-from modelutils import eval_mode, placed
+from modelutils import eval_mode, evaluating, placed
 from obc.inputs.batches import Batches
-from obc.inputs.tracing import InPlaceTracer, Operations, equal_but_for_rounding, twin, whole
+from obc.inputs.tracing import (
+    IMAGES_COMPARED,
+    InPlaceTracer,
+    Operations,
+    equal_but_for_rounding,
+    twin,
+    whole,
+)
 from obc.solver.errors import UserError, log
 from obc.solver.hessian import Gram
 from obc.solver.layers import compressible, first_input, forward_hooks, view
 from obc.solver.memory import default_memory, layer_needs
+from obc.solver.progress import progress
 from obc.solver.shift import Cross, output_error, shifted_weights
 from obc.solver.threads import Turns, give_back_freed_memory, one_at_a_thread, one_thread
 from obc.toolkit.calibrate import batches_at_a_time, probe
@@ -57,6 +65,7 @@ from obc.toolkit.resume import Entry
 from trueobs import TrueOBS
 
 ACTIVATIONS = "activations-"  # begins the names of folders of boundaries
+IMAGES_CHECKED = 8  # at a time: the outputs of all layers of both networks are in memory
 
 # -- a network, run in parts -----------------------------------------------------------------------
 
@@ -87,6 +96,16 @@ class Walk(Operations):
         for node, value in values.items():
             self.env[node] = self.run_node(node) if node.op == "get_attr" else value
 
+    def run_ahead(self, number: int) -> None:
+        """Run what comes before operation `number`, then go back."""
+        position, values = self.leave()
+        copies = copy.deepcopy(list(values.values()))  # the model may work in place
+        self.resume(position, dict(zip(values, copies, strict=True)))
+        try:
+            self.run_to(number)
+        finally:
+            self.resume(position, values)
+
     def only_runs(self, layer: str, first: int, last: int) -> bool:
         """Whether operations first … last are one call of the layer itself."""
         node = self.nodes[first]
@@ -115,6 +134,12 @@ class WholeWalk:
 
     def resume(self, position: int, values: Tensor) -> None:
         self.position, self.images = position, values
+
+    def run_ahead(self, number: int) -> None:
+        try:
+            self.run_to(number)
+        finally:
+            self.position = 0
 
     def only_runs(self, layer: str, first: int, last: int) -> bool:
         return False
@@ -169,6 +194,18 @@ def outputs_of(layer: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
 
     with forward_hooks({"": layer}, see):
         yield
+
+
+def outputs_of_layers(
+    model: nn.Module, names: Iterable[str], images: Tensor
+) -> dict[str, list[Tensor]]:
+    """The outputs of all calls of layers, without their biases."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        for name in outputs:
+            stack.enter_context(outputs_of(model.get_submodule(name), outputs[name]))
+        model(images.clone())
+    return outputs
 
 
 # -- boundaries ------------------------------------------------------------------------------------
@@ -257,8 +294,11 @@ class DoubleWalk:
             started = time.perf_counter()
             self.calls, _ = probe(dense, first.clone())  # in order of execution
             self.pass_s = 2 * (time.perf_counter() - started) * len(batches)
-            self.walk = walk_of(dense, first[:16])
+            self.walk = walk_of(dense, first[:IMAGES_COMPARED])
             self.threads, _ = batches_at_a_time(dense, first, torch.get_num_threads())
+            if isinstance(self.walk, WholeWalk):  # other images may call other layers
+                for images, _ in batches:
+                    self.calls += probe(dense, placed(images, self.device))[0]
         self.places = {name: self.walk.calls(name) for name in self.calls}
 
     def layers(self) -> list[str]:
@@ -294,7 +334,7 @@ class DoubleWalk:
                 with outputs_of(dense.module.get_submodule(name), outputs):
                     dense.run_to(stop)
                     if stop <= last:
-                        self._run_ahead(dense, last + 1)
+                        dense.run_ahead(last + 1)
                 self._see_inputs(compressed, name, add, len(outputs))
                 self.boundary.put(number, [walk.leave() for walk in mine.walks])
             turns.leave(name, number)
@@ -303,18 +343,19 @@ class DoubleWalk:
         sums.images = sum(self.batch_sizes)
         return sums
 
-    def first_inputs(self, name: str) -> Tensor:  # (values,)
-        """What the compressed network gives a layer for the first batch, in all of its calls."""
+    def first_inputs(self, name: str) -> list[Tensor]:  # (values,) each
+        """What the compressed network gives a layer for the first batch, a tensor for each call."""
         inputs: list[Tensor] = []
+        count = None if isinstance(self.walk, WholeWalk) else self.calls[name]
         kept = len(self.boundary) > 0
         images = None if kept else placed(next(iter(self.batches))[0], self.device)
         with torch.inference_mode(), one_thread():
             walks = self._walks()
             self._go_on(walks, 0, images, self._span(name)[0])
-            self._see_inputs(walks[1], name, lambda x: inputs.append(x.clone()), self.calls[name])
+            self._see_inputs(walks[1], name, lambda x: inputs.append(x.float().flatten()), count)
             if kept:
                 self.boundary.put(0, [walk.leave() for walk in walks])
-        return torch.cat([x.float().flatten() for x in inputs])
+        return inputs
 
     def _walks(self) -> list[Walk | WholeWalk]:
         """Both networks, for one thread."""
@@ -348,19 +389,16 @@ class DoubleWalk:
         for walk in walks:
             walk.run_to(place)
 
-    def _run_ahead(self, walk: Walk | WholeWalk, place: int) -> None:
-        """Run to an operation, on copies, since a model may work in place; then go back."""
-        left = walk.leave()
-        walk.resume(*copy.deepcopy(left))
-        try:
-            walk.run_to(place)
-        finally:
-            walk.resume(*left)
-
     def _see_inputs(
-        self, walk: Walk | WholeWalk, name: str, see: Callable[[Tensor], None], count: int
+        self,
+        walk: Walk | WholeWalk,
+        name: str,
+        see: Callable[[Tensor], None],
+        count: int | None,  # None: however many there are
     ) -> None:
         """Show the inputs of `count` calls of a layer; the network stays at the first."""
+        if count == 0:
+            return
         (first, last), seen = self._span(name), 0
 
         def see_and_count(x: Tensor) -> None:
@@ -373,9 +411,9 @@ class DoubleWalk:
         with suppress(LastCall), inputs_of(walk.module.get_submodule(name), see_and_count):
             if walk.only_runs(name, first, last):
                 walk.run_to(last + 1)  # which ends before the layer has done anything
-            elif count:
-                self._run_ahead(walk, last + 1)
-        if seen < count:
+            else:
+                walk.run_ahead(last + 1)
+        if count and seen < count:
             raise UserError(
                 f"{name} is called {seen} times by the compressed network, {count} times by the "
                 "dense one: leave out --sequential"
@@ -406,6 +444,27 @@ class SequentialCompression(Compression):
                 if not view(self.layers[name]).proof.flaw:
                     self._fit_grid(walk, name)
 
+    def measured_errors(self, batches: Batches) -> dict[str, float]:
+        """Mean over images of ‖y − ŷ‖² for every layer, in one pass over the images.
+
+        y and ŷ are its outputs in the dense and in the compressed network, without the bias. Of a
+        layer that is called several times, later inputs depend on how it was itself compressed.
+        """
+        count, sums = 0, {name: 0.0 for name in self.results}
+        device = next(self.dense.parameters()).device
+        with evaluating(self.dense), evaluating(self.compressed):
+            for images, _ in progress("checking", batches):
+                for piece in placed(images, device).split(IMAGES_CHECKED):
+                    theirs, ours = (
+                        outputs_of_layers(model, sums, piece)
+                        for model in (self.dense, self.compressed)
+                    )
+                    for name in sums:
+                        for y, made in zip(theirs[name], ours[name], strict=True):
+                            sums[name] += float((y - made).double().square().sum())
+                count += len(images)
+        return {name: total / count for name, total in sums.items()}
+
     @contextmanager
     def _walking(self, batches: Batches) -> Iterator[DoubleWalk]:
         """Both networks at their beginning. Files of boundaries are gone afterwards."""
@@ -423,10 +482,12 @@ class SequentialCompression(Compression):
             yield DoubleWalk(self.dense, self.compressed, batches, boundary)
 
     def _fit_grid(self, walk: DoubleWalk, name: str) -> None:
-        if self.mode.rounds_inputs:
-            layer = self.layers[name]
-            layer._modules.pop(quant.ACTIVATION_GRID, None)  # that of --load
-            quant.set_activation_grid(layer, self.mode.activation_grid(walk.first_inputs(name)))
+        if not self.mode.rounds_inputs:
+            return
+        layer = self.layers[name]
+        layer._modules.pop(quant.ACTIVATION_GRID, None)  # that of --load
+        if inputs := walk.first_inputs(name):
+            quant.set_activation_grid(layer, self.mode.activation_grid(torch.cat(inputs)))
 
     def _run(self, plan: Plan, batches: Batches) -> None:
         solved, calls = [], self.walk.calls
