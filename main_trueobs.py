@@ -7,6 +7,9 @@ What each mode does, and which options belong to it, is in the table of `obc/too
 
     quant, nmprune             one model                  → --save
     unstr, blocked, struct     a database of levels       → --sparse-dir
+    … with --sparsity F        one model                  → --save
+
+With --sequential the layers are not independent: each makes up for those before it.
 """
 
 from __future__ import annotations
@@ -64,7 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
-    add("--save", metavar="FILE", help="where quant and nmprune save the compressed model")
+    add(
+        "--save",
+        metavar="FILE",
+        help="where to save the compressed model, of a mode that yields one",
+    )
     add("--sparse-dir", metavar="DIR", help="folder for the database of the other modes (made)")
     add(
         "--shards",
@@ -102,7 +109,9 @@ def check_options(args: argparse.Namespace) -> Mode:
         raise UserError("--save and --sparse-dir need a name")
     if mode.yields_levels:
         if args.save:
-            raise UserError(f"{mode.name} yields many models: name a --sparse-dir, not --save")
+            raise UserError(
+                f"{mode.name} yields many models: name a --sparse-dir, not --save; or one --sparsity"
+            )
         if not args.sparse_dir:
             raise UserError(f"{mode.name} needs --sparse-dir DIR for its database")
         names = level_names(mode.sparsities)

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 import main_trueobs
 import quant
+from datautils import load_data
+from datautils import test_batches as batches_of_test
+from modelutils import get_model
 from obc.solver.errors import UserError
 from obc.solver.hessian import Gram
 from obc.solver.layers import view
@@ -515,6 +518,46 @@ def test_interrupted_run_resumes_to_the_same_bits(words, monkeypatch, tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("mode", ["unstr", "blocked", "struct"])
+def test_one_level_is_that_of_the_database(mode, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run(mode, "--sparsity", "0.75", "--save", "one.pth")
+    run(mode, "--max-sparsity", "0.75", "--delta-sparse", "0.5", "--sparse-dir", "db")
+    one, level = state_of(Path("one.pth")), state_of(Path("db/rn8_7500.pth"))
+    assert one.keys() == level.keys()
+    for name in one:
+        assert torch.equal(one[name] == 0, level[name] == 0)
+        torch.testing.assert_close(one[name], level[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["unstr", "blocked", "struct"])
+def test_one_level_sequentially(mode, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    errors = {}
+    for way in ([], ["--sequential"]):
+        run(mode, "--sparsity", "0.75", "--save", "one.pth", *way, "--nsamples", "256")
+        state = state_of(Path("one.pth"))
+        weight = state["layer2.0.conv2.weight"]
+        assert int((weight == 0).sum()) == -(-weight.numel() * 3 // 4)
+        if mode == "struct":
+            assert ((weight == 0).all(dim=(0, 2, 3)) | (weight != 0).any(dim=(0, 2, 3))).all()
+        errors[len(way)] = output_change(state)
+    assert errors[1] < 0.8 * errors[0]
+
+
+def output_change(state: dict[str, Tensor]) -> float:
+    """Mean squared change of the class scores on test images."""
+    dense = get_model("rn8", "digits").eval()
+    network = copy.deepcopy(dense)
+    network.load_state_dict(state)
+    data = load_data("digits", nsamples=64, seed=0)
+    with torch.no_grad():
+        changes = [
+            (network(x) - dense(x)).square().mean() for x, _ in batches_of_test(data, batchsize=100)
+        ]
+    return float(torch.stack(changes).mean())
+
+
 def test_zeros_of_a_checkpoint_stay(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     run("nmprune", "--sequential", "--save", "nm.pth")
@@ -551,7 +594,15 @@ def test_check_measures_the_same_errors(monkeypatch, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("unstr", "--sparse-dir", "db"), "--sequential belongs to quant and nmprune"),
+        (
+            ("unstr", "--sparse-dir", "db"),
+            "--sequential yields one model: unstr needs --sparsity F",
+        ),
+        (
+            ("struct", "--sparsity", "0.5", "--max-sparsity", "0.7", "--save", "x.pth"),
+            "--sparsity is one level",
+        ),
+        (("blocked", "--sparsity", "0.5", "--sparse-dir", "db"), "blocked yields one model"),
         (("nmprune", "--shards", "2"), "--sequential runs in one process"),
         (("nmprune", "--cache", "cache"), "--sequential has no use for --cache"),
     ],

@@ -51,7 +51,6 @@ class Mode(ABC):
 
     name: ClassVar[str]
     text: ClassVar[str]  # for --help
-    sequential: ClassVar[bool] = False  # an option of the modes that yield one model
     baseline: ClassVar[str] = "magnitude"  # the --order besides obs
     channels_innermost: ClassVar[bool] = False  # whether columns are in the order (kh, kw, c)
     rows_divisible: ClassVar[bool] = True  # whether processes can share the rows of a layer
@@ -64,6 +63,11 @@ class Mode(ABC):
         "obs; or a baseline: magnitude (pruning: the smallest weights go, the others stay as they "
         "are), nearest (quant: rounding to nearest)",
         choices=ORDERS,
+    )
+    sequential: bool = option(
+        False,
+        "layer by layer in order of execution: each by the inputs that the compressed network "
+        "gives it, to return what the dense network does",
     )
 
     def __post_init__(self) -> None:
@@ -123,7 +127,8 @@ class Mode(ABC):
         """What became of a layer, for its line in the log."""
 
 
-def sparsity(weight: Tensor) -> float:
+def zeros_in(weight: Tensor) -> float:
+    """The fraction of a weight that is zero."""
     return float((weight == 0).float().mean())
 
 
@@ -146,11 +151,6 @@ class QuantMode(Mode):
     wminmax: bool = option(False, "min-max weight range instead of the search")
     asym: bool = option(False, "symmetric activation grid (a-sym)")
     aminmax: bool = option(False, "min-max activation range instead of the search")
-    sequential: bool = option(
-        False,
-        "layer by layer in order of execution: each by the inputs that the compressed network "
-        "gives it, to return what the dense network does",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,11 +200,6 @@ class NMPruneMode(Mode):
 
     prunen: int = option(2, "zeros per group", type=cli.nonnegative_int)
     prunem: int = option(4, "weights per group", type=cli.positive_int)
-    sequential: bool = option(
-        False,
-        "layer by layer in order of execution: each by the inputs that the compressed network "
-        "gives it, to return what the dense network does",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,7 +214,7 @@ class NMPruneMode(Mode):
         solver.nmprune(self.prunen, self.prunem)
 
     def label(self, weight: Tensor) -> str:
-        return f"sparsity {sparsity(weight):.4f} ({self.prunen}:{self.prunem})"
+        return f"sparsity {zeros_in(weight):.4f} ({self.prunen}:{self.prunem})"
 
 
 # -- a database of levels --------------------------------------------------------------------------
@@ -227,11 +222,16 @@ class NMPruneMode(Mode):
 
 @dataclass(frozen=True)
 class LevelMode(Mode, ABC):
-    """A mode that yields the layer at every sparsity of a grid, from one elimination."""
+    """A mode that yields the layer at every sparsity of a grid, from one elimination.
 
-    yields_levels = True
+    With `sparsity` it yields one model, whose layers all have this fraction of zeros.
+    """
+
     default_grid: ClassVar[tuple[float, float, float]]  # minimum, maximum, delta
 
+    sparsity: float | None = option(
+        None, "one level, for --save, in place of a database", metavar="F", type=cli.fraction
+    )
     min_sparsity: float | None = option(
         None, "fraction of zeros at the first level", metavar="F", type=cli.fraction
     )
@@ -242,6 +242,14 @@ class LevelMode(Mode, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sparsity is not None:
+            if any(getattr(self, name) is not None for name in GRID_OPTIONS):
+                raise UserError("--sparsity is one level: leave out --min-, --max-, --delta-sparse")
+            return
+        if self.sequential:
+            raise UserError(
+                f"--sequential yields one model: {self.name} needs --sparsity F and --save FILE"
+            )
         for name, default in zip(GRID_OPTIONS, self.default_grid, strict=True):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -253,12 +261,31 @@ class LevelMode(Mode, ABC):
         if self.delta_sparse == 0:
             raise UserError("--delta-sparse must be above 0")
 
+    @property
+    def yields_levels(self) -> bool:
+        return self.sparsity is None
+
     @cached_property
     def sparsities(self) -> list[float]:
+        if self.sparsity is not None:
+            return [self.sparsity]
         return sparsity_grid(self.min_sparsity, self.max_sparsity, self.delta_sparse)
 
+    @abstractmethod
+    def prepare(self, solver: TrueOBS) -> None:
+        """Find the order in which the layer's weights go."""
+
+    def solve(self, solver: TrueOBS) -> None:
+        self.prepare(solver)
+        if not self.yields_levels:
+            (weight,) = solver.prune_unstr(self.sparsities)
+            solver.world.fill_rows(weight)
+            solver.layer.weight.data.copy_(weight)
+
     def label(self, weight: Tensor) -> str:
-        return f"{len(self.sparsities)} levels to sparsity {sparsity(weight):.4f}"
+        if not self.yields_levels:
+            return f"sparsity {zeros_in(weight):.4f}"
+        return f"{len(self.sparsities)} levels to sparsity {zeros_in(weight):.4f}"
 
 
 GRID_OPTIONS = ("min_sparsity", "max_sparsity", "delta_sparse")
@@ -273,7 +300,7 @@ class UnstrMode(LevelMode):
     serves = ("unstr",)
     default_grid = (0.0, 0.99, 0.1)
 
-    def solve(self, solver: TrueOBS) -> None:
+    def prepare(self, solver: TrueOBS) -> None:
         solver.prepare_unstr()
 
 
@@ -294,7 +321,7 @@ class BlockedMode(LevelMode):
     def divisor(self) -> int:
         return self.blocked_size
 
-    def solve(self, solver: TrueOBS) -> None:
+    def prepare(self, solver: TrueOBS) -> None:
         solver.prepare_blocked(self.blocked_size)
 
 
@@ -307,7 +334,7 @@ class StructMode(LevelMode):
     rows_divisible = False
     default_grid = (0.0, 0.9, 0.05)
 
-    def solve(self, solver: TrueOBS) -> None:
+    def prepare(self, solver: TrueOBS) -> None:
         solver.prepare_struct(size=solver.view.taps)
 
 
