@@ -67,11 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
-    add(
-        "--save",
-        metavar="FILE",
-        help="where to save the compressed model, of a mode that yields one",
-    )
+    add("--save", metavar="FILE", help="where modes that yield one model save it")
     add("--sparse-dir", metavar="DIR", help="folder for the database of the other modes (made)")
     add(
         "--shards",
@@ -110,7 +106,8 @@ def check_options(args: argparse.Namespace) -> Mode:
     if mode.yields_levels:
         if args.save:
             raise UserError(
-                f"{mode.name} yields many models: name a --sparse-dir, not --save; or one --sparsity"
+                f"{mode.name} yields many models: name a --sparse-dir, not --save; "
+                "or one level, by --sparsity"
             )
         if not args.sparse_dir:
             raise UserError(f"{mode.name} needs --sparse-dir DIR for its database")

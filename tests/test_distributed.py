@@ -79,10 +79,20 @@ def test_alone_nothing_is_done():
 
 
 @gloo
-@pytest.mark.parametrize("mode", ["unstr", "quant", "struct"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("unstr", *GRID),
+        ("quant", "--wbits", "4", "--abits", "4"),
+        ("struct", *GRID),
+        ("unstr", "--sparsity", "0.7"),
+        ("struct", "--sparsity", "0.5"),
+    ],
+    ids=" ".join,
+)
 def test_two_processes_write_what_one_writes(mode, tmp_path):
-    many = mode != "quant"
-    words = ["rn8", "digits", mode, *QUICK, *(GRID if many else ("--wbits", "4", "--abits", "4"))]
+    many = "--max-sparsity" in mode
+    words = ["rn8", "digits", *mode, *QUICK]
 
     def output(name: str) -> list[str]:
         return ["--sparse-dir" if many else "--save", str(tmp_path / name) + ".pth" * (not many)]
