@@ -449,7 +449,7 @@ class SequentialCompression(Compression):
         """Mean over images of ‖y − ŷ‖² for every layer, in one pass over the images.
 
         y and ŷ are its outputs in the dense and in the compressed network, without the bias. A
-        layer that is called several times changes its own later inputs, so that it has no one error.
+        layer that is called several times changes its own later inputs, so it has no one error.
         """
         count, sums = 0, {name: 0.0 for name in self.results if name not in self.walk.repeated}
         for name in self.results.keys() - sums.keys():
