@@ -452,6 +452,42 @@ def test_activation_grids_fit_what_the_compressed_network_gives(wbits):
         quant.set_activation_grid(layer, done.act_quant)
 
 
+class Overwrites(nn.Module):
+    """A layer whose first input is overwritten before its second call; layers of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(192, 192)
+        self.block = nn.TransformerEncoderLayer(48, 2, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        y = self.layer(x)
+        x.zero_()
+        return self.block((self.layer(y) + x).unflatten(1, (4, 48))).mean(1)
+
+
+@pytest.mark.parametrize("threads_in_use", [1, 2])
+def test_inputs_that_are_overwritten_later(threads_in_use, threads):
+    torch.set_num_threads(threads_in_use)
+    torch.manual_seed(0)
+    dense = Overwrites().eval()
+    result = sequentially(dense, dense, QuantMode(wbits=8, abits=8, sequential=True))
+    with torch.no_grad():
+        x = batches()[0][0].flatten(1)
+        grid = quant.fit_activation_grid(torch.cat([x, dense.layer(x)]).flatten(), 8)
+    torch.testing.assert_close(result.layer.act_quant.scale, grid.scale)
+    for name in ("linear1", "linear2"):  # in a module of torch, which is one operation
+        layer, before = result.block.get_submodule(name), dense.block.get_submodule(name)
+        assert not torch.equal(layer.weight, before.weight)
+    assert torch.equal(
+        result.block.self_attn.out_proj.weight, dense.block.self_attn.out_proj.weight
+    )
+    with torch.no_grad():
+        images = batches()[1][0]
+        torch.testing.assert_close(result(images.clone()), dense(images.clone()), rtol=0, atol=0.05)
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 

@@ -347,13 +347,17 @@ class DoubleWalk:
     def first_inputs(self, name: str) -> list[Tensor]:  # (values,) each
         """What the compressed network gives a layer for the first batch, a tensor for each call."""
         inputs: list[Tensor] = []
+
+        def see(x: Tensor) -> None:
+            inputs.append(x.flatten().to(torch.float32, copy=True))  # it may be overwritten
+
         count = None if isinstance(self.walk, WholeWalk) else self.calls[name]
         kept = len(self.boundary) > 0
         images = None if kept else placed(next(iter(self.batches))[0], self.device)
         with torch.inference_mode(), one_thread():
             walks = self._walks()
             self._go_on(walks, 0, images, self._span(name)[0])
-            self._see_inputs(walks[1], name, lambda x: inputs.append(x.float().flatten()), count)
+            self._see_inputs(walks[1], name, see, count)
             if kept:
                 self.boundary.put(0, [walk.leave() for walk in walks])
         return inputs
