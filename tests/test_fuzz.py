@@ -61,7 +61,7 @@ def test_the_fuzzer_notices_a_write_into_memory_that_is_read_again(
 
 def finish_without_copies(run: TracedModel) -> object:
     env, position = dict(run.env), run.position
-    run._run_to(len(run.nodes))
+    run.run_to(len(run.nodes))
     output = run.env[run.nodes[-1]]
     run.env, run.position = env, position
     return output

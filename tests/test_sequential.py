@@ -485,7 +485,7 @@ def test_inputs_that_are_overwritten_later(threads_in_use, threads):
     )
     with torch.no_grad():
         images = batches()[1][0]
-        torch.testing.assert_close(result(images.clone()), dense(images.clone()), rtol=0, atol=0.05)
+        torch.testing.assert_close(result(images.clone()), dense(images.clone()), rtol=0, atol=0.1)
 
 
 # -- the command -----------------------------------------------------------------------------------
