@@ -14,10 +14,13 @@ from __future__ import annotations
 import obc.toolkit.starting  # noqa: F401  # isort: skip
 
 import argparse
+import copy
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+from modelutils import Evaluation
 from obc.inputs import files
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, origins, records, sensitivity
@@ -77,7 +80,8 @@ def write_errors(
 def evaluate_levels(
     db: Database, session: Session, invocation: Invocation, prefix: str | Path
 ) -> None:
-    """Accuracy with every layer at the same level, for every level; at the end, of the last."""
+    """Evaluate the model with all layers at the same level, for every level."""
+    model = copy.deepcopy(session.model)
     contents = {"database": db.hash, "test images": images_hash(session.data.test)}
     marks = session.fingerprint(invocation, contents)
     folder = Path(prefix) / f".{db.model}_{db.kind}_eval.partial"
@@ -96,13 +100,16 @@ def evaluate_levels(
             log.info("resuming: %d of %d levels are done", len(notes.known), len(db.levels))
         with notes:
             for level in db.levels:
-                if (accuracy := notes.get(level)) is None:
-                    db.stitch(session.model, dict.fromkeys(db.layers, level))
-                    accuracy = session.accuracy(session.model)
-                    notes.add(level, accuracy)
-                cli.print_result(f"{level} {accuracy:.2f}")
+                if (note := notes.get(level)) is None:
+                    db.stitch(model, dict.fromkeys(db.layers, level))
+                    notes.add(level, note := asdict(session.evaluation(model)))
+                evaluation = Evaluation(**note)
+                cli.print_result(
+                    f"{level} {evaluation.top1:.2f}  KL {evaluation.kl:.3g}  "
+                    f"agreement {evaluation.agreement:.2f}"
+                )
         state.finish()
-    cli.print_result(f"top-1 {accuracy:.2f}")
+    cli.print_result(f"top-1 {evaluation.top1:.2f}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -118,8 +125,9 @@ def run(args: argparse.Namespace) -> None:
     elif profile is not None:
         origins.check_profile(profile, db)
         origins.report_cost(profile, db, session.model, session.image_shape)
-        db.stitch(session.model, profile)
-        cli.print_result(f"top-1 {session.accuracy(session.model):.2f}")
+        model = copy.deepcopy(session.model)
+        db.stitch(model, profile)
+        cli.print_result(str(session.evaluation(model)))
     else:
         path = score_file(args.score_path, db.model, db.kind, args.action)
         write_errors(db, session, invocation, args.action, path)

@@ -183,6 +183,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         return world.leave()
     if grids := mode.activation_grids(dense, batches, session.device):
+        dense = copy.deepcopy(dense)  # the session's one rounds nothing
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
     record, folder = output_files(args.save, args.sparse_dir, model_tag(args.model))
@@ -210,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
             write_database(compression, Path(args.sparse_dir), model_tag(args.model), origin)
         if args.save:
             files.save_checkpoint(compressed.state_dict(), args.save, origin)
-        accuracy = None if mode.yields_levels else session.accuracy(compressed)
+        evaluation = None if mode.yields_levels else session.evaluation(compressed)
         if record:
             records.write_run(
                 record,
@@ -218,15 +219,15 @@ def run(args: argparse.Namespace) -> None:
                 invocation.arguments,
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
-                top1=accuracy,
+                **(asdict(evaluation) if evaluation else {"top1": None}),
                 layers=layers,
             )
         state.finish()
     chosen, augmented = session.data.calibration, not args.noaug
     for line in doubtful_claims(compression.layers, layers, chosen, mode, augmented):
         log.warning(line)
-    if accuracy is not None:
-        cli.print_result(f"top-1 {accuracy:.2f}")
+    if evaluation:
+        cli.print_result(str(evaluation))
     world.leave()
 
 

@@ -29,7 +29,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
         reports = correct(model, requested, state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save, origin_marks(session.model))
-        accuracy = session.accuracy(model)
+        evaluation = session.evaluation(model)
         if args.save:
             records.write_run(
                 Path(args.save).with_suffix(".json"),
@@ -284,11 +284,11 @@ def run(args: argparse.Namespace) -> None:
                 invocation.arguments,
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
-                top1=accuracy,
+                **asdict(evaluation),
                 corrections=[vars(report) for report in reports],
             )
         state.finish()
-    cli.print_result(f"top-1 {accuracy:.2f}")
+    cli.print_result(str(evaluation))
     session.world.leave()
 
 

@@ -45,7 +45,7 @@ def train(epochs: int, seed: int) -> tuple[CifarResNet, float]:
         optimizer.step()
         schedule.step()
     model.eval()
-    return model, evaluate(model, test_batches(digits), torch.device("cpu"))
+    return model, evaluate(model, test_batches(digits), torch.device("cpu")).top1
 
 
 def build_parser() -> cli.Parser:

@@ -210,7 +210,7 @@ class FineTuning:
         """The figures of an epoch with accuracy, sparsity and time; logged."""
         started = time.perf_counter()
         self.learned = plain = self.plain()
-        top1 = evaluate(plain, self.images.test_batches(), self.device)
+        top1 = evaluate(plain, self.images.test_batches(), self.device).top1
         seconds = figures["training_s"] + time.perf_counter() - started
         figures |= {
             "top1": top1,

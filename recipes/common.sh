@@ -30,11 +30,11 @@ make_file() {  # the same, for a command whose result is a file
 # A command that fails inside $(…) stops the recipe only if $(…) is assigned to a variable: never use
 # it as an argument.
 
-top1() {  # top1 SCRIPT ARGS…: run, and print the accuracy in the last line
-    run "$@" | tail -n 1 | sed -n 's/^top-1 //p'
+top1() {  # top1 SCRIPT ARGS…: run, and print top-1, KL and agreement (the dense model: top-1 only)
+    run "$@" | awk '$1 == "KL" { rest = "\t" $2 "\t" $4 } $1 == "top-1" { print $2 rest }'
 }
 
-record() {  # record METHOD TARGET REACHED TOP1: a line of the table
+record() {  # record METHOD TARGET REACHED TOP1: a line of the table, TOP1 as `top1` prints it
     printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >> "$RESULTS"
 }
 

@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     session = Session.of(common_options(args))
-    cli.print_result(f"top-1 {session.accuracy(session.model):.2f}")
+    cli.print_result(str(session.evaluation(session.model)))
 
 
 def main(argv: list[str] | None = None) -> int:

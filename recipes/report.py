@@ -2,10 +2,10 @@
 
     python recipes/report.py RECIPE MODEL DATASET RESULTS.tsv [--scores FILE] [--profiles FILE …]
 
-RESULTS has one line per result, tab-separated: method, target, reached, top-1 (for the dense model:
-`dense`, `-`, `-`, top-1). The table is printed as Markdown, with the paper's number where the paper
-has MODEL and DATASET. Plots are written next to RESULTS as PNGs: accuracy against cost, error per
-layer and level, level per layer.
+RESULTS has one line per result, tab-separated: method, target, reached, top-1 and, if they are
+known, KL and agreement with the dense model (for this one: `dense`, `-`, `-`, top-1). The table is
+printed as Markdown, with the paper's number where the paper has MODEL and DATASET. Plots are
+written next to RESULTS as PNGs: accuracy against cost, error per layer and level, level per layer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse  # noqa: E402
 import math  # noqa: E402
 import re  # noqa: E402
 from itertools import cycle  # noqa: E402
+from typing import NamedTuple  # noqa: E402
 
 import matplotlib  # noqa: E402
 
@@ -72,8 +73,19 @@ PAPER: dict[tuple[str, str], dict[str, dict[str, float]]] = {
 }
 
 
-def read_results(path: Path) -> list[tuple[str, str, str, float]]:
-    """Method, target, reached, top-1 of each line. Raises a UserError that names a bad line."""
+class TableLine(NamedTuple):
+    """A line of RESULTS."""
+
+    method: str
+    target: str
+    reached: str
+    top1: float
+    kl: str = "–"
+    agreement: str = "–"
+
+
+def read_results(path: Path) -> list[TableLine]:
+    """Raises a UserError that names a bad line."""
     try:
         lines = path.read_text().splitlines()
     except UnicodeDecodeError:
@@ -81,9 +93,9 @@ def read_results(path: Path) -> list[tuple[str, str, str, float]]:
     results = []
     for number, line in enumerate(lines, 1):
         try:
-            method, target, reached, top1 = line.split("\t")
-            results.append((method, target, reached, float(top1)))
-        except ValueError:
+            method, target, reached, top1, *rest = line.split("\t")
+            results.append(TableLine(method, target, reached, float(top1), *rest))
+        except (ValueError, TypeError):
             raise UserError(
                 f"{path}, line {number}: expected method, target, reached, top-1; "
                 "did an earlier command fail?"
@@ -101,9 +113,10 @@ def paper_number(recipe: str, model: str, dataset: str, method: str, target: str
     return "–" if value is None else f"{value:.2f}"
 
 
-def markdown(args: argparse.Namespace, results: list[tuple[str, str, str, float]]) -> str:
-    lines = ["| target | method | reached | top-1 | paper |", "|---|---|---|---|---|"]
-    for method, target, reached, top1 in results:
+def markdown(args: argparse.Namespace, results: list[TableLine]) -> str:
+    head = "| target | method | reached | top-1 | KL | agreement | paper |"
+    lines = [head, "|---" * head.count(" | ") + "|---|"]
+    for method, target, reached, top1, kl, agreement in results:
         paper = "–"
         if not args.no_paper:
             paper = paper_number(args.recipe, args.model, args.dataset, method, target)
@@ -111,7 +124,8 @@ def markdown(args: argparse.Namespace, results: list[tuple[str, str, str, float]
             target = reached = "–"
         if is_number(reached):  # times less than dense
             target, reached = f"{target}×", f"{float(reached):.2f}×"
-        lines.append(f"| {target} | {method} | {reached} | {top1:.2f} | {paper} |")
+        cells = target, method, reached, f"{top1:.2f}", kl, agreement, paper
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -119,19 +133,19 @@ def is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdecimal()
 
 
-def draw_accuracy(args: argparse.Namespace, results: list[tuple[str, str, str, float]]) -> None:
+def draw_accuracy(args: argparse.Namespace, results: list[TableLine]) -> None:
     """Top-1 against cost, one line per method, with the dense model's as a dashed line."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    compressed = [result for result in results if result[0] != DENSE]
-    numeric = all(is_number(reached) for _, _, reached, _ in compressed)
-    methods = dict.fromkeys(method for method, *_ in compressed)
+    compressed = [result for result in results if result.method != DENSE]
+    numeric = all(is_number(result.reached) for result in compressed)
+    methods = dict.fromkeys(result.method for result in compressed)
     for method, marker in zip(methods, cycle("osx^"), strict=False):
-        points = [(reached, top1) for name, _, reached, top1 in compressed if name == method]
+        points = [(one.reached, one.top1) for one in compressed if one.method == method]
         xs = [float(reached) if numeric else reached for reached, _ in points]
         axes.plot(xs, [top1 for _, top1 in points], marker=marker, label=method, alpha=0.8)
-    for top1 in (top1 for method, _, _, top1 in results if method == DENSE):
+    for top1 in (result.top1 for result in results if result.method == DENSE):
         axes.axhline(top1, color="grey", linestyle="--", label=f"dense, {top1:.2f}", zorder=0)
-    values = [top1 for *_, top1 in results]
+    values = [result.top1 for result in results]
     margin = max(0.5, 0.05 * (max(values) - min(values)))
     axes.set_ylim(min(values) - margin, max(values) + margin)
     axes.set_xlabel(COSTS.get(args.cost, "times less than dense") if numeric else "bits or pattern")

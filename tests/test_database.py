@@ -207,10 +207,12 @@ def test_stitch_and_eval_tell_the_accuracy(prefix: Path, capsys: pytest.CaptureF
     levels = ["0000", "4000", "6400", "7840", "8704", "9000"]
     assert [line.split()[0] for line in lines] == [*levels, "top-1"]
     assert lines[-1].split()[1] == lines[-2].split()[1]
+    kls = [float(line.split()[3]) for line in lines[:-1]]
+    assert kls[0] < 1e-6 < kls[1] < kls[-1] and lines[0].endswith("agreement 100.00")
     profile = prefix / "profile.txt"
     write_profile(profile, dict.fromkeys(read_layers(prefix), "0000"))
     assert command(prefix, "unstr", "stitch", "--profile", str(profile)) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "top-1 99.44"
+    assert capsys.readouterr().out.splitlines()[-2:] == ["KL 0  agreement 100.00", "top-1 99.44"]
 
 
 def read_layers(prefix: Path) -> list[str]:

@@ -171,6 +171,9 @@ def test_the_record_tells_arguments_machine_and_layers(quant_run):
     assert record["arguments"]["wbits"] == 4 and record["arguments"]["seed"] == 0
     assert record["environment"]["torch"] == torch.__version__
     assert record["top1"] == pytest.approx(accuracy(done), abs=0.005)
+    kl, agreement = float(done.out.split()[-5]), float(done.out.split()[-3])
+    assert record["kl"] == pytest.approx(kl, rel=0.01) and 0 < kl < 0.1
+    assert record["agreement"] == pytest.approx(agreement, abs=0.005) and agreement > 97
     assert record["seconds"] > 0
     assert [layer["name"] for layer in record["layers"]] == LAYERS
     for layer, line in zip(record["layers"], done.err.splitlines(), strict=True):

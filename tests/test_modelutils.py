@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import pickle
 import urllib.error
 
@@ -17,7 +18,9 @@ from datautils import test_batches as batches_of_tests
 from modelutils import (
     CIFAR_BLOCKS,
     CifarResNet,
+    Evaluation,
     check_layers,
+    class_scores,
     evaluate,
     find_layers,
     get_model,
@@ -93,7 +96,7 @@ def test_rn8_on_digits_needs_nothing():
     digits = load_data("digits")
     model = get_model("rn8", "digits", classes=10)
     assert not model.training
-    assert evaluate(model, batches_of_tests(digits), CPU) >= 98.5
+    assert evaluate(model, batches_of_tests(digits), CPU).top1 >= 98.5
 
 
 def test_unknown_models_come_with_suggestions():
@@ -446,7 +449,7 @@ def test_evaluation_counts_right_and_restores_every_mode():
     model = Scores().train()
     model.norm.eval()
     right = sum(int(row.argmax() == label) for row, label in zip(scores, labels, strict=True))
-    assert evaluate(model, batches, CPU) == pytest.approx(100 * right / 12)
+    assert evaluate(model, batches, CPU) == Evaluation(pytest.approx(100 * right / 12))
     assert mean_loss(model, batches, CPU) == pytest.approx(
         F.cross_entropy(scores.double(), labels).item()
     )
@@ -454,6 +457,27 @@ def test_evaluation_counts_right_and_restores_every_mode():
     assert (model.training, model.norm.training, model.drop.training) == (True, False, True)
     with pytest.raises(UserError, match="no images"):
         evaluate(model, [], CPU)
+
+
+def test_kl_and_agreement_with_the_dense_model_by_their_definitions():
+    torch.manual_seed(1)
+    batches = [(torch.randn(n, 3, 2, 2), torch.randint(4, (n,))) for n in (5, 1, 6)]
+    dense, model = (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval() for _ in range(2))
+    kl, same = 0.0, 0
+    for image in torch.cat([images for images, _ in batches]):
+        p, q = (net(image[None])[0].double().softmax(0).tolist() for net in (dense, model))
+        kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 12
+        same += p.index(max(p)) == q.index(max(q))
+    scores = class_scores(dense, batches, CPU)
+    found = evaluate(model, batches, CPU, scores)
+    assert (found.kl, found.agreement) == (pytest.approx(kl), pytest.approx(100 * same / 12))
+    assert evaluate(dense, batches, CPU, scores) == Evaluation(
+        evaluate(dense, batches, CPU).top1, 0.0, 100.0
+    )
+    assert str(Evaluation(87.123, 0.01234, 98.456)) == "KL 0.0123  agreement 98.46\ntop-1 87.12"
+    with torch.no_grad():
+        model[1].bias[0] = math.inf  # a wrecked model is reported, not hidden
+    assert math.isnan(evaluate(model, batches, CPU, scores).kl)
 
 
 def test_modes_come_back_after_an_error_too():
@@ -491,4 +515,4 @@ def test_a_half_precision_torchvision_checkpoint_loads(shared_data):
 def test_published_accuracies(name, weights, size, top1, shared_data, cifar10_images):
     data = load_data("cifar10", datapath=cifar10_images, image_size=size)
     model = get_model(name, "cifar10", shared_data / weights, len(data.classes))
-    assert evaluate(model, batches_of_tests(data), CPU) == pytest.approx(top1, abs=0.05)
+    assert evaluate(model, batches_of_tests(data), CPU).top1 == pytest.approx(top1, abs=0.05)

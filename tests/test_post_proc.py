@@ -106,6 +106,7 @@ def test_all_corrections_keep_zeros_and_grids_and_the_file_is_already_corrected(
         option.removeprefix("--") for option in CORRECTIONS
     ]
     assert record["top1"] == pytest.approx(float(top1.split()[1]), abs=0.005)
+    assert 0 < record["kl"] < 0.1 and 97 < record["agreement"] <= 100
     assert record["arguments"]["bnt_batches"] == 4
 
 

@@ -60,17 +60,18 @@ def run_recipe(name: str, *words: str, python: Path, **settings: object):
 
 
 def table(output: str) -> list[list[str]]:
-    """Target, method, reached, top-1, paper: rows of the Markdown table, the only output."""
+    """Target, method, reached, top-1, KL, agreement, paper: rows of the table, the only output."""
     head, rule, *rows = output.splitlines()
-    assert head == "| target | method | reached | top-1 | paper |"
-    assert rule == "|---|---|---|---|---|"
+    assert head == "| target | method | reached | top-1 | KL | agreement | paper |"
+    assert rule == "|---|---|---|---|---|---|---|"
     return [row.removeprefix("| ").removesuffix(" |").split(" | ") for row in rows]
 
 
 def compressed(output: str) -> list[list[str]]:
     """The rows of a recipe's table below the dense model's."""
     dense, *rows = table(output)
-    assert [*dense[:3], dense[4]] == ["–", "dense", "–", "–"] and float(dense[3]) > 95
+    assert [*dense[:3], *dense[4:]] == ["–", "dense", "–", "–", "–", "–"] and float(dense[3]) > 95
+    assert all(float(row[4]) >= 0 and 0 <= float(row[5]) <= 100 for row in rows)
     return rows
 
 
@@ -151,7 +152,7 @@ def test_uniform_tables(name, expected, warm, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     rows = compressed(done.stdout)
     assert [(target, method, reached) for target, method, reached, *_ in rows] == expected
-    for target, _, _, top1, paper in rows:
+    for target, _, _, top1, _, _, paper in rows:
         assert float(top1) > (30 if target == "2" else 95) and paper == "–"
     check_picture(tmp_path / "results" / f"{name}_accuracy.png")
 
@@ -160,7 +161,7 @@ def check_nonuniform(name: str, methods: list[str], targets: list[str], output: 
     """A row per target and method, each of which meets its target; the pictures."""
     rows = compressed(output)
     assert [row[:2] for row in rows] == [[f"{t}×", m] for t in targets for m in methods]
-    for target, _, reached, top1, paper in rows:
+    for target, _, reached, top1, _, _, paper in rows:
         times, wanted = float(reached.removesuffix("×")), float(target.removesuffix("×"))
         assert wanted <= times + 0.005 and times < 3 * wanted
         assert float(top1) > 90 and paper == "–"
@@ -256,7 +257,7 @@ def report(tmp_path, capsys):
 UNSTRUCTURED = """dense\t-\t-\t76.1
 uniform\t2\t2.01\t75.1
 DP\t2\t2.0004\t75.5
-search\t4\t4.0004\t74.123
+search\t4\t4.0004\t74.123\t0.0123\t90.50
 """
 
 
@@ -271,15 +272,16 @@ search\t4\t4.0004\t74.123
 )
 def test_numbers_of_the_paper(recipe, model, dataset, papers, report, tmp_path):
     status, out, _ = report(UNSTRUCTURED, recipe, model, dataset)
-    assert status == 0 and [row[4] for row in table(out)] == papers
-    assert table(out)[3][:4] == ["4×", "search", "4.00×", "74.12"]
+    assert status == 0 and [row[-1] for row in table(out)] == papers
+    assert table(out)[3][:6] == ["4×", "search", "4.00×", "74.12", "0.0123", "90.50"]
+    assert table(out)[2][4:6] == ["–", "–"]  # written before there were any
     check_picture(tmp_path / f"{recipe}_accuracy.png")
 
 
 def test_numbers_of_the_paper_of_quantisation(report):
     lines = "asymmetric, BN-tuned\t3\t3 bits\t75\nsymmetric\t3\t3 bits\t73\n"
     status, out, _ = report(lines, "quantisation", "rn50", "imagenet")
-    assert status == 0 and [row[4] for row in table(out)] == ["75.24", "73.61"]
+    assert status == 0 and [row[-1] for row in table(out)] == ["75.24", "73.61"]
     assert [row[:3:2] for row in table(out)] == [["3", "3 bits"]] * 2
 
 

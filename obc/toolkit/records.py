@@ -13,6 +13,8 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
     corrections  list of objects (post_proc.py): name, seconds, losses per epoch
     seconds      number: how long the run took; if it was resumed, since then
     top1         number in percent, or null (main_trueobs.py, post_proc.py)
+    kl           number: mean KL(dense ‖ compressed) over the test images, in nats
+    agreement    number: percent of the test images that both models give the same class
 
 and further figures of the command. A layer of main_trueobs.py: name, shape, result, dense, seconds,
 squared_error, relative_error, damping, rank_deficit, patches; with --check also checked_error,
@@ -57,6 +59,8 @@ SCHEMA = {  # key: types of its value, whether every record has it
     "corrections": (list, False),
     "seconds": ((int, float), False),
     "top1": ((int, float, type(None)), False),
+    "kl": ((int, float, type(None)), False),
+    "agreement": ((int, float), False),
 }
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "safetensors")
 NOT_REPEATED = ("help", "repeat", "restart")

@@ -3,7 +3,7 @@
     Session.of(common_options(args)) ─┬─ .model           the dense model, on the device
                                       ├─ .calibration()   calibration images, augmented or not
                                       ├─ .fingerprint(…)  what the run depends on
-                                      ├─ .accuracy(m)     top-1 on the test images
+                                      ├─ .evaluation(m)   top-1 and KL on the test images
                                       └─ .world           the processes that share the work
 
 `Invocation` is a command as it was called, for its fingerprint and its record. `load_compressed`
@@ -17,6 +17,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ import quant
 from datautils import ArrayImages, ImageData, ImageSet, calibration_batches, load_data, test_batches
 from modelutils import (
     SHIPPED_WEIGHTS,
+    Evaluation,
     check_layers,
+    class_scores,
     evaluate,
     evaluating,
     find_layers,
@@ -169,13 +172,22 @@ class Session:
             marks["--memory"] = f"{memory:g}"
         return marks | contents | surroundings(self.device, code, threads)
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Top-1 in percent on the test images; each of several processes evaluates its share."""
+    def test_shard(self) -> ImageBatches:
+        """This process's share of the test images."""
         batches = test_batches(
             self.data, batchsize=self.options.batchsize, workers=self.options.workers
         )
-        shard = batches.shard(self.world.rank, self.world.size)
-        return evaluate(model, shard, self.device, self.world)
+        return batches.shard(self.world.rank, self.world.size)
+
+    @cached_property
+    def dense_scores(self) -> Tensor:
+        """What the dense model returns for this process's test images."""
+        return class_scores(self.model, self.test_shard(), self.device)
+
+    def evaluation(self, model: nn.Module) -> Evaluation:
+        """How good a model is on the test images, and how close to the dense one."""
+        scores = None if model is self.model else self.dense_scores
+        return evaluate(model, self.test_shard(), self.device, scores, self.world)
 
 
 def images_hash(images: ImageSet) -> str:
