@@ -182,6 +182,7 @@ def run(args: argparse.Namespace) -> None:
     show_plan(session, compressed, mode, asked=args.plan)
     if args.plan:
         return world.leave()
+    dense_top1 = session.dense_top1()
     if grids := mode.activation_grids(dense, batches, session.device):
         for model in (dense, compressed):
             attach_activation_grids(model, grids)
@@ -219,6 +220,7 @@ def run(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 top1=accuracy,
+                dense_top1_calibration=dense_top1,
                 layers=layers,
             )
         state.finish()

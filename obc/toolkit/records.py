@@ -13,6 +13,7 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
     corrections  list of objects (post_proc.py): name, seconds, losses per epoch
     seconds      number: how long the run took; if it was resumed, since then
     top1         number in percent, or null (main_trueobs.py, post_proc.py)
+    dense_top1_calibration  number in percent: the dense model's, on the calibration images
 
 and further figures of the command. A layer of main_trueobs.py: name, shape, result, dense, seconds,
 squared_error, relative_error, damping, rank_deficit, patches; with --check also checked_error,
@@ -57,6 +58,7 @@ SCHEMA = {  # key: types of its value, whether every record has it
     "corrections": (list, False),
     "seconds": ((int, float), False),
     "top1": ((int, float, type(None)), False),
+    "dense_top1_calibration": ((int, float, type(None)), False),
 }
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "safetensors")
 NOT_REPEATED = ("help", "repeat", "restart")
