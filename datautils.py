@@ -358,7 +358,11 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
                 f"({odd} is in one of them only)"
             )
         counts = (root, len(train_classes), test_folder.name, len(test_classes))
-        log.warning("%s: train/ has %d classes, %s/ has %d", *counts)
+        lacking = sorted(train_classes ^ test_classes)
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        log.warning(
+            "%s: train/ has %d classes, %s/ has %d; only one has %s%s", *counts, lacking[0], more
+        )
     train, test = (list_images(folder, names, classes) for folder, names in listed.items())
     return train, test, classes
 

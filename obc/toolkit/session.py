@@ -206,9 +206,9 @@ class Session:
         labels = Counter(images.source.labels[index] for index in images.chosen)
         if top1 <= (level := chance_level(labels)):
             log.warning(
-                "the dense model is near chance, at most %.2f on these images: are the weights "
-                "trained, the class folders in the order of its outputs (--classes) and the pixels "
-                "scaled as in its training?",
+                "the dense model is near chance, since guesses reach up to %.2f on so many images: "
+                "are its weights trained, the class folders in the order of its outputs "
+                "(--classes), and the pixels scaled as in its training?",
                 level,
             )
         return top1
