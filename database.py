@@ -57,6 +57,9 @@ def write_errors(
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
     records.check_repeat(invocation.repeat, marks)
+    figures = {}
+    if action in MEASURES:
+        figures["dense_top1_calibration"] = session.dense_top1()
     with open_state(state_folder(path), marks, invocation.restart, world) as state:
         if action in MEASURES:
             batches = session.calibration().shard(world.rank, world.size)
@@ -69,6 +72,7 @@ def write_errors(
             path.with_suffix(".json"),
             invocation.command,
             invocation.arguments,
+            **figures,
             fingerprint=marks,
             seconds=time.perf_counter() - started,
         )
@@ -84,6 +88,7 @@ def evaluate_levels(
     model = copy.deepcopy(session.model)
     contents = {"database": db.hash, "test images": images_hash(session.data.test)}
     marks = session.fingerprint(invocation, contents)
+    session.dense_top1()
     folder = Path(prefix) / f".{db.model}_{db.kind}_eval.partial"
     try:
         state = open_state(folder, marks, invocation.restart, session.world)
@@ -125,6 +130,7 @@ def run(args: argparse.Namespace) -> None:
     elif profile is not None:
         origins.check_profile(profile, db)
         origins.report_cost(profile, db, session.model, session.image_shape)
+        session.dense_top1()
         model = copy.deepcopy(session.model)
         db.stitch(model, profile)
         cli.print_result(str(session.evaluation(model)))

@@ -21,13 +21,18 @@ Everything random depends on the seed alone. The calibration subset is a seeded 
 sorted list of files, in random order, so that every batch mixes classes. The augmentation of image
 i in pass r is drawn from a generator seeded with (seed, r, i), so it depends neither on the number
 of workers nor on the order in which they run.
+
+Labels are numbers of classes. Without more information, the classes are the class folders, sorted
+as text; a file of class names, one a line in the network's order of outputs, says otherwise.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +42,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from obc.inputs.batches import ImageBatches, Passes, log_skipped, normalise
-from obc.inputs.images import BadImage, FileImages, damaged, list_images, subfolders
+from obc.inputs.images import (
+    BadImage,
+    FileImages,
+    inspect_files,
+    list_images,
+    log_scalings,
+    subfolders,
+)
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
 
@@ -46,6 +58,8 @@ DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  #
 DEFAULT_PATHS = {"imagenet": "../imagenet", "cifar10": "../cifar10"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
 CIFAR_BATCHES = "cifar-10-batches-py"  # torchvision's name
+CIFAR_ARCHIVE = "cifar-10-python.tar.gz"  # … of the file that it comes in
+CLASSES_SHOWN = 12  # in a log line
 MAX_WORKERS = 8
 
 
@@ -141,7 +155,7 @@ class ImageData:
     """A dataset as the commands use it."""
 
     name: str
-    classes: list[str]
+    classes: list[str]  # in the order of their numbers
     image_size: int
     calibration: ImageSet
     test: ImageSet
@@ -160,9 +174,11 @@ def load_data(
     nsamples: int = 1024,
     seed: int = 0,
     skip_bad_images: bool = False,  # else they are a UserError
+    class_file: str | os.PathLike[str] | None = None,  # names in the network's order of outputs
 ) -> ImageData:
-    """The dataset `name`. Raises UserError for an unknown name, for missing or empty folders, and
-    for damaged image files (as far as `images.damaged` can tell).
+    """The dataset `name`. Raises UserError for an unknown name, for missing or empty folders, for
+    classes that are not in `class_file`, and for damaged image files (as far as
+    `images.inspect_files` can tell).
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name}; choose from {', '.join(DATASETS)}")
@@ -176,6 +192,21 @@ def load_data(
             train, test, classes = _cifar_arrays(batches)
         else:
             train, test, classes = _folders(name, root)
+    if class_file is not None:
+        names = read_classes(class_file, classes)
+        numbers = [names.index(name) for name in classes]
+        train, test = (
+            replace(source, labels=[numbers[label] for label in source.labels])
+            for source in (train, test)
+        )
+        classes = names
+    elif out_of_order(classes):
+        shown = ", ".join(classes[:CLASSES_SHOWN]) + (", …" if len(classes) > CLASSES_SHOWN else "")
+        log.warning(
+            "classes are numbered in the order of text, %s; if the network's outputs have another "
+            "order, pass --classes FILE",
+            shown,
+        )
     size = DEFAULT_SIZES[name] if image_size is None else image_size
     large = name in ("imagenet", "folder")
     view = View(size, crops=large, flips=name != "digits")
@@ -184,29 +215,78 @@ def load_data(
         counts = (name, len(train), nsamples)
         log.warning("%s has %d training images: calibrating on all of them, not on %d", *counts)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    scalings: dict[str, str] = {}
     calibration, tested = (
-        ImageSet(source, view, _readable(source, chosen, which, workers, skip_bad_images))
+        ImageSet(source, view, _readable(source, chosen, which, workers, skip_bad_images, scalings))
         for which, source, chosen in (
             ("training", train, order[:nsamples].tolist()),
             ("test", test, range(len(test))),
         )
     )
+    log_scalings(scalings)
     return ImageData(name, classes, size, calibration, tested, workers, skip_bad_images)
 
 
 def _readable(
-    source: Images, chosen: Sequence[int], which: str, workers: int, skip: bool
+    source: Images,
+    chosen: Sequence[int],
+    which: str,
+    workers: int,
+    skip: bool,
+    scalings: dict[str, str],  # gets the files whose values are scaled to 8 bits
 ) -> Sequence[int]:
     """The chosen images that can be read. Raises UserError for others unless `skip`."""
     if isinstance(source, ArrayImages):
         return chosen
-    flaws = damaged([source.files[index] for index in chosen], workers)
+    inspection = inspect_files([source.files[index] for index in chosen], workers)
+    scalings.update(inspection.scalings)
+    flaws = inspection.flaws
     if not flaws:
         return chosen
     if not skip or len(flaws) == len(chosen):
         raise BadImage(*next(iter(flaws.items())), others=len(flaws) - 1)
     log_skipped(flaws, f"of {len(chosen)} {which} images")
     return [index for index in chosen if source.files[index] not in flaws]
+
+
+def read_classes(
+    path: str | os.PathLike[str],
+    needed: Sequence[str],  # names that have to be in it
+) -> list[str]:
+    """The class names in a file, one a line. UserError unless each needed one is in it once."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except OSError as error:
+        raise UserError(f"--classes {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--classes {path}: not a text file in UTF-8") from None
+    names = [line.strip() for line in lines]
+    if "" in names:
+        raise UserError(f"--classes {path}: line {names.index('') + 1} is empty")
+    counts = Counter(names)
+    if wrong := [name for name in needed if counts[name] != 1]:
+        times = "not in it" if not counts[wrong[0]] else f"on {counts[wrong[0]]} lines"
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(
+            f"--classes {path}: class {wrong[0]} is {times}{more}; it needs a line for every class "
+            "of the network, and the class folders have to be named as in it"
+        )
+    return names
+
+
+def out_of_order(classes: Sequence[str]) -> bool:
+    """Whether names that differ by numbers are not in the order of these numbers.
+
+    >>> out_of_order(["1", "10", "2"]), out_of_order(["01", "02", "10"]), out_of_order(["b2", "c1"])
+    (True, False, False)
+    """
+    last: dict[str, list[int]] = {}
+    for name in classes:
+        pattern, numbers = re.sub(r"\d+", "#", name), [int(x) for x in re.findall(r"\d+", name)]
+        if numbers < last.get(pattern, []):
+            return True
+        last[pattern] = numbers
+    return False
 
 
 def _digits() -> tuple[ArrayImages, ArrayImages, list[str]]:
@@ -239,8 +319,22 @@ def _cifar_arrays(root: Path) -> tuple[ArrayImages, ArrayImages, list[str]]:
     try:
         sets = [torchvision.datasets.CIFAR10(str(root), train=part) for part in (True, False)]
     except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"{root / CIFAR_BATCHES}: {error}") from None
+        what = _cifar_flaw(root) or f"{root / CIFAR_BATCHES}: {error}"
+        raise UserError(f"{what}; unpack {CIFAR_ARCHIVE} again") from None
     return *(ArrayImages(images.data, images.targets) for images in sets), list(sets[0].classes)
+
+
+def _cifar_flaw(root: Path) -> str | None:
+    """The first of torchvision's files that is missing or damaged, and how many others are."""
+    kind, intact = torchvision.datasets.CIFAR10, torchvision.datasets.cifar.check_integrity
+    files = {**dict([*kind.train_list, *kind.test_list]), kind.meta["filename"]: kind.meta["md5"]}
+    paths = {root / kind.base_folder / name: md5 for name, md5 in files.items()}
+    wrong = {path: path.is_file() for path, md5 in paths.items() if not intact(str(path), md5)}
+    if not wrong:
+        return None
+    path, exists = next(iter(wrong.items()))
+    more = f" ({len(wrong) - 1} more files are missing or damaged)" if len(wrong) > 1 else ""
+    return f"{path}: {'is damaged: its MD5 is another' if exists else 'is missing'}{more}"
 
 
 def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
@@ -248,9 +342,10 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
     test_names = ("val", "test") if name == "cifar10" else ("val",)
     test_folder = next((root / x for x in test_names if (root / x).is_dir()), None)
     if not (root / "train").is_dir() or test_folder is None:
+        packed = name == "cifar10" and (root / CIFAR_ARCHIVE).is_file()
         raise UserError(
-            f"{root}: needs train/<class>/ and {'/<class>/ or '.join(test_names)}"
-            "/<class>/ with images; pass --datapath DIR"
+            f"{root}: needs train/<class>/ and {'/<class>/ or '.join(test_names)}/<class>/ "
+            f"with images; {f'unpack {CIFAR_ARCHIVE}, or ' if packed else ''}pass --datapath DIR"
         )
     listed = {folder: subfolders(folder) for folder in (root / "train", test_folder)}
     train_classes, test_classes = listed.values()
@@ -263,7 +358,11 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
                 f"({odd} is in one of them only)"
             )
         counts = (root, len(train_classes), test_folder.name, len(test_classes))
-        log.warning("%s: train/ has %d classes, %s/ has %d", *counts)
+        lacking = sorted(train_classes ^ test_classes)
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        log.warning(
+            "%s: train/ has %d classes, %s/ has %d; only one has %s%s", *counts, lacking[0], more
+        )
     train, test = (list_images(folder, names, classes) for folder, names in listed.items())
     return train, test, classes
 

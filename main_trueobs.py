@@ -182,6 +182,7 @@ def run(args: argparse.Namespace) -> None:
     show_plan(session, compressed, mode, asked=args.plan)
     if args.plan:
         return world.leave()
+    dense_top1 = session.dense_top1()
     if grids := mode.activation_grids(dense, batches, session.device):
         dense = copy.deepcopy(dense)  # the session's one rounds nothing
         for model in (dense, compressed):
@@ -220,6 +221,7 @@ def run(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 **(asdict(evaluation) if evaluation else {"top1": None}),
+                dense_top1_calibration=dense_top1,
                 layers=layers,
             )
         state.finish()

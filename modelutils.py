@@ -118,18 +118,19 @@ def _with_weights(
                 raise
     classifier, last = list(find_layers(model).items())[-1]
     trained_classes = len(state.get(f"{classifier}.weight", last.weight))
-    _check_classes(f"{path}: these weights have", trained_classes, dataset, classes)
+    check_classes(f"{path}: these weights have", trained_classes, dataset, classes)
     if trained_classes != len(last.weight):
         model = _build(name, auxiliary, num_classes=trained_classes)
     load_state(model, state, path)
     return model
 
 
-def _check_classes(subject: str, trained: int, dataset: str, classes: int | None) -> None:
+def check_classes(subject: str, trained: int, dataset: str, classes: int | None) -> None:
     if classes is not None and trained != classes:
         raise UserError(
-            f"{subject} {trained} classes, but {dataset} has {classes}; "
-            "pass --weights FILE made for this dataset"
+            f"{subject} {trained} classes, but {dataset} has {classes}; pass --classes FILE with "
+            "the network's class names, one a line in the order of its outputs, or a network and "
+            "--weights made for this dataset"
         )
 
 
@@ -141,7 +142,7 @@ def _pretrained(name: str, dataset: str, classes: int | None) -> nn.Module:
     if weights is None:
         raise UserError(f"{name} on {dataset} has no weights to download; pass --weights FILE")
     trained_classes = len(weights.meta["categories"])
-    _check_classes(f"{name}: the weights to download have", trained_classes, dataset, classes)
+    check_classes(f"{name}: the weights to download have", trained_classes, dataset, classes)
     try:
         return torchvision.models.get_model(full, weights=weights)
     except (OSError, RuntimeError) as error:  # no network, no such page, another file than expected

@@ -250,6 +250,7 @@ def run(args: argparse.Namespace) -> None:
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
     records.check_repeat(args.repeat, marks)
+    dense_top1 = session.dense_top1()
 
     def task(name: str, epochs: int) -> TrainingTask:
         images = CalibrationEpochs(data, args.batchsize, args.workers, not args.noaug, args.seed)
@@ -285,6 +286,7 @@ def run(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 **asdict(evaluation),
+                dense_top1_calibration=dense_top1,
                 corrections=[vars(report) for report in reports],
             )
         state.finish()

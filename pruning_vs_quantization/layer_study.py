@@ -376,6 +376,8 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     text = "imagenet, cifar10, digits or folder (default: imagenet)"
     add("--dataset", metavar="DATASET", help=text)
     add("--datapath", metavar="DIR", help="where the images are")
+    text = "class names, one a line, in the order of the network's outputs"
+    add("--classes", metavar="FILE", help=text)
     add("--image-net-dir", metavar="DIR", help="--dataset imagenet --datapath DIR")
     text = "side of the network's input in pixels (default: that of the dataset)"
     add("--image-size", metavar="N", type=positive, help=text)

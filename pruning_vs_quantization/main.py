@@ -160,6 +160,7 @@ def load_inputs(
         options.augment,
         seed,
         options.num_workers,
+        options.classes,
     )
     classes = len(images.data.classes)
     with seeded(seed, torch.device("cpu")):  # a model of the user's own may start at random

@@ -103,9 +103,17 @@ class TrainingData:
         augment: bool,
         seed: int,
         workers: int | None,
+        class_file: str | None = None,  # names in the network's order of outputs
     ) -> TrainingData:
         """Raises UserError if datautils cannot load the dataset."""
-        data = load_data(name, datapath=folder, image_size=image_size, nsamples=1, seed=seed)
+        data = load_data(
+            name,
+            datapath=folder,
+            image_size=image_size,
+            nsamples=1,
+            seed=seed,
+            class_file=class_file,
+        )
         total = len(data.calibration.source)
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
         data = replace(data, calibration=replace(data.calibration, chosen=order[:count]))

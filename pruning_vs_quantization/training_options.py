@@ -138,6 +138,9 @@ class NetworkOptions:
         "folder with train/ and val/ (default: ../imagenet, ../cifar10; digits needs none)",
         metavar="DIR",
     )
+    classes: str | None = training_option(
+        None, "class names, one a line, in the order of the network's outputs", metavar="FILE"
+    )
     weights: str | None = training_option(
         None,
         "dense weights to start from (default: downloaded, or shipped with the toolkit)",
@@ -355,6 +358,8 @@ class TrainingOptions(*GROUPS):
     def settings(self) -> dict[str, Any]:
         """Everything that the results depend on, except the seed."""
         settings = {name: value for name, value in vars(self).items() if name not in NOT_SETTINGS}
+        if self.classes is None:  # as in the results of before there was this option
+            del settings["classes"]
         return settings | {"learning_rate_schedule": str(self.learning_rate_schedule)}
 
     def run_name(self, seed: int) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 import main_trueobs
 from datautils import calibration_batches, load_data
 from datautils import test_batches as batches_of_tests
-from obc.inputs.images import BadImage, damaged, read_image
+from obc.inputs.images import BadImage, inspect_files, read_image
 from obc.solver.errors import UserError
 
 KINDS = ("jpg", "png", "webp", "bmp", "tiff", "ppm")
@@ -64,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def quick_flaw(path: Path) -> str | None:
-    return damaged([str(path)], workers=0).get(str(path))
+    return inspect_files([str(path)], workers=0).flaws.get(str(path))
 
 
 # -- one file --------------------------------------------------------------------------------------
@@ -116,8 +116,8 @@ def test_many_files_are_looked_at_by_several_processes(tmp_path):
         files.append(str(tmp_path / f"{index}.jpg"))
         (tmp_path / f"{index}.jpg").write_bytes(content[:-9] if index == 4321 else content)
     started = time.process_time()
-    assert list(damaged(files, workers=2)) == [files[4321]]
-    one = damaged(files[:1000] + files[4321:4322], workers=0)
+    assert list(inspect_files(files, workers=2).flaws) == [files[4321]]
+    one = inspect_files(files[:1000] + files[4321:4322], workers=0).flaws
     assert list(one) == [files[4321]]
     assert time.process_time() - started < 5  # the thousand here at well below a millisecond each
 

@@ -1,13 +1,26 @@
 """Image files that may be damaged: read, or named in an error.
 
-    list_images       the images below a folder, sorted
-    FileImages        files with labels; decoded when an item is asked for
-    damaged(files)    {file: what is wrong with it}, a quick check before hours are spent
+    list_images           the images below a folder, sorted; class folders without any are named
+    FileImages            files with labels; decoded when an item is asked for
+    inspect_files(files)  what is wrong with which file, and which are scaled to 8 bits; a quick
+                          check, before hours are spent
 
-`damaged` reads the header of every file (format and size, so it also finds decompression bombs:
-more pixels than PIL allows) and its end: a JPEG ends in FF D9, a PNG in IEND, a WEBP has the length
-that its header says. A file with a suspicious end is decoded to be sure, so no good image is
+`inspect_files` reads the header of every file (format and size, so it also finds decompression
+bombs: more pixels than PIL allows) and its end: a JPEG ends in FF D9, a PNG in IEND, a WEBP has the
+length that its header says. A file with a suspicious end is decoded to be sure, so no good image is
 refused. Damage in the middle, and at the end of other formats, is found when a file is decoded.
+
+An image becomes RGB of 8 bits as Pillow converts it, unless it holds more than 8 bits, which Pillow
+would clip at 255:
+
+| mode             | values            | becomes                                           |
+|------------------|-------------------|---------------------------------------------------|
+| I;16, I;16B, …   | 16 bits           | value / 257, rounded                              |
+| I (32 bits)      | up to 255         | the value, as ever: 8 bits in a larger type       |
+|                  | up to 65535       | value / 257, rounded; so is every PNG, PGM or PPM |
+| F (floating      | in [0, 1]         | 255 · value, rounded                              |
+| point)           | whole, up to 255  | the value, as ever: 8 bits in a larger type       |
+| I, F             | anything else     | a BadImage: the range is not known                |
 """
 
 from __future__ import annotations
@@ -15,19 +28,24 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
-from obc.solver.errors import UserError
+from obc.solver.errors import UserError, log
 from obc.solver.progress import progress
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # by Pillow alone, on any machine
 FILES_PER_WORKER = 2000  # for fewer, starting a process does not pay
+CLASSES_NAMED = 5  # in a log line
 TAIL = 64  # bytes at the end of a JPEG that may contain its end marker: cameras add a few
 
 
@@ -61,16 +79,15 @@ class FileImages:
         return read_image(self.files[index]), self.labels[index]
 
 
-def read_image(path: str, quick: bool = False) -> Image.Image | None:
-    """The image in a file, as RGB. Raises BadImage.
-
-    With quick=True, None if header and end are good; see the module docstring.
-    """
+@contextmanager
+def opened(path: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    """A file and its image, not decoded yet. Raises BadImage, also for what fails in the body."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PIL cannot read is an error
             with open(path, "rb") as file, Image.open(file) as image:
-                return None if quick and ends_well(file, image.format) else image.convert("RGB")
+                yield file, image
+        return
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -80,6 +97,42 @@ def read_image(path: str, quick: bool = False) -> Image.Image | None:
         if not isinstance(flaw, str):
             flaw = (str(error).splitlines() or [type(error).__name__])[0]
     raise BadImage(path, flaw)
+
+
+def read_image(path: str) -> Image.Image:
+    """The image in a file, as RGB. Raises BadImage."""
+    with opened(path) as (_, image):
+        return as_rgb(image)[0]
+
+
+def as_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
+    """RGB of 8 bits, and how it was scaled to them, if it was (see the module docstring).
+
+    Raises ValueError if the range of the values is not known.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image.convert("RGB"), None
+    values = np.asarray(image)
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    scaling = None
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("its values are not all finite")
+    if image.mode == "F" and 0 <= low and high <= 1:
+        values, scaling = values * 255.0, "floating-point values in [0, 1], multiplied by 255"
+    elif image.mode != "F" and 0 <= low and high <= 65535 and (high > 255 or of_16_bits(image)):
+        values, scaling = values / 257, "16-bit values, divided by 257"
+    elif not (0 <= low and high <= 255 and (image.mode == "I" or (values == values.round()).all())):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise ValueError(
+            f"{kind} values from {low:g} to {high:g}, so black and white are not known: "
+            "save it with 8 or 16 bits"
+        )
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB"), scaling
+
+
+def of_16_bits(image: Image.Image) -> bool:
+    """Whether an image holds 16 bits per value, whatever its values are."""
+    return image.mode != "I" or image.format in ("PNG", "PPM")  # Pillow scales PPM to 16 bits
 
 
 def ends_well(file: BinaryIO, image_format: str | None) -> bool:
@@ -107,60 +160,113 @@ def leave_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _flaws(paths: list[str]) -> list[tuple[str, str]]:
-    """The damaged ones among these files, and what is wrong with them."""
-    flaws = []
+@dataclass(frozen=True)
+class Inspection:
+    """What there is to say about files."""
+
+    flaws: dict[str, str]  # file -> what is wrong with it
+    scalings: dict[str, str]  # file -> how its values are scaled to 8 bits
+
+
+def _inspect(paths: list[str]) -> Inspection:
+    flaws, scalings = {}, {}
     for path in paths:
         try:
-            read_image(path, quick=True)
+            with opened(path) as (file, image):
+                deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+                scaling = None
+                if deep or not ends_well(file, image.format):
+                    scaling = as_rgb(image)[1]
+            if scaling:
+                scalings[path] = scaling
         except BadImage as error:
-            flaws.append((path, error.flaw))
-    return flaws
+            flaws[path] = error.flaw
+    return Inspection(flaws, scalings)
 
 
-def damaged(files: Sequence[str], workers: int) -> dict[str, str]:
-    """Files that are not images, and what is wrong with them: a quick check, see above."""
+def inspect_files(files: Sequence[str], workers: int) -> Inspection:
+    """Files that are not images, and those that are scaled to 8 bits: a quick check, see above."""
     loader = DataLoader(
         files,
         batch_size=256,
-        collate_fn=_flaws,
+        collate_fn=_inspect,
         num_workers=min(workers, len(files) // FILES_PER_WORKER),
         worker_init_fn=leave_interrupts,
     )
-    batches = progress("checking images", loader)
-    return {path: flaw for flaws in batches for path, flaw in flaws}
+    whole = Inspection({}, {})
+    for piece in progress("checking images", loader):
+        whole.flaws.update(piece.flaws)
+        whole.scalings.update(piece.scalings)
+    return whole
+
+
+def log_scalings(scalings: dict[str, str]) -> None:
+    """One line for each way in which images are scaled to 8 bits."""
+    for scaling, count in Counter(scalings.values()).items():
+        first = next(path for path, other in scalings.items() if other == scaling)
+        log.warning("%d images have %s for 8 bits; the first: %s", count, scaling, first)
 
 
 # -- listing ---------------------------------------------------------------------------------------
 
 
+@cache
+def image_suffixes() -> tuple[str, ...]:
+    """The suffixes, in lower case, of the formats that Pillow decodes."""
+    suffixes = Image.registered_extensions().items()  # loads all of Pillow's formats
+    return tuple(x for x, kind in suffixes if kind in Image.OPEN and kind not in NOT_DECODED)
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is hidden: no image, whatever it contains."""
+    return name.startswith(".")
+
+
 def subfolders(folder: Path) -> set[str]:
     """Names of the folders in a folder, without hidden ones."""
-    return {x.name for x in os.scandir(folder) if x.is_dir() and not x.name.startswith(".")}
+    return {x.name for x in os.scandir(folder) if x.is_dir() and not hidden(x.name)}
 
 
 def list_images(folder: Path, present: set[str], classes: list[str]) -> FileImages:
-    """All images below `folder`, class by class and sorted by name, labelled by `classes`."""
-    labelled = [
-        (file, label)
-        for label, name in enumerate(classes)
-        if name in present
-        for file in _images_below(os.path.join(folder, name))
-    ]
-    if not labelled:
+    """All images below `folder`, class by class and sorted by name, labelled by `classes`.
+
+    A class folder without images keeps its label, and is named in the log.
+    """
+    files, labels, lacking, others = [], [], {}, Counter()
+    for label, name in enumerate(classes):
+        if name not in present:
+            continue
+        below = _files_below(os.path.join(folder, name))
+        images = [file for file in below if file.lower().endswith(image_suffixes())]
+        files += images
+        labels += [label] * len(images)
+        if not images:
+            lacking[name] = f"{len(below)} other files, such as {below[0]}" if below else "empty"
+        elif len(images) < len(below):
+            others.update(Path(x).suffix for x in set(below) - set(images))
+    if not files:
+        what = "".join(f"; {name}/: {content}" for name, content in list(lacking.items())[:1])
         raise UserError(
-            f"{folder}: no images in it; expected <class>/<image>, "
-            f"with a name ending in {' '.join(IMAGE_SUFFIXES)}"
+            f"{folder}: no images in it; expected <class>/<image>, with a suffix that Pillow "
+            f"reads, such as .jpg or .png{what}"
         )
-    files, labels = zip(*labelled, strict=True)
-    return FileImages(list(files), list(labels))
+    if lacking:
+        named = [f"{name} ({content})" for name, content in lacking.items()][:CLASSES_NAMED]
+        more = f" and {len(lacking) - len(named)} more" if len(lacking) > len(named) else ""
+        log.warning(
+            "%s: no images of %s%s; the others keep their class numbers",
+            *(folder, ", ".join(named), more),
+        )
+    if others:
+        kinds = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in others.items())
+        log.info("%s: files are left out that are not images by their suffix: %s", folder, kinds)
+    return FileImages(files, labels)
 
 
-def _images_below(folder: str) -> list[str]:
-    """Image files in a folder and below, in torchvision's order (`make_dataset`)."""
-    return [
-        os.path.join(below, name)
-        for below, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    ]
+def _files_below(folder: str) -> list[str]:
+    """Files in a folder and below that are not hidden, in torchvision's order (`make_dataset`)."""
+    found = []
+    for below, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not hidden(name)]
+        found.append((below, sorted(name for name in names if not hidden(name))))
+    return [os.path.join(below, name) for below, names in sorted(found) for name in names]

@@ -121,6 +121,12 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="folder of the images (default: ../imagenet, ../cifar10; digits needs none)",
     )
     add(
+        "--classes",
+        metavar="FILE",
+        help="class names, one a line, in the order of the network's outputs; labels are then the "
+        "places of the class folders' names in it (default: class folders, sorted as text)",
+    )
+    add(
         "--image-size",
         metavar="N",
         type=positive_int,

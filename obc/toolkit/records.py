@@ -15,6 +15,7 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
     top1         number in percent, or null (main_trueobs.py, post_proc.py)
     kl           number: mean KL(dense ‖ compressed) over the test images, in nats
     agreement    number: percent of the test images that both models give the same class
+    dense_top1_calibration  number in percent: the dense model's, on the calibration images
 
 and further figures of the command. A layer of main_trueobs.py: name, shape, result, dense, seconds,
 squared_error, relative_error, damping, rank_deficit, patches; with --check also checked_error,
@@ -61,6 +62,7 @@ SCHEMA = {  # key: types of its value, whether every record has it
     "top1": ((int, float, type(None)), False),
     "kl": ((int, float, type(None)), False),
     "agreement": ((int, float), False),
+    "dense_top1_calibration": ((int, float, type(None)), False),
 }
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "safetensors")
 NOT_REPEATED = ("help", "repeat", "restart")

@@ -3,6 +3,7 @@
     Session.of(common_options(args)) ─┬─ .model           the dense model, on the device
                                       ├─ .calibration()   calibration images, augmented or not
                                       ├─ .fingerprint(…)  what the run depends on
+                                      ├─ .dense_top1()    of .model, on the calibration images
                                       ├─ .evaluation(m)   top-1 and KL on the test images
                                       └─ .world           the processes that share the work
 
@@ -13,14 +14,18 @@ reads what the commands save: a state dict with the grids of a quantised model.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +34,7 @@ from datautils import ArrayImages, ImageData, ImageSet, calibration_batches, loa
 from modelutils import (
     SHIPPED_WEIGHTS,
     Evaluation,
+    check_classes,
     check_layers,
     class_scores,
     evaluate,
@@ -54,6 +60,7 @@ from obc.toolkit.fingerprints import (
 )
 
 RARELY = 20  # calls until something random that rarely happens is seen
+DENSE_IMAGES = 1024  # that the dense model's top-1 is measured on, at most
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class CommonOptions:
     dataset: str
     weights: str | None
     datapath: str | None
+    classes: str | None  # file of class names
     image_size: int | None  # pixels
     seed: int
     nsamples: int
@@ -123,6 +131,7 @@ class Session:
             nsamples=options.nsamples,
             seed=options.seed,
             skip_bad_images=options.skip_bad_images,
+            class_file=options.classes,
         )
         torch.manual_seed(options.seed)  # for a model of the user's own that starts at random
         classes = len(data.classes)
@@ -167,6 +176,8 @@ class Session:
             marks["code of the model"] = bytes_hash([file.read_bytes()])
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks["calibration images"] = images_hash(self.data.calibration)
+        if invocation and self.options.classes:
+            marks["--classes"] = bytes_hash(name.encode() for name in self.data.classes)
         if invocation and self.device.type != "cpu":  # how many rows go in one product
             memory = self.options.memory or default_memory(self.device) / 1e9
             marks["--memory"] = f"{memory:g}"
@@ -188,6 +199,60 @@ class Session:
         """How good a model is on the test images, and how close to the dense one."""
         scores = None if model is self.model else self.dense_scores
         return evaluate(model, self.test_shard(), self.device, scores, self.world)
+
+    def dense_top1(self) -> float:
+        """Log the dense model's top-1 in percent on the calibration images, not augmented.
+
+        Labels in another order, or a preprocessing that is not the model's, show here. A warning
+        says if a constant answer would do about as well.
+        """
+        images = self.data.calibration
+        images = replace(images, chosen=images.chosen[:DENSE_IMAGES])
+        session = replace(self, data=replace(self.data, calibration=images))
+        shard = session.calibration().shard(self.world.rank, self.world.size)
+        with undisturbed(self.device):
+            top1 = evaluate(self.model, shard, self.device, world=self.world).top1
+        total, count = len(self.data.calibration), len(images)
+        which = f"the {count}" if count == total else f"{count} of the {total}"
+        log.info("dense: top-1 %.2f on %s calibration images", top1, which)
+        labels = Counter(images.source.labels[index] for index in images.chosen)
+        if top1 <= (level := chance_level(labels)):
+            log.warning(
+                "the dense model is near chance, since guesses reach up to %.2f on so many images: "
+                "are its weights trained, the class folders in the order of its outputs "
+                "(--classes), and the pixels scaled as in its training?",
+                level,
+            )
+        return top1
+
+
+def chance_level(labels: Mapping[int, int]) -> float:  # images by class
+    """The top-1 in percent up to which a model may be guessing; below 0 for a single class.
+
+    The best guess without looking at an image, the most frequent class, is right in a share p of
+    the images. On other images of the same kind it would be p ± √(p (1 − p) / n): two of these
+    standard errors are added, which guessing exceeds in one of 40 runs.
+
+    >>> round(chance_level({0: 50, 1: 50}), 6), chance_level({3: 7})
+    (60.0, -1.0)
+    """
+    if len(labels) < 2:
+        return -1.0
+    count = sum(labels.values())
+    share = max(labels.values()) / count
+    return 100 * (share + 2 * math.sqrt(share * (1 - share) / count))
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Afterwards, all global generators are as before, whatever a model of the user's own draws."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
 
 
 def images_hash(images: ImageSet) -> str:
@@ -228,8 +293,7 @@ def check_model(model: nn.Module, name: str, data: ImageData) -> None:
         raise UserError(f"{name}: {error}{advice(model, size, str(error))}") from None
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
         raise UserError(f"{name} does not return class scores of shape (images, classes)")
-    if outputs.shape[1] < classes:
-        raise UserError(f"{name} has {outputs.shape[1]} classes, but {data.name} has {classes}")
+    check_classes(f"{name} has", outputs.shape[1], data.name, classes)
     warn_if_random(model, name, images)
 
 
