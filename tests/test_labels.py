@@ -1,4 +1,4 @@
-"""Labels are the model's: --classes, and the dense model's top-1 in every command that sees them."""
+"""Labels are the model's: --classes, and the dense top-1 in every command that sees labels."""
 
 from __future__ import annotations
 
