@@ -46,7 +46,7 @@ wheel:
 	cd dist && venv/bin/python -c 'from trueobs import TrueOBS'
 
 docs: $(INSTALLED)
-	$(VENV_PYTHON) -m mkdocs build --quiet --strict --site-dir site
+	$(VENV_PYTHON) -m mkdocs build --strict --site-dir site
 
 bench: $(INSTALLED)
 	$(VENV_PYTHON) -m benchmarks.bench_trueobs --out bench_trueobs.json
