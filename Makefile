@@ -3,6 +3,8 @@
 # make test      every test that needs no GPU
 # make test-gpu  the tests that need one
 # make lint      style and formatting
+# make wheel     build a wheel, install it into a fresh environment and compress a network there
+# make docs      the pages of docs/ as a site, with every link checked
 # make bench     the engine against a textbook loop (minutes; needs a quiet machine)
 #
 # Each creates .venv if it is missing and installs what the requirements files list.
@@ -15,7 +17,7 @@ INSTALLED = .venv/.installed
 
 PYTEST = $(VENV_PYTHON) -m pytest $(PYTEST_OPTIONS)
 
-.PHONY: demo quick test test-gpu lint bench
+.PHONY: demo quick test test-gpu lint wheel docs bench
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -35,12 +37,25 @@ lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 
+wheel:
+	rm -rf dist build
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	dist/venv/bin/python -m pip install --quiet dist/*.whl
+	cd dist && venv/bin/trueobs compress rn8 digits quant --wbits 4 --noaug --save rn8_4w.pth
+	cd dist && venv/bin/python -c 'from trueobs import TrueOBS'
+
+docs: $(INSTALLED)
+	$(VENV_PYTHON) -m mkdocs build --strict --site-dir site
+
 bench: $(INSTALLED)
 	$(VENV_PYTHON) -m benchmarks.bench_trueobs --out bench_trueobs.json
 
-$(INSTALLED): requirements.txt requirements-study.txt requirements-dev.txt
+REQUIREMENTS = $(wildcard requirements*.txt)
+
+$(INSTALLED): $(REQUIREMENTS)
 	@test -n "$(PYTHON)" || \
 	{ echo "error: needs Python 3.10 or newer with its venv module; try make PYTHON=…" >&2; exit 2; }
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(VENV_PYTHON) -m pip install --quiet -r requirements-dev.txt
+	$(VENV_PYTHON) -m pip install --quiet $(REQUIREMENTS:%=-r %)
 	@touch $@

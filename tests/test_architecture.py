@@ -20,6 +20,7 @@ FOLDERS = {  # folder -> its rank; a file imports from its own folder and from l
     "libraries": 2,  # the flat libraries
     "obc/toolkit": 3,
     "commands": 4,  # the flat commands
+    "obc": 5,  # `python -m obc`
     "assets": 5,
     "pruning_vs_quantization": 5,
     "recipes": 5,

@@ -1,4 +1,4 @@
-"""README.md: its commands parse, the files it names exist, its Python runs."""
+"""README.md and docs/: their commands parse, the files they name exist, their Python runs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from obc.inputs.vision import make_importable, torchvision
 from obc.toolkit.calibrate import activation_grids, attach_activation_grids
 from obc.toolkit.session import load_compressed
 
+PAGES = {
+    path.name: path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if path.name != "commands.md"  # see test_commands.py
+}
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text()
 
-
-def readme_commands() -> list[list[str]]:
-    """The words of every command in README.md's blocks of shell."""
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every command in a page's blocks of shell."""
     commands = []
-    for kind, block in re.findall(r"^```(sh|console)\n(.*?)^```", readme(), re.M | re.S):
+    for kind, block in re.findall(r"^```(sh|console)\n(.*?)^```", text, re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if kind == "console" and not line.startswith("$ "):
                 continue  # output
             lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
+            lexer.wordchars += ":"  # file.py:function
             words = list(lexer)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 del words[0]
@@ -40,12 +43,15 @@ def readme_commands() -> list[list[str]]:
     return [words for words in commands if words]
 
 
-def test_readme_has_commands():
-    assert {words[0] for words in readme_commands()} >= {"make", "python"}
+COMMANDS = {tuple(words) for text in PAGES.values() for words in commands_of(text)}
 
 
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
-def test_readme_command_is_one_of_ours(words, capsys):
+def test_pages_have_commands():
+    assert {words[0] for words in COMMANDS} >= {"make", "python", "pip", "torchrun"}
+
+
+@pytest.mark.parametrize("words", sorted(COMMANDS), ids=" ".join)
+def test_command_is_one_of_ours(words, capsys):
     first, *words = words
     if first == "torchrun":
         assert words[0] == "--nproc-per-node" and words[1].isdecimal()
@@ -58,13 +64,18 @@ def test_readme_command_is_one_of_ours(words, capsys):
     elif first in ("python", ".venv/bin/python"):
         check_parses(words[0], words[1:], capsys)
     elif first == "pip":
-        assert words[:2] == ["install", "-r"] and (ROOT / words[2]).is_file()
+        assert words[0] == "install" and words[1::2] == ["-r"] * (len(words) // 2)
+        assert all((ROOT / name).is_file() for name in words[2::2])
     elif first not in ("cd", "git", "source"):
         assert os.access(ROOT / first, os.X_OK) and first.endswith(".sh"), first
 
 
-def test_files_named_in_readme_exist():
-    text = readme()
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_files_named_in_pages_exist():
+    text = "\n".join(PAGES.values())
     names = set(re.findall(r"`((?:[a-z_]+/)*\w+\.(?:py|sh))[ `]", text))
     assert "recipes/unstructured.sh" in names
     missing = {name for name in names if not (ROOT / name).is_file()}
@@ -74,7 +85,21 @@ def test_files_named_in_readme_exist():
     assert within and not missing
 
 
-def test_readmes_python_gives_the_model_that_we_evaluate(tmp_path, monkeypatch):
+def python_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S)
+
+
+def test_python_of_using_runs(tmp_path, monkeypatch, capsys):
+    network, _, one_layer = python_of("using.md")
+    (tmp_path / "net.py").write_text(network)
+    names: dict = {}
+    exec(compile(network, "net.py", "exec"), names)
+    assert names["network"]()(torch.randn(1, 3, 8, 8)).shape == (1, 16 * 6 * 6)
+    exec(compile(one_layer, "using.md", "exec"), {})
+    assert "0.5000" in capsys.readouterr().out
+
+
+def test_a_checkpoint_in_plain_pytorch_is_the_model_that_we_evaluate(tmp_path, monkeypatch):
     """A ResNet-18 with weights and activations rounded to grids, in plain PyTorch."""
     torch.manual_seed(0)
     make_importable()
@@ -88,9 +113,9 @@ def test_readmes_python_gives_the_model_that_we_evaluate(tmp_path, monkeypatch):
     attach_activation_grids(model, activation_grids(model, images, 4, False, False))
     files.save_checkpoint(model.state_dict(), tmp_path / "rn18_4w4a.pth")
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"^```python\n(.*?)^```", readme(), re.M | re.S)
+    block = python_of("using.md")[1]
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "using.md", "exec"), names)
     load_compressed(dense, "rn18_4w4a.pth")
     with torch.inference_mode():
         wanted, outputs = dense(images), names["model"](images)

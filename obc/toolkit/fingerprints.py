@@ -31,6 +31,10 @@ from obc.inputs.names import without_shells
 
 HASH_BYTES = 16
 ROOT = Path(__file__).resolve().parents[2]  # of all our modules
+OUR_NAMES = {  # which an installed package shares ROOT with others
+    *("obc", "pruning_vs_quantization", "datautils", "modelutils", "quant", "trueobs"),
+    *("main_trueobs", "database", "spdy", "post_proc"),
+}
 HESSIAN_CODE = (
     *("datautils.py", "modelutils.py", "quant.py", "trueobs.py"),
     *("obc/inputs/*.py", "obc/toolkit/calibrate.py"),
@@ -121,7 +125,8 @@ def result_code(module: str) -> str:
     paths, unread = set(), {module_file(module), *ROOT.glob(SOLVER_CODE)}
     while unread := {path for path in unread - paths - excluded if path.is_file()}:
         paths |= unread
-        unread = {module_file(name) for path in unread for name in parsed(path)[1]}
+        names = {name for path in unread for name in parsed(path)[1]}
+        unread = {module_file(name) for name in names if name.partition(".")[0] in OUR_NAMES}
     return bytes_hash(parsed(path)[0] for path in sorted(paths))
 
 
