@@ -10,9 +10,15 @@ the largest disagreement with the closed forms is printed.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file in this folder, as the published README does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import pruning_vs_quantization  # noqa: F401
+
 import argparse
 import math
-import sys
 from typing import Any
 
 import numpy as np

@@ -80,8 +80,8 @@ class LayerSettings:
     dataset: str
     nsamples: int
     opt_dim: int
-    num_output_channels: int
-    num_chunks: int
+    num_output_channels: int  # -1: all
+    num_chunks: int  # 0: all
     method: str
     time_limit: float
     node_limit: int | None
@@ -100,8 +100,9 @@ class LayerSettings:
 
     def places(self, layer: nn.Module) -> list[tuple[int, Chunk]]:
         """Which rows and chunks of a layer are studied."""
+        channels = view(layer).rows if self.num_output_channels < 0 else self.num_output_channels
         chunks = self.num_chunks or view(layer).columns
-        return layer_problem.rows_and_chunks(layer, self.opt_dim, self.num_output_channels, chunks)
+        return layer_problem.rows_and_chunks(layer, self.opt_dim, channels, chunks)
 
     def solver(
         self, kind: str, layer: nn.Module, bits: int
@@ -398,8 +399,9 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     add("--range-search-method", **ranges, help=text)
     text = "a grid for each output channel (default: one for the layer)"
     add("--per-channel", action="store_true", help=text)
-    text = "output channels of each layer, evenly spread"
-    add("--num-output-channels", metavar="N", type=positive, default=8, help=text)
+    text = "output channels of each layer, evenly spread; -1: all"
+    count = cli.number(int, lambda n: n >= 1 or n == -1, "a whole number from 1, or -1 for all")
+    add("--num-output-channels", metavar="N", type=count, default=8, help=text)
     text = "unknowns of a subproblem: a row is cut into chunks of at most this many inputs"
     add("--opt-dim", metavar="N", type=positive, default=32, help=text)
     text = "chunks of each output channel, evenly spread; 0: all"

@@ -9,10 +9,15 @@ above it quantisation wins. Dots without a finite value are counted, not drawn.
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 from pathlib import Path
+
+if not __package__:  # started as a file in this folder, as the published README does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import pruning_vs_quantization  # noqa: F401
+
+import argparse
+import re
 from typing import Any
 
 from obc.solver.errors import UserError, log

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ SUFFIX = "_quantized"  # of published architecture names
 FORMS = "cosine, cosine:1e-4, multistep:10,15, multistep:10,15:0.1, exponential:0.9 or constant"
 OPTIMISERS = ("SGD", "Adam", "AdamW")
 NOT_SETTINGS = {"cuda", "num_workers", "tb_logging_dir"}  # results do not depend on them
+NOT_SETTINGS |= {"model_dir"}  # says the same as weights
+WEIGHT_FILES = (".pth", ".pt", ".th", ".tar", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,9 @@ class NetworkOptions:
         None,
         "dense weights to start from (default: downloaded, or shipped with the toolkit)",
         metavar="FILE",
+    )
+    model_dir: str | None = training_option(
+        None, "the same as --weights: the file, or a folder with this one file", metavar="DIR"
     )
     image_size: int | None = training_option(
         None,
@@ -309,6 +315,10 @@ class TrainingOptions(*GROUPS):
     def __post_init__(self) -> None:
         """Fill defaults that depend on other options; raise UserError for contradictions."""
         network_name(self.architecture)
+        if self.model_dir is not None:
+            if self.weights is not None:
+                raise UserError("--model-dir and --weights say the same: pass one of them")
+            self.weights = weights_in(self.model_dir)
         floor = self.learning_rate_schedule.value
         if self.learning_rate_schedule.kind == "cosine" and (floor or 0) > self.learning_rate:
             raise UserError(
@@ -394,6 +404,17 @@ def training_options(args: argparse.Namespace) -> TrainingOptions:
     """From parsed arguments; raises UserError for contradictions."""
     names = [field.name for field in dataclasses.fields(TrainingOptions)]
     return TrainingOptions(**{name: getattr(args, name) for name in names})
+
+
+def weights_in(model_dir: str) -> str:
+    """The file of weights that --model-dir names, or that is alone in its folder."""
+    if not os.path.isdir(model_dir):
+        return model_dir
+    files = sorted(name for name in os.listdir(model_dir) if name.endswith(WEIGHT_FILES))
+    if len(files) != 1:
+        reason = f"contains {', '.join(files[:5])}" if files else "contains no weights"
+        raise UserError(f"--model-dir {model_dir}: {reason}; name the file itself")
+    return os.path.join(model_dir, files[0])
 
 
 def network_name(architecture: str) -> str:

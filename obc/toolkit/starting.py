@@ -25,6 +25,7 @@ import time
 
 BEGAN = time.monotonic()
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
+FOLDERS = ("recipes", "pruning_vs_quantization")  # with commands, besides the root
 SIGINT, SIGTERM = 2, 15
 ENDINGS = {SIGINT: ("interrupted", 130), SIGTERM: ("terminated", 143)}
 
@@ -40,7 +41,8 @@ def is_program() -> bool:
     file = getattr(sys.modules["__main__"], "__file__", None)
     if file is None:  # python -m PACKAGE.COMMAND, while it looks for the command in this package
         return sys.argv[:1] == ["-m"]
-    return os.path.dirname(os.path.abspath(file)) in (ROOT, os.path.join(ROOT, "recipes"))
+    folder = os.path.dirname(os.path.abspath(file))
+    return folder == ROOT or folder in (os.path.join(ROOT, name) for name in FOLDERS)
 
 
 def seconds() -> float:
