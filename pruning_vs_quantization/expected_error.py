@@ -311,6 +311,15 @@ def sparsity_percent(bits: float) -> str:
     return f"{100 * sparsity_of(bits):g} %"
 
 
+def size_text(bits: int) -> str:
+    """What is compared at a size.
+
+    >>> size_text(4)
+    'INT4 against 75 %'
+    """
+    return f"INT{bits} against {sparsity_percent(bits)}"
+
+
 def integer_codes(bits: int, balanced: bool = False) -> Reals:  # (levels,), ascending
     """The codes of a symmetric grid: all 2^bits, or all but the lowest one.
 

@@ -191,7 +191,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="expected_sqnr", description=__doc__.splitlines()[0])
+    parser = cli.Parser(
+        prog="expected_sqnr",
+        description=__doc__.splitlines()[0],
+        example="python -m pruning_vs_quantization.expected_sqnr --bits 8 4 2",
+    )
     study_files.add_grid_options(parser)
     text = "fraction of a Student-t density that is cut off"
     parser.add_argument("--tail", metavar="F", type=cli.fraction, default=TAIL, help=text)

@@ -17,11 +17,11 @@ signals over the sum of the errors, so that sums of proven bounds bound the whol
 The gap of a heuristic is what an optimal solution would gain over it, in dB: at least
 error / best error, at most error / bound; if all subproblems are proven, the two are the same.
 
-The picture is Fig. 4 of the paper with both sides proven: for each layer an interval from the SQNR
-of the best known solutions to the limit that no solution can exceed, for quantising and for pruning
-at the same size, a panel per bit width. Where everything is proven optimal the two ends coincide.
-The toolkit's own answers are the small circles. It shows all results in the folder, of both
-studies.
+The picture is Fig. 4 of the paper with both sides proven: for each layer, from the first on top to
+the last, an interval from the SQNR of the best known solutions to the limit that no solution can
+exceed, for quantising and for pruning at the same size, a panel per bit width. Where everything is
+proven optimal the two ends coincide. The toolkit's own answers are the small circles. It shows all
+results in the folder, of both studies.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.session import Session, common_options
 from pruning_vs_quantization import layer_problem, plots, study_files
-from pruning_vs_quantization.expected_error import sparsity_percent, sqnr_db
+from pruning_vs_quantization.expected_error import size_text, sqnr_db
 from pruning_vs_quantization.layer_problem import Chunk, Subproblem, SubproblemRecord
 from pruning_vs_quantization.proof import Reals, SearchLimits
 
 MOST_UNKNOWNS = 256
-INCHES_A_LAYER, INCHES_A_PANEL = 0.28, 2.3
+INCHES_A_LAYER, INCHES_A_PANEL = 0.26, 2.2
 HEURISTICS = {  # by kind: name in the files → heading; the last one is the toolkit's own
     "quantisation": {
         "nearest": "nearest",
@@ -238,45 +238,49 @@ def draw_layers(
         if settings.get("model") == model and figures.get("summary"):
             kinds = results.setdefault(figures["bits"], {kind: {} for kind in HEURISTICS})
             kinds[figures["kind"]][figures["layer"]] = figures["summary"]
-    if not results:
-        return
     drawn = {name for kinds in results.values() for every in kinds.values() for name in every}
-    places = {name: place for place, name in enumerate(name for name in layers if name in drawn)}
-    size = max(6.0, 1.5 + INCHES_A_LAYER * len(places)), 1.5 + INCHES_A_PANEL * len(results)
+    names = [name for name in layers if name in drawn]
+    if not names:
+        return
+    size = 1.6 + INCHES_A_PANEL * max(2, len(results)), 1.6 + INCHES_A_LAYER * max(4, len(names))
     try:
-        figure, panels = plots.new_figure(len(results), 1, *size, sharex=True, squeeze=False)
+        figure, panels = plots.new_figure(1, len(results), *size, sharey=True, squeeze=False)
     except UserError as error:  # matplotlib is missing; the results are complete
         log.warning("no picture: %s", error)
         return
-    for axes, bits in zip(panels[:, 0], sorted(results, reverse=True), strict=True):
+    for axes, bits in zip(panels[0], sorted(results, reverse=True), strict=True):
         for kind, summaries in results[bits].items():
-            at_places = {places[name]: x for name, x in summaries.items() if name in places}
-            draw_intervals(axes, kind, dict(sorted(at_places.items())))
-        axes.set_ylabel("SQNR (dB)", fontsize=9)
-        axes.set_title(f"{bits} bits, {sparsity_percent(bits)} sparsity", fontsize=10)
-    panels[-1, 0].set_xticks(range(len(places)), places, rotation=90, fontsize=8)
-    panels[-1, 0].set_xlim(-0.7, len(places) - 0.3)  # a single layer stays in the middle
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
+            draw_intervals(axes, kind, {n: x for n, x in enumerate(map(summaries.get, names)) if x})
+        axes.set_xlabel("SQNR (dB)", fontsize=9)
+        axes.set_title(size_text(bits), fontsize=10)
+    panels[0, 0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0, 0].set_ylim(len(names) - 0.3, -0.7)  # the first layer on top, a single one centred
+    labels = {  # a panel need not have all kinds of marks
+        label: handle
+        for axes in panels[0]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    look = {"loc": "outside upper center", "ncols": 2, "fontsize": 9, "frameon": False}
+    figure.legend(labels.values(), labels.keys(), title=model, **look)
     plots.save_figure(figure, folder / f"{stem}_layer_outputs")
 
 
 def draw_intervals(axes: Any, kind: str, summaries: Mapping[int, Mapping[str, Any]]) -> None:
-    """Intervals of one study, a little to the left or right of each layer's place."""
+    """Intervals of one study, a little above or below each layer's place."""
     colour, marker, shift = STYLES[kind]
     label = f"{kind}: best to proven limit"
     for number, (place, layer) in enumerate(summaries.items()):
         if layer["sqnr_best"] is None:  # no error at all
             continue
-        x, own = place + shift, layer["sqnr"][layer["own"]]
+        y, own = place + shift, layer["sqnr"][layer["own"]]
         labels = [label, HEURISTICS[kind][layer["own"]]] if number == 0 else [None, None]
         look = {"color": colour, "label": labels[0]}
-        axes.plot(x, layer["sqnr_best"], marker, markersize=4.5, **look)
+        axes.plot(layer["sqnr_best"], y, marker, markersize=5, **look)
         if layer["sqnr_limit"] is not None:
-            axes.vlines(x, layer["sqnr_best"], layer["sqnr_limit"], color=colour, linewidth=2)
+            axes.hlines(y, layer["sqnr_best"], layer["sqnr_limit"], color=colour, linewidth=2)
         if own is not None:
             look = {"color": colour, "label": labels[1], "fillstyle": "none"}
-            axes.plot(x, own, "o", markersize=4, **look)
+            axes.plot(own, y, "o", markersize=4.5, **look)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -365,7 +369,11 @@ def range_method(text: str) -> str:
 
 def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argparse.ArgumentParser:
     """The options of both commands, which are the same."""
-    parser = cli.Parser(prog=prog, description=text)
+    example = (
+        f"python -m pruning_vs_quantization.{prog} {commands[0]} --model-name rn8 "
+        "--dataset digits --layer-name layer1.0.conv1 --n-bits 4 --opt-dim 16 --num-chunks 1"
+    )
+    parser = cli.Parser(prog=prog, description=text, example=example)
     positive, natural = cli.positive_int, cli.nonnegative_int
     text = "the question (there is only one)"
     parser.add_argument("command", nargs="?", choices=commands, default=commands[0], help=text)

@@ -30,7 +30,7 @@ from typing import Any
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli
 from pruning_vs_quantization import plots, study_files
-from pruning_vs_quantization.expected_error import sparsity_percent
+from pruning_vs_quantization.expected_error import size_text
 
 FILE_NAME = re.compile(r"(?P<model>.+)_(?P<bits>\d+)_bits_mse\.json")
 GAUSSIAN_KURTOSIS = 3
@@ -57,18 +57,16 @@ class TensorResult:
 TensorsByBits = dict[int, list[TensorResult]]  # from many bits to few
 
 
-def read_tensors(folder: Path, corrected: bool = False) -> tuple[TensorsByBits, int]:
-    """All tensors with finite SQNRs in a folder, and how many others there are.
+def read_tensors(folder: Path, corrected: bool = False) -> tuple[list[TensorResult], int]:
+    """All tensors with finite SQNRs in a folder, from many bits to few; how many others there are.
 
     Raises UserError for a file that is not a result.
     """
     names = ["sample_kurtosis", "quant_sqnr", "pruning_sqnr" + "_corrected" * corrected]
-    tensors: TensorsByBits = {}
-    infinite = 0
+    tensors, infinite = [], 0
     for path in sorted(folder.iterdir()):
         if (match := FILE_NAME.fullmatch(path.name)) is None:
             continue
-        of_bits = tensors.setdefault(int(match["bits"]), [])
         for layer, figures in study_files.read_json(path).items():
             kurtosis, *sqnrs = (
                 study_files.finite_figure(path, layer, figures, name, name != names[0])
@@ -78,8 +76,8 @@ def read_tensors(folder: Path, corrected: bool = False) -> tuple[TensorsByBits, 
                 infinite += 1
             else:
                 place = match["model"], int(match["bits"]), layer
-                of_bits.append(TensorResult(*place, kurtosis, *sqnrs))
-    return dict(sorted(tensors.items(), reverse=True)), infinite
+                tensors.append(TensorResult(*place, kurtosis, *sqnrs))
+    return sorted(tensors, key=lambda tensor: -tensor.bits), infinite
 
 
 def pruning_wins(tensors: list[TensorResult]) -> str:
@@ -87,15 +85,10 @@ def pruning_wins(tensors: list[TensorResult]) -> str:
     return f"{sum(tensor.gap < 0 for tensor in tensors)} of {len(tensors)}"
 
 
-def models_text(tensors: TensorsByBits) -> str:
+def networks_text(tensors: list[TensorResult]) -> str:
     """The network, or how many there are."""
-    models = {tensor.model for of_bits in tensors.values() for tensor in of_bits}
-    return next(iter(models)) if len(models) == 1 else f"{len(models)} networks"
-
-
-def size_text(bits: int) -> str:
-    """What is compared at a size: `INT4 against 75 %`."""
-    return f"INT{bits} against {sparsity_percent(bits)}"
+    models = {tensor.model for tensor in tensors}
+    return next(iter(models)) if len(models) == 1 else f"{len(models)} models"
 
 
 def dot_look(tensors: TensorsByBits) -> dict[str, Any]:
@@ -164,18 +157,20 @@ def run(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise UserError(f"{args.folder}: no such folder; run quant_pruning_weights_sqnr first")
     tensors, infinite = read_tensors(args.folder, args.corrected)
-    if not any(tensors.values()):
+    if not tensors:
         if infinite:
             raise UserError(f"{args.folder}: none of its {infinite} tensors has a finite SQNR")
         raise UserError(f"{args.folder}: no <model>_<b>_bits_mse.json with figures in it")
     if infinite:
         log.info("%d tensors without a finite SQNR are not drawn", infinite)
-    out, title = args.out or args.folder, models_text(tensors)
+    by_bits = {
+        b: [x for x in tensors if x.bits == b] for b in dict.fromkeys(x.bits for x in tensors)
+    }
+    out, title = args.out or args.folder, networks_text(tensors)
     end = "_corrected" * args.corrected
-    plots.save_figure(draw_sqnrs(tensors, title, args.corrected), out / f"weights_sqnr{end}")
-    if any(tensor.kurtosis is not None for of_bits in tensors.values() for tensor in of_bits):
-        plots.save_figure(draw_kurtosis(tensors, title), out / f"weights_kurtosis{end}")
-    for bits, of_bits in tensors.items():
+    plots.save_figure(draw_sqnrs(by_bits, title, args.corrected), out / f"weights_sqnr{end}")
+    plots.save_figure(draw_kurtosis(by_bits, title), out / f"weights_kurtosis{end}")
+    for bits, of_bits in by_bits.items():
         cli.print_result(f"{bits} bits: pruning better in {pruning_wins(of_bits)} tensors")
 
 

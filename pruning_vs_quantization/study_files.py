@@ -156,15 +156,6 @@ class TextTable:
     rows: Sequence[Sequence[str]]
     folded: str = ""  # a heading under which the study's page hides it until it is opened
 
-    @classmethod
-    def parse(cls, markdown: str) -> TextTable:
-        """The inverse of `markdown`."""
-        lines = [
-            line.strip().strip("|").split("|") for line in markdown.split("\n") if line.strip()
-        ]
-        cells = [[cell.strip() for cell in line] for line in lines]
-        return cls(cells[0], cells[2:])
-
     def markdown(self) -> str:
         return "\n".join([markdown_head(self.head), *map(markdown_row, self.rows)])
 

@@ -15,6 +15,7 @@ loop over epochs and steps is the toolkit's (obc/toolkit/training.py).
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -152,6 +153,7 @@ class FineTuning:
         ]
         self.history: list[dict[str, Any]] = []
         self.learned: nn.Module | None = None  # the plain network after the last epoch
+        self.dense_top1 = math.nan  # until it runs
 
     def run(self, state: RunState) -> nn.Module:
         """Train all epochs that are not in `state`; the plain network that was learned."""
@@ -164,6 +166,8 @@ class FineTuning:
             state,
             seconds_between_saves=0.0,
         )
+        self.dense_top1 = evaluate(self.dense, self.images.test_batches(), self.device)
+        log.info("dense top-1 %.2f", self.dense_top1)
         self.model.train()
         with logbook(self.options.tb_logging_dir) as write:
             self.history = train(
@@ -238,6 +242,7 @@ class FineTuning:
         """The results."""
         return {
             "top1": self.history[-1]["top1"],
+            "dense_top1": self.dense_top1,
             "sparsity": self.history[-1]["sparsity"],
             "bits_per_weight": compressed.bits_per_weight(self.model),
             "seconds": sum(figures["seconds"] for figures in self.history),
