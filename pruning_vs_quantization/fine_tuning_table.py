@@ -241,6 +241,7 @@ def draw_accuracies(results: list[Result], title: str) -> Any:
     axes.set_xticks(sizes, [f"{bits:g}\n{sparsity_percent(bits)}" for bits in sizes])
     axes.set_xlabel("bits per weight, and the sparsity of FP16 weights of that size")
     axes.set_ylabel("top-1 (%)")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 101))
     axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
     plots.draw_legend(axes)
     return figure

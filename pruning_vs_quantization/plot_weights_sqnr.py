@@ -54,30 +54,33 @@ class TensorResult:
         return self.quantised - self.pruned
 
 
-TensorsByBits = dict[int, list[TensorResult]]  # from many bits to few
-
-
 def read_tensors(folder: Path, corrected: bool = False) -> tuple[list[TensorResult], int]:
     """All tensors with finite SQNRs in a folder, from many bits to few; how many others there are.
 
     Raises UserError for a file that is not a result.
     """
-    names = ["sample_kurtosis", "quant_sqnr", "pruning_sqnr" + "_corrected" * corrected]
+    pruning = "pruning_sqnr" + "_corrected" * corrected
     tensors, infinite = [], 0
     for path in sorted(folder.iterdir()):
         if (match := FILE_NAME.fullmatch(path.name)) is None:
             continue
         for layer, figures in study_files.read_json(path).items():
-            kurtosis, *sqnrs = (
-                study_files.finite_figure(path, layer, figures, name, name != names[0])
-                for name in names
+            pruned, quantised, kurtosis = (
+                study_files.finite_figure(path, layer, figures, name, name != "sample_kurtosis")
+                for name in (pruning, "quant_sqnr", "sample_kurtosis")
             )
-            if None in sqnrs:
+            if quantised is None or pruned is None:
                 infinite += 1
             else:
                 place = match["model"], int(match["bits"]), layer
-                tensors.append(TensorResult(*place, kurtosis, *sqnrs))
+                tensors.append(TensorResult(*place, kurtosis, quantised, pruned))
     return sorted(tensors, key=lambda tensor: -tensor.bits), infinite
+
+
+def tensors_by_bits(tensors: list[TensorResult]) -> dict[int, list[TensorResult]]:
+    """The tensors of each bit width, in their order."""
+    widths = dict.fromkeys(tensor.bits for tensor in tensors)
+    return {bits: [tensor for tensor in tensors if tensor.bits == bits] for bits in widths}
 
 
 def pruning_wins(tensors: list[TensorResult]) -> str:
@@ -91,60 +94,55 @@ def networks_text(tensors: list[TensorResult]) -> str:
     return next(iter(models)) if len(models) == 1 else f"{len(models)} models"
 
 
-def dot_look(tensors: TensorsByBits) -> dict[str, Any]:
+def dot_look(count: int) -> dict[str, Any]:
     """How a dot looks among so many."""
-    if sum(map(len, tensors.values())) >= MANY_DOTS:
+    if count >= MANY_DOTS:
         return {"linestyle": "none", "markersize": 4, "markeredgewidth": 0, "alpha": 0.4}
     return {"linestyle": "none", "markersize": 7, "markeredgecolor": "white", "alpha": 0.8}
 
 
-def draw_sqnrs(tensors: TensorsByBits, title: str, corrected: bool = False) -> Any:
+def draw_sqnrs(tensors: list[TensorResult], title: str, corrected: bool = False) -> Any:
     """Pruning against quantisation; both axes have the same scale."""
     figure, axes = plots.new_figure(width=6.0, height=6.2)
-    for bits, of_bits in tensors.items():
+    for bits, of_bits in tensors_by_bits(tensors).items():
         axes.plot(
             [tensor.quantised for tensor in of_bits],
             [tensor.pruned for tensor in of_bits],
             marker=plots.bit_marker(bits),
             color=plots.bit_colour(bits),
             label=f"{size_text(bits)}: {pruning_wins(of_bits)}",
-            **dot_look(tensors),
+            **dot_look(len(tensors)),
         )
-    every = [tensor for of_bits in tensors.values() for tensor in of_bits]
-    values = [sqnr for tensor in every for sqnr in (tensor.quantised, tensor.pruned)]
+    values = [sqnr for tensor in tensors for sqnr in (tensor.quantised, tensor.pruned)]
     limits = min(0.0, 1.04 * min(values)), 1.04 * max(0.0, max(values)) or 1.0
     axes.plot(limits, limits, color=plots.NEUTRAL_COLOUR, linewidth=0.8)
     axes.set(xlim=limits, ylim=limits, aspect="equal", title=title)
     axes.set_xlabel("SQNR of quantisation (dB)")
     axes.set_ylabel("SQNR of pruning" + ", zeros matched" * corrected + " (dB)")
-    plots.draw_legend(
-        axes, "tensors on which\npruning is better", loc="upper left", alignment="left"
-    )
+    title = "tensors on which\npruning is better"
+    plots.draw_legend(axes, title, loc="upper left", alignment="left")
     return figure
 
 
-def draw_kurtosis(tensors: TensorsByBits, title: str) -> Any:
-    """Both SQNRs of each tensor against its kurtosis, a panel per bit width."""
-    columns = min(MOST_PANELS, len(tensors))
-    rows = math.ceil(len(tensors) / columns)
+def draw_kurtosis(tensors: list[TensorResult], title: str) -> Any:
+    """Both SQNRs of each tensor whose kurtosis is known against it, a panel per bit width."""
+    by_bits = tensors_by_bits([tensor for tensor in tensors if tensor.kurtosis is not None])
+    columns = min(MOST_PANELS, len(by_bits))
+    rows = math.ceil(len(by_bits) / columns)
     size = {"width": max(4.5, 2.9 * columns), "height": 0.6 + 2.7 * rows}
     figure, panels = plots.new_figure(rows, columns, **size, sharex=True, squeeze=False)
-    sides = (
-        ("quantisation", plots.QUANTISATION_COLOUR, "o"),
-        ("pruning", plots.PRUNING_COLOUR, "s"),
-    )
-    for axes, (bits, of_bits) in zip(panels.flat, tensors.items(), strict=False):
-        known = [tensor for tensor in of_bits if tensor.kurtosis is not None]
-        kurtoses = [tensor.kurtosis + GAUSSIAN_KURTOSIS for tensor in known]
-        for name, colour, marker in sides:
-            sqnrs = [
-                tensor.quantised if name == "quantisation" else tensor.pruned for tensor in known
-            ]
-            axes.plot(kurtoses, sqnrs, marker=marker, color=colour, label=name, **dot_look(tensors))
+    for axes, (bits, of_bits) in zip(panels.flat, by_bits.items(), strict=False):
+        kurtoses = [tensor.kurtosis + GAUSSIAN_KURTOSIS for tensor in of_bits]
+        for side, name, colour, marker in (
+            ("quantised", "quantisation", plots.QUANTISATION_COLOUR, "o"),
+            ("pruned", "pruning", plots.PRUNING_COLOUR, "s"),
+        ):
+            look = {"marker": marker, "color": colour, "label": name, **dot_look(len(tensors))}
+            axes.plot(kurtoses, [getattr(tensor, side) for tensor in of_bits], **look)
         axes.set_xscale("log")
         plots.plain_log_ticks(axes.xaxis)
         axes.set_title(size_text(bits), fontsize=10)
-    for axes in panels.flat[len(tensors) :]:
+    for axes in panels.flat[len(by_bits) :]:
         axes.set_visible(False)
     figure.supxlabel("kurtosis of the weights (3 for a Gaussian)", fontsize=10)
     figure.supylabel("SQNR (dB)", fontsize=10)
@@ -163,14 +161,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.folder}: no <model>_<b>_bits_mse.json with figures in it")
     if infinite:
         log.info("%d tensors without a finite SQNR are not drawn", infinite)
-    by_bits = {
-        b: [x for x in tensors if x.bits == b] for b in dict.fromkeys(x.bits for x in tensors)
-    }
     out, title = args.out or args.folder, networks_text(tensors)
     end = "_corrected" * args.corrected
-    plots.save_figure(draw_sqnrs(by_bits, title, args.corrected), out / f"weights_sqnr{end}")
-    plots.save_figure(draw_kurtosis(by_bits, title), out / f"weights_kurtosis{end}")
-    for bits, of_bits in by_bits.items():
+    plots.save_figure(draw_sqnrs(tensors, title, args.corrected), out / f"weights_sqnr{end}")
+    if any(tensor.kurtosis is not None for tensor in tensors):
+        plots.save_figure(draw_kurtosis(tensors, title), out / f"weights_kurtosis{end}")
+    for bits, of_bits in tensors_by_bits(tensors).items():
         cli.print_result(f"{bits} bits: pruning better in {pruning_wins(of_bits)} tensors")
 
 

@@ -36,7 +36,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,14 +99,6 @@ def is_model(name: str, requested: str | None) -> bool:
     return requested is None or network_tag(name) == network_tag(requested)
 
 
-def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    """Lists of items by their keys, in the order of the first ones."""
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
 # -- the parts -------------------------------------------------------------------------------------
 
 
@@ -142,10 +134,9 @@ def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
     every = [x for x in plot_weights_sqnr.read_tensors(folder)[0] if is_model(x.model, model)]
     if not every:
         return
-    models = sorted({tensor.model for tensor in every})
-    subject, by_bits = plot_weights_sqnr.networks_text(every), grouped(every, lambda x: x.bits)
+    models, subject = sorted({x.model for x in every}), plot_weights_sqnr.networks_text(every)
     sizes, gaps = [], {}
-    for bits, tensors in by_bits.items():
+    for bits, tensors in plot_weights_sqnr.tensors_by_bits(every).items():
         quantised, pruned, gaps[bits] = (
             statistics.median(getattr(tensor, name) for tensor in tensors)
             for name in ("quantised", "pruned", "gap")
@@ -159,10 +150,9 @@ def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
         for x in sorted(every, key=lambda tensor: tensor.gap)[:CLOSEST]
     ]
     head = ["bits", "sparsity", "tensors", "quantising, median dB", "pruning, median dB"]
-    pictures = {
-        "A dot per tensor; below the diagonal quantisation wins": plot_weights_sqnr.draw_sqnrs,
-        "Both against the kurtosis of the tensor": plot_weights_sqnr.draw_kurtosis,
-    }
+    drawn = {"A dot per tensor; below the diagonal quantisation wins": plot_weights_sqnr.draw_sqnrs}
+    if any(tensor.kurtosis is not None for tensor in every):
+        drawn["Both against the kurtosis of the tensor"] = plot_weights_sqnr.draw_kurtosis
     yield Section(
         "weights",
         subject,
@@ -177,7 +167,7 @@ def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
                 ["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"], closest
             ),
         ],
-        [(caption, plots.png_bytes(draw(by_bits, subject))) for caption, draw in pictures.items()],
+        [(caption, plots.png_bytes(draw(every, subject))) for caption, draw in drawn.items()],
         models=models,
     )
 
@@ -304,9 +294,11 @@ def fine_tuning_section(folder: Path, model: str | None) -> Iterator[Section]:
             continue
         results = [Result(**one) for one in record["results"]]
         gaps, doubts = {}, {}
-        by_bits = grouped(sorted(results, key=lambda one: -one.bits), lambda one: one.bits)
-        for bits, same in by_bits.items():
-            sides = [[x for x in same if x.method == method] for method in (QUANTISED, PRUNED)]
+        for bits in sorted({one.bits for one in results}, reverse=True):
+            sides = [
+                [one for one in results if (one.bits, one.method) == (bits, method)]
+                for method in (QUANTISED, PRUNED)
+            ]
             if all(sides):
                 quantised, pruned = (statistics.fmean(x.top1 for x in side) for side in sides)
                 gaps[bits] = quantised - pruned

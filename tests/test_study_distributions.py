@@ -241,7 +241,7 @@ def test_the_command_prints_draws_and_resumes(tmp_path, capsys, caplog, monkeypa
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
-    (section,) = report.study_sections(tmp_path, None)  # what the study's page makes of it
+    (section,) = report.study_sections([tmp_path], None)  # what the study's page makes of it
     assert section.gaps[2] == pytest.approx(8.26 - 3.03, abs=0.01)
     assert "excess kurtosis of 6.1 at 2 bits" in section.text and len(section.pictures) == 2
 

@@ -121,12 +121,15 @@ def with_flat_blocks_and_head(name: str) -> str:
     return with_flat_blocks(name).replace("classifier.1.", "classifier.")
 
 
-SPELLINGS: Sequence[tuple[Callable[[str], str], Callable[[str], str]]] = (
-    (as_it_is, as_it_is),
-    (without_shells, as_it_is),
-    (without_shells, without_dots),
-    (without_shells, with_flat_blocks),
-    (without_shells, with_flat_blocks_and_head),
+Spelling = Callable[[str], str]
+SPELLINGS: Sequence[
+    tuple[Spelling, Spelling, Spelling]
+] = (  # of all names, the model's, the file's
+    (as_it_is, as_it_is, as_it_is),
+    (without_shells, as_it_is, as_it_is),
+    (without_shells, without_dots, without_dots),
+    (without_shells, with_flat_blocks, as_it_is),
+    (without_shells, with_flat_blocks_and_head, as_it_is),
 )
 
 
@@ -143,8 +146,8 @@ def readings(
     these that fits.
     """
     found: dict[str, Reading] = {}
-    for shorten, squeeze in SPELLINGS:
-        ours = {squeeze(shorten(name)): name for name in names}
+    for shorten, respell, squeeze in SPELLINGS:
+        ours = {respell(shorten(name)): name for name in names}
         if len(ours) < len(names):
             continue  # two names would be one
         fitting = {without_shells(place) for place, reading in found.items() if reading.fits}
