@@ -29,8 +29,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ from torch import nn
 from modelutils import find_layers
 from obc.inputs import files
 from obc.solver.errors import UserError, log
-from obc.solver.layers import view
 from obc.solver.progress import progress
 from obc.toolkit import cli
 from obc.toolkit.fingerprints import content_hash
@@ -48,10 +46,13 @@ from obc.toolkit.leveldb import model_tag
 from obc.toolkit.session import Session, common_options
 from pruning_vs_quantization import layer_problem, plots, study_files
 from pruning_vs_quantization.expected_error import size_text, sqnr_db
-from pruning_vs_quantization.layer_problem import Chunk, Subproblem, SubproblemRecord
+from pruning_vs_quantization.layer_problem import Chunk
 from pruning_vs_quantization.proof import Reals, SearchLimits
 
-MOST_UNKNOWNS = 256
+MOST_UNKNOWNS = 256  # more cannot be solved with a proof
+OF_GRIDS = ("range_search_method", "per_channel", "balanced")  # do not matter to pruning
+SETTINGS = ("model", "dataset", "nsamples", "opt_dim", "num_output_channels", "num_chunks")
+SETTINGS += ("method", "time_limit", "node_limit", *OF_GRIDS)
 INCHES_A_LAYER, INCHES_A_PANEL = 0.26, 2.2
 HEURISTICS = {  # by kind: name in the files → heading; the last one is the toolkit's own
     "quantisation": {
@@ -72,57 +73,20 @@ STYLES = {  # by kind: colour, marker, shift from the layer's place
 }
 
 
-@dataclass(frozen=True)
-class LayerSettings:
+def layer_settings(kind: str, args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Everything that a layer's figures depend on, apart from its name and the bit width."""
+    names = [name for name in SETTINGS if kind == "quantisation" or name not in OF_GRIDS]
+    return {name: getattr(args, name) for name in names} | {
+        "image_size": session.data.image_size,
+        "calibration_seed": args.seed,
+        "weights": content_hash(session.model.state_dict()),
+    }
 
-    model: str
-    dataset: str
-    nsamples: int
-    opt_dim: int
-    num_output_channels: int  # -1: all
-    num_chunks: int  # 0: all
-    method: str
-    time_limit: float
-    node_limit: int | None
-    range_search_method: str
-    per_channel: bool
-    balanced: bool
-    image_size: int
-    calibration_seed: int
-    weights: str  # content hash
 
-    def as_json(self, kind: str) -> dict[str, Any]:
-        """For a result file; grids do not matter to pruning."""
-        grid = ("range_search_method", "per_channel", "balanced")
-        values = asdict(self).items()
-        return {name: x for name, x in values if kind == "quantisation" or name not in grid}
-
-    def places(self, layer: nn.Module) -> list[tuple[int, Chunk]]:
-        """Which rows and chunks of a layer are studied."""
-        channels = view(layer).rows if self.num_output_channels < 0 else self.num_output_channels
-        chunks = self.num_chunks or view(layer).columns
-        return layer_problem.rows_and_chunks(layer, self.opt_dim, channels, chunks)
-
-    def solver(
-        self, kind: str, layer: nn.Module, bits: int
-    ) -> Callable[[Subproblem], SubproblemRecord]:
-        """All quantisers on the layer's grid, or all pruners, at the size of so many bits."""
-        limits = SearchLimits(self.time_limit, self.node_limit or math.inf)
-        if kind == "pruning":
-            return lambda sub: layer_problem.pruned(sub.G, sub.w, bits, self.method, limits)
-        method = self.range_search_method
-        steps = layer_problem.grid_steps(
-            layer.weight, bits, self.balanced, self.per_channel, method
-        )
-
-        def solve(sub: Subproblem) -> SubproblemRecord:
-            seed = [self.calibration_seed, bits, sub.row, sub.chunk.start]
-            generator, step = np.random.default_rng(seed), float(steps[sub.row])
-            grid = (step, bits, self.balanced)
-            return layer_problem.quantised(sub.G, sub.w, *grid, self.method, limits, generator)
-
-        return solve
+def layer_places(args: argparse.Namespace, layer: nn.Module) -> list[tuple[int, Chunk]]:
+    """Which rows and chunks of a layer are studied."""
+    counts = args.num_output_channels, args.num_chunks
+    return layer_problem.rows_and_chunks(layer, args.opt_dim, *counts)
 
 
 # -- a layer ---------------------------------------------------------------------------------------
@@ -130,23 +94,32 @@ class LayerSettings:
 
 def layer_figures(
     kind: str,
-    settings: LayerSettings,
+    args: argparse.Namespace,
     name: str,
     layer: nn.Module,
     bits: int,
     moments: Mapping[Chunk, Reals],
-    verbose: bool = False,  # log a line for each subproblem
 ) -> dict[str, Any]:
     """Every subproblem of a layer at a bit width, and their summary."""
-    solve, records, silent = settings.solver(kind, layer, bits), [], 0
-    every = layer_problem.subproblems(layer, settings.places(layer), moments)
+    limits = SearchLimits(args.time_limit, args.node_limit or math.inf)
+    if kind == "quantisation":
+        grid = args.balanced, args.per_channel, args.range_search_method
+        steps = layer_problem.grid_steps(layer.weight, bits, *grid)
+    records, silent = [], 0
+    every = layer_problem.subproblems(layer, layer_places(args, layer), moments)
     for sub in progress(f"{name}, {bits} bits", every):
         if not sub.signal > 0:
             silent += 1
             continue
+        if kind == "pruning":
+            record = layer_problem.pruned(sub.G, sub.w, bits, args.method, limits)
+        else:
+            generator = np.random.default_rng([args.seed, bits, sub.row, sub.chunk.start])
+            grid = float(steps[sub.row]), bits, args.balanced
+            record = layer_problem.quantised(sub.G, sub.w, *grid, args.method, limits, generator)
         place = {"row": sub.row, "start": sub.chunk.start, "stop": sub.chunk.stop}
-        records.append(place | solve(sub).as_json())
-        if verbose:
+        records.append(place | record.as_json())
+        if args.verbose_solvers:
             log.info("%s", solver_line(name, bits, records[-1]))
     if silent:
         skipped = "%s: %d of %d chunks skipped, their output is always zero"
@@ -291,22 +264,16 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     settle_options(args)
     session = Session.of(common_options(args))
     layers = chosen_layers(session.model, args.model, args.layer_name or ())
-    names = list(LayerSettings.__annotations__)[:-3]
-    settings = LayerSettings(
-        *(getattr(args, name) for name in names),
-        image_size=session.data.image_size,
-        calibration_seed=args.seed,
-        weights=content_hash(session.model.state_dict()),
-    )
+    settings = layer_settings(kind, args, session)
     work, figures = {}, {}
     for name, bits in ((name, bits) for name in layers for bits in args.bits):
         path = args.out / f"{model_tag(args.model)}_{name}_{bits}_bits_{kind}.json"
-        work[name, bits] = path, settings.as_json(kind) | {"layer": name, "bits": bits}
+        work[name, bits] = path, settings | {"layer": name, "bits": bits}
         files.check_writable(path)
         figures[name, bits] = study_files.finished(*work[name, bits], args.restart)
     pending = {name for (name, _), done in figures.items() if done is None}
     chunks = {
-        name: [chunk for _, chunk in settings.places(layer)]
+        name: [chunk for _, chunk in layer_places(args, layer)]
         for name, layer in layers.items()
         if name in pending
     }
@@ -315,8 +282,7 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     cli.print_result(layer_table_head(kind))
     for (name, bits), done in figures.items():
         if done is None:
-            layer = (name, layers[name], bits, moments[name])
-            done = layer_figures(kind, settings, *layer, args.verbose_solvers)
+            done = layer_figures(kind, args, name, layers[name], bits, moments[name])
             study_files.write_result(*work[name, bits], done)
         cli.print_result(layer_row(done))
     draw_layers(args.out, model_tag(args.model), args.model, list(find_layers(session.model)))
@@ -346,17 +312,7 @@ def settle_options(args: argparse.Namespace) -> None:
             )
         args.datapath = args.image_net_dir
     args.dataset = args.dataset or "imagenet"
-    if args.n_bits is not None:
-        lowest, highest = study_files.LOWEST_BITS, study_files.HIGHEST_BITS
-        if not lowest <= args.n_bits <= highest:
-            raise UserError(f"--n-bits must be from {lowest} to {highest}; got {args.n_bits}")
-        args.bits = [args.n_bits]
     args.bits = list(dict.fromkeys(args.bits))
-    if args.opt_dim > MOST_UNKNOWNS:
-        raise UserError(
-            f"--opt-dim must be at most {MOST_UNKNOWNS}; got {args.opt_dim}. "
-            "Larger subproblems cannot be solved with a proof"
-        )
 
 
 def range_method(text: str) -> str:
@@ -375,15 +331,14 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     )
     parser = cli.Parser(prog=prog, description=text, example=example)
     positive, natural = cli.positive_int, cli.nonnegative_int
-    text = "the question (there is only one)"
-    parser.add_argument("command", nargs="?", choices=commands, default=commands[0], help=text)
+    question = {"nargs": "?", "choices": commands, "default": commands[0]}
+    parser.add_argument("command", **question, help="the question (there is only one)")
 
     add = parser.add_argument_group("network and images").add_argument
     text = "rn18, rn20, any torchvision classification model, or path/to/file.py:function"
     add("--model-name", metavar="MODEL", dest="model", required=True, help=text)
     add("--weights", metavar="FILE", help="dense weights (default: torchvision's, or the shipped)")
-    text = "imagenet, cifar10, digits or folder (default: imagenet)"
-    add("--dataset", metavar="DATASET", help=text)
+    add("--dataset", metavar="DATASET", help="imagenet (the default), cifar10, digits or folder")
     add("--datapath", metavar="DIR", help="where the images are")
     add("--image-net-dir", metavar="DIR", help="--dataset imagenet --datapath DIR")
     text = "side of the network's input in pixels (default: that of the dataset)"
@@ -397,11 +352,11 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
 
     group = parser.add_argument_group("subproblems")
     add = group.add_argument
-    text = "a layer; may be given several times (default: all)"
-    add("--layer-name", metavar="NAME", action="append", help=text)
+    add("--layer-name", metavar="NAME", action="append", help="a layer, or several (default: all)")
     study_files.add_grid_options(group)
     group.set_defaults(bits=[8, 4, 3, 2])
-    add("--n-bits", metavar="B", type=positive, help="the same as --bits B")
+    same = {"type": study_files.bit_width, "nargs": 1, "dest": "bits", "default": argparse.SUPPRESS}
+    add("--n-bits", metavar="B", **same, help="the same as --bits B")
     text = "range of the grid: of least squared error, or up to the largest weight"
     ranges = {"type": range_method, "metavar": "MSE|minmax", "default": "MSE"}
     add("--range-search-method", **ranges, help=text)
@@ -411,19 +366,19 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     count = cli.number(int, lambda n: n >= 1 or n == -1, "a whole number from 1, or -1 for all")
     add("--num-output-channels", metavar="N", type=count, default=8, help=text)
     text = "unknowns of a subproblem: a row is cut into chunks of at most this many inputs"
-    add("--opt-dim", metavar="N", type=positive, default=32, help=text)
+    size = cli.number(int, lambda n: 1 <= n <= MOST_UNKNOWNS, f"from 1 to {MOST_UNKNOWNS}")
+    add("--opt-dim", metavar="N", type=size, default=32, help=text)
     text = "chunks of each output channel, evenly spread; 0: all"
     add("--num-chunks", metavar="N", type=natural, default=8, help=text)
 
     add = parser.add_argument_group("solvers").add_argument
-    text = "certified semidefinite bound, exact search, or both"
-    add("--method", choices=layer_problem.METHODS, default="both", help=text)
+    methods = {"choices": layer_problem.METHODS, "default": "both"}
+    add("--method", **methods, help="certified semidefinite bound, exact search, or both")
     text = "seconds for the search of a subproblem; after that its result is [proven bound, best]"
     add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
     add("--node-limit", metavar="N", type=positive, help="the same in nodes")
     add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
     study_files.add_study_options(parser, "layer_outputs")
-    parser.set_defaults(
-        nrounds=None, noaug=True, memory=None, weights_key=None
-    )  # common options that are fixed here
+    # the common options that are fixed here
+    parser.set_defaults(nrounds=None, noaug=True, memory=None, weights_key=None)
     return parser
