@@ -74,23 +74,10 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
         settings, figures = read_result(path)
         if (settings.get("architecture"), settings.get("dataset")) != (architecture, dataset):
             continue
-        size = _size(settings)
-        if size is None:
+        if (result := run_result(settings, figures)) is None:
             log.info("%s: not a comparison at equal size, left out", path)
-            continue
-        results.append(
-            Result(
-                *size,
-                figures["top1"],
-                settings["seed"],
-                figures["seconds"],
-                figures["bits_per_weight"],
-                _training(settings, figures),
-                figures.get("classes") or CLASSES.get(dataset),
-                _shared(settings, figures),
-                figures.get("dense_top1"),
-            )
-        )
+        else:
+            results.append(result)
     if not results:
         raise UserError(
             f"{folder}: contains no trained {architecture} on {dataset}; run "
@@ -99,21 +86,27 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
     return results
 
 
-def _size(settings: dict[str, Any]) -> tuple[str, float] | None:
-    """Method and bits per weight; None for runs that are not comparable."""
-    pruned = settings["prune_method"] != "none"
+def run_result(settings: dict[str, Any], figures: dict[str, Any]) -> Result | None:
+    """A trained network; None if it is not one of two to compare at equal size."""
+    pruned, epochs = settings["prune_method"] != "none", settings["max_epochs"]
     if settings["act_quant"] or pruned == settings["weight_quant"]:
         return None
-    if pruned:
-        return PRUNED, DENSE_BITS * (1 - settings["s_f"])
-    return QUANTISED, float(settings["n_bits"])
-
-
-def _shared(settings: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
-    values = {name: settings.get(name) for name in SHARED}
+    shared = {name: settings.get(name) for name in SHARED}
     for name in ("weights", "images_dir"):
-        values[name] = values[name] and os.path.realpath(values[name])
-    return values | {name: figures.get(name) for name in SHARED_FIGURES}
+        shared[name] = shared[name] and os.path.realpath(shared[name])
+    return Result(
+        PRUNED if pruned else QUANTISED,
+        DENSE_BITS * (1 - settings["s_f"]) if pruned else float(settings["n_bits"]),
+        figures["top1"],
+        settings["seed"],
+        figures["seconds"],
+        figures["bits_per_weight"],
+        f"{epochs} epoch{'s' * (epochs > 1)} of {figures['training_images']} images in batches "
+        f"of {settings['batch_size']}, learning rate {settings['learning_rate']:g}",
+        figures.get("classes") or CLASSES.get(settings["dataset"]),
+        shared | {name: figures.get(name) for name in SHARED_FIGURES},
+        figures.get("dense_top1"),
+    )
 
 
 def no_verdict(quantised: list[Result], pruned: list[Result]) -> str:
@@ -142,14 +135,6 @@ def no_verdict(quantised: list[Result], pruned: list[Result]) -> str:
     if abs(tops[0] - tops[1]) <= (error := 2 * math.sqrt(sum(variances))):
         return f"{images} test images tell only differences above {100 * error:.2f} points"
     return ""
-
-
-def _training(settings: dict[str, Any], figures: dict[str, Any]) -> str:
-    epochs = settings["max_epochs"]
-    return (
-        f"{epochs} epoch{'s' * (epochs > 1)} of {figures['training_images']} images in batches "
-        f"of {settings['batch_size']}, learning rate {settings['learning_rate']:g}"
-    )
 
 
 def conditions(results: Iterable[Result]) -> str:

@@ -159,16 +159,7 @@ def load_inputs(
     options: TrainingOptions, seed: int, device: torch.device
 ) -> tuple[TrainingData, nn.Module]:
     """Images, and the dense network on the device."""
-    images = TrainingData.load(
-        options.dataset,
-        options.images_dir,
-        options.image_size,
-        options.train_samples,
-        options.batch_size,
-        options.augment,
-        seed,
-        options.num_workers,
-    )
+    images = TrainingData.load(options, seed)
     classes = len(images.data.classes)
     with seeded(seed, torch.device("cpu")):  # a model of the user's own may start at random
         dense = dense_network(options.architecture, options.dataset, options.weights, classes)

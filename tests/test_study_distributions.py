@@ -267,7 +267,7 @@ def test_broken_results_are_named(tmp_path, capsys):
     ("words", "message"),
     [
         (["--bits", "1"], "--bits must be from 2 to 8; got 1"),
-        (["--bits", "nine"], "--bits must be a whole number"),
+        (["--bits", "nine"], "--bits must be from 2 to 8; got nine"),
         (["--tail", "5"], "--tail must be in [0, 1); got 5. Did you mean 0.05?"),
         (["--samples", "-1"], "--samples must be a whole number from 0"),
         (["--device", "cpu"], "unrecognized arguments"),
