@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from scripts import ROOT
+from scripts import ROOT, check_parses
 
 from obc.solver.errors import UserError
 from pruning_vs_quantization import main
@@ -84,6 +84,20 @@ def test_help_ends_with_an_example_that_parses(script, capsys):
         assert (title, python, m, name) == ("example:", "python", "-m", module.__name__)
         assert arguments[: len(words)] == words
         module.build_parser().parse_args(arguments)
+
+
+def documented_commands() -> list[list[str]]:
+    """The words of every `python …` in docs/study.md, without the first."""
+    text = (ROOT / "docs" / "study.md").read_text()
+    lines = re.findall(r"^python .*$", text, re.M) + re.findall(r"`(python [^`]+)`", text)
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
+def test_documented_commands_parse(words, capsys):
+    module, *words = words[1:] if words[0] == "-m" else words
+    script = f"pruning_vs_quantization.{module.removesuffix('.py').rpartition('.')[2]}"
+    check_parses(script, words, capsys)
 
 
 # -- --model-dir -----------------------------------------------------------------------------------
