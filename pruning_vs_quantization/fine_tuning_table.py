@@ -43,7 +43,7 @@ TABLE_COLUMNS = {  # method: heading
     OBQ: "OBQ, BN tuning",
     EXACT_METHOD: "ExactOBS, BN tuning",
 }
-STYLES = {  # method: colour, line, marker
+METHOD_STYLES = {  # method: colour, line, marker
     QUANTISED: (QUANTISATION_COLOUR, "-", "o"),
     PRUNED: (PRUNING_COLOUR, "-", "s"),
     OBQ: (QUANTISATION_COLOUR, ":", "o"),
@@ -213,7 +213,7 @@ def draw_accuracies(results: list[Result], title: str) -> Any:
     for top1 in dense_accuracies(results):
         look = {"color": plots.NEUTRAL_COLOUR, "linestyle": "--", "linewidth": 1}
         axes.axhline(top1, **look, label=f"dense: {top1:.2f}")
-    for method, (colour, line, marker) in STYLES.items():
+    for method, (colour, line, marker) in METHOD_STYLES.items():
         points: dict[float, list[float]] = {}
         for one in sorted(results, key=lambda result: result.bits):
             if one.method == method:

@@ -101,7 +101,7 @@ def dot_look(count: int) -> dict[str, Any]:
     return {"linestyle": "none", "markersize": 7, "markeredgecolor": "white", "alpha": 0.8}
 
 
-def draw_sqnrs(tensors: list[TensorResult], title: str, corrected: bool = False) -> Any:
+def draw_tensors(tensors: list[TensorResult], title: str, corrected: bool = False) -> Any:
     """Pruning against quantisation; both axes have the same scale."""
     figure, axes = plots.new_figure(width=6.0, height=6.2)
     for bits, of_bits in tensors_by_bits(tensors).items():
@@ -124,7 +124,7 @@ def draw_sqnrs(tensors: list[TensorResult], title: str, corrected: bool = False)
     return figure
 
 
-def draw_kurtosis(tensors: list[TensorResult], title: str) -> Any:
+def draw_tensor_kurtosis(tensors: list[TensorResult], title: str) -> Any:
     """Both SQNRs of each tensor whose kurtosis is known against it, a panel per bit width."""
     by_bits = tensors_by_bits([tensor for tensor in tensors if tensor.kurtosis is not None])
     columns = min(MOST_PANELS, len(by_bits))
@@ -163,9 +163,9 @@ def run(args: argparse.Namespace) -> None:
         log.info("%d tensors without a finite SQNR are not drawn", infinite)
     out, title = args.out or args.folder, networks_text(tensors)
     end = "_corrected" * args.corrected
-    plots.save_figure(draw_sqnrs(tensors, title, args.corrected), out / f"weights_sqnr{end}")
+    plots.save_figure(draw_tensors(tensors, title, args.corrected), out / f"weights_sqnr{end}")
     if any(tensor.kurtosis is not None for tensor in tensors):
-        plots.save_figure(draw_kurtosis(tensors, title), out / f"weights_kurtosis{end}")
+        plots.save_figure(draw_tensor_kurtosis(tensors, title), out / f"weights_kurtosis{end}")
     for bits, of_bits in tensors_by_bits(tensors).items():
         cli.print_result(f"{bits} bits: pruning better in {pruning_wins(of_bits)} tensors")
 

@@ -150,9 +150,11 @@ def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
         for x in sorted(every, key=lambda tensor: tensor.gap)[:CLOSEST]
     ]
     head = ["bits", "sparsity", "tensors", "quantising, median dB", "pruning, median dB"]
-    drawn = {"A dot per tensor; below the diagonal quantisation wins": plot_weights_sqnr.draw_sqnrs}
+    drawn = {
+        "A dot per tensor; below the diagonal quantisation wins": plot_weights_sqnr.draw_tensors
+    }
     if any(tensor.kurtosis is not None for tensor in every):
-        drawn["Both against the kurtosis of the tensor"] = plot_weights_sqnr.draw_kurtosis
+        drawn["Both against the kurtosis of the tensor"] = plot_weights_sqnr.draw_tensor_kurtosis
     yield Section(
         "weights",
         subject,

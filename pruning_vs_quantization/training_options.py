@@ -101,7 +101,6 @@ RATE = {"type": cli.positive_float, "metavar": "F"}
 WEIGHT = {"type": cli.nonnegative_float, "metavar": "F"}
 SHARE = {"type": cli.fraction, "metavar": "S"}
 BITS = {"type": cli.number(int, lambda x: 2 <= x <= 16, "2 to 16"), "metavar": "B"}
-MOMENTUM = {"type": cli.number(float, lambda x: 0 < x <= 1, "in (0, 1]"), "metavar": "F"}
 
 
 GROUPS = {  # first option of each -> title on the help page
@@ -243,7 +242,10 @@ class TrainingOptions:
         None, "its final value, reached along a cosine (default: the same)", **RATE
     )
     oscillations_freeze_ema_momentum: float = option(
-        0.01, "momentum of the moving averages of frequency and code", **MOMENTUM
+        0.01,
+        "momentum of the moving averages of frequency and code",
+        type=cli.number(float, lambda x: 0 < x <= 1, "in (0, 1]"),
+        metavar="F",
     )
 
     cuda: bool | None = option(None, "as --device cuda; --no-cuda: as --device cpu")

@@ -415,7 +415,7 @@ TENSORS = [
 
 def test_dots_are_where_the_figures_are():
     """Quantisation on x and pruning on y, as in the paper."""
-    (axes,) = plot_weights_sqnr.draw_sqnrs(TENSORS, "rn8").axes
+    (axes,) = plot_weights_sqnr.draw_tensors(TENSORS, "rn8").axes
     four, two, diagonal = axes.lines
     assert (list(four.get_xdata()), list(four.get_ydata())) == ([20.0, 18.0], [2.0, 3.0])
     assert (list(two.get_xdata()), list(two.get_ydata())) == ([1.0, 2.0], [4.0, 4.0])
@@ -429,7 +429,7 @@ def test_dots_are_where_the_figures_are():
 
 def test_sqnr_against_kurtosis():
     """Excess kurtosis 0 is a Gaussian's 3; a tensor without one is not drawn."""
-    figure = plot_weights_sqnr.draw_kurtosis(TENSORS, "rn8")
+    figure = plot_weights_sqnr.draw_tensor_kurtosis(TENSORS, "rn8")
     four, two = figure.axes
     assert [axes.get_title() for axes in figure.axes] == [
         "INT4 against 75 %",
