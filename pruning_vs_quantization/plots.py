@@ -71,12 +71,13 @@ def bit_marker(bits: int) -> str:
 
 
 def plain_log_ticks(axis: Axis) -> None:
-    """Ticks of a logarithmic axis as plain numbers; more of them if it is short."""
+    """Ticks of a logarithmic axis as plain numbers, evenly spaced ones if it is short."""
     low, high = axis.get_view_interval()
-    subs = (1, 2, 5) if high > 10 * low else (1, 2, 3, 4, 5, 6, 8)
-    axis.set_major_locator(study_package("matplotlib.ticker").LogLocator(subs=subs))
+    ticker = study_package("matplotlib.ticker")
+    long = high > 10 * low
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if long else ticker.MaxNLocator(5))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(study_package("matplotlib.ticker").NullLocator())
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def draw_legend(axes: Axes, title: str | None = None, **options: Any) -> None:
@@ -90,6 +91,11 @@ def save_figure(figure: Figure, stem: Path) -> None:
         with files.atomic_write(stem.with_name(f"{stem.name}.{kind}")) as file:
             figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     log.info("picture: %s.png and .pdf", stem)
+
+
+def png_width(png: bytes) -> int:
+    """The width at which a browser shows a picture in its size in inches."""
+    return int.from_bytes(png[16:20], "big") * 96 // DPI
 
 
 def png_bytes(figure: Figure) -> bytes:

@@ -33,6 +33,7 @@ if not __package__:  # started as a file in this folder, as the published README
 import argparse
 import base64
 import math
+import operator
 import os
 import re
 import statistics
@@ -177,26 +178,24 @@ def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
 def layer_outputs_section(folder: Path, model: str | None) -> Iterator[Section]:
     """Part 3: layers that both studies have covered."""
     networks: dict[tuple[str, str], dict[tuple[str, int], dict[str, tuple]]] = {}
-    for path in sorted(folder.glob("*_bits_*.json")):
-        if not PARTS["layer outputs"].files.fullmatch(path.name):
-            continue
-        settings, figures = study_files.read_result(path)
-        if is_model(settings["model"], model) and figures["summary"]:
-            layers = networks.setdefault((settings["model"], settings["dataset"]), {})
-            kinds = layers.setdefault((figures["layer"], figures["bits"]), {})
-            kinds[figures["kind"]] = figures["summary"], settings
+    for path in sorted(folder.iterdir()):
+        if PARTS["layer outputs"].files.fullmatch(path.name):
+            settings, figures = study_files.read_result(path)
+            if is_model(settings["model"], model) and figures["summary"]:
+                layers = networks.setdefault((settings["model"], settings["dataset"]), {})
+                kinds = layers.setdefault((figures["layer"], figures["bits"]), {})
+                kinds[figures["kind"]] = figures["summary"], settings
     for (name, dataset), layers in networks.items():
         pairs = {}
         for key, kinds in sorted(layers.items(), key=lambda item: natural_order(*item[0])):
-            if len(kinds) == 2:
-                (quantised, settings), (pruned, others) = kinds["quantisation"], kinds["pruning"]
-                if unlike := [x for x in SAME_INPUTS if settings.get(x) != others.get(x)]:
-                    log.warning(
-                        "%s of %s at %d bits left out: quantised and pruned with another %s",
-                        *(key[0], name, key[1], unlike[0]),
-                    )
-                else:
-                    pairs[key] = quantised, pruned
+            if len(kinds) < 2:
+                continue
+            (quantised, settings), (pruned, others) = kinds["quantisation"], kinds["pruning"]
+            if unlike := [x for x in SAME_INPUTS if settings.get(x) != others.get(x)]:
+                text = "%s of %s at %d bits left out: quantised and pruned with another %s"
+                log.warning(text, key[0], name, key[1], unlike[0])
+            else:
+                pairs[key] = quantised, pruned
         by_bits: dict[int, list[LayerPair]] = {}
         for (_, bits), pair in sorted(pairs.items(), key=lambda item: -item[0][1]):
             by_bits.setdefault(bits, []).append(pair)
@@ -240,30 +239,23 @@ def output_gap(pair: LayerPair) -> float:
 
 def sizes_table(by_bits: dict[int, list[LayerPair]]) -> TextTable:
     """A row per bit width."""
-
-    def proven_better(pairs: list[LayerPair], one: int) -> str:
-        best, limit = "sqnr_best", "sqnr_limit"
-        ahead = [finite_or_inf(x[one], best) > finite_or_inf(x[1 - one], limit) for x in pairs]
-        return f"{sum(ahead)}"
-
-    def own_gap(pairs: list[LayerPair], side: int) -> str:
-        return f"{statistics.fmean(pair[side]['own_gap_mean'] or 0.0 for pair in pairs):.2f} dB"
-
-    return TextTable(
-        ["bits", "sparsity", "layers", "quantisation − pruning, median"]
-        + ["quantisation proven better in", "pruning proven better in"]
-        + ["OBQ below optimum", "ExactOBS below optimum"],
-        [
-            [
-                f"{bits}",
-                sparsity_percent(bits),
-                f"{len(x)}",
-                signed(statistics.median(map(output_gap, x)), "dB"),
-            ]
-            + [proven_better(x, 0), proven_better(x, 1), own_gap(x, 0), own_gap(x, 1)]
-            for bits, x in by_bits.items()
-        ],
-    )
+    rows = []
+    for bits, pairs in by_bits.items():
+        median = signed(statistics.median(map(output_gap, pairs)), "dB")
+        cells = [f"{bits}", sparsity_percent(bits), f"{len(pairs)}", median]
+        for one in (0, 1):
+            best, limit = (
+                [finite_or_inf(pair[side], key) for pair in pairs]
+                for side, key in ((one, "sqnr_best"), (1 - one, "sqnr_limit"))
+            )
+            cells.append(f"{sum(map(operator.gt, best, limit))}")
+        for side in (0, 1):
+            own = statistics.fmean(pair[side]["own_gap_mean"] or 0.0 for pair in pairs)
+            cells.append(f"{own:.2f} dB")
+        rows.append(cells)
+    head = ["bits", "sparsity", "layers", "quantisation − pruning, median"]
+    head += ["quantisation proven better in", "pruning proven better in"]
+    return TextTable([*head, "OBQ below optimum", "ExactOBS below optimum"], rows)
 
 
 def layers_table(pairs: dict[tuple[str, int], LayerPair]) -> TextTable:
@@ -476,6 +468,7 @@ def html_page(title: str, sections: list[Section]) -> str:
         loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    environment.filters["width"] = plots.png_width
     return environment.get_template("report.html.jinja").render(
         title=title,
         question=QUESTION,
