@@ -74,8 +74,9 @@ def plain_log_ticks(axis: Axis) -> None:
     """Ticks of a logarithmic axis as plain numbers, evenly spaced ones if it is short."""
     low, high = axis.get_view_interval()
     ticker = study_package("matplotlib.ticker")
+    subs = (1, 2, 5) if high < 50 * low else (1,)
     long = high > 10 * low
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if long else ticker.MaxNLocator(5))
+    axis.set_major_locator(ticker.LogLocator(subs=subs) if long else ticker.MaxNLocator(5))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(ticker.NullLocator())
 
