@@ -341,15 +341,16 @@ PARTS = {  # in the order of the answer's weight
 }
 
 
-def result_folders(folders: list[Path], part: Part) -> list[Path]:
-    """The folders with results of a part: these ones and all below them that are not hidden."""
-    visible = [
-        (Path(where), names)
-        for folder in folders
-        for where, _, names in os.walk(folder)
-        if not any(word.startswith(".") for word in Path(where).relative_to(folder).parts)
-    ]
-    return sorted({where for where, names in visible if any(map(part.files.fullmatch, names))})
+def result_folders(folders: list[Path]) -> dict[str, list[Path]]:
+    """Where the results of each part are: in these folders and all below that are not hidden."""
+    places: dict[str, set[Path]] = {part: set() for part in PARTS}
+    for folder in folders:
+        for where, below, names in os.walk(folder):
+            below[:] = [name for name in below if not name.startswith(".")]
+            for part, how in PARTS.items():
+                if any(map(how.files.fullmatch, names)):
+                    places[part].add(Path(where))
+    return {part: sorted(of_part) for part, of_part in places.items()}
 
 
 def study_sections(folders: list[Path], model: str | None) -> list[Section]:
@@ -358,10 +359,10 @@ def study_sections(folders: list[Path], model: str | None) -> list[Section]:
     Raises UserError for files that are not results.
     """
     sections: dict[tuple[str, str], Section] = {}
-    for part, how in PARTS.items():
-        for folder in result_folders(folders, how):
+    for part, places in result_folders(folders).items():
+        for folder in places:
             try:
-                for section in how.sections(folder, model):
+                for section in PARTS[part].sections(folder, model):
                     if (part, section.subject) in sections:  # with other settings
                         section.subject += f", {folder}"
                     sections[part, section.subject] = section
