@@ -127,3 +127,18 @@ def test_model_dir_that_says_nothing_or_too_much(tmp_path):
         options("--model-dir", tmp_path)
     with pytest.raises(UserError, match="--model-dir and --weights say the same"):
         options("--model-dir", tmp_path / "a.pth", "--weights", "b.pth")
+
+
+# -- the image -------------------------------------------------------------------------------------
+
+
+def test_the_dockerfile_is_the_published_one_and_copies_what_there_is():
+    """docker/check.sh builds it, which takes minutes and a network."""
+    text = (ROOT / "docker" / "Dockerfile").read_text()
+    assert "docker build -f docker/Dockerfile --tag pruning_vs_quantization:latest .\n" in text
+    assert "docker run -ti pruning_vs_quantization:latest\n" in text
+    sources = [word for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for word in line.split()]
+    assert sources and all((ROOT / source).exists() for source in sources)
+    instructions = set(re.findall(r"^([A-Z]+) ", text, re.M))
+    script = (ROOT / "docker" / "check.sh").read_text()
+    assert instructions <= set(re.findall(r"\b[A-Z]+\b", script))
