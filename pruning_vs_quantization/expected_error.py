@@ -92,28 +92,7 @@ FIRST_INTERVALS = 64
 WEIGHTS_AT_ONCE = 1 << 24  # that are counted at a time
 
 
-class Distribution(ABC):
-    """What the expected error of a grid is computed from: a density, or the weights of a tensor."""
-
-    @abstractmethod
-    def primitive(
-        self,
-        order: int,  # 0, 1, 2
-        x: ArrayLike,  # any shape; ±infinity allowed
-    ) -> Reals:  # shape of x
-        """∫ t^order p(t) dt up to x, plus a constant: only differences are meaningful."""
-
-    @abstractmethod
-    def moment(self, order: int) -> float:
-        """E|x|^order."""
-
-    @property
-    @abstractmethod
-    def reach(self) -> float:
-        """The largest magnitude that occurs."""
-
-
-class Density(Distribution):
+class Density(ABC):
     """An even density of any scale."""
 
     end: float = math.inf  # the density is 0 beyond ±end
@@ -134,11 +113,17 @@ class Density(Distribution):
         from the 700 numbers in 10⁷ that are clipped, and independent draws would leave ±0.07 dB.
         """
 
-    def primitive(self, order: int, x: ArrayLike) -> Reals:
+    def primitive(
+        self,
+        order: int,  # 0, 1, 2
+        x: ArrayLike,  # any shape; ±infinity allowed
+    ) -> Reals:  # shape of x
+        """∫ t^order p(t) dt up to x, plus a constant: only differences are meaningful."""
         x = np.asarray(x, dtype=np.float64)
         return np.sign(x) ** (order + 1) * self.half_moment(order, np.minimum(abs(x), self.end))
 
     def moment(self, order: int) -> float:
+        """E|x|^order."""
         return 2 * float(self.half_moment(order, np.float64(self.end)))
 
     @property
@@ -148,6 +133,7 @@ class Density(Distribution):
 
     @property
     def reach(self) -> float:
+        """The largest magnitude that occurs."""
         return self.end if math.isfinite(self.end) else self.magnitude_quantile(1 - NEGLIGIBLE)
 
     def magnitude_quantile(self, share: float) -> float:
@@ -235,7 +221,7 @@ class StudentT(Density):
         return values[:count]
 
 
-class Histogram(Distribution):
+class Histogram:
     """The weights of a tensor, rounded to FP16, and how often each occurs."""
 
     def __init__(self, values: Reals, counts: Integers) -> None:
@@ -290,6 +276,9 @@ class Histogram(Distribution):
         return float(pruned @ self.values[order] ** 2) / self.size
 
 
+# What the expected error of a grid is computed from: both have `primitive`, `moment` and `reach`.
+Distribution = Density | Histogram
+
 # -- sizes and errors ------------------------------------------------------------------------------
 
 
@@ -309,6 +298,15 @@ def sparsity_percent(bits: float) -> str:
     '87.5 %'
     """
     return f"{100 * sparsity_of(bits):g} %"
+
+
+def size_text(bits: int) -> str:
+    """What is compared at a size.
+
+    >>> size_text(4)
+    'INT4 against 75 %'
+    """
+    return f"INT{bits} against {sparsity_percent(bits)}"
 
 
 def integer_codes(bits: int, balanced: bool = False) -> Reals:  # (levels,), ascending

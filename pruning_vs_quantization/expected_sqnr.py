@@ -10,9 +10,15 @@ the largest disagreement with the closed forms is printed.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file in this folder, as the published README does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import pruning_vs_quantization  # noqa: F401
+
 import argparse
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -185,7 +191,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="expected_sqnr", description=__doc__.splitlines()[0])
+    parser = cli.Parser(
+        prog="expected_sqnr",
+        description=__doc__.splitlines()[0],
+        example="python -m pruning_vs_quantization.expected_sqnr --bits 8 4 2",
+    )
     study_files.add_grid_options(parser)
     text = "fraction of a Student-t density that is cut off"
     parser.add_argument("--tail", metavar="F", type=cli.fraction, default=TAIL, help=text)

@@ -21,22 +21,16 @@ import os
 import statistics
 import textwrap
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obc.solver import errors
-from obc.solver.errors import UserError
+from obc.solver.errors import UserError, log
 from obc.toolkit.profiles import Table, read_lines
+from pruning_vs_quantization import plots
 from pruning_vs_quantization.expected_error import DENSE_BITS, sparsity_percent
-from pruning_vs_quantization.plots import (
-    PRUNING_COLOUR,
-    QUANTISATION_COLOUR,
-    draw_legend,
-    new_figure,
-    save_figure,
-)
-from pruning_vs_quantization.study_files import read_result
+from pruning_vs_quantization.plots import PRUNING_COLOUR, QUANTISATION_COLOUR
+from pruning_vs_quantization.study_files import TextTable, read_result
 
 QUANTISED, PRUNED, OBQ, EXACT_METHOD = "quantised", "pruned", "OBQ", "ExactOBS"
 CLASSES = {"imagenet": 1000, "cifar10": 10, "digits": 10}
@@ -48,6 +42,12 @@ TABLE_COLUMNS = {  # method: heading
     PRUNED: "pruned, trained",
     OBQ: "OBQ, BN tuning",
     EXACT_METHOD: "ExactOBS, BN tuning",
+}
+METHOD_STYLES = {  # method: colour, line, marker
+    QUANTISED: (QUANTISATION_COLOUR, "-", "o"),
+    PRUNED: (PRUNING_COLOUR, "-", "s"),
+    OBQ: (QUANTISATION_COLOUR, ":", "o"),
+    EXACT_METHOD: (PRUNING_COLOUR, ":", "s"),
 }
 
 
@@ -64,6 +64,7 @@ class Result:
     training: str | None = None  # how long, and on what
     classes: int | None = None
     shared: dict[str, Any] | None = None  # the conditions that a comparison needs to be alike
+    dense_top1: float | None = None  # of the network that training started from
 
 
 def trained_results(folder: Path, architecture: str, dataset: str) -> list[Result]:
@@ -73,22 +74,10 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
         settings, figures = read_result(path)
         if (settings.get("architecture"), settings.get("dataset")) != (architecture, dataset):
             continue
-        size = _size(settings)
-        if size is None:
-            errors.log.info("%s: not a comparison at equal size, left out", path)
-            continue
-        results.append(
-            Result(
-                *size,
-                figures["top1"],
-                settings["seed"],
-                figures["seconds"],
-                figures["bits_per_weight"],
-                _training(settings, figures),
-                figures.get("classes") or CLASSES.get(dataset),
-                _shared(settings, figures),
-            )
-        )
+        if (result := run_result(settings, figures)) is None:
+            log.info("%s: not a comparison at equal size, left out", path)
+        else:
+            results.append(result)
     if not results:
         raise UserError(
             f"{folder}: contains no trained {architecture} on {dataset}; run "
@@ -97,21 +86,27 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
     return results
 
 
-def _size(settings: dict[str, Any]) -> tuple[str, float] | None:
-    """Method and bits per weight; None for runs that are not comparable."""
-    pruned = settings["prune_method"] != "none"
+def run_result(settings: dict[str, Any], figures: dict[str, Any]) -> Result | None:
+    """A trained network; None if it is not one of two to compare at equal size."""
+    pruned, epochs = settings["prune_method"] != "none", settings["max_epochs"]
     if settings["act_quant"] or pruned == settings["weight_quant"]:
         return None
-    if pruned:
-        return PRUNED, DENSE_BITS * (1 - settings["s_f"])
-    return QUANTISED, float(settings["n_bits"])
-
-
-def _shared(settings: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
-    values = {name: settings.get(name) for name in SHARED}
+    shared = {name: settings.get(name) for name in SHARED}
     for name in ("weights", "images_dir"):
-        values[name] = values[name] and os.path.realpath(values[name])
-    return values | {name: figures.get(name) for name in SHARED_FIGURES}
+        shared[name] = shared[name] and os.path.realpath(shared[name])
+    return Result(
+        PRUNED if pruned else QUANTISED,
+        DENSE_BITS * (1 - settings["s_f"]) if pruned else float(settings["n_bits"]),
+        figures["top1"],
+        settings["seed"],
+        figures["seconds"],
+        figures["bits_per_weight"],
+        f"{epochs} epoch{'s' * (epochs > 1)} of {figures['training_images']} images in batches "
+        f"of {settings['batch_size']}, learning rate {settings['learning_rate']:g}",
+        figures.get("classes") or CLASSES.get(settings["dataset"]),
+        shared | {name: figures.get(name) for name in SHARED_FIGURES},
+        figures.get("dense_top1"),
+    )
 
 
 def no_verdict(quantised: list[Result], pruned: list[Result]) -> str:
@@ -140,14 +135,6 @@ def no_verdict(quantised: list[Result], pruned: list[Result]) -> str:
     if abs(tops[0] - tops[1]) <= (error := 2 * math.sqrt(sum(variances))):
         return f"{images} test images tell only differences above {100 * error:.2f} points"
     return ""
-
-
-def _training(settings: dict[str, Any], figures: dict[str, Any]) -> str:
-    epochs = settings["max_epochs"]
-    return (
-        f"{epochs} epoch{'s' * (epochs > 1)} of {figures['training_images']} images in batches "
-        f"of {settings['batch_size']}, learning rate {settings['learning_rate']:g}"
-    )
 
 
 def conditions(results: Iterable[Result]) -> str:
@@ -181,15 +168,18 @@ def untrained_results(path: Path) -> list[Result]:
     return results
 
 
-def markdown(results: Iterable[Result]) -> str:
-    """The table, largest size first."""
-    results = list(results)
-    lines = [
-        "| bits | sparsity | "
-        + " | ".join(TABLE_COLUMNS.values())
-        + " | seeds | minutes per run |",
-        "|---" * (len(TABLE_COLUMNS) + 4) + "|",
-    ]
+def dense_accuracies(results: Iterable[Result]) -> list[float]:
+    """Top-1 of the networks that training started from: one, if these were the same."""
+    return sorted({one.dense_top1 for one in results if one.dense_top1 is not None})
+
+
+def accuracy_table(results: list[Result]) -> TextTable:
+    """The dense network, then every size, largest first."""
+    rows = []
+    if dense := dense_accuracies(results):
+        methods = {one.method for one in results}
+        cells = [_accuracy(dense) if method in methods else "–" for method in TABLE_COLUMNS]
+        rows.append(["dense", "0 %", *cells, "–", "–"])
     for bits in sorted({result.bits for result in results}, reverse=True):
         row = [result for result in results if result.bits == bits]
         cells = [
@@ -198,8 +188,9 @@ def markdown(results: Iterable[Result]) -> str:
         seeds = sorted({one.seed for one in row if one.seed is not None})
         minutes = [one.seconds / 60 for one in row if one.seconds is not None]
         cells += [" ".join(map(str, seeds)) or "–", _range(minutes)]
-        lines.append(f"| {bits:g} | {sparsity_percent(bits)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([f"{bits:g}", sparsity_percent(bits), *cells])
+    head = ["bits", "sparsity", *TABLE_COLUMNS.values(), "seeds", "minutes per run"]
+    return TextTable(head, rows)
 
 
 def _accuracy(values: list[float]) -> str:
@@ -216,42 +207,26 @@ def _range(values: list[float]) -> str:
     return low if low == high else f"{low} … {high}"
 
 
-def draw(results: Iterable[Result], title: str, stem: Path) -> None:
-    """Top-1 against size, a line for each method; <stem>.png and .pdf."""
-    results = list(results)
-    figure, axes = new_figure()
-    styles = {
-        QUANTISED: (QUANTISATION_COLOUR, "-", "o"),
-        PRUNED: (PRUNING_COLOUR, "-", "s"),
-        OBQ: (QUANTISATION_COLOUR, ":", "o"),
-        EXACT_METHOD: (PRUNING_COLOUR, ":", "s"),
-    }
-    sizes = sorted({result.bits for result in results})
-    for method, (colour, line, marker) in styles.items():
+def draw_accuracies(results: list[Result], title: str) -> Any:
+    """Top-1 against size, a line for each method; the dense network is a dashed line."""
+    figure, axes = plots.new_figure()
+    for top1 in dense_accuracies(results):
+        look = {"color": plots.NEUTRAL_COLOUR, "linestyle": "--", "linewidth": 1}
+        axes.axhline(top1, **look, label=f"dense: {top1:.2f}")
+    for method, (colour, line, marker) in METHOD_STYLES.items():
         points: dict[float, list[float]] = {}
         for one in sorted(results, key=lambda result: result.bits):
             if one.method == method:
                 points.setdefault(one.bits, []).append(one.top1)
-        means = [sum(values) / len(values) for values in points.values()]
         if points:
-            axes.plot(
-                list(points),
-                means,
-                color=colour,
-                linestyle=line,
-                marker=marker,
-                label=TABLE_COLUMNS[method],
-            )
-    labels = [f"{bits:g}\n{sparsity_percent(bits)}" for bits in sizes]
-    axes.set_xticks(sizes, labels)
-    axes.set(
-        xlabel="bits per weight, and the sparsity of FP16 weights of that size", ylabel="top-1 (%)"
-    )
+            means = [statistics.fmean(values) for values in points.values()]
+            look = {"color": colour, "linestyle": line, "marker": marker}
+            axes.plot(list(points), means, **look, label=TABLE_COLUMNS[method])
+    sizes = sorted({result.bits for result in results})
+    axes.set_xticks(sizes, [f"{bits:g}\n{sparsity_percent(bits)}" for bits in sizes])
+    axes.set_xlabel("bits per weight, and the sparsity of FP16 weights of that size")
+    axes.set_ylabel("top-1 (%)")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 101))
     axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
-    draw_legend(axes)
-    save_figure(figure, stem)
-
-
-def as_records(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """For a JSON file."""
-    return [asdict(result) for result in results]
+    plots.draw_legend(axes)
+    return figure

@@ -90,19 +90,20 @@ class Subproblem:
 
 
 def evenly_spread(count: int, total: int) -> list[int]:
-    """`count` of the numbers 0 … total − 1, evenly spread; all if there are no more.
+    """`count` of the numbers 0 … total − 1, evenly spread; all if there are no more, or it is < 1.
 
-    >>> evenly_spread(3, 9), evenly_spread(9, 3)
-    ([0, 4, 8], [0, 1, 2])
+    >>> evenly_spread(3, 9), evenly_spread(9, 3), evenly_spread(-1, 3)
+    ([0, 4, 8], [0, 1, 2], [0, 1, 2])
     """
-    return sorted({round(i) for i in np.linspace(0, total - 1, min(count, total))})
+    count = min(count, total) if count > 0 else total
+    return sorted({round(i) for i in np.linspace(0, total - 1, count)})
 
 
 def rows_and_chunks(
     layer: nn.Module,
     opt_dim: int,
-    channels: int,  # number of output channels
-    chunks: int,  # number of chunks of each
+    channels: int,  # number of output channels; below 1: all
+    chunks: int,  # number of chunks of each; below 1: all
 ) -> list[tuple[int, Chunk]]:
     """The rows and chunks to study, evenly spread."""
     rows, d = view(layer).rows, view(layer).columns

@@ -17,11 +17,11 @@ signals over the sum of the errors, so that sums of proven bounds bound the whol
 The gap of a heuristic is what an optimal solution would gain over it, in dB: at least
 error / best error, at most error / bound; if all subproblems are proven, the two are the same.
 
-The picture is Fig. 4 of the paper with both sides proven: for each layer an interval from the SQNR
-of the best known solutions to the limit that no solution can exceed, for quantising and for pruning
-at the same size, a panel per bit width. Where everything is proven optimal the two ends coincide.
-The toolkit's own answers are the small circles. It shows all results in the folder, of both
-studies.
+The picture is Fig. 4 of the paper with both sides proven: for each layer, from the first on top to
+the last, an interval from the SQNR of the best known solutions to the limit that no solution can
+exceed, for quantising and for pruning at the same size, a panel per bit width. Where everything is
+proven optimal the two ends coincide. The toolkit's own answers are the small circles. It shows all
+results in the folder, of both studies.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +39,21 @@ from torch import nn
 from modelutils import find_layers
 from obc.inputs import files
 from obc.solver.errors import UserError, log
-from obc.solver.layers import view
 from obc.solver.progress import progress
 from obc.toolkit import cli
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.session import Session, common_options
 from pruning_vs_quantization import layer_problem, plots, study_files
-from pruning_vs_quantization.expected_error import sparsity_percent, sqnr_db
-from pruning_vs_quantization.layer_problem import Chunk, Subproblem, SubproblemRecord
+from pruning_vs_quantization.expected_error import size_text, sqnr_db
+from pruning_vs_quantization.layer_problem import Chunk
 from pruning_vs_quantization.proof import Reals, SearchLimits
 
-MOST_UNKNOWNS = 256
-INCHES_A_LAYER, INCHES_A_PANEL = 0.28, 2.3
+MOST_UNKNOWNS = 256  # more cannot be solved with a proof
+OF_GRIDS = ("range_search_method", "per_channel", "balanced")  # do not matter to pruning
+SETTINGS = ("model", "dataset", "nsamples", "opt_dim", "num_output_channels", "num_chunks")
+SETTINGS += ("method", "time_limit", "node_limit", *OF_GRIDS)
+INCHES_A_LAYER, INCHES_A_PANEL = 0.26, 2.2
 HEURISTICS = {  # by kind: name in the files → heading; the last one is the toolkit's own
     "quantisation": {
         "nearest": "nearest",
@@ -72,56 +73,20 @@ STYLES = {  # by kind: colour, marker, shift from the layer's place
 }
 
 
-@dataclass(frozen=True)
-class LayerSettings:
+def layer_settings(kind: str, args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Everything that a layer's figures depend on, apart from its name and the bit width."""
+    names = [name for name in SETTINGS if kind == "quantisation" or name not in OF_GRIDS]
+    return {name: getattr(args, name) for name in names} | {
+        "image_size": session.data.image_size,
+        "calibration_seed": args.seed,
+        "weights": content_hash(session.model.state_dict()),
+    }
 
-    model: str
-    dataset: str
-    nsamples: int
-    opt_dim: int
-    num_output_channels: int
-    num_chunks: int
-    method: str
-    time_limit: float
-    node_limit: int | None
-    range_search_method: str
-    per_channel: bool
-    balanced: bool
-    image_size: int
-    calibration_seed: int
-    weights: str  # content hash
 
-    def as_json(self, kind: str) -> dict[str, Any]:
-        """For a result file; grids do not matter to pruning."""
-        grid = ("range_search_method", "per_channel", "balanced")
-        values = asdict(self).items()
-        return {name: x for name, x in values if kind == "quantisation" or name not in grid}
-
-    def places(self, layer: nn.Module) -> list[tuple[int, Chunk]]:
-        """Which rows and chunks of a layer are studied."""
-        chunks = self.num_chunks or view(layer).columns
-        return layer_problem.rows_and_chunks(layer, self.opt_dim, self.num_output_channels, chunks)
-
-    def solver(
-        self, kind: str, layer: nn.Module, bits: int
-    ) -> Callable[[Subproblem], SubproblemRecord]:
-        """All quantisers on the layer's grid, or all pruners, at the size of so many bits."""
-        limits = SearchLimits(self.time_limit, self.node_limit or math.inf)
-        if kind == "pruning":
-            return lambda sub: layer_problem.pruned(sub.G, sub.w, bits, self.method, limits)
-        method = self.range_search_method
-        steps = layer_problem.grid_steps(
-            layer.weight, bits, self.balanced, self.per_channel, method
-        )
-
-        def solve(sub: Subproblem) -> SubproblemRecord:
-            seed = [self.calibration_seed, bits, sub.row, sub.chunk.start]
-            generator, step = np.random.default_rng(seed), float(steps[sub.row])
-            grid = (step, bits, self.balanced)
-            return layer_problem.quantised(sub.G, sub.w, *grid, self.method, limits, generator)
-
-        return solve
+def layer_places(args: argparse.Namespace, layer: nn.Module) -> list[tuple[int, Chunk]]:
+    """Which rows and chunks of a layer are studied."""
+    counts = args.num_output_channels, args.num_chunks
+    return layer_problem.rows_and_chunks(layer, args.opt_dim, *counts)
 
 
 # -- a layer ---------------------------------------------------------------------------------------
@@ -129,23 +94,32 @@ class LayerSettings:
 
 def layer_figures(
     kind: str,
-    settings: LayerSettings,
+    args: argparse.Namespace,
     name: str,
     layer: nn.Module,
     bits: int,
     moments: Mapping[Chunk, Reals],
-    verbose: bool = False,  # log a line for each subproblem
 ) -> dict[str, Any]:
     """Every subproblem of a layer at a bit width, and their summary."""
-    solve, records, silent = settings.solver(kind, layer, bits), [], 0
-    every = layer_problem.subproblems(layer, settings.places(layer), moments)
+    limits = SearchLimits(args.time_limit, args.node_limit or math.inf)
+    if kind == "quantisation":
+        grid = args.balanced, args.per_channel, args.range_search_method
+        steps = layer_problem.grid_steps(layer.weight, bits, *grid)
+    records, silent = [], 0
+    every = layer_problem.subproblems(layer, layer_places(args, layer), moments)
     for sub in progress(f"{name}, {bits} bits", every):
         if not sub.signal > 0:
             silent += 1
             continue
+        if kind == "pruning":
+            record = layer_problem.pruned(sub.G, sub.w, bits, args.method, limits)
+        else:
+            generator = np.random.default_rng([args.seed, bits, sub.row, sub.chunk.start])
+            grid = float(steps[sub.row]), bits, args.balanced
+            record = layer_problem.quantised(sub.G, sub.w, *grid, args.method, limits, generator)
         place = {"row": sub.row, "start": sub.chunk.start, "stop": sub.chunk.stop}
-        records.append(place | solve(sub).as_json())
-        if verbose:
+        records.append(place | record.as_json())
+        if args.verbose_solvers:
             log.info("%s", solver_line(name, bits, records[-1]))
     if silent:
         skipped = "%s: %d of %d chunks skipped, their output is always zero"
@@ -237,45 +211,49 @@ def draw_layers(
         if settings.get("model") == model and figures.get("summary"):
             kinds = results.setdefault(figures["bits"], {kind: {} for kind in HEURISTICS})
             kinds[figures["kind"]][figures["layer"]] = figures["summary"]
-    if not results:
-        return
     drawn = {name for kinds in results.values() for every in kinds.values() for name in every}
-    places = {name: place for place, name in enumerate(name for name in layers if name in drawn)}
-    size = max(6.0, 1.5 + INCHES_A_LAYER * len(places)), 1.5 + INCHES_A_PANEL * len(results)
+    names = [name for name in layers if name in drawn]
+    if not names:
+        return
+    size = 1.6 + INCHES_A_PANEL * max(2, len(results)), 1.6 + INCHES_A_LAYER * max(4, len(names))
     try:
-        figure, panels = plots.new_figure(len(results), 1, *size, sharex=True, squeeze=False)
+        figure, panels = plots.new_figure(1, len(results), *size, sharey=True, squeeze=False)
     except UserError as error:  # matplotlib is missing; the results are complete
         log.warning("no picture: %s", error)
         return
-    for axes, bits in zip(panels[:, 0], sorted(results, reverse=True), strict=True):
+    for axes, bits in zip(panels[0], sorted(results, reverse=True), strict=True):
         for kind, summaries in results[bits].items():
-            at_places = {places[name]: x for name, x in summaries.items() if name in places}
-            draw_intervals(axes, kind, dict(sorted(at_places.items())))
-        axes.set_ylabel("SQNR (dB)", fontsize=9)
-        axes.set_title(f"{bits} bits, {sparsity_percent(bits)} sparsity", fontsize=10)
-    panels[-1, 0].set_xticks(range(len(places)), places, rotation=90, fontsize=8)
-    panels[-1, 0].set_xlim(-0.7, len(places) - 0.3)  # a single layer stays in the middle
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
+            draw_intervals(axes, kind, {n: x for n, x in enumerate(map(summaries.get, names)) if x})
+        axes.set_xlabel("SQNR (dB)", fontsize=9)
+        axes.set_title(size_text(bits), fontsize=10)
+    panels[0, 0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0, 0].set_ylim(len(names) - 0.3, -0.7)  # the first layer on top, a single one centred
+    labels = {  # a panel need not have all kinds of marks
+        label: handle
+        for axes in panels[0]
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    look = {"loc": "outside upper center", "ncols": 2, "fontsize": 9, "frameon": False}
+    figure.legend(labels.values(), labels.keys(), title=model, **look)
     plots.save_figure(figure, folder / f"{stem}_layer_outputs")
 
 
 def draw_intervals(axes: Any, kind: str, summaries: Mapping[int, Mapping[str, Any]]) -> None:
-    """Intervals of one study, a little to the left or right of each layer's place."""
+    """Intervals of one study, a little above or below each layer's place."""
     colour, marker, shift = STYLES[kind]
     label = f"{kind}: best to proven limit"
     for number, (place, layer) in enumerate(summaries.items()):
         if layer["sqnr_best"] is None:  # no error at all
             continue
-        x, own = place + shift, layer["sqnr"][layer["own"]]
+        y, own = place + shift, layer["sqnr"][layer["own"]]
         labels = [label, HEURISTICS[kind][layer["own"]]] if number == 0 else [None, None]
         look = {"color": colour, "label": labels[0]}
-        axes.plot(x, layer["sqnr_best"], marker, markersize=4.5, **look)
+        axes.plot(layer["sqnr_best"], y, marker, markersize=5, **look)
         if layer["sqnr_limit"] is not None:
-            axes.vlines(x, layer["sqnr_best"], layer["sqnr_limit"], color=colour, linewidth=2)
+            axes.hlines(y, layer["sqnr_best"], layer["sqnr_limit"], color=colour, linewidth=2)
         if own is not None:
             look = {"color": colour, "label": labels[1], "fillstyle": "none"}
-            axes.plot(x, own, "o", markersize=4, **look)
+            axes.plot(own, y, "o", markersize=4.5, **look)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -286,22 +264,16 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     settle_options(args)
     session = Session.of(common_options(args))
     layers = chosen_layers(session.model, args.model, args.layer_name or ())
-    names = list(LayerSettings.__annotations__)[:-3]
-    settings = LayerSettings(
-        *(getattr(args, name) for name in names),
-        image_size=session.data.image_size,
-        calibration_seed=args.seed,
-        weights=content_hash(session.model.state_dict()),
-    )
+    settings = layer_settings(kind, args, session)
     work, figures = {}, {}
     for name, bits in ((name, bits) for name in layers for bits in args.bits):
         path = args.out / f"{model_tag(args.model)}_{name}_{bits}_bits_{kind}.json"
-        work[name, bits] = path, settings.as_json(kind) | {"layer": name, "bits": bits}
+        work[name, bits] = path, settings | {"layer": name, "bits": bits}
         files.check_writable(path)
         figures[name, bits] = study_files.finished(*work[name, bits], args.restart)
     pending = {name for (name, _), done in figures.items() if done is None}
     chunks = {
-        name: [chunk for _, chunk in settings.places(layer)]
+        name: [chunk for _, chunk in layer_places(args, layer)]
         for name, layer in layers.items()
         if name in pending
     }
@@ -310,8 +282,7 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     cli.print_result(layer_table_head(kind))
     for (name, bits), done in figures.items():
         if done is None:
-            layer = (name, layers[name], bits, moments[name])
-            done = layer_figures(kind, settings, *layer, args.verbose_solvers)
+            done = layer_figures(kind, args, name, layers[name], bits, moments[name])
             study_files.write_result(*work[name, bits], done)
         cli.print_result(layer_row(done))
     draw_layers(args.out, model_tag(args.model), args.model, list(find_layers(session.model)))
@@ -341,17 +312,7 @@ def settle_options(args: argparse.Namespace) -> None:
             )
         args.datapath = args.image_net_dir
     args.dataset = args.dataset or "imagenet"
-    if args.n_bits is not None:
-        lowest, highest = study_files.LOWEST_BITS, study_files.HIGHEST_BITS
-        if not lowest <= args.n_bits <= highest:
-            raise UserError(f"--n-bits must be from {lowest} to {highest}; got {args.n_bits}")
-        args.bits = [args.n_bits]
     args.bits = list(dict.fromkeys(args.bits))
-    if args.opt_dim > MOST_UNKNOWNS:
-        raise UserError(
-            f"--opt-dim must be at most {MOST_UNKNOWNS}; got {args.opt_dim}. "
-            "Larger subproblems cannot be solved with a proof"
-        )
 
 
 def range_method(text: str) -> str:
@@ -364,17 +325,20 @@ def range_method(text: str) -> str:
 
 def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argparse.ArgumentParser:
     """The options of both commands, which are the same."""
-    parser = cli.Parser(prog=prog, description=text)
+    example = (
+        f"python -m pruning_vs_quantization.{prog} {commands[0]} --model-name rn8 "
+        "--dataset digits --layer-name layer1.0.conv1 --n-bits 4 --opt-dim 16 --num-chunks 1"
+    )
+    parser = cli.Parser(prog=prog, description=text, example=example)
     positive, natural = cli.positive_int, cli.nonnegative_int
-    text = "the question (there is only one)"
-    parser.add_argument("command", nargs="?", choices=commands, default=commands[0], help=text)
+    question = {"nargs": "?", "choices": commands, "default": commands[0]}
+    parser.add_argument("command", **question, help="the question (there is only one)")
 
     add = parser.add_argument_group("network and images").add_argument
     text = "rn18, rn20, any torchvision classification model, or path/to/file.py:function"
     add("--model-name", metavar="MODEL", dest="model", required=True, help=text)
     add("--weights", metavar="FILE", help="dense weights (default: torchvision's, or the shipped)")
-    text = "imagenet, cifar10, digits or folder (default: imagenet)"
-    add("--dataset", metavar="DATASET", help=text)
+    add("--dataset", metavar="DATASET", help="imagenet (the default), cifar10, digits or folder")
     add("--datapath", metavar="DIR", help="where the images are")
     text = "class names, one a line, in the order of the network's outputs"
     add("--classes", metavar="FILE", help=text)
@@ -390,32 +354,33 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
 
     group = parser.add_argument_group("subproblems")
     add = group.add_argument
-    text = "a layer; may be given several times (default: all)"
-    add("--layer-name", metavar="NAME", action="append", help=text)
+    add("--layer-name", metavar="NAME", action="append", help="a layer, or several (default: all)")
     study_files.add_grid_options(group)
     group.set_defaults(bits=[8, 4, 3, 2])
-    add("--n-bits", metavar="B", type=positive, help="the same as --bits B")
+    same = {"type": study_files.bit_width, "nargs": 1, "dest": "bits", "default": argparse.SUPPRESS}
+    add("--n-bits", metavar="B", **same, help="the same as --bits B")
     text = "range of the grid: of least squared error, or up to the largest weight"
     ranges = {"type": range_method, "metavar": "MSE|minmax", "default": "MSE"}
     add("--range-search-method", **ranges, help=text)
     text = "a grid for each output channel (default: one for the layer)"
     add("--per-channel", action="store_true", help=text)
-    text = "output channels of each layer, evenly spread"
-    add("--num-output-channels", metavar="N", type=positive, default=8, help=text)
+    text = "output channels of each layer, evenly spread; -1: all"
+    count = cli.number(int, lambda n: n >= 1 or n == -1, "a whole number from 1, or -1 for all")
+    add("--num-output-channels", metavar="N", type=count, default=8, help=text)
     text = "unknowns of a subproblem: a row is cut into chunks of at most this many inputs"
-    add("--opt-dim", metavar="N", type=positive, default=32, help=text)
+    size = cli.number(int, lambda n: 1 <= n <= MOST_UNKNOWNS, f"from 1 to {MOST_UNKNOWNS}")
+    add("--opt-dim", metavar="N", type=size, default=32, help=text)
     text = "chunks of each output channel, evenly spread; 0: all"
     add("--num-chunks", metavar="N", type=natural, default=8, help=text)
 
     add = parser.add_argument_group("solvers").add_argument
-    text = "certified semidefinite bound, exact search, or both"
-    add("--method", choices=layer_problem.METHODS, default="both", help=text)
+    methods = {"choices": layer_problem.METHODS, "default": "both"}
+    add("--method", **methods, help="certified semidefinite bound, exact search, or both")
     text = "seconds for the search of a subproblem; after that its result is [proven bound, best]"
     add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
     add("--node-limit", metavar="N", type=positive, help="the same in nodes")
     add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
     study_files.add_study_options(parser, "layer_outputs")
-    parser.set_defaults(
-        nrounds=None, noaug=True, memory=None, weights_key=None
-    )  # common options that are fixed here
+    # the common options that are fixed here
+    parser.set_defaults(nrounds=None, noaug=True, memory=None, weights_key=None)
     return parser

@@ -21,15 +21,22 @@ published commands; the network so named is the dense one, which training then c
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file in this folder, as the published README does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import pruning_vs_quantization  # noqa: F401
+
 import argparse
 import copy
 import logging
 import random
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,14 +56,13 @@ from obc.toolkit.resume import open_state, state_folder
 from obc.toolkit.session import advice, check_model, load_compressed
 from pruning_vs_quantization.compressed_model import folded
 from pruning_vs_quantization.fine_tuning_table import (
-    as_records,
+    accuracy_table,
     conditions,
-    draw,
-    markdown,
+    draw_accuracies,
     trained_results,
     untrained_results,
 )
-from pruning_vs_quantization.plots import study_package
+from pruning_vs_quantization.plots import save_figure, study_package
 from pruning_vs_quantization.study_files import PLOTS_DATA, finished, write_result
 from pruning_vs_quantization.training import FineTuning, determinism
 from pruning_vs_quantization.training_images import TrainingData
@@ -73,44 +79,46 @@ TIMM_NAMES = {"efficientnet_lite": "efficientnet_lite0"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="pruning_vs_quantization.main", description=__doc__.splitlines()[0])
+    name = "pruning_vs_quantization.main"
+    examples = {
+        command: f"python -m {name} {command} --architecture rn8_quantized --dataset digits {more}"
+        for command, more in (
+            ("train-compressed", "--no-act-quant --n-bits 4 --max-epochs 2"),
+            ("table", "--out plots_data/fine_tuning"),
+            ("first-last", "rn8_w4.pth rn8_w8.pth --save rn8_ends.pth"),
+        )
+    }
+    text, example = __doc__.splitlines()[0], examples["train-compressed"]
+    parser = cli.Parser(prog=name, description=text, example=example)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    train = commands.add_parser(
-        "train-compressed",
-        help="fine-tune a quantised or pruned network",
-        description="Fine-tune a network, quantised or pruned.",
+
+    def add_command(command: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+        words = {"help": text, "description": f"{text[0].upper()}{text[1:]}."}
+        added = commands.add_parser(command, **words, example=examples[command])
+        added.set_defaults(run=run)
+        return added
+
+    train = add_command(
+        "train-compressed", train_compressed, "fine-tune a network, quantised or pruned"
     )
     add_training_options(train)
-    train.set_defaults(run=train_compressed)
-    table = commands.add_parser("table", help="compare the runs in a folder")
+    table = add_command("table", make_table, "compare the runs in a folder")
     add_network(table)
-    table.add_argument(
-        "--untrained",
-        metavar="FILE",
-        type=Path,
-        help="lines with method, bits, reached, top-1 of networks without training",
+    text = "lines with method, bits, reached, top-1 of networks without training"
+    table.add_argument("--untrained", metavar="FILE", type=Path, help=text)
+    text, default = "folder with the runs, and for the table", PLOTS_DATA / "fine_tuning"
+    table.add_argument("--out", metavar="DIR", type=Path, default=default, help=text)
+    ends = add_command(
+        "first-last", exchange_first_and_last, "take first and last layer from another network"
     )
-    table.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=PLOTS_DATA / "fine_tuning",
-        help="folder with the runs, and for the table",
-    )
-    table.set_defaults(run=make_table)
-    ends = commands.add_parser("first-last", help="take first and last layer from another network")
     add_network(ends)
-    ends.add_argument("strong", metavar="FILE", type=Path, help="checkpoint to change")
-    ends.add_argument("mild", metavar="FILE", type=Path, help="checkpoint to take them from")
-    ends.add_argument("--weights", metavar="FILE", help="dense weights of the network")
-    ends.add_argument(
-        "--image-size",
-        metavar="N",
-        type=cli.positive_int,
-        help="pixels of the images that the network takes (default: as in train-compressed)",
-    )
-    ends.add_argument("--save", metavar="FILE", type=Path, required=True, help="where to save")
-    ends.set_defaults(run=exchange_first_and_last)
+    add = ends.add_argument
+    add("strong", metavar="FILE", type=Path, help="checkpoint to change")
+    add("mild", metavar="FILE", type=Path, help="checkpoint to take them from")
+    add("--weights", metavar="FILE", help="dense weights of the network")
+    text = "pixels of the images that the network takes (default: as in train-compressed)"
+    add("--image-size", metavar="N", type=cli.positive_int, help=text)
+    add("--save", metavar="FILE", type=Path, required=True, help="where to save")
     return parser
 
 
@@ -151,17 +159,7 @@ def load_inputs(
     options: TrainingOptions, seed: int, device: torch.device
 ) -> tuple[TrainingData, nn.Module]:
     """Images, and the dense network on the device."""
-    images = TrainingData.load(
-        options.dataset,
-        options.images_dir,
-        options.image_size,
-        options.train_samples,
-        options.batch_size,
-        options.augment,
-        seed,
-        options.num_workers,
-        options.classes,
-    )
+    images = TrainingData.load(options, seed)
     classes = len(images.data.classes)
     with seeded(seed, torch.device("cpu")):  # a model of the user's own may start at random
         dense = dense_network(options.architecture, options.dataset, options.weights, classes)
@@ -199,15 +197,16 @@ def make_table(args: argparse.Namespace) -> None:
     if args.untrained is not None:
         results += untrained_results(args.untrained)
     name = model_tag(network_name(args.architecture))
-    stem, text = args.out / f"table_{name}_{args.dataset}", markdown(results)
+    stem, text = args.out / f"table_{name}_{args.dataset}", accuracy_table(results).markdown()
     record = {
         "architecture": args.architecture,
         "dataset": args.dataset,
         "conditions": conditions(results),
-        "results": as_records(results),
+        "results": [asdict(one) for one in results],
     }
     write_record(stem.with_name(f"{stem.name}.json"), record)
-    draw(results, f"{name} on {args.dataset}, {record['conditions']}", stem)
+    title = f"{name} on {args.dataset}, {record['conditions']}"
+    save_figure(draw_accuracies(results, title), stem)
     cli.print_result(f"{text}\n\n{record['conditions']}")
 
 

@@ -23,6 +23,7 @@ from pruning_vs_quantization.study_files import HIGHEST_BITS, LOWEST_BITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 QUANTISATION_COLOUR, PRUNING_COLOUR = "#0072b2", "#d55e00"  # blue, vermilion: Okabe and Ito (2008)
@@ -61,12 +62,23 @@ def new_figure(
 def bit_colour(bits: int) -> tuple[float, float, float, float]:
     """The colour of a bit width, red green blue alpha: dark for few bits, light for many."""
     share = (bits - LOWEST_BITS) / (HIGHEST_BITS - LOWEST_BITS)
-    return study_package("matplotlib").colormaps["viridis"](0.9 * min(max(share, 0.0), 1.0))
+    return study_package("matplotlib").colormaps["viridis"](0.8 * min(max(share, 0.0), 1.0))
 
 
 def bit_marker(bits: int) -> str:
     """The marker of a bit width."""
     return MARKERS[(bits - LOWEST_BITS) % len(MARKERS)]
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as plain numbers, evenly spaced ones if it is short."""
+    low, high = axis.get_view_interval()
+    ticker = study_package("matplotlib.ticker")
+    subs = (1, 2, 5) if high < 50 * low else (1,)
+    long = high > 10 * low
+    axis.set_major_locator(ticker.LogLocator(subs=subs) if long else ticker.MaxNLocator(5))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def draw_legend(axes: Axes, title: str | None = None, **options: Any) -> None:
@@ -80,6 +92,11 @@ def save_figure(figure: Figure, stem: Path) -> None:
         with files.atomic_write(stem.with_name(f"{stem.name}.{kind}")) as file:
             figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     log.info("picture: %s.png and .pdf", stem)
+
+
+def png_width(png: bytes) -> int:
+    """The width at which a browser shows a picture in its size in inches."""
+    return int.from_bytes(png[16:20], "big") * 96 // DPI
 
 
 def png_bytes(figure: Figure) -> bytes:

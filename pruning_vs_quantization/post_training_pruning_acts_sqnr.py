@@ -11,9 +11,15 @@ subset, or an interval that is proven to contain it. See `layer_study.py`. The o
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file in this folder, as the published README does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import pruning_vs_quantization  # noqa: F401
+
 import argparse
 import functools
-import sys
 
 from obc.toolkit import cli
 from pruning_vs_quantization import layer_study

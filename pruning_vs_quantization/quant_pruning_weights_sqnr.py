@@ -33,15 +33,20 @@ The folder --out receives
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file in this folder, as the published README does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import pruning_vs_quantization  # noqa: F401
+
 import argparse
 import math
 import os
 import socket
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -72,6 +77,7 @@ from pruning_vs_quantization.expected_error import DENSE_BITS, Histogram
 COLUMNS = ("model", "bits", "tensors", "quantising", "pruning", "corrected", "pruning better in")
 NO_ERROR = 1e-28  # × the power of the weights: rounding errors of float64 where there is no error
 TASKS = ("detection", "segmentation", "video")  # submodules of torchvision.models besides itself
+NAMED = 5  # models, of those that are skipped for the same reason
 ANSWER_SECONDS, STALL_SECONDS = 10, 60  # for a server to answer at all; without data in a download
 
 # -- a tensor --------------------------------------------------------------------------------------
@@ -154,16 +160,16 @@ class Downloads:
         name, host = Path(urlsplit(url).path).name, urlsplit(url).hostname
         if (Path(torch.hub.get_dir()) / "checkpoints" / name).exists():
             return
-        if host in self.silent:
-            raise UserError(f"{host} did not answer before ({self.silent[host]})")
-        try:
-            request = Request(url, method="HEAD")
-            urlopen(request, timeout=ANSWER_SECONDS).close()  # nosec B310  # torchvision's own https
-        except HTTPError as error:
-            raise UserError(f"{url}: {error.code} {error.reason}") from None
-        except OSError as error:
-            self.silent[host] = str(getattr(error, "reason", error))
-            raise UserError(f"{host} does not answer ({self.silent[host]})") from None
+        if host not in self.silent:
+            try:
+                request = Request(url, method="HEAD")
+                urlopen(request, timeout=ANSWER_SECONDS).close()  # nosec B310  # torchvision's own
+                return
+            except HTTPError as error:
+                raise UserError(f"{url}: {error.code} {error.reason}") from None
+            except OSError as error:
+                self.silent[host] = str(getattr(error, "reason", error))
+        raise UserError(f"{host} does not answer ({self.silent[host]})")
 
 
 @contextmanager
@@ -302,7 +308,8 @@ def log_coverage(name: str, model: nn.Module) -> None:
 def run(args: argparse.Namespace) -> None:
     device, models = resolve_device(args.device), chosen_models(args.models or [], args.weights)
     bits = sorted(set(args.bits), reverse=True)
-    results, downloads, skipped = WeightResults(args.out), Downloads(), []
+    results, downloads = WeightResults(args.out), Downloads()
+    skipped: dict[str, list[str]] = {}  # reason → models
     settings = {}
     for name in models:
         weights = weights_identity(name, args.weights)
@@ -320,8 +327,7 @@ def run(args: argparse.Namespace) -> None:
             except UserError as error:
                 if len(models) == 1:
                     raise UserError(f"{name}: {error}") from None
-                log.warning("%s skipped: %s", name, error)
-                skipped.append(name)
+                skipped.setdefault(str(error), []).append(name)
                 continue
             log_coverage(name, model)
             results.write(name, settings[name], figures)
@@ -329,16 +335,21 @@ def run(args: argparse.Namespace) -> None:
             log.info("%s: done already", name)
         for row in results.rows(name, bits):
             cli.print_result(study_files.markdown_row(row))
-    if len(skipped) == len(models):
+    for reason, names in skipped.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        log.warning("skipped %s%s: %s", ", ".join(names[:NAMED]), more, reason)
+    if sum(map(len, skipped.values())) == len(models):
         raise UserError(
             "no model's weights are available; download them, or pass --models MODEL --weights FILE"
         )
-    if skipped:
-        log.warning("%d of %d models skipped", len(skipped), len(models))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="quant_pruning_weights_sqnr", description=__doc__.splitlines()[0])
+    parser = cli.Parser(
+        prog="quant_pruning_weights_sqnr",
+        description=__doc__.splitlines()[0],
+        example="python -m pruning_vs_quantization.quant_pruning_weights_sqnr --models rn8",
+    )
     text = (
         "torchvision's names, rn18, rn20, …, or path/to/file.py:function "
         "(default: torchvision's whole zoo)"

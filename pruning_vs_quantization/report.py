@@ -1,10 +1,10 @@
 """One page of everything that has been run: is pruning or quantisation better, for your own model?
 
-    python -m pruning_vs_quantization.report [FOLDER] [--model rn20]
+    python -m pruning_vs_quantization.report [FOLDER …] [--model rn20]
 
-Gathers the results of the study's parts in FOLDER (plots_data) and writes report.html, a page that
-embeds its pictures and needs no network (`report.html.jinja`), and report.md. Each part gives, by
-bit width, a gap
+Gathers the results of the study's parts in FOLDER (plots_data) and the folders below it, whatever
+their names, and writes report.html, a page that embeds its pictures and needs no network
+(`report.html.jinja`), and report.md. Each part gives, by bit width, a gap
 
     quantisation − pruning at equal size      above 0: quantisation loses less
 
@@ -23,15 +23,22 @@ better than chance, or where so many test images cannot tell a difference (`no_v
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file in this folder, as the published README does
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    import pruning_vs_quantization  # noqa: F401
+
 import argparse
 import base64
 import math
+import operator
+import os
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from modelutils import TORCHVISION_ALIASES
@@ -45,7 +52,8 @@ from pruning_vs_quantization.fine_tuning_table import (
     PRUNED,
     QUANTISED,
     Result,
-    markdown,
+    accuracy_table,
+    dense_accuracies,
     no_verdict,
 )
 from pruning_vs_quantization.layer_study import decibel_text
@@ -75,16 +83,21 @@ class Section:
     tables: list[TextTable] = field(default_factory=list)
     pictures: list[tuple[str, bytes]] = field(default_factory=list)  # caption, PNG
     doubts: dict[float, str] = field(default_factory=dict)  # bits → why a gap is no verdict
+    models: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
         return f"{self.part.capitalize()}: {self.subject}"
 
 
+def network_tag(name: str) -> str:
+    """A network's one name: rn18 is resnet18, path/to/net.py:small is small."""
+    return model_tag(TORCHVISION_ALIASES.get(name, name))
+
+
 def is_model(name: str, requested: str | None) -> bool:
-    """Whether a result is of the requested model, or of any: rn18 is resnet18."""
-    full = TORCHVISION_ALIASES.get(name, name)
-    return requested is None or full == TORCHVISION_ALIASES.get(requested, requested)
+    """Whether a result is of the requested model; None: of any."""
+    return requested is None or network_tag(name) == network_tag(requested)
 
 
 # -- the parts -------------------------------------------------------------------------------------
@@ -92,10 +105,7 @@ def is_model(name: str, requested: str | None) -> bool:
 
 def densities_section(folder: Path, model: str | None) -> Iterator[Section]:
     """Part 1, which concerns no model."""
-    path = folder / "expected_sqnr" / "expected_sqnr.json"
-    if not path.exists():
-        return
-    settings, figures = study_files.read_result(path)
+    settings, figures = study_files.read_result(folder / "expected_sqnr.json")
     bits = settings["bits"]
     gaussian = figures["densities"]["Gaussian"]["bits"].items()
     crossings = [
@@ -116,108 +126,80 @@ def densities_section(folder: Path, model: str | None) -> Iterator[Section]:
     ]
     gaps = {int(width): x["quant_sqnr"] - x["pruning_sqnr"] for width, x in gaussian}
     tables = [expected_sqnr.sqnr_table(figures, bits)]
-    yield Section("densities", "a Gaussian", "dB", gaps, text, tables, pictures)
-
-
-@dataclass(frozen=True)
-class TensorResult:
-    """A weight tensor at one bit width, with finite figures in dB."""
-
-    model: str
-    bits: int
-    layer: str
-    kurtosis: float | None  # excess
-    quantised: float
-    pruned: float
-
-    @property
-    def gap(self) -> float:
-        return self.quantised - self.pruned
-
-
-def tensor_results(folder: Path, model: str | None) -> Iterator[TensorResult]:
-    """All tensors with finite figures in a folder."""
-    for path in sorted(folder.glob("*_bits_mse.json")):
-        match = plot_weights_sqnr.FILE_NAME.fullmatch(path.name)
-        if match and is_model(match["model"], model and model_tag(model)):
-            for layer, figures in study_files.read_json(path).items():
-                kurtosis, *sqnrs = (
-                    study_files.finite_figure(path, layer, figures, name, name != "sample_kurtosis")
-                    for name in ("sample_kurtosis", "quant_sqnr", "pruning_sqnr")
-                )
-                if None not in sqnrs:
-                    place = match["model"], int(match["bits"]), layer
-                    yield TensorResult(*place, kurtosis, *sqnrs)
+    subject = "a Gaussian" + ", balanced grids" * bool(settings.get("balanced"))
+    yield Section("densities", subject, "dB", gaps, text, tables, pictures)
 
 
 def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
     """Part 2."""
-    results = list(tensor_results(folder / "weights_sqnr", model))
-    if not results:
+    every = [x for x in plot_weights_sqnr.read_tensors(folder)[0] if is_model(x.model, model)]
+    if not every:
         return
-    models = sorted({tensor.model for tensor in results})
-    by_bits: dict[int, list[TensorResult]] = {}
-    for tensor in sorted(results, key=lambda tensor: -tensor.bits):
-        by_bits.setdefault(tensor.bits, []).append(tensor)
-    sizes = TextTable(
-        ["bits", "sparsity", "tensors"]
-        + ["quantising, median dB", "pruning, median dB", "pruning better in"],
-        [
-            [f"{bits}", sparsity_percent(bits), f"{len(tensors)}"]
-            + [f"{statistics.median(tensor.quantised for tensor in tensors):.2f}"]
-            + [f"{statistics.median(tensor.pruned for tensor in tensors):.2f}"]
-            + [f"{sum(tensor.gap < 0 for tensor in tensors)}"]
-            for bits, tensors in by_bits.items()
-        ],
-    )
-    closest = TextTable(
-        ["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"],
-        [
-            [x.model, x.layer, f"{x.bits}"]
-            + ["–" if x.kurtosis is None else f"{x.kurtosis:.1f}", signed(x.gap, "dB")]
-            for x in sorted(results, key=lambda tensor: tensor.gap)[:CLOSEST]
-        ],
-    )
-    points = {bits: [(x.pruned, x.quantised) for x in tensors] for bits, tensors in by_bits.items()}
-    caption = "A dot per tensor; above the diagonal quantisation loses less"
+    models, subject = sorted({x.model for x in every}), plot_weights_sqnr.networks_text(every)
+    sizes, gaps = [], {}
+    for bits, tensors in plot_weights_sqnr.tensors_by_bits(every).items():
+        quantised, pruned, gaps[bits] = (
+            statistics.median(getattr(tensor, name) for tensor in tensors)
+            for name in ("quantised", "pruned", "gap")
+        )
+        cells = [f"{bits}", sparsity_percent(bits), f"{len(tensors)}"]
+        cells += [f"{quantised:.2f}", f"{pruned:.2f}"]
+        sizes.append([*cells, f"{sum(tensor.gap < 0 for tensor in tensors)}"])
+    closest = [
+        [x.model, x.layer, f"{x.bits}", "–" if x.kurtosis is None else f"{x.kurtosis:.1f}"]
+        + [signed(x.gap, "dB")]
+        for x in sorted(every, key=lambda tensor: tensor.gap)[:CLOSEST]
+    ]
+    head = ["bits", "sparsity", "tensors", "quantising, median dB", "pruning, median dB"]
+    drawn = {
+        "A dot per tensor; below the diagonal quantisation wins": plot_weights_sqnr.draw_tensors
+    }
+    if any(tensor.kurtosis is not None for tensor in every):
+        drawn["Both against the kurtosis of the tensor"] = plot_weights_sqnr.draw_tensor_kurtosis
     yield Section(
         "weights",
-        models[0] if len(models) == 1 else f"{len(models)} models",
+        subject,
         "dB",
-        {bits: statistics.median(x.gap for x in tensors) for bits, tensors in by_bits.items()},
+        gaps,
         f"Every Conv2d and Linear tensor of {', '.join(models)}, rounded to FP16; one grid per "
         "tensor, with the range of least squared error, against magnitude pruning. The second "
         "table names the tensors on which pruning comes closest.",
-        [sizes, closest],
-        [(caption, plots.png_bytes(plot_weights_sqnr.draw_points(points)))],
+        [
+            TextTable([*head, "pruning better in"], sizes),
+            TextTable(
+                ["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"], closest
+            ),
+        ],
+        [(caption, plots.png_bytes(draw(every, subject))) for caption, draw in drawn.items()],
+        models=models,
     )
 
 
 def layer_outputs_section(folder: Path, model: str | None) -> Iterator[Section]:
     """Part 3: layers that both studies have covered."""
     networks: dict[tuple[str, str], dict[tuple[str, int], dict[str, tuple]]] = {}
-    for path in sorted((folder / "layer_outputs").glob("*_bits_*.json")):
-        settings, figures = study_files.read_result(path)
-        if is_model(settings["model"], model) and figures["summary"]:
-            layers = networks.setdefault((settings["model"], settings["dataset"]), {})
-            kinds = layers.setdefault((figures["layer"], figures["bits"]), {})
-            kinds[figures["kind"]] = figures["summary"], settings
+    for path in sorted(folder.iterdir()):
+        if PARTS["layer outputs"].files.fullmatch(path.name):
+            settings, figures = study_files.read_result(path)
+            if is_model(settings["model"], model) and figures["summary"]:
+                layers = networks.setdefault((settings["model"], settings["dataset"]), {})
+                kinds = layers.setdefault((figures["layer"], figures["bits"]), {})
+                kinds[figures["kind"]] = figures["summary"], settings
     for (name, dataset), layers in networks.items():
         pairs = {}
         for key, kinds in sorted(layers.items(), key=lambda item: natural_order(*item[0])):
-            if len(kinds) == 2:
-                (quantised, settings), (pruned, others) = kinds["quantisation"], kinds["pruning"]
-                if unlike := [x for x in SAME_INPUTS if settings.get(x) != others.get(x)]:
-                    log.warning(
-                        "%s of %s at %d bits left out: quantised and pruned with another %s",
-                        *(key[0], name, key[1], unlike[0]),
-                    )
-                else:
-                    pairs[key] = quantised, pruned
+            if len(kinds) < 2:
+                continue
+            (quantised, settings), (pruned, others) = kinds["quantisation"], kinds["pruning"]
+            if unlike := [x for x in SAME_INPUTS if settings.get(x) != others.get(x)]:
+                text = "%s of %s at %d bits left out: quantised and pruned with another %s"
+                log.warning(text, key[0], name, key[1], unlike[0])
+            else:
+                pairs[key] = quantised, pruned
         by_bits: dict[int, list[LayerPair]] = {}
         for (_, bits), pair in sorted(pairs.items(), key=lambda item: -item[0][1]):
             by_bits.setdefault(bits, []).append(pair)
-        pictures = sorted((folder / "layer_outputs").glob(f"{model_tag(name)}_layer_outputs.png"))
+        pictures = sorted(folder.glob(f"{model_tag(name)}_layer_outputs.png"))
         caption = "From the best known solution to the proven limit, by layer"
         text = (
             "The best known solutions of the layers' least-squares problems on real inputs; no "
@@ -230,10 +212,11 @@ def layer_outputs_section(folder: Path, model: str | None) -> Iterator[Section]:
                 "layer outputs",
                 f"{name} on {dataset}",
                 "dB",
-                {bits: median_gap(pairs) for bits, pairs in by_bits.items()},
+                {bits: statistics.median(map(output_gap, x)) for bits, x in by_bits.items()},
                 text,
                 [sizes_table(by_bits), layers_table(pairs)],
                 [(caption, path.read_bytes()) for path in pictures],
+                models=[name],
             )
 
 
@@ -254,31 +237,25 @@ def output_gap(pair: LayerPair) -> float:
     return 0.0 if quantised == pruned else quantised - pruned
 
 
-def median_gap(pairs: list[LayerPair]) -> float:
-    return statistics.median(map(output_gap, pairs))
-
-
 def sizes_table(by_bits: dict[int, list[LayerPair]]) -> TextTable:
     """A row per bit width."""
-
-    def proven_better(pairs: list[LayerPair], one: int) -> str:
-        best, limit = "sqnr_best", "sqnr_limit"
-        ahead = [finite_or_inf(x[one], best) > finite_or_inf(x[1 - one], limit) for x in pairs]
-        return f"{sum(ahead)}"
-
-    def own_gap(pairs: list[LayerPair], side: int) -> str:
-        return f"{statistics.fmean(pair[side]['own_gap_mean'] or 0.0 for pair in pairs):.2f} dB"
-
-    return TextTable(
-        ["bits", "sparsity", "layers", "quantisation − pruning, median"]
-        + ["quantisation proven better in", "pruning proven better in"]
-        + ["OBQ below optimum", "ExactOBS below optimum"],
-        [
-            [f"{bits}", sparsity_percent(bits), f"{len(x)}", signed(median_gap(x), "dB")]
-            + [proven_better(x, 0), proven_better(x, 1), own_gap(x, 0), own_gap(x, 1)]
-            for bits, x in by_bits.items()
-        ],
-    )
+    rows = []
+    for bits, pairs in by_bits.items():
+        median = signed(statistics.median(map(output_gap, pairs)), "dB")
+        cells = [f"{bits}", sparsity_percent(bits), f"{len(pairs)}", median]
+        for one in (0, 1):
+            best, limit = (
+                [finite_or_inf(pair[side], key) for pair in pairs]
+                for side, key in ((one, "sqnr_best"), (1 - one, "sqnr_limit"))
+            )
+            cells.append(f"{sum(map(operator.gt, best, limit))}")
+        for side in (0, 1):
+            own = statistics.fmean(pair[side]["own_gap_mean"] or 0.0 for pair in pairs)
+            cells.append(f"{own:.2f} dB")
+        rows.append(cells)
+    head = ["bits", "sparsity", "layers", "quantisation − pruning, median"]
+    head += ["quantisation proven better in", "pruning proven better in"]
+    return TextTable([*head, "OBQ below optimum", "ExactOBS below optimum"], rows)
 
 
 def layers_table(pairs: dict[tuple[str, int], LayerPair]) -> TextTable:
@@ -304,63 +281,97 @@ def layers_table(pairs: dict[tuple[str, int], LayerPair]) -> TextTable:
 
 def fine_tuning_section(folder: Path, model: str | None) -> Iterator[Section]:
     """Part 4: the tables that `main table` has made."""
-    for path in sorted((folder / "fine_tuning").glob("table_*.json")):
+    for path in sorted(folder.glob("table_*.json")):
         record = study_files.read_json(path)
         name = record["architecture"].removesuffix("_quantized")
         if not is_model(name, model):
             continue
         results = [Result(**one) for one in record["results"]]
-        sides: dict[float, dict[str, list[Result]]] = {}
-        for one in sorted(results, key=lambda one: -one.bits):
-            sides.setdefault(one.bits, {}).setdefault(one.method, []).append(one)
-        pairs = {
-            bits: (x[QUANTISED], x[PRUNED])
-            for bits, x in sides.items()
-            if x.keys() >= {QUANTISED, PRUNED}
-        }
-        gaps = {}
-        for bits, pair in pairs.items():
-            quantised, pruned = (statistics.fmean(one.top1 for one in side) for side in pair)
-            gaps[bits] = quantised - pruned
-        doubts = {bits: why for bits, pair in pairs.items() if (why := no_verdict(*pair))}
-        text = f"Top-1 in percent; {record['conditions']}."
+        gaps, doubts = {}, {}
+        for bits in sorted({one.bits for one in results}, reverse=True):
+            sides = [
+                [one for one in results if (one.bits, one.method) == (bits, method)]
+                for method in (QUANTISED, PRUNED)
+            ]
+            if all(sides):
+                quantised, pruned = (statistics.fmean(x.top1 for x in side) for side in sides)
+                gaps[bits] = quantised - pruned
+                if why := no_verdict(*sides):
+                    doubts[bits] = why
+        dense = "".join(f"dense {top1:.2f}; " for top1 in dense_accuracies(results))
+        text = f"Top-1 in percent; {dense}{record['conditions']}."
         picture, subject = path.with_suffix(".png"), f"{name} on {record['dataset']}"
         pictures = [("Top-1 against size", picture.read_bytes())] if picture.exists() else []
-        tables = [TextTable.parse(markdown(results))]
-        yield Section("fine-tuning", subject, "points", gaps, text, tables, pictures, doubts)
+        tables = [accuracy_table(results)]
+        yield Section(
+            "fine-tuning", subject, "points", gaps, text, tables, pictures, doubts, [name]
+        )
 
 
-PARTS: dict[str, tuple[Callable[[Path, str | None], Iterator[Section]], str]] = {
-    # what reads its results, and what to run for it; in the order of the answer's weight
-    "densities": (densities_section, "python -m pruning_vs_quantization.expected_sqnr"),
-    "weights": (
-        weights_section,
-        "python -m pruning_vs_quantization.quant_pruning_weights_sqnr --models MODEL",
+@dataclass(frozen=True)
+class Part:
+    """A part of the study."""
+
+    files: re.Pattern  # names of its results
+    sections: Callable[[Path, str | None], Iterator[Section]]  # of a model, or all, in a folder
+    command: str  # that makes them
+
+
+STUDY = "python -m pruning_vs_quantization"
+PARTS = {  # in the order of the answer's weight
+    "densities": Part(
+        re.compile(r"expected_sqnr\.json"), densities_section, f"{STUDY}.expected_sqnr"
     ),
-    "layer outputs": (
+    "weights": Part(
+        plot_weights_sqnr.FILE_NAME,
+        weights_section,
+        f"{STUDY}.quant_pruning_weights_sqnr --models MODEL",
+    ),
+    "layer outputs": Part(
+        re.compile(r".+_\d_bits_(quantisation|pruning)\.json"),
         layer_outputs_section,
-        "python -m pruning_vs_quantization.post_training_quant_acts_sqnr "
+        f"{STUDY}.post_training_quant_acts_sqnr "
         "quant-bounds-data-opt … and post_training_pruning_acts_sqnr …",
     ),
-    "fine-tuning": (
+    "fine-tuning": Part(
+        re.compile(r"table_.+\.json"),
         fine_tuning_section,
-        "python -m pruning_vs_quantization.main train-compressed … and … table …",
+        f"{STUDY}.main train-compressed … and … table …",
     ),
 }
 
 
-def study_sections(folder: Path, model: str | None) -> list[Section]:
-    """Everything that has been run, in the order of the answer's weight. Raises UserError."""
-    sections: list[Section] = []
-    for part, (read_sections, _) in PARTS.items():
-        try:
-            sections += read_sections(folder, model)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{folder}: a result of the part {part} is not as its command writes "
-                f"it ({type(error).__name__}: {error}); run it again with --restart"
-            ) from None
-    return sections
+def result_folders(folders: list[Path]) -> dict[str, list[Path]]:
+    """Where the results of each part are: in these folders and all below that are not hidden."""
+    places: dict[str, set[Path]] = {part: set() for part in PARTS}
+    for folder in folders:
+        for where, below, names in os.walk(folder):
+            below[:] = [name for name in below if not name.startswith(".")]
+            for part, how in PARTS.items():
+                if any(map(how.files.fullmatch, names)):
+                    places[part].add(Path(where))
+    return {part: sorted(of_part) for part, of_part in places.items()}
+
+
+def study_sections(folders: list[Path], model: str | None) -> list[Section]:
+    """Everything that has been run on a model, or on any, in the order of the answer's weight.
+
+    Raises UserError for files that are not results.
+    """
+    sections: dict[tuple[str, str], Section] = {}
+    for part, places in result_folders(folders).items():
+        for folder in places:
+            try:
+                for section in PARTS[part].sections(folder, model):
+                    if (part, section.subject) in sections:  # with other settings
+                        section.subject += f", {folder}"
+                    sections[part, section.subject] = section
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{folder}: a result of the part {part} is not as its command writes "
+                    f"it ({type(error).__name__}: {error}); run it again with --restart"
+                ) from None
+    return list(sections.values())
 
 
 # -- the answer ------------------------------------------------------------------------------------
@@ -436,7 +447,7 @@ def summary_table(sections: list[Section]) -> TextTable:
 def parts_not_run(sections: list[Section]) -> list[tuple[str, str]]:
     """The parts without results, and the commands to run for them."""
     done = {section.part for section in sections}
-    return [(part, command) for part, (_, command) in PARTS.items() if part not in done]
+    return [(part, how.command) for part, how in PARTS.items() if part not in done]
 
 
 def text_columns(table: TextTable) -> list[bool]:
@@ -458,6 +469,7 @@ def html_page(title: str, sections: list[Section]) -> str:
         loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    environment.filters["width"] = plots.png_width
     return environment.get_template("report.html.jinja").render(
         title=title,
         question=QUESTION,
@@ -483,19 +495,26 @@ def markdown_page(title: str, sections: list[Section]) -> str:
 
 def page_title(sections: list[Section]) -> str:
     """The question, and the network if there is only one."""
-    subjects = [section.subject for section in sections if section.part != "densities"]
-    names = {subject.partition(" on ")[0] for subject in subjects}
-    one = len({TORCHVISION_ALIASES.get(name, name) for name in names}) == 1
-    return "Pruning or quantisation?" + (f" {subjects[-1]}" if one else "")
+    one = len({network_tag(name) for section in sections for name in section.models}) == 1
+    return "Pruning or quantisation?" + (f" {sections[-1].subject}" if one else "")
 
 
 def run(args: argparse.Namespace) -> None:
-    sections = study_sections(args.folder, args.model)
-    if not sections or (args.model and all(section.part == "densities" for section in sections)):
+    folders = args.folders or [study_files.PLOTS_DATA]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    sections = study_sections(folders, None if args.model == "all" else args.model)
+    names = sorted({network_tag(name) for section in sections for name in section.models})
+    where = " and ".join(map(str, folders))
+    if len(names) > 1 and args.model is None:
+        some = ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
+        raise UserError(f"{where}: results of {some}; pass --model MODEL, or --model all")
+    if not sections or (args.model not in (None, "all") and not names):
         whose = f" for {args.model}" if args.model else ""
-        command = PARTS["weights"][1]
-        raise UserError(f"{args.folder}: no results of the study{whose}; begin with {command}")
-    title, out = page_title(sections), args.out or args.folder
+        command = PARTS["weights"].command
+        raise UserError(f"{where}: no results of the study{whose}; begin with {command}")
+    title, out = page_title(sections), args.out or folders[0]
     pages = {"report.md": markdown_page, "report.html": html_page}
     for name, page in pages.items():
         content = page(title, sections).encode()
@@ -506,12 +525,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="report", description=__doc__.splitlines()[0])
-    add, default = parser.add_argument, study_files.PLOTS_DATA
-    text = "contains a folder for each part that has been run"
-    add("folder", metavar="FOLDER", nargs="?", type=Path, default=default, help=text)
-    add("--model", metavar="MODEL", help="only the results of this one (default: all)")
-    text = "where report.html and report.md go (default: FOLDER)"
+    parser = cli.Parser(
+        prog="report",
+        description=__doc__.splitlines()[0],
+        example="python -m pruning_vs_quantization.report plots_data",
+    )
+    add = parser.add_argument
+    text = f"where results are, also in folders below (default: {study_files.PLOTS_DATA})"
+    add("folders", metavar="FOLDER", nargs="*", type=Path, help=text)
+    text = "the model whose results are shown, if there are several; all: every one"
+    add("--model", metavar="MODEL", help=text)
+    text = "where report.html and report.md go (default: the first FOLDER)"
     add("--out", metavar="DIR", type=Path, help=text)
     return parser
 

@@ -32,6 +32,7 @@ from obc.toolkit.fingerprints import difference
 
 PLOTS_DATA = Path("plots_data")  # contains a folder for each part
 LOWEST_BITS, HIGHEST_BITS = 2, 8  # that are compared with pruning: 1/8 to 1/2 of 16 bits
+bit_width = cli.number(int, lambda b: LOWEST_BITS <= b <= HIGHEST_BITS, "from 2 to 8")
 
 
 def add_study_options(
@@ -55,16 +56,9 @@ def add_grid_options(parser: argparse._ActionsContainer) -> None:
     every = list(range(HIGHEST_BITS, LOWEST_BITS - 1, -1))
     text = "bit widths; pruning keeps a fraction of bits/16"
     add = parser.add_argument
-    add("--bits", metavar="B", type=_bit_width, nargs="+", default=every, help=text)
+    add("--bits", metavar="B", type=bit_width, nargs="+", default=every, help=text)
     text = "grids of 2^b - 1 levels, as many below 0 as above (default: all 2^b, one more below)"
     add("--balanced", action="store_true", help=text)
-
-
-def _bit_width(text: str) -> int:
-    if not LOWEST_BITS <= (value := cli.positive_int(text)) <= HIGHEST_BITS:
-        message = f"must be from {LOWEST_BITS} to {HIGHEST_BITS}; got {text}"
-        raise argparse.ArgumentTypeError(message)
-    return value
 
 
 def finished(
@@ -155,15 +149,6 @@ class TextTable:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     folded: str = ""  # a heading under which the study's page hides it until it is opened
-
-    @classmethod
-    def parse(cls, markdown: str) -> TextTable:
-        """The inverse of `markdown`."""
-        lines = [
-            line.strip().strip("|").split("|") for line in markdown.split("\n") if line.strip()
-        ]
-        cells = [[cell.strip() for cell in line] for line in lines]
-        return cls(cells[0], cells[2:])
 
     def markdown(self) -> str:
         return "\n".join([markdown_head(self.head), *map(markdown_row, self.rows)])

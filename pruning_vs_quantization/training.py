@@ -15,9 +15,10 @@ loop over epochs and steps is the toolkit's (obc/toolkit/training.py).
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,6 +138,8 @@ class FineTuning:
             raise UserError(
                 "--reestimate-bn-stats: this model has no batch norm; pass --no-reestimate-bn-stats"
             )
+        if options.tb_logging_dir is not None:
+            study_package("tensorboard")  # or an error before the first epoch
         self.options, self.dense, self.images, self.device = options, dense, images, device
         size = images.data.image_size
         ends = first_and_last(dense, torch.zeros(2, 3, size, size))
@@ -152,6 +155,7 @@ class FineTuning:
         ]
         self.history: list[dict[str, Any]] = []
         self.learned: nn.Module | None = None  # the plain network after the last epoch
+        self.dense_top1 = math.nan  # until it runs
 
     def run(self, state: RunState) -> nn.Module:
         """Train all epochs that are not in `state`; the plain network that was learned."""
@@ -164,17 +168,18 @@ class FineTuning:
             state,
             seconds_between_saves=0.0,
         )
+        self.dense_top1 = evaluate(self.dense, self.images.test_batches(), self.device)
+        log.info("dense top-1 %.2f", self.dense_top1)
         self.model.train()
-        with logbook(self.options.tb_logging_dir) as write:
-            self.history = train(
-                task,
-                self.loss,
-                self.optimizers,
-                self.model.state_dict,
-                schedulers=self.schedulers,
-                after_step=self.after_step,
-                after_epoch=lambda figures: write(self.evaluated(figures)),
-            )
+        self.history = train(
+            task,
+            self.loss,
+            self.optimizers,
+            self.model.state_dict,
+            schedulers=self.schedulers,
+            after_step=self.after_step,
+            after_epoch=self.evaluated,
+        )
         return self.learned or self.plain()
 
     @property
@@ -224,6 +229,8 @@ class FineTuning:
             f"loss {figures['loss']:.4f}  top-1 {top1:.2f}  sparsity {figures['sparsity']:.4f}"
         )
         log.info(line + (f"  frozen {figures['frozen']:.4f}" if "frozen" in figures else ""))
+        if self.options.tb_logging_dir is not None:
+            log_to_tensorboard(self.options.tb_logging_dir, figures)
         return figures
 
     def plain(self) -> nn.Module:
@@ -238,6 +245,7 @@ class FineTuning:
         """The results."""
         return {
             "top1": self.history[-1]["top1"],
+            "dense_top1": self.dense_top1,
             "sparsity": self.history[-1]["sparsity"],
             "bits_per_weight": compressed.bits_per_weight(self.model),
             "seconds": sum(figures["seconds"] for figures in self.history),
@@ -248,28 +256,9 @@ class FineTuning:
         }
 
 
-@contextmanager
-def logbook(folder: str | None) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """A function that logs the figures of an epoch for TensorBoard, if there is a folder."""
-    if folder is None:
-        yield lambda figures: figures
-        return
-    study_package("tensorboard")
-    summary_writer = study_package("torch.utils.tensorboard").SummaryWriter
-    writers = []
-
-    def write(figures: dict[str, Any]) -> dict[str, Any]:
-        epoch = figures["epoch"]
-        if not writers:  # earlier logs of this and later epochs are void
-            writers.append(summary_writer(folder, purge_step=epoch))
-        for name, value in figures.items():
-            if name != "epoch":
-                writers[0].add_scalar(name, value, epoch)
-        writers[0].flush()
-        return figures
-
-    try:
-        yield write
-    finally:
-        for writer in writers:
-            writer.close()
+def log_to_tensorboard(folder: str, figures: dict[str, Any]) -> None:
+    """Add the figures of an epoch; earlier logs of this epoch and later ones are void."""
+    writer = study_package("torch.utils.tensorboard").SummaryWriter
+    with writer(folder, purge_step=figures["epoch"]) as log_file:
+        for name in figures.keys() - {"epoch"}:
+            log_file.add_scalar(name, figures[name], figures["epoch"])

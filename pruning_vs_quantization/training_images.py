@@ -25,6 +25,7 @@ from torch import Tensor
 
 from datautils import ImageData, ImageSet, calibration_batches, load_data, normalise, test_batches
 from obc.solver.progress import progress
+from pruning_vs_quantization.training_options import TrainingOptions
 
 IN_MEMORY = 4 << 30  # bytes of decoded images that are kept
 
@@ -84,71 +85,57 @@ def shift_and_flip(
 class TrainingData:
     """Images for training and evaluation."""
 
-    data: ImageData  # .calibration: all training images, in an order drawn from the seed
-    batchsize: int
-    augment: bool
+    options: TrainingOptions
     seed: int
-    workers: int | None
+    data: ImageData  # .calibration: all training images, in an order drawn from the seed
     train: DecodedImages | None  # where they fit in memory
     test: DecodedImages | None
 
     @classmethod
-    def load(
-        cls,
-        name: str,  # of the dataset
-        folder: str | None,
-        image_size: int | None,  # pixels
-        count: int | None,  # of training images; None: all
-        batchsize: int,
-        augment: bool,
-        seed: int,
-        workers: int | None,
-        class_file: str | None = None,  # names in the network's order of outputs
-    ) -> TrainingData:
+    def load(cls, options: TrainingOptions, seed: int) -> TrainingData:
         """Raises UserError if datautils cannot load the dataset."""
         data = load_data(
-            name,
-            datapath=folder,
-            image_size=image_size,
+            options.dataset,
+            datapath=options.images_dir,
+            image_size=options.image_size,
             nsamples=1,
             seed=seed,
-            class_file=class_file,
+            class_file=options.classes,
         )
         total = len(data.calibration.source)
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-        data = replace(data, calibration=replace(data.calibration, chosen=order[:count]))
-        decoded = (
-            DecodedImages.decode(images, batchsize) for images in (data.calibration, data.test)
-        )
-        return cls(data, batchsize, augment, seed, workers, *decoded)
+        chosen = replace(data.calibration, chosen=order[: options.train_samples])
+        data = replace(data, calibration=chosen)
+        size = options.batch_size
+        decoded = (DecodedImages.decode(images, size) for images in (chosen, data.test))
+        return cls(options, seed, data, *decoded)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return max(1, len(self.data.calibration) // self.batchsize)
+        return max(1, len(self.data.calibration) // self.options.batch_size)
 
     def epoch(self, number: int) -> Iterator[LabelledImages]:
         """The batches of an epoch, counted from 0."""
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1, np.uint64)[0])
         generator = torch.Generator().manual_seed(seed)
-        images = self.data.calibration
-        order = torch.randperm(len(images), generator=generator)[: len(self) * self.batchsize]
+        images, size = self.data.calibration, self.options.batch_size
+        order = torch.randperm(len(images), generator=generator)[: len(self) * size]
         if self.train is None:
             images = replace(images, chosen=[images.chosen[index] for index in order])
-            yield from self._streamed(images, self.augment, seed % 2**63)
+            yield from self._streamed(images, self.options.augment, seed % 2**63)
             return
-        for batch in order.split(self.batchsize):
+        for batch in order.split(size):
             pixels = self.train.pixels[batch.numpy()]
-            if self.augment:
+            if self.options.augment:
                 pixels = shift_and_flip(pixels, images.view.flips, generator)
             yield normalise(pixels), self.train.labels[batch]
 
     def plain(self, batches: int) -> Iterable[LabelledImages]:
         """The first training batches, not augmented; fewer if there are not that many."""
-        count = batches * self.batchsize
+        count = batches * self.options.batch_size
         if self.train is not None:
-            return DecodedImages(
-                self.train.pixels[:count], self.train.labels[:count], self.batchsize
-            )
+            first = self.train.pixels[:count], self.train.labels[:count]
+            return DecodedImages(*first, self.options.batch_size)
         images = self.data.calibration
         return self._streamed(replace(images, chosen=images.chosen[:count]))
 
@@ -157,14 +144,16 @@ class TrainingData:
     ) -> Iterable[LabelledImages]:
         return calibration_batches(
             replace(self.data, calibration=images),
-            batchsize=self.batchsize,
+            batchsize=self.options.batch_size,
             augment=augment,
             seed=seed,
-            workers=self.workers,
+            workers=self.options.num_workers,
         )
 
     def test_batches(self) -> Iterable[LabelledImages]:
         """All test images."""
         if self.test is not None:
             return self.test
-        return test_batches(self.data, batchsize=self.batchsize, workers=self.workers)
+        return test_batches(
+            self.data, batchsize=self.options.batch_size, workers=self.options.num_workers
+        )

@@ -1,7 +1,7 @@
-"""The options of `train-compressed`: a dataclass for each group on its help page.
+"""The options of `train-compressed`.
 
-Every field is an option of the same name (`n_bits` is --n-bits), with its type, default and help;
-`TrainingOptions` has all of them and is what training works with.
+Every field of `TrainingOptions`, which is what training works with, is an option of the same name
+(`n_bits` is --n-bits), with its type, default and help.
 
 Learning rates follow PyTorch's schedulers, advanced after every step. With t epochs done of T (a
 fraction within an epoch) and the initial learning rate η,
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from obc.solver.distributed import resolve_device
 from obc.solver.errors import UserError
 from obc.toolkit import cli
 from obc.toolkit.leveldb import model_tag
+from obc.toolkit.modes import option
 from pruning_vs_quantization.learned_steps import RANGE_METHODS
 from pruning_vs_quantization.study_files import add_study_options
 
@@ -37,6 +39,8 @@ SUFFIX = "_quantized"  # of published architecture names
 FORMS = "cosine, cosine:1e-4, multistep:10,15, multistep:10,15:0.1, exponential:0.9 or constant"
 OPTIMISERS = ("SGD", "Adam", "AdamW")
 NOT_SETTINGS = {"cuda", "num_workers", "tb_logging_dir"}  # results do not depend on them
+NOT_SETTINGS |= {"model_dir"}  # says the same as weights
+WEIGHT_FILES = (".pth", ".pt", ".th", ".tar", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -92,71 +96,62 @@ def learning_rate_schedule(text: str) -> LearningRateSchedule:
     return LearningRateSchedule(kind, *(values or [None]), epochs)
 
 
-def study_bits(text: str) -> int:
-    """argparse type: 2 … 16."""
-    value = int(text) if text.isdecimal() else 0
-    if not 2 <= value <= 16:
-        raise argparse.ArgumentTypeError(f"must be 2 to 16; got {text}")
-    return value
+COUNT = {"type": cli.positive_int, "metavar": "N"}
+RATE = {"type": cli.positive_float, "metavar": "F"}
+WEIGHT = {"type": cli.nonnegative_float, "metavar": "F"}
+SHARE = {"type": cli.fraction, "metavar": "S"}
+BITS = {"type": cli.number(int, lambda x: 2 <= x <= 16, "2 to 16"), "metavar": "B"}
 
 
-def momentum(text: str) -> float:
-    """argparse type: a number in (0, 1]."""
-    value = cli.positive_float(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1]; got {text}")
-    return value
-
-
-COUNT, RATE = (
-    {"type": cli.positive_int, "metavar": "N"},
-    {"type": cli.positive_float, "metavar": "F"},
-)
-SPARSITY_TYPE, BITS = {"type": cli.fraction, "metavar": "S"}, {"type": study_bits, "metavar": "B"}
-EPOCH, WEIGHT = COUNT | {"metavar": "E"}, {"type": cli.nonnegative_float, "metavar": "F"}
-
-
-def training_option(default: Any, help: str, **words: Any) -> Any:
-    """A field that is an option; without type or choices, --name and --no-name."""
-    return dataclasses.field(default=default, metadata={"help": help, **words})
+GROUPS = {  # first option of each -> title on the help page
+    "architecture": "network and images",
+    "max_epochs": "training",
+    "weight_quant": "quantisation",
+    "prune_method": "pruning",
+    "oscillations_dampen_weight": "oscillating weights",
+    "cuda": "machine",
+}
 
 
 @dataclass
-class NetworkOptions:
-    """network and images"""
+class TrainingOptions:
+    """All options, with their defaults filled in and checked."""
 
-    architecture: str = training_option(
+    architecture: str = option(
         None,
         "resnet18_quantized resnet50_quantized mobilenet_v2_quantized "
         "efficientnet_lite_quantized, or any MODEL of main_trueobs.py with _quantized appended",
         metavar="NAME_quantized",
         required=True,
     )
-    dataset: str = training_option("imagenet", "what to train on", choices=DATASETS)
-    images_dir: str | None = training_option(
+    dataset: str = option("imagenet", "what to train on", choices=DATASETS)
+    images_dir: str | None = option(
         None,
         "folder with train/ and val/ (default: ../imagenet, ../cifar10; digits needs none)",
         metavar="DIR",
     )
-    classes: str | None = training_option(
+    classes: str | None = option(
         None, "class names, one a line, in the order of the network's outputs", metavar="FILE"
     )
-    weights: str | None = training_option(
+    weights: str | None = option(
         None,
         "dense weights to start from (default: downloaded, or shipped with the toolkit)",
         metavar="FILE",
     )
-    image_size: int | None = training_option(
+    model_dir: str | None = option(
+        None, "the same as --weights: the file, or a folder with this one file", metavar="DIR"
+    )
+    image_size: int | None = option(
         None,
         "side of the network's input in pixels "
         "(default: imagenet and folder 224, cifar10 32, digits 16)",
         **COUNT,
     )
-    train_samples: int | None = training_option(
+    train_samples: int | None = option(
         None, "training images, chosen by --seed (default: all)", **COUNT
     )
-    augment: bool = training_option(True, "random crops or shifts, and flips, of training images")
-    num_workers: int | None = training_option(
+    augment: bool = option(True, "random crops or shifts, and flips, of training images")
+    num_workers: int | None = option(
         None,
         "processes that decode images (default: 0 for cifar10 and digits, which are decoded "
         "once, otherwise one per core, 8 at most)",
@@ -164,154 +159,111 @@ class NetworkOptions:
         metavar="N",
     )
 
-
-@dataclass
-class OptimiserOptions:
-    """training"""
-
-    max_epochs: int = training_option(20, "passes over the training images", **COUNT)
-    batch_size: int = training_option(128, "images per batch", **COUNT)
-    optimizer: str = training_option(
-        "SGD", "optimiser of weights, biases and norms", choices=OPTIMISERS
-    )
-    learning_rate: float = training_option(1e-2, "initial learning rate", **RATE)
-    learning_rate_schedule: LearningRateSchedule = training_option(
+    max_epochs: int = option(20, "passes over the training images", **COUNT)
+    batch_size: int = option(128, "images per batch", **COUNT)
+    optimizer: str = option("SGD", "optimiser of weights, biases and norms", choices=OPTIMISERS)
+    learning_rate: float = option(1e-2, "initial learning rate", **RATE)
+    learning_rate_schedule: LearningRateSchedule = option(
         "cosine",
         f"{FORMS}. The number of a cosine is the final learning rate "
         "(default: 0.01 × --learning-rate), that of the others the factor",
         type=learning_rate_schedule,
         metavar="SCHEDULE",
     )
-    momentum: float = training_option(0.9, "momentum of SGD", type=cli.fraction, metavar="F")
-    weight_decay: float = training_option(1e-4, "weight decay of the optimiser", **WEIGHT)
-    reestimate_bn_stats: bool = training_option(
+    momentum: float = option(0.9, "momentum of SGD", type=cli.fraction, metavar="F")
+    weight_decay: float = option(1e-4, "weight decay of the optimiser", **WEIGHT)
+    reestimate_bn_stats: bool = option(
         False, "collect the running statistics of batch norms again before each evaluation"
     )
-    reestimate_bn_batches: int = training_option(
+    reestimate_bn_batches: int = option(
         50, "training batches, not augmented, to average them over", **COUNT
     )
 
-
-@dataclass
-class QuantisationOptions:
-    """quantisation"""
-
-    weight_quant: bool = training_option(True, "quantise weights; first and last layer: 8 bits")
-    act_quant: bool = training_option(
-        True, "quantise the inputs of layers; first and last layer: 8 bits"
-    )
-    n_bits: int = training_option(4, "bits of weights, 2 to 16", **BITS)
-    n_bits_act: int | None = training_option(None, "bits of inputs (default: as --n-bits)", **BITS)
-    per_channel: bool = training_option(False, "a step for each output channel, not for each layer")
-    weight_quant_method: str = training_option(
+    weight_quant: bool = option(True, "quantise weights; first and last layer: 8 bits")
+    act_quant: bool = option(True, "quantise the inputs of layers; first and last layer: 8 bits")
+    n_bits: int = option(4, "bits of weights, 2 to 16", **BITS)
+    n_bits_act: int | None = option(None, "bits of inputs (default: as --n-bits)", **BITS)
+    per_channel: bool = option(False, "a step for each output channel, not for each layer")
+    weight_quant_method: str = option(
         "MSE",
         "initial range of weights: of least squared error, or from minimum to maximum",
         choices=RANGE_METHODS,
     )
-    act_quant_method: str = training_option("MSE", "the same for inputs", choices=RANGE_METHODS)
-    num_est_batches: int = training_option(
-        1, "batches to estimate the ranges of inputs from", **COUNT
-    )
-    sep_quant_optimizer: bool = training_option(True, "a separate optimiser for the steps")
-    quant_optimizer: str = training_option("Adam", "optimiser of the steps", choices=OPTIMISERS)
-    quant_learning_rate: float = training_option(
+    act_quant_method: str = option("MSE", "the same for inputs", choices=RANGE_METHODS)
+    num_est_batches: int = option(1, "batches to estimate the ranges of inputs from", **COUNT)
+    sep_quant_optimizer: bool = option(True, "a separate optimiser for the steps")
+    quant_optimizer: str = option("Adam", "optimiser of the steps", choices=OPTIMISERS)
+    quant_learning_rate: float = option(
         1e-5, "its initial learning rate; it follows the same schedule", **RATE
     )
-    quant_weight_decay: float = training_option(
+    quant_weight_decay: float = option(
         0.0, "weight decay of the steps, whichever optimiser they have", **WEIGHT
     )
 
-
-@dataclass
-class PruningOptions:
-    """pruning"""
-
-    prune_method: str = training_option(
+    prune_method: str = option(
         "none",
         "zhu_gupta: gradual magnitude pruning, sparsity along a cubic",
         choices=("none", "zhu_gupta"),
     )
-    s_i: float = training_option(0.0, "initial sparsity", **SPARSITY_TYPE)
-    s_f: float | None = training_option(
-        None, "final sparsity (default: 0.75, or that of the pattern)", **SPARSITY_TYPE
+    s_i: float = option(0.0, "initial sparsity", **SHARE)
+    s_f: float | None = option(
+        None, "final sparsity (default: 0.75, or that of the pattern)", **SHARE
     )
-    prune_epoch_start: int = training_option(
+    prune_epoch_start: int = option(
         0, "epochs before pruning begins", type=cli.nonnegative_int, metavar="E"
     )
-    prune_last_epoch: int | None = training_option(
+    prune_last_epoch: int | None = option(
         None,
         "epochs after which the last weights are removed (default: three quarters of --max-epochs)",
-        **EPOCH,
+        **COUNT | {"metavar": "E"},
     )
-    delta_t: int | None = training_option(
+    delta_t: int | None = option(
         None,
         "steps between masks (default: 100, or a twentieth of the pruning if that is less)",
         **COUNT,
     )
-    tile_size: int | None = training_option(
+    tile_size: int | None = option(
         None,
         "prune in tiles of T weights along input channels (default: no pattern)",
         **COUNT | {"metavar": "T"},
     )
-    zeros_per_tile: int | None = training_option(
-        None, "zeros in each tile", **COUNT | {"metavar": "Z"}
-    )
-    first_last_sparsity: float = training_option(
-        0.5, "highest sparsity of first and last layer; 0.5 is the size of 8 bits", **SPARSITY_TYPE
+    zeros_per_tile: int | None = option(None, "zeros in each tile", **COUNT | {"metavar": "Z"})
+    first_last_sparsity: float = option(
+        0.5, "highest sparsity of first and last layer; 0.5 is the size of 8 bits", **SHARE
     )
 
-
-@dataclass
-class OscillationOptions:
-    """oscillating weights"""
-
-    oscillations_dampen_weight: float = training_option(
+    oscillations_dampen_weight: float = option(
         0.0, "weight in the loss of latent weights' squared distance to the grid; 0: none", **WEIGHT
     )
-    oscillations_dampen_weight_final: float | None = training_option(
+    oscillations_dampen_weight_final: float | None = option(
         None, "its final value, reached along a cosine (default: the same)", **WEIGHT
     )
-    oscillations_freeze_threshold: float = training_option(
+    oscillations_freeze_threshold: float = option(
         0.0, "oscillations per step above which a weight is frozen; 0: never", **WEIGHT
     )
-    oscillations_freeze_threshold_final: float | None = training_option(
+    oscillations_freeze_threshold_final: float | None = option(
         None, "its final value, reached along a cosine (default: the same)", **RATE
     )
-    oscillations_freeze_ema_momentum: float = training_option(
-        0.01, "momentum of the moving averages of frequency and code", type=momentum, metavar="F"
+    oscillations_freeze_ema_momentum: float = option(
+        0.01,
+        "momentum of the moving averages of frequency and code",
+        type=cli.number(float, lambda x: 0 < x <= 1, "in (0, 1]"),
+        metavar="F",
     )
 
-
-@dataclass
-class MachineOptions:
-    """machine"""
-
-    cuda: bool | None = training_option(None, "as --device cuda; --no-cuda: as --device cpu")
-    deterministic: bool = training_option(
-        False, "only algorithms that give the same bits every time"
-    )
-    tb_logging_dir: str | None = training_option(
+    cuda: bool | None = option(None, "as --device cuda; --no-cuda: as --device cpu")
+    deterministic: bool = option(False, "only algorithms that give the same bits every time")
+    tb_logging_dir: str | None = option(
         None, "folder for TensorBoard logs (default: no logs)", metavar="DIR"
     )
-
-
-GROUPS = (
-    NetworkOptions,
-    OptimiserOptions,
-    QuantisationOptions,
-    PruningOptions,
-    OscillationOptions,
-    MachineOptions,
-)
-
-
-@dataclass
-class TrainingOptions(*GROUPS):
-    """All of them, with their defaults filled in and checked."""
 
     def __post_init__(self) -> None:
         """Fill defaults that depend on other options; raise UserError for contradictions."""
         network_name(self.architecture)
+        if self.model_dir is not None:
+            if self.weights is not None:
+                raise UserError("--model-dir and --weights say the same: pass one of them")
+            self.weights = weights_in(self.model_dir)
         floor = self.learning_rate_schedule.value
         if self.learning_rate_schedule.kind == "cosine" and (floor or 0) > self.learning_rate:
             raise UserError(
@@ -379,19 +331,17 @@ class TrainingOptions(*GROUPS):
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """All options of train-compressed."""
-    for kind in GROUPS:
-        group = parser.add_argument_group(kind.__doc__)
-        for field in dataclasses.fields(kind):
-            words = dict(field.metadata)
-            if not words.keys() & {"type", "metavar", "choices"}:
-                words["action"] = argparse.BooleanOptionalAction
-                words["help"] += " (default: off)" if field.default is False else ""
-            added = group.add_argument(f"--{field.name.replace('_', '-')}", **words)
-            added.default = field.default  # later, or Python before 3.13 would add it to the help
-            if field.name == "augment":
-                group.add_argument(
-                    "--noaug", dest="augment", action="store_false", help="--no-augment"
-                )
+    for field in dataclasses.fields(TrainingOptions):
+        if field.name in GROUPS:
+            add = parser.add_argument_group(GROUPS[field.name]).add_argument
+        words = {name: value for name, value in field.metadata.items() if name != "flag"}
+        if not words.keys() & {"type", "metavar", "choices"}:
+            words["action"] = argparse.BooleanOptionalAction
+            words["help"] += " (default: off)" if field.default is False else ""
+        added = add(f"--{field.name.replace('_', '-')}", **words)
+        added.default = field.default  # later, or Python before 3.13 would add it to the help
+        if field.name == "augment":
+            add("--noaug", dest="augment", action="store_false", help="--no-augment")
     add_study_options(parser, "fine_tuning")
 
 
@@ -399,6 +349,17 @@ def training_options(args: argparse.Namespace) -> TrainingOptions:
     """From parsed arguments; raises UserError for contradictions."""
     names = [field.name for field in dataclasses.fields(TrainingOptions)]
     return TrainingOptions(**{name: getattr(args, name) for name in names})
+
+
+def weights_in(model_dir: str) -> str:
+    """The file of weights that --model-dir names, or that is alone in its folder."""
+    if not os.path.isdir(model_dir):
+        return model_dir
+    files = sorted(name for name in os.listdir(model_dir) if name.endswith(WEIGHT_FILES))
+    if len(files) != 1:
+        reason = f"contains {', '.join(files[:5])}" if files else "contains no weights"
+        raise UserError(f"--model-dir {model_dir}: {reason}; name the file itself")
+    return os.path.join(model_dir, files[0])
 
 
 def network_name(architecture: str) -> str:

@@ -324,6 +324,58 @@ def test_old_names_of_torchvision(tmp_path):
         loads(fresh, vit.state_dict(), tmp_path / "v.pth")
 
 
+class FlatMobileNet(nn.Module):
+    """MobileNet-V2 as table 2 of arXiv 1801.04381 has it, in flat blocks, as it was published."""
+
+    TABLE = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
+    TABLE += ((6, 160, 3, 2), (6, 320, 1, 1))  # expansion, channels, blocks, stride of the first
+
+    def __init__(self, dropout: bool) -> None:
+        super().__init__()
+
+        def unit(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> list:
+            conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
+            return [conv, nn.BatchNorm2d(outputs), nn.ReLU6()]
+
+        blocks, self.residual, inputs = [nn.Sequential(*unit(3, 32, 3, 2))], {}, 32
+        for expansion, outputs, count, first_stride in self.TABLE:
+            for number in range(count):
+                stride, width = 1 if number else first_stride, inputs * expansion
+                layers = unit(inputs, width, 1) if expansion > 1 else []
+                layers += unit(width, width, 3, stride, width) + unit(width, outputs, 1)[:2]
+                self.residual[len(blocks)] = stride == 1 and inputs == outputs
+                blocks.append(nn.ModuleDict({"conv": nn.Sequential(*layers)}))
+                inputs = outputs
+        self.features = nn.Sequential(*blocks, nn.Sequential(*unit(inputs, 1280, 1)))
+        head = nn.Linear(1280, 7)
+        self.classifier = nn.Sequential(nn.Dropout(), head) if dropout else head
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.features):
+            if number in self.residual:
+                y = block["conv"](x)
+                x = x + y if self.residual[number] else y
+            else:
+                x = block(x)
+        return self.classifier(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_the_first_mobilenet_v2_has_flat_blocks(dropout, tmp_path):
+    torch.manual_seed(0)
+    flat = FlatMobileNet(dropout).eval()
+    for module in flat.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    state = {f"module.{name}": tensor for name, tensor in flat.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "mobilenet_v2.pth.tar")
+    model = get_model("mobilenet_v2", "imagenet", tmp_path / "mobilenet_v2.pth.tar", 7)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), flat(images))
+
+
 def test_old_names_with_another_number_of_classes(tmp_path):
     """The names are converted although the classifier of the usual model has another shape."""
     model = torchvision.models.vit_b_16(num_classes=10)

@@ -22,6 +22,7 @@ PROGRAMS = {
     "post_proc": ["post_proc.py", "rn8", "digits", "no.pth", "--bnt"],
     "postproc": ["postproc.py", "rn8", "digits", "no.pth", "--bnt"],
     "study": ["-m", f"{STUDY}.main", "train-compressed", "--architecture", "rn8_quantized"],
+    "study as a file": [f"{STUDY}/main.py", "table", "--architecture", "rn8_quantized"],
 }
 ENDS = {signal.SIGINT: (130, "error: interrupted\n"), signal.SIGTERM: (143, "error: terminated\n")}
 

@@ -241,7 +241,7 @@ def test_the_command_prints_draws_and_resumes(tmp_path, capsys, caplog, monkeypa
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
-    (section,) = report.study_sections(tmp_path, None)  # what the study's page makes of it
+    (section,) = report.study_sections([tmp_path], None)  # what the study's page makes of it
     assert section.gaps[2] == pytest.approx(8.26 - 3.03, abs=0.01)
     assert "excess kurtosis of 6.1 at 2 bits" in section.text and len(section.pictures) == 2
 
@@ -267,7 +267,7 @@ def test_broken_results_are_named(tmp_path, capsys):
     ("words", "message"),
     [
         (["--bits", "1"], "--bits must be from 2 to 8; got 1"),
-        (["--bits", "nine"], "--bits must be a whole number"),
+        (["--bits", "nine"], "--bits must be from 2 to 8; got nine"),
         (["--tail", "5"], "--tail must be in [0, 1); got 5. Did you mean 0.05?"),
         (["--samples", "-1"], "--samples must be a whole number from 0"),
         (["--device", "cpu"], "unrecognized arguments"),

@@ -276,7 +276,7 @@ BAD = [
     (("--layer-name", "features.8"), "no such layer in rn8; it has conv1,"),
     (("--n-bits", "12"), "--n-bits must be from 2 to 8; got 12"),
     (("--bits", "1"), "must be from 2 to 8; got 1"),
-    (("--opt-dim", "1000"), "--opt-dim must be at most 256; got 1000"),
+    (("--opt-dim", "1000"), "--opt-dim must be from 1 to 256; got 1000"),
     (("--image-net-dir", "pictures"), "give one or the other"),
     (("--range-search-method", "percentile"), "must be MSE or minmax; got percentile"),
     (("--time-limit", "0"), "must be a number above 0; got 0"),

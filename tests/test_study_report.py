@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import math
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from pruning_vs_quantization import layer_study, report
-from pruning_vs_quantization.fine_tuning_table import Result, as_records
+from pruning_vs_quantization.fine_tuning_table import Result
 from pruning_vs_quantization.report import (
     Section,
     answer,
@@ -79,6 +80,7 @@ def write_training(
     tops: dict[tuple[str, int], list[float]],
     test_images: int | None = 10_000,
     classes: int | None = 10,
+    dense: float | None = None,
     **pruned_with: object,  # conditions of the pruned networks that differ
 ):
     def shared(method: str) -> dict | None:
@@ -87,7 +89,9 @@ def write_training(
         return common | {"test_images": test_images} | own if test_images else None
 
     results = [
-        Result(method, bits, top1, seed, 60.0, classes=classes, shared=shared(method))
+        Result(
+            method, bits, top1, seed, 60.0, classes=classes, shared=shared(method), dense_top1=dense
+        )
         for (method, bits), values in tops.items()
         for seed, top1 in enumerate(values)
     ]
@@ -95,7 +99,7 @@ def write_training(
         "architecture": architecture,
         "dataset": "digits",
         "conditions": "trained briefly",
-        "results": as_records(results),
+        "results": [asdict(one) for one in results],
     }
     (folder / "fine_tuning").mkdir(parents=True, exist_ok=True)
     stem = folder / "fine_tuning" / f"table_{architecture.partition('_')[0]}_digits"
@@ -125,7 +129,7 @@ def results(tmp_path) -> Path:
 
 
 def section_of(folder: Path, part: str, model: str | None = None) -> Section:
-    (found,) = [each for each in report.study_sections(folder, model) if each.part == part]
+    (found,) = [each for each in report.study_sections([folder], model) if each.part == part]
     return found
 
 
@@ -185,7 +189,7 @@ def test_layers_without_error_are_infinitely_good(tmp_path):
 def test_a_layer_that_only_one_side_has_seen_does_not_count(tmp_path):
     write_outputs(tmp_path, "conv1", 4, (1.0, 0.1, 0.1, 0.1), (1.0, 0.2, 0.2, 0.2))
     (tmp_path / "layer_outputs" / "rn8_conv1_4_bits_pruning.json").unlink()
-    assert report.study_sections(tmp_path, None) == []
+    assert report.study_sections([tmp_path], None) == []
 
 
 def test_fine_tuning_compares_means_over_seeds(results):
@@ -193,6 +197,18 @@ def test_fine_tuning_compares_means_over_seeds(results):
     assert section.gaps == {4: 1.5, 2: -5.0}
     assert section.unit == "points" and section.pictures[0][1] == PNG
     assert section.tables[0].rows[1][:5] == ["2", "87.5 %", "90.00", "95.00", "80.00"]
+    assert "dense" not in section.text
+
+
+def test_the_dense_network_comes_first(tmp_path):
+    tops = {("quantised", 4): [98.0, 97.0], ("pruned", 4): [97.0], ("OBQ", 4): [96.0]}
+    write_training(tmp_path, "rn8_quantized", tops, dense=98.5)
+    section = section_of(tmp_path, "fine-tuning")
+    assert section.text == "Top-1 in percent; dense 98.50; trained briefly."
+    assert section.tables[0].rows == [
+        ["dense", "0 %", "98.50", "98.50", "98.50", "–", "–", "–"],
+        ["4", "75 %", "97.50 (97.00 … 98.00)", "97.00", "96.00", "–", "0 1", "1.0"],
+    ]
 
 
 # -- words -----------------------------------------------------------------------------------------
@@ -239,7 +255,7 @@ def fine_tuned(folder: Path, quantised: float, pruned: float, **conditions) -> s
     """The answer from networks of 4 bits."""
     tops = {("quantised", 4): [quantised], ("pruned", 4): [pruned]}
     write_training(folder, "rn8_quantized", tops, **conditions)
-    return answer(report.study_sections(folder, None))
+    return answer(report.study_sections([folder], None))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +307,7 @@ def test_a_verdict_at_one_size_and_none_at_another(tmp_path):
     tops = {("quantised", 4): [98.0], ("pruned", 4): [97.9]}
     tops |= {("quantised", 2): [95.0], ("pruned", 2): [80.0]}
     write_training(tmp_path, "rn8_quantized", tops)
-    text = answer(report.study_sections(tmp_path, None))
+    text = answer(report.study_sections([tmp_path], None))
     assert text.startswith("Quantise. By fine-tuning, rn8 on digits: quantisation is better at 2")
     assert "no verdict at 4 bits (+0.10 points), since 10000 test images" in text
 
@@ -300,7 +316,7 @@ def test_layers_of_other_inputs_are_not_compared(tmp_path, caplog):
     write_outputs(tmp_path, "conv1", 4, (1.0, 0.1, 0.1, 0.1), (1.0, 0.2, 0.2, 0.2))
     path = tmp_path / "layer_outputs" / "rn8_conv1_4_bits_pruning.json"
     path.write_text(path.read_text().replace('"dataset"', '"nsamples": 8, "dataset"'))
-    assert report.study_sections(tmp_path, None) == []
+    assert report.study_sections([tmp_path], None) == []
     assert "conv1 of rn8 at 4 bits left out: quantised and pruned with another" in caplog.text
 
 
@@ -354,9 +370,6 @@ def test_small_words():
         "a and b",
         "a, b and c",
     ]
-    assert TextTable.parse("| a | b |\n|---|---|\n| 1 | x y |\n") == TextTable(
-        ["a", "b"], [["1", "x y"]]
-    )
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -443,17 +456,47 @@ def test_the_command_writes_both_pages(results, capsys, tmp_path):
     assert "| 4 | 75 % | +12.00 dB | +5.00 dB | +1.50 points |" in printed
     assert "It depends on the size. By fine-tuning, rn8 on digits" in printed
     page = Page((tmp_path / "page" / "report.html").read_text())
-    assert len(page.pictures) == 2 and "Pruning or quantisation? rn8 on digits" in page.words
+    assert len(page.pictures) == 3 and "Pruning or quantisation? rn8 on digits" in page.words
     markdown = (tmp_path / "page" / "report.md").read_text()
     assert printed.splitlines()[2] in markdown
     assert not (results / "report.html").exists()
 
 
-def test_a_page_of_several_networks_is_named_after_none(results, capsys):
-    assert report.main([str(results)]) == 0
+def test_a_page_of_several_networks_is_asked_for_and_named_after_none(results, capsys):
+    assert report.main([str(results)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error == f"error: {results}: results of resnet18, rn8; pass --model MODEL, or --model all\n"
+    )
+    assert not (results / "report.html").exists()
+    assert report.main([str(results), "--model", "all"]) == 0
     page = Page((results / "report.html").read_text())
     assert "Pruning or quantisation?\n" in page.words
     assert "By fine-tuning, rn8 on digits" in page.words
+
+
+def test_results_are_read_from_wherever_they_are(results, tmp_path_factory, capsys):
+    """Parts run with any --out, one of them twice; hidden folders and unrelated files are not."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (results / "layer_outputs").rename(elsewhere / "any name")
+    (results / "fine_tuning").rename(elsewhere / ".hidden")
+    write_weights(elsewhere, "rn8", 4, [(30.0, 5.0)])
+    (elsewhere / "weights_sqnr").rename(elsewhere / "again")
+    (elsewhere / "unrelated_4_bits_x.json").write_text("nothing")
+    words = [str(results), str(elsewhere), "--model", "rn8", "--out", str(elsewhere)]
+    assert report.main(words) == 0
+    head, _, four, _ = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    heads = head.strip("| ").split(" | ")[2:]
+    gaps = dict(zip(heads, four.strip("| ").split(" | ")[2:], strict=True))
+    second = max(elsewhere / "again", results / "weights_sqnr")
+    assert list(gaps) == ["Weights: rn8", f"Weights: rn8, {second}", "Layer outputs: rn8 on digits"]
+    assert sorted(gaps.values()) == ["+12.00 dB", "+25.00 dB", "+5.00 dB"]
+    assert (elsewhere / "report.html").exists()
+
+
+def test_a_folder_that_is_missing(tmp_path, capsys):
+    assert report.main([str(tmp_path), str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: no such folder\n"
 
 
 @pytest.mark.parametrize("words", [[], ["--model", "rn56"]])
@@ -470,7 +513,7 @@ def test_nothing_to_report(words, tmp_path, capsys):
     ("name", "content", "message"),
     [
         ("weights_sqnr/rn8_4_bits_mse.json", "{", "not a complete JSON file"),
-        ("weights_sqnr/rn8_4_bits_mse.json", '{"conv1": {}}', "conv1 has no quant_sqnr"),
+        ("weights_sqnr/rn8_4_bits_mse.json", '{"conv1": {}}', "conv1 has no pruning_sqnr"),
         (
             "layer_outputs/rn8_conv1_4_bits_pruning.json",
             '{"settings": {}, "figures": {}}',

@@ -40,7 +40,7 @@ from pruning_vs_quantization.magnitude_pruning import (
 from pruning_vs_quantization.main import dense_network
 from pruning_vs_quantization.oscillations import annealed
 from pruning_vs_quantization.training_images import TrainingData, shift_and_flip
-from pruning_vs_quantization.training_options import learning_rate_schedule
+from pruning_vs_quantization.training_options import TrainingOptions, learning_rate_schedule
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -581,9 +581,11 @@ def test_shift_and_flip_one_image_at_a_time(flips):
     assert seen == {key for key in crops if flips or not key[2]}
 
 
-def digits(**options) -> TrainingData:
-    defaults = {"count": 100, "batchsize": 32, "augment": True, "seed": 0}
-    return TrainingData.load("digits", None, None, **(defaults | options), workers=None)
+def digits(seed: int = 0, augment: bool = True) -> TrainingData:
+    options = {"dataset": "digits", "train_samples": 100, "batch_size": 32, "augment": augment}
+    schedule = learning_rate_schedule("cosine")
+    options = TrainingOptions("rn8_quantized", learning_rate_schedule=schedule, **options)
+    return TrainingData.load(options, seed)
 
 
 def test_epochs_depend_on_the_seed_and_their_number():

@@ -18,6 +18,7 @@ from obc.solver.errors import UserError
 from pruning_vs_quantization import plot_weights_sqnr
 from pruning_vs_quantization import quant_pruning_weights_sqnr as weights_command
 from pruning_vs_quantization.expected_error import Histogram, best_step, integer_codes
+from pruning_vs_quantization.plot_weights_sqnr import TensorResult
 from pruning_vs_quantization.quant_pruning_weights_sqnr import tensor_figures
 
 stats = pytest.importorskip("scipy.stats")
@@ -287,11 +288,20 @@ def test_a_server_that_does_not_answer_is_asked_once(tmp_path, capsys, monkeypat
     assert run("--models", *models, "rn8", "--bits", 2, "--out", tmp_path) == 0
     captured = capsys.readouterr()
     assert len(asked) == 1 and "vgg11" in asked[0]
-    assert all(f"{name} skipped" in captured.err for name in models)
-    assert "does not answer (no route)" in captured.err and "did not answer before" in captured.err
-    assert "4 of 5 models skipped" in captured.err and "| rn8 | 2 |" in captured.out
+    line = f"warning: skipped {', '.join(models)}: download.pytorch.org does not answer (no route)"
+    assert captured.err.splitlines().count(line) == 1 == captured.err.count("skipped")
+    assert "| rn8 | 2 |" in captured.out
     assert run("--models", *models, "--bits", 2, "--out", tmp_path) == 2
     assert "no model's weights are available" in capsys.readouterr().err
+
+
+def test_many_skipped_models_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr(weights_command, "urlopen", unreachable([], URLError("no route")))
+    assert run("--bits", 2, "--out", tmp_path) == 2
+    zoo, error = weights_command.chosen_models([], None), capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if "skipped" in line]
+    assert line.startswith(f"warning: skipped {', '.join(zoo[:5])} and {len(zoo) - 5} more: ")
 
 
 def test_a_page_that_is_missing_says_nothing_about_others(tmp_path, capsys, monkeypatch):
@@ -363,7 +373,7 @@ def test_a_model_of_the_users_own_and_the_plot_of_it(tmp_path, capsys):
     out = tmp_path / "out"
     assert run("--models", constant, too_large, "--bits", 4, 2, "--out", out) == 0
     error = capsys.readouterr().err
-    assert "large.py:large skipped: 1 has weights that are not finite in FP16" in error
+    assert "large.py:large: 1 has weights that are not finite in FP16" in error
     layers = json.loads(next(out.glob("constant_4_bits_mse.json")).read_text())
     assert layers["1"]["quant_sqnr"] is None and "infinite" in layers["1"]["reason"]
     assert layers["0"]["quant_sqnr"] > layers["0"]["pruning_sqnr"]
@@ -392,20 +402,52 @@ def test_the_plot_reads_any_such_folder(tmp_path, capsys):
     assert capsys.readouterr().out == "3 bits: pruning better in 0 of 2 tensors\n"
     assert (tmp_path / "pictures" / "weights_sqnr.pdf").exists()
     assert (tmp_path / "weights_sqnr_corrected.png").exists()
+    assert not list(tmp_path.glob("weights_kurtosis*"))  # which that program has not written
+
+
+TENSORS = [
+    TensorResult("rn8", 4, "a", 0.0, quantised=20.0, pruned=2.0),
+    TensorResult("rn8", 4, "b", 5.0, quantised=18.0, pruned=3.0),
+    TensorResult("rn8", 2, "a", 0.0, quantised=1.0, pruned=4.0),
+    TensorResult("rn8", 2, "b", None, quantised=2.0, pruned=4.0),
+]
 
 
 def test_dots_are_where_the_figures_are():
-    figure = plot_weights_sqnr.draw_points({4: [(2.0, 20.0), (3.0, 18.0)], 2: [(4.0, 1.0)]})
-    axes = figure.axes[0]
+    """Quantisation on x and pruning on y, as in the paper."""
+    (axes,) = plot_weights_sqnr.draw_tensors(TENSORS, "rn8").axes
     four, two, diagonal = axes.lines
-    assert four.get_xdata().tolist() == [2.0, 3.0] and four.get_ydata().tolist() == [20.0, 18.0]
-    assert (two.get_xdata().tolist(), two.get_ydata().tolist()) == ([4.0], [1.0])
+    assert (list(four.get_xdata()), list(four.get_ydata())) == ([20.0, 18.0], [2.0, 3.0])
+    assert (list(two.get_xdata()), list(two.get_ydata())) == ([1.0, 2.0], [4.0, 4.0])
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
-    assert four.get_color() != two.get_color()
+    assert four.get_color() != two.get_color() and axes.get_title() == "rn8"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "4 bits: 0 of 2",
-        "2 bits: 1 of 1",
+        "INT4 against 75 %: 0 of 2",
+        "INT2 against 87.5 %: 2 of 2",
     ]
+
+
+def test_sqnr_against_kurtosis():
+    """Excess kurtosis 0 is a Gaussian's 3; a tensor without one is not drawn."""
+    figure = plot_weights_sqnr.draw_tensor_kurtosis(TENSORS, "rn8")
+    four, two = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == [
+        "INT4 against 75 %",
+        "INT2 against 87.5 %",
+    ]
+    quantised, pruned = four.lines
+    assert list(quantised.get_xdata()) == list(pruned.get_xdata()) == [3.0, 8.0]
+    assert (list(quantised.get_ydata()), list(pruned.get_ydata())) == ([20.0, 18.0], [2.0, 3.0])
+    assert [list(line.get_ydata()) for line in two.lines] == [[1.0], [4.0]]
+    figure.canvas.draw()
+    labels = [label.get_text() for label in four.get_xticklabels()]
+    assert len(labels) > 1 and all(1 < float(label) < 10 for label in labels)  # plain numbers
+
+
+def test_pictures_have_the_name_of_one_network_or_the_number_of_several():
+    assert plot_weights_sqnr.networks_text(TENSORS) == "rn8"
+    other = TensorResult("vgg11", 4, "a", 0.0, 1.0, 1.0)
+    assert plot_weights_sqnr.networks_text([*TENSORS, other]) == "2 models"
 
 
 def test_the_plot_reads_nan_and_infinity(tmp_path, capsys):

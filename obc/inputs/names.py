@@ -28,6 +28,10 @@ SHELLS = {  # modules around a module that have its weights and no others
 AVERAGES = {"ema", "swa", "averaged", "average", "avg"}  # words in the keys of averaged weights
 COUNTERS = {"n_averaged", "total_ops", "total_params"}  # that SWA and thop put among the weights
 UNCOUNTED = "num_batches_tracked"  # missing in files from before PyTorch 0.4.1
+FLAT_PLACES = {  # by number of the block: place in torchvision's MobileNet-V2 -> in flat blocks
+    "": {"0.0": 0, "0.1": 1, "1.0": 3, "1.1": 4, "2": 6, "3": 7},
+    "1": {"0.0": 0, "0.1": 1, "1": 3, "2": 4},  # the first block does not expand
+}
 MAX_PLACES = 20  # tried in one dictionary of a file
 
 
@@ -99,10 +103,33 @@ def without_dots(name: str) -> str:
     return name.replace(".", "")
 
 
-SPELLINGS: Sequence[tuple[Callable[[str], str], Callable[[str], str]]] = (
-    (as_it_is, as_it_is),
-    (without_shells, as_it_is),
-    (without_shells, without_dots),
+def with_flat_blocks(name: str) -> str:
+    """Names of torchvision's MobileNet-V2 as in its first weights for PyTorch, with flat blocks.
+
+    >>> with_flat_blocks("features.5.conv.1.0.weight"), with_flat_blocks("features.1.conv.2.bias")
+    ('features.5.conv.3.weight', 'features.1.conv.4.bias')
+    """
+    match = re.fullmatch(r"(features\.(\d+)\.conv)\.(\d(?:\.\d)?)\.(\w+)", name)
+    places = FLAT_PLACES.get(match[2] if match else "", FLAT_PLACES[""])
+    if match is None or match[3] not in places:
+        return name
+    return f"{match[1]}.{places[match[3]]}.{match[4]}"
+
+
+def with_flat_blocks_and_head(name: str) -> str:
+    """The same where the classifier is a linear layer without dropout before it."""
+    return with_flat_blocks(name).replace("classifier.1.", "classifier.")
+
+
+Spelling = Callable[[str], str]
+SPELLINGS: Sequence[
+    tuple[Spelling, Spelling, Spelling]
+] = (  # of all names, the model's, the file's
+    (as_it_is, as_it_is, as_it_is),
+    (without_shells, as_it_is, as_it_is),
+    (without_shells, without_dots, without_dots),
+    (without_shells, with_flat_blocks, as_it_is),
+    (without_shells, with_flat_blocks_and_head, as_it_is),
 )
 
 
@@ -115,11 +142,12 @@ def readings(
 
     A prefix is tried if what follows it is a name of the model. Names are compared as they are, so
     that a model with a child `module` reads what it has written; then without shells on both sides;
-    then without dots. A place is read by the first of these that fits.
+    then without dots; then as the first MobileNet-V2 has them. A place is read by the first of
+    these that fits.
     """
     found: dict[str, Reading] = {}
-    for shorten, squeeze in SPELLINGS:
-        ours = {squeeze(shorten(name)): name for name in names}
+    for shorten, respell, squeeze in SPELLINGS:
+        ours = {respell(shorten(name)): name for name in names}
         if len(ours) < len(names):
             continue  # two names would be one
         fitting = {without_shells(place) for place, reading in found.items() if reading.fits}

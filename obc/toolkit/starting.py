@@ -25,7 +25,7 @@ import time
 
 BEGAN = time.monotonic()
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-PROGRAMS = (ROOT, os.path.join(ROOT, "obc"), os.path.join(ROOT, "recipes"))
+FOLDERS = ("obc", "recipes", "pruning_vs_quantization")  # with commands, besides the root
 SIGINT, SIGTERM = 2, 15
 ENDINGS = {SIGINT: ("interrupted", 130), SIGTERM: ("terminated", 143)}
 
@@ -42,7 +42,8 @@ def is_program() -> bool:
     if file is None:  # python -m PACKAGE.COMMAND, while it looks for the command in this package
         return sys.argv[:1] == ["-m"]
     folder, name = os.path.split(os.path.abspath(file))
-    return folder in PROGRAMS or name == "trueobs"  # which pip makes of obc/__main__.py
+    folders = (ROOT, *(os.path.join(ROOT, folder) for folder in FOLDERS))
+    return folder in folders or name == "trueobs"  # which pip makes of obc/__main__.py
 
 
 def seconds() -> float:
