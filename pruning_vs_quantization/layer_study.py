@@ -340,15 +340,13 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     add("--weights", metavar="FILE", help="dense weights (default: torchvision's, or the shipped)")
     add("--dataset", metavar="DATASET", help="imagenet (the default), cifar10, digits or folder")
     add("--datapath", metavar="DIR", help="where the images are")
-    text = "class names, one a line, in the order of the network's outputs"
-    add("--classes", metavar="FILE", help=text)
+    add("--classes", metavar="FILE", help="class names, one a line, in the network's order")
     add("--image-net-dir", metavar="DIR", help="--dataset imagenet --datapath DIR")
     text = "side of the network's input in pixels (default: that of the dataset)"
     add("--image-size", metavar="N", type=positive, help=text)
     add("--nsamples", metavar="N", type=positive, default=256, help="calibration images")
     add("--batchsize", metavar="N", type=positive, default=32, help="images per batch")
-    text = "skip images that cannot be read, instead of refusing to start"
-    add("--skip-bad-images", action="store_true", help=text)
+    add("--skip-bad-images", action="store_true", help="leave out images that cannot be read")
     text = "processes that decode images (default: depends on the dataset)"
     add("--workers", metavar="N", type=natural, help=text)
 
