@@ -55,6 +55,7 @@ from obc.solver.errors import UserError, log
 
 DATASETS = ("imagenet", "cifar10", "digits", "folder")
 DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  # pixels
+DEFAULT_CLASSES = {"cifar10": 10, "digits": 10}  # of the others, as many as folders
 DEFAULT_PATHS = {"imagenet": "../imagenet", "cifar10": "../cifar10"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
 CIFAR_BATCHES = "cifar-10-batches-py"  # torchvision's name

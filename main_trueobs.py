@@ -9,7 +9,11 @@ What each mode does, and which options belong to it, is in the table of `obc/too
     unstr, blocked, struct     a database of levels       → --sparse-dir
     … with --sparsity F        one model                  → --save
 
-With --sequential the layers are not independent: each makes up for those before it.
+With --sequential the layers are not independent: each makes up for those before it. --skip, --only
+and --first-last leave layers dense. Two words in place of a mode compress nothing:
+
+    layers                     what each mode would do to each layer, and why not
+    dense                      the accuracy of the dense model
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import argparse
 import copy
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from torch import nn
@@ -43,39 +47,61 @@ from obc.toolkit.leveldb import (
     stray_levels,
     write_levels,
 )
+from obc.toolkit.listing import listing
 from obc.toolkit.modes import MODES, Mode, make_mode, mode_options
 from obc.toolkit.planning import is_long, make_plan, plan_lines
 from obc.toolkit.resume import RunState, SharedCache, open_state, state_folder
+from obc.toolkit.selection import add_layer_options, check_ends, select_layers
 from obc.toolkit.sequential import SequentialCompression
-from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
+from obc.toolkit.session import (
+    CommonOptions,
+    Invocation,
+    Session,
+    common_options,
+    dense_files,
+    load_compressed,
+    model_without_images,
+)
 
+LAYERS = "layers by name (globs)"  # title of a group of options
+REPORTS = {
+    "layers": "a list of the layers, and what each mode would do",
+    "dense": "the accuracy of the dense model",
+}
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".th", ".safetensors")
 
 
 # -- options ---------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(prog="main_trueobs.py", description=__doc__.splitlines()[0])
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="main_trueobs.py",
+        usage="main_trueobs.py MODEL DATASET MODE [options]",
+        description=__doc__.splitlines()[0],
+    )
+    for title in (cli.FIRST, LAYERS, *(x.owners for x in mode_options().values()), cli.INPUTS):
+        parser.group(title)  # in this order
     cli.add_common_options(parser)
-    cli.add_resume_options(parser)
+    texts = {name: mode.text for name, mode in MODES.items()} | REPORTS
     parser.add_argument(
         "mode",
         metavar="MODE",
-        choices=list(MODES),
-        help="; ".join(f"{name}: {mode.text}" for name, mode in MODES.items()),
+        choices=list(texts),
+        help="; ".join(f"{name}: {text}" for name, text in texts.items()),
     )
-    add = parser.add_argument
-    add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
+    add = parser.group(cli.FIRST).add_argument
     add("--save", metavar="FILE", help="where modes that yield one model save it")
     add("--sparse-dir", metavar="DIR", help="folder for the database of the other modes (made)")
-    add(
-        "--shards",
-        metavar="N",
-        type=cli.positive_int,
-        help="sum Hessians as N processes of torchrun would (default: the number of processes)",
-    )
     add("--plan", action="store_true", help="print passes, memory and division of work, then stop")
+    for option in mode_options().values():
+        group = parser.group(cli.FIRST if option.first else option.owners)
+        group.add_argument(option.flag, **option.arguments())
+    add_layer_options(parser.group(LAYERS))
+    add = parser.group(cli.INPUTS).add_argument
+    add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
+    add = parser.group(cli.RUN).add_argument
+    add("--cache", metavar="DIR", help="save calibrated Hessians here, for later runs to share")
     add(
         "--rel-damp",
         metavar="F",
@@ -83,24 +109,37 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="fraction of mean(diag H) added to the diagonal of H",
     )
-    add("--cache", metavar="DIR", help="save calibrated Hessians here, for later runs to share")
     add(
         "--check",
         action="store_true",
         help="measure the squared error of every layer again, on calibration and on fresh images",
     )
-    groups = {}
-    for option in mode_options().values():
-        if option.owners not in groups:
-            groups[option.owners] = parser.add_argument_group(option.owners)
-        groups[option.owners].add_argument(option.flag, **option.arguments())
+    add(
+        "--shards",
+        metavar="N",
+        type=cli.positive_int,
+        help="sum Hessians as N processes of torchrun would (default: the number of processes)",
+    )
+    cli.add_resume_options(parser)
     return parser
+
+
+def check_report_options(args: argparse.Namespace) -> None:
+    """Raise a UserError for options that do not belong to what compresses nothing."""
+    fitting = {"model", "dataset", "mode", *(item.name for item in fields(CommonOptions))}
+    if args.mode == "layers":
+        fitting |= {"skip", "only", "first_last", *mode_options()}
+    for action in build_parser()._actions:
+        given = getattr(args, action.dest, action.default) != action.default
+        if given and action.dest not in fitting:
+            raise UserError(f"{action.option_strings[-1]} has no effect on {args.mode}")
 
 
 def check_options(args: argparse.Namespace) -> Mode:
     """The mode with its options; fills in defaults. Raises UserError before any work is done."""
     mode = make_mode(args.mode, vars(args))
     vars(args).update(asdict(mode))
+    check_ends(args.first_last, mode)
     if args.save == "" or args.sparse_dir == "":
         raise UserError("--save and --sparse-dir need a name")
     if mode.yields_levels:
@@ -163,6 +202,11 @@ def output_files(
 
 
 def run(args: argparse.Namespace) -> None:
+    report(args) if args.mode in REPORTS else compress_model(args)
+
+
+def compress_model(args: argparse.Namespace) -> None:
+    """Compress a model, layer by layer; save it, and measure it if it is one."""
     mode = check_options(args)
     started = time.perf_counter()
     session = Session.of(common_options(args))
@@ -171,6 +215,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--shards {args.shards}: there are {world.size} processes")
     args.shards = args.shards or world.size  # sums depend on it, by rounding
     check_sequential(mode, args)
+    mode = select_layers(session.model, mode, vars(args), session.image_shape)
     dense, compressed = session.model, start_model(session, args.load, mode)
     origin = origin_marks(dense)
     start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
@@ -233,6 +278,20 @@ def run(args: argparse.Namespace) -> None:
     world.leave()
 
 
+def report(args: argparse.Namespace) -> None:
+    """List the layers of the dense model, or measure it."""
+    check_report_options(args)
+    options = common_options(args)
+    if args.mode == "layers":
+        model, image_shape = model_without_images(options)
+        for line in listing(model, vars(args), image_shape):
+            cli.print_result(line)
+    else:
+        session = Session.of(options)
+        cli.print_result(str(session.evaluation(session.model)))
+        session.world.leave()
+
+
 def open_cache(folder: str, session: Session, shards: int) -> SharedCache:
     """Where Hessians are saved for runs with the same images and the same activation grids."""
     names = ("seed", "nrounds", "noaug", "batchsize")
@@ -276,8 +335,8 @@ def compress(
     if reason := mode.nothing_to_solve:
         log.info(reason)
         for name, layer in find_layers(compressed).items():
-            if flaw := view(layer).proof.flaw:
-                log.info("%s left dense: %s", name, flaw)
+            if reason := view(layer).left_dense:
+                log.info("%s left dense: %s", name, reason)
         if mode.sequential:
             compression.fit_grids(batches)
         return []

@@ -44,6 +44,7 @@ from quant import ACTIVATION_GRID, WEIGHT_GRID
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 AUXILIARY_CLASSIFIERS = ("googlenet", "inception_v3")  # which a file may lack
 CIFAR_BLOCKS = {f"rn{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # name: n, blocks per stage
+RANDOM = "random"  # in place of a file of weights
 SHIPPED_WEIGHTS = {("rn8", "digits"): Path(__file__).resolve().parent / "assets/rn8_digits.pth"}
 
 
@@ -53,7 +54,7 @@ SHIPPED_WEIGHTS = {("rn8", "digits"): Path(__file__).resolve().parent / "assets/
 def get_model(
     name: str,
     dataset: str,
-    weights: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,  # a file, or RANDOM
     classes: int | None = None,  # of the dataset; None: as many as the weights have
     weights_key: str | None = None,  # which weights in that file; None: those that fit
 ) -> nn.Module:
@@ -62,15 +63,17 @@ def get_model(
     Raises UserError for an unknown name, for weights that are missing or do not fit, and if the
     weights and the dataset have different numbers of classes.
     """
-    if weights_key is not None and weights is None:
-        raise UserError("--weights-key has no effect without --weights")
+    if weights_key is not None and weights in (None, RANDOM):
+        raise UserError("--weights-key has no effect without --weights FILE")
     if ".py:" in name:
         model = _from_file(name)
-        if weights is not None:
+        if weights not in (None, RANDOM):
             load_state(model, _dense_weights(weights, model, weights_key), weights)
     elif name in CIFAR_BLOCKS or _torchvision_name(name) is not None:
         path = SHIPPED_WEIGHTS.get((name, dataset)) if weights is None else weights
-        if path is None:
+        if path == RANDOM:
+            model = _build(name, **({"num_classes": classes} if classes else {}))
+        elif path is None:
             model = _pretrained(name, dataset, classes)
         else:
             model = _with_weights(name, path, dataset, classes, weights_key)

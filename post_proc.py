@@ -28,7 +28,7 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, check_checkpoint, model_tag, origin_marks
 from obc.toolkit.profiles import read_profile
 from obc.toolkit.resume import RunState, open_state, state_folder
+from obc.toolkit.selection import skipped
 from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
@@ -70,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--database", choices=list(KINDS), help="kind of the database that FILE is a profile of")
     add("--prefix", metavar="DIR", help="where models_unstr/ etc. are (default: here)")
     add("--skip-firstlast", action="store_true", help="leave first and last layer dense")
+    add(
+        "--skip",
+        metavar="PATTERN",
+        action="append",
+        help="leave dense the layers whose names match this glob; repeatable",
+    )
     add("--save", metavar="FILE", help="where to save the corrected model")
     group = parser.add_argument_group("corrections of statistics")
     add = group.add_argument
@@ -125,7 +132,7 @@ def check_options(options: Mapping[str, Any], file: str, save: str | None) -> No
 def load_model(
     session: Session,
     args: argparse.Namespace,
-    left_dense: Collection[str],  # layers
+    left_dense: Mapping[str, str],  # layer -> the option that leaves it dense
 ) -> nn.Module:
     """The model in a checkpoint, or stitched from a database by a profile."""
     dense, path, model = session.model, args.file, copy.deepcopy(session.model)
@@ -143,9 +150,9 @@ def load_model(
         db.stitch(model, profile)
         for name in find_layers(model).keys() - profile.keys():
             log.info("%s left dense: not in the profile", name)
-    for name in left_dense:
+    for name, option in left_dense.items():
         put_layer(model.get_submodule(name), dense.get_submodule(name).state_dict())
-        log.info("%s left dense: --skip-firstlast", name)
+        log.info("%s left dense: %s", name, option)
     return model
 
 
@@ -241,9 +248,10 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     session = Session.of(common_options(args))
     data, device = session.data, session.device
-    left_dense: tuple[str, ...] = ()
+    left_dense = skipped(list(find_layers(session.model)), args.skip or ())
     if args.skip_firstlast:
-        left_dense = first_and_last(session.model, statistics_images(data, 1, args.workers))
+        ends = first_and_last(session.model, statistics_images(data, 1, args.workers))
+        left_dense = dict.fromkeys(ends, "--skip-firstlast") | left_dense
     model = load_model(session, args, left_dense)
     models = model, session.model
     contents = {"compressed model": content_hash(model.state_dict())}

@@ -40,7 +40,7 @@ record() {  # record METHOD TARGET REACHED TOP1: a line of the table, TOP1 as `t
 
 dense() {  # the first line of the table
     local top
-    top=$(top1 recipes/dense.py)
+    top=$(top1 main_trueobs.py dense)
     record dense - - "$top"
 }
 

@@ -45,6 +45,7 @@ from torch.nn.utils import skip_init
 from obc.solver.errors import UserError
 
 PROOF = "obc_proof"  # a layer's attribute, which its copies have, too
+LEFT_DENSE = "obc_left_dense"  # the same, if somebody decided so: the reason
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
 ROUNDING = 1e-4  # relative difference between two ways to compute a layer's output
 PROOF_INPUTS = 4  # that the search for a padding uses
@@ -77,6 +78,11 @@ class LayerView(ABC):
         self.rows, self.channels = layer.weight.shape[:2]
         self.columns = layer.weight[0].numel()
         self.taps = self.columns // self.channels
+
+    @property
+    def left_dense(self) -> str:
+        """Why no mode may compress the layer; empty if modes may."""
+        return self.proof.flaw or vars(self.layer).get(LEFT_DENSE, "")
 
     # -- what a kind of layer has to say -----------------------------------------------------------
 
@@ -289,6 +295,11 @@ def view(layer: nn.Module) -> LayerView:
         if isinstance(layer, kind):
             return view_class(layer)
     raise TypeError(f"a {type(layer).__name__} is not a layer that can be compressed")
+
+
+def leave_dense(layer: nn.Module, reason: str) -> None:
+    """Let views of a layer, and of its copies, say that no mode may compress it."""
+    setattr(layer, LEFT_DENSE, reason)
 
 
 # -- whether a view is right -----------------------------------------------------------------------

@@ -74,9 +74,12 @@ class ProfileProblem:
             return dp.solve(self.costs, errors, self.budget, self.buckets)
         except dp.OverBudget as error:
             largest = math.floor(1e4 * self.dense / error.least) / 1e4
+            fixed = {x: c[0] for x, c in zip(self.levels, self.costs, strict=True) if len({*c}) < 2}
+            share = 100 * math.fsum(fixed.values()) / self.dense
+            hint = f"; {share:.2g} % are layers that cost the same at all levels" if fixed else ""
             raise UserError(
                 f"target {self.target:g} cannot be reached with this database; "
-                f"the largest that can is {largest:.10g}"
+                f"the largest that can is {largest:.10g}{hint}"
             ) from None
         except dp.NoFiniteError as error:
             layer = list(self.levels)[error.layer]

@@ -107,7 +107,7 @@ def calibrate(
 
     Each of several processes takes a shard of them; sums are then added up over all.
     """
-    solvers = {name: solver for name, solver in solvers.items() if not solver.view.proof.flaw}
+    solvers = {name: solver for name, solver in solvers.items() if not solver.view.left_dense}
     count, called = max(world.size, shards), set()
     with evaluating(dense):
         for number in range(shards) if world.size == 1 else [world.rank]:
@@ -230,9 +230,10 @@ def activation_grids(
     bits: int,
     symmetric: bool,
     search: bool,
+    layer_bits: Mapping[str, int] | None = None,  # of layers that have others
 ) -> dict[str, quant.Grid]:
     """A grid for the input of every layer that sees the images, over all of its calls."""
-    layers = {name: x for name, x in find_layers(dense).items() if not view(x).proof.flaw}
+    layers = {name: x for name, x in find_layers(dense).items() if not view(x).left_dense}
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     fits: dict[str, Future[quant.Grid]] = {}
     threads = torch.get_num_threads() if images.device.type == "cpu" else 1
@@ -247,7 +248,9 @@ def activation_grids(
                 x = x if calls[name] == 1 else torch.cat([x.flatten() for x in inputs[name]])
                 inputs[name].clear()
                 waiting.acquire()
-                fits[name] = submit(quant.fit_activation_grid, x.float(), bits, symmetric, search)
+                own_bits = (layer_bits or {}).get(name, bits)
+                fit_grid = quant.fit_activation_grid
+                fits[name] = submit(fit_grid, x.float(), own_bits, symmetric, search)
                 fits[name].add_done_callback(lambda _: waiting.release())
 
         with watching(layers, fit):

@@ -39,6 +39,8 @@ from obc.toolkit import starting
 
 # ---------------------------------------------------------------------------------- options
 
+FIRST, INPUTS, RUN = "options to begin with", "weights and images", "the run"  # titles of groups
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except for those that say nothing (None, False)."""
@@ -61,6 +63,11 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return super().format_help() + (f"\nexample:\n  {self.example}\n" if self.example else "")
+
+    def group(self, title: str) -> argparse._ArgumentGroup:
+        """The group of options under a title, which is made if it is missing."""
+        groups = (group for group in self._action_groups if group.title == title)
+        return next(groups, None) or self.add_argument_group(title)
 
     def error(self, message: str) -> NoReturn:
         wait_for_the_first()
@@ -98,7 +105,7 @@ bits = number(int, lambda x: 1 <= x <= 16 or x == 32, "1 to 16, or 32 for none")
 seed = number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
+def add_common_options(parser: Parser) -> None:
     """Add MODEL, DATASET and the options that every command takes."""
     parser.add_argument(
         "model",
@@ -107,23 +114,25 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "torchvision classification model, or path/to/file.py:function",
     )
     parser.add_argument("dataset", metavar="DATASET", help="imagenet, cifar10, digits or folder")
-    common = parser.add_argument_group("common options")
-    add = common.add_argument
+    add = parser.group(FIRST).add_argument
     add(
         "--weights",
         metavar="FILE",
-        help="dense weights, .pth .th .pt or .safetensors (default: torchvision's, or the shipped)",
-    )
-    add(
-        "--weights-key",
-        metavar="KEY",
-        help="which weights in that file, if there are several, such as model or model_ema "
-        "(default: those that fit, averaged ones first)",
+        help="dense weights, .pth .th .pt or .safetensors; random: untrained ones, to try things "
+        "(default: torchvision's, or the shipped)",
     )
     add(
         "--datapath",
         metavar="DIR",
         help="folder of the images (default: ../imagenet, ../cifar10; digits needs none)",
+    )
+    add("--nsamples", metavar="N", type=positive_int, default=1024, help="calibration images")
+    add = parser.group(INPUTS).add_argument
+    add(
+        "--weights-key",
+        metavar="KEY",
+        help="which weights in that file, if there are several, such as model or model_ema "
+        "(default: those that fit, averaged ones first)",
     )
     add(
         "--classes",
@@ -138,28 +147,21 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         help="side of the network's input in pixels "
         "(default: imagenet and folder 224, cifar10 32, digits 16)",
     )
-    add("--seed", metavar="N", type=seed, default=0, help="seed of every random choice")
-    add("--nsamples", metavar="N", type=positive_int, default=1024, help="calibration images")
-    add("--batchsize", metavar="N", type=positive_int, default=128, help="images per batch")
-    add(
-        "--workers",
-        metavar="N",
-        type=nonnegative_int,
-        help="processes that decode images "
-        "(default: 0 for cifar10 and digits, otherwise one per core, 8 at most)",
-    )
+    add("--noaug", action="store_true", help="calibration images without augmentation")
     add(
         "--nrounds",
         metavar="N",
         type=positive_int,
         help="passes over the calibration images (default: 10 augmented, 1 with --noaug)",
     )
+    add("--batchsize", metavar="N", type=positive_int, default=128, help="images per batch")
     add(
         "--skip-bad-images",
         action="store_true",
         help="leave out images that cannot be read, instead of refusing to start",
     )
-    add("--noaug", action="store_true", help="calibration images without augmentation")
+    add = parser.group(RUN).add_argument
+    add("--seed", metavar="N", type=seed, default=0, help="seed of every random choice")
     add("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="where to compute")
     add(
         "--memory",
@@ -167,14 +169,20 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         help="working memory of the solver in GB (default: depends on what is free)",
     )
-
-
-def add_resume_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of commands that resume (`resume.py`) and repeat a run (`records.py`)."""
-    parser.add_argument(
-        "--restart", action="store_true", help="start over instead of resuming an interrupted run"
+    add(
+        "--workers",
+        metavar="N",
+        type=nonnegative_int,
+        help="processes that decode images "
+        "(default: 0 for cifar10 and digits, otherwise one per core, 8 at most)",
     )
-    parser.add_argument(
+
+
+def add_resume_options(parser: Parser) -> None:
+    """Add the options of commands that resume (`resume.py`) and repeat a run (`records.py`)."""
+    add = parser.group(RUN).add_argument
+    add("--restart", action="store_true", help="start over instead of resuming an interrupted run")
+    add(
         "--repeat",
         metavar="RECORD",
         help="repeat the run of a JSON record; further options replace those in it",

@@ -91,7 +91,7 @@ def compress_layer(
     repeats: int = 1,  # how often the same images were shown
 ) -> Entry:
     """Compress one layer: its tensors, or the hash of the file of its levels, and its report."""
-    layer = solver.layer
+    layer, mode = solver.layer, mode.for_layer(name)
     report = LayerReport(name, tuple(layer.weight.shape), why_dense(layer, mode, solver.nsamples))
     report.dense, tensors, levels_hash = bool(report.result), {}, ""
     report.patches = solver.gram.patches // repeats

@@ -164,21 +164,24 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 def chosen_options(parser: argparse.ArgumentParser, arguments: Mapping[str, Any]) -> dict[str, str]:
     """The words and options of a command that change its results, under the user's names."""
-    return {
-        action.option_strings[-1]
-        if action.option_strings
-        else str(action.metavar or action.dest): str(arguments[action.dest])
-        for action in parser._actions
-        if action.dest not in NOT_IN_A_RESULT
-    }
+    texts = {}
+    for action in parser._actions:
+        if action.dest not in NOT_IN_A_RESULT:
+            value, flags = arguments[action.dest], action.option_strings
+            text = " ".join(value) if isinstance(value, list) else str(value)
+            texts[flags[-1] if flags else str(action.metavar or action.dest)] = text
+    return texts
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
-    """The first difference between two fingerprints in words, or None."""
-    words = {"True": "on", "False": "off", None: "not set"}
+    """The first difference between two fingerprints in words, or None.
+
+    An option that one of them does not know is one that was not given.
+    """
+    words = {"True": "on", "False": "off", None: "not set", "None": "not set"}
     for name in (*new, *(name for name in old if name not in new)):
         before, now = old.get(name), new.get(name)
-        if before == now:
+        if before == now or (None in (before, now) and {before, now} & {"None", "False"}):
             continue
         if re.fullmatch(rf"[0-9a-f]{{{2 * HASH_BYTES}}}", before or now or ""):
             return f"{name} changed"

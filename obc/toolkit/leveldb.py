@@ -245,7 +245,7 @@ class Database:
         if not self.layers:
             raise UserError(f"no layers in the {kind} database of {model}")
         by_name = all(level.isdecimal() for level in states)  # sparsities
-        self.levels = sorted(states) if by_name else sorted(states, key=self._size, reverse=True)
+        self.levels = sorted(states) if by_name else self._by_size(list(states))
 
     @classmethod
     def open(cls, kind: str, model: str, prefix: str | Path = "") -> Database:
@@ -278,10 +278,15 @@ class Database:
             check_same_model(files[names[0]], states[names[0]], files[level], states[level])
         return cls(kind, model, states, files)
 
-    def _size(self, level: str) -> float:
-        """What is left of the largest layer's BOPs at a level, to put levels in order."""
-        layer = max(self.layers, key=lambda name: self.states[level][f"{name}.weight"].numel())
-        return unit_cost(self.layer(layer, level), self.kind, "bops")
+    def _by_size(self, levels: list[str]) -> list[str]:
+        """Levels by what is left of the BOPs of the largest layer that is not dense in all."""
+        first = self.states[levels[0]]
+        by_weights = sorted(self.layers, key=lambda name: -first[f"{name}.weight"].numel())
+        for name in by_weights if len(levels) > 1 else ():
+            left = {x: unit_cost(self.layer(name, x), self.kind, "bops") for x in levels}
+            if len(set(left.values())) > 1:
+                return sorted(levels, key=left.__getitem__, reverse=True)
+        return levels
 
     def layer(self, layer: str, level: str) -> dict[str, Tensor]:
         """A layer's tensors at a level, by their names in the layer (`weight`, `bias`, grids)."""

@@ -18,9 +18,12 @@ smallest weights and leaves the others as they are, `nearest` rounds each weight
 
 from __future__ import annotations
 
+import argparse
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import quant
+from modelutils import find_layers
 from obc.inputs.batches import Batches
 from obc.solver.elimination import ORDERS
 from obc.solver.errors import UserError
@@ -40,9 +44,30 @@ from trueobs import TrueOBS
 NO_QUANTISATION = 32  # bits
 
 
-def option(default: Any, text: str, flag: str = "", **parsing: Any) -> Any:
-    """A field that is an option of main_trueobs.py, too; `parsing` is for `add_argument`."""
-    return field(default=default, metadata={"flag": flag, "help": text, **parsing})
+def pattern_and_bits(text: str) -> str:
+    """An argparse type for PATTERN=B; returns the text.
+
+    >>> pattern_and_bits("layer1.*=8")
+    'layer1.*=8'
+    """
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not re.fullmatch(r"[1-9]|1[0-6]", bits):
+        raise argparse.ArgumentTypeError(
+            f"must be a pattern of names, =, and 1 to 16 bits, as in 'layer1.*=8'; got {text} "
+            "(--skip PATTERN leaves layers dense)"
+        )
+    return text
+
+
+def option(
+    default: Any,
+    text: str,
+    flag: str = "",
+    first: bool = False,  # whether --help shows it among the options to begin with
+    **parsing: Any,  # for `add_argument`
+) -> Any:
+    """A field that is an option of main_trueobs.py, too."""
+    return field(default=default, metadata={"flag": flag, "first": first, "help": text, **parsing})
 
 
 @dataclass(frozen=True)
@@ -68,6 +93,7 @@ class Mode(ABC):
         False,
         "layer by layer in order of execution: each by the inputs that the compressed network "
         "gives it, to return what the dense network does",
+        first=True,
     )
 
     def __post_init__(self) -> None:
@@ -91,10 +117,19 @@ class Mode(ABC):
         """Why no layer needs the solver; empty if they do."""
         return ""
 
+    def for_layer(self, name: str) -> Mode:
+        """The mode as it is applied to a layer; some have options for layers by name."""
+        return self
+
+    @property
+    def aim(self) -> str:
+        """What it does to a layer, in a word."""
+        return "yes"
+
     def misfit(self, layer: LayerView) -> str:
         """Why a layer is left dense; empty if it is not."""
-        if layer.proof.flaw or layer.divides_by(self.divisor):
-            return layer.proof.flaw
+        if layer.left_dense or layer.divides_by(self.divisor):
+            return layer.left_dense
         return (
             f"{layer.channels} input channels are not a multiple of "
             f"{self.divisor_name} = {self.divisor}"
@@ -144,8 +179,20 @@ class QuantMode(Mode):
     baseline = "nearest"
     serves = ("mixed", "4block_8w8a")
 
-    wbits: int = option(NO_QUANTISATION, "bits of weights, 1-16; 32: none", type=cli.bits)
-    abits: int = option(NO_QUANTISATION, "bits of activations; 32: none", type=cli.bits)
+    wbits: int = option(
+        NO_QUANTISATION, "bits of weights, 1-16; 32: none", first=True, metavar="B", type=cli.bits
+    )
+    abits: int = option(
+        NO_QUANTISATION, "bits of activations; 32: none", first=True, metavar="B", type=cli.bits
+    )
+    bits: list[str] | None = option(
+        None,
+        "these layers' weights, and their inputs if inputs are rounded, on grids of B bits; "
+        "a pattern (glob) of names, the last that matches counts; may be repeated",
+        metavar="PATTERN=B",
+        type=pattern_and_bits,
+        action="append",
+    )
     wperweight: bool = option(False, "one weight scale per layer instead of per output channel")
     wasym: bool = option(False, "asymmetric weight grid")
     wminmax: bool = option(False, "min-max weight range instead of the search")
@@ -156,6 +203,14 @@ class QuantMode(Mode):
         super().__post_init__()
         if self.wbits == self.abits == NO_QUANTISATION:
             raise UserError("quant needs --wbits or --abits below 32")
+
+    def for_layer(self, name: str) -> QuantMode:
+        own = [text.rpartition("=") for text in self.bits or ()]
+        bits = [int(bits) for pattern, _, bits in own if fnmatchcase(name, pattern)][-1:]
+        if not bits:
+            return self
+        widths = ("wbits", "abits")
+        return replace(self, **{x: bits[0] for x in widths if getattr(self, x) < NO_QUANTISATION})
 
     @property
     def nothing_to_solve(self) -> str:
@@ -169,7 +224,9 @@ class QuantMode(Mode):
         if self.sequential or not self.rounds_inputs:
             return {}
         images = next(iter(batches))[0].to(device)
-        return activation_grids(dense, images, self.abits, self.asym, not self.aminmax)
+        layer_bits = {name: self.for_layer(name).abits for name in find_layers(dense)}
+        search = not self.aminmax
+        return activation_grids(dense, images, self.abits, self.asym, search, layer_bits)
 
     @property
     def rounds_inputs(self) -> bool:
@@ -187,6 +244,12 @@ class QuantMode(Mode):
 
     def label(self, weight: Tensor) -> str:
         return f"{self.wbits} bits"
+
+    @property
+    def aim(self) -> str:
+        if self.abits == NO_QUANTISATION:
+            return f"{self.wbits} bits"
+        return f"{self.abits} bits in" if self.nothing_to_solve else f"{self.wbits}w{self.abits}a"
 
 
 @dataclass(frozen=True)
@@ -210,6 +273,10 @@ class NMPruneMode(Mode):
     def divisor(self) -> int:
         return self.prunem
 
+    @property
+    def aim(self) -> str:
+        return f"{self.prunen}:{self.prunem}"
+
     def solve(self, solver: TrueOBS) -> None:
         solver.nmprune(self.prunen, self.prunem)
 
@@ -230,7 +297,11 @@ class LevelMode(Mode, ABC):
     default_grid: ClassVar[tuple[float, float, float]]  # minimum, maximum, delta
 
     sparsity: float | None = option(
-        None, "one level, for --save, in place of a database", metavar="F", type=cli.fraction
+        None,
+        "one level, for --save, in place of a database",
+        first=True,
+        metavar="F",
+        type=cli.fraction,
     )
     min_sparsity: float | None = option(
         None, "fraction of zeros at the first level", metavar="F", type=cli.fraction
@@ -358,6 +429,10 @@ class ModeOption:
         return self.field.metadata["flag"] or "--" + self.field.name.replace("_", "-")
 
     @property
+    def first(self) -> bool:
+        return self.field.metadata["first"]
+
+    @property
     def owners(self) -> str:
         """The modes, in words.
 
@@ -368,7 +443,10 @@ class ModeOption:
 
     def arguments(self) -> dict[str, Any]:
         """For `ArgumentParser.add_argument`."""
-        arguments = {key: x for key, x in self.field.metadata.items() if key != "flag"}
+        ours = ("flag", "first")
+        arguments = {key: x for key, x in self.field.metadata.items() if key not in ours}
+        if self.first and len(self.modes) < len(MODES):
+            arguments["help"] = f"{self.owners}: {arguments['help']}"
         if self.field.default is False:
             return arguments | {"action": "store_true"}
         if self.field.name in GRID_OPTIONS:  # each mode has its own

@@ -21,6 +21,7 @@ from obc.solver.layers import view
 from obc.solver.memory import Needs, default_memory, in_passes, layer_needs, most_at_a_time
 from obc.toolkit.modes import Mode
 
+NOTHING = Needs(sums=0, layer=0, inverting=0, row=1)  # for a layer that is left dense
 LONG_RUN = 3e11  # floating-point operations from which on a run shows its plan unasked
 
 
@@ -48,7 +49,9 @@ def make_plan(
     device = next(iter(layers.values())).weight.device
     memory = min(world.gather(int(memory_gb * 1e9) if memory_gb else default_memory(device)))
     needs = {
-        name: layer_needs(layer, levels=len(mode.sparsities), innermost=mode.channels_innermost)
+        name: NOTHING
+        if view(layer).left_dense
+        else layer_needs(layer, levels=len(mode.sparsities), innermost=mode.channels_innermost)
         for name, layer in layers.items()
     }
     passes, owners = in_passes(needs, memory), {}
@@ -71,11 +74,11 @@ def is_long(layers: Mapping[str, nn.Module], images: int) -> bool:
 
 def why_dense(layer: nn.Module, mode: Mode, calls: int) -> str:
     """Why a layer is left dense; empty if it is not."""
-    if reason := mode.misfit(view(layer)):
+    if reason := view(layer).left_dense:
         return reason
-    return (
-        "" if calls else "the model never calls it (attention may use its weights without a call)"
-    )
+    if not calls:
+        return "the model never calls it (attention may use its weights without a call)"
+    return mode.misfit(view(layer))
 
 
 def plan_lines(
@@ -110,5 +113,10 @@ def plan_lines(
             f"{world.size} processes divide the rows of {divided} layers; "
             f"{len(layers) - divided} layers go to one process each"
         )
+    own: dict[str, list[str]] = {}  # what options for layers by name do
+    for name in work:
+        if (for_layer := mode.for_layer(name)) != mode:
+            own.setdefault(for_layer.aim, []).append(name)
+    text += [f"{aim}: {', '.join(names)}" for aim, names in own.items()]
     text += [f"{name} is left dense: {reason}" for name, reason in dense.items() if reason]
     return [f"plan: {line}" for line in text]

@@ -212,13 +212,14 @@ def recorded_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
         value = arguments.pop(action.dest, None)
         if action.dest in NOT_REPEATED or value is None or value is False:
             continue
-        if not isinstance(value, bool | int | float | str):
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, bool | int | float | str) for item in values):
             raise UserError(f"{path}: not the record of a run ({action.dest} is {value})")
         if not action.option_strings:
             words.append(str(value))
         else:
             flag = action.option_strings[-1]
-            options.append(flag if value is True else f"{flag}={value}")
+            options += [flag if item is True else f"{flag}={item}" for item in values]
     if arguments:
         raise UserError(f"{path}: {parser.prog} has no option {next(iter(arguments))}")
     return [*options, *words]

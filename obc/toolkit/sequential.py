@@ -446,7 +446,7 @@ class SequentialCompression(Compression):
         """Give layers grids for their inputs, and leave their weights as they are."""
         with self._walking([next(iter(batches))]) as walk:
             for name in walk.layers():
-                if not view(self.layers[name]).proof.flaw:
+                if not view(self.layers[name]).left_dense:
                     self._fit_grid(walk, name)
 
     def measured_errors(self, batches: Batches) -> dict[str, float]:
@@ -494,7 +494,8 @@ class SequentialCompression(Compression):
         layer = self.layers[name]
         layer._modules.pop(quant.ACTIVATION_GRID, None)  # that of --load
         if inputs := walk.first_inputs(name):
-            quant.set_activation_grid(layer, self.mode.activation_grid(torch.cat(inputs)))
+            grid = self.mode.for_layer(name).activation_grid(torch.cat(inputs))
+            quant.set_activation_grid(layer, grid)
 
     def _run(self, plan: Plan, batches: Batches) -> None:
         solved, calls = [], self.walk.calls

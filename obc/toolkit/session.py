@@ -30,8 +30,19 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from datautils import ArrayImages, ImageData, ImageSet, calibration_batches, load_data, test_batches
+from datautils import (
+    DATASETS,
+    DEFAULT_CLASSES,
+    DEFAULT_SIZES,
+    ArrayImages,
+    ImageData,
+    ImageSet,
+    calibration_batches,
+    load_data,
+    test_batches,
+)
 from modelutils import (
+    RANDOM,
     SHIPPED_WEIGHTS,
     Evaluation,
     check_classes,
@@ -278,23 +289,56 @@ def dense_files(model: str, dataset: str, weights: str | None) -> dict[str, str 
 
 def check_model(model: nn.Module, name: str, data: ImageData) -> None:
     """Raise a UserError, before hours are spent, unless the model can be compressed and run."""
+    size, classes = data.image_size, len(data.classes)
+    check_network(model, name)
+    images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
+    outputs = first_outputs(model, name, images)
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
+        raise UserError(f"{name} does not return class scores of shape (images, classes)")
+    check_classes(f"{name} has", outputs.shape[1], data.name, classes)
+    warn_if_random(model, name, images)
+
+
+def check_network(model: nn.Module, name: str) -> None:
+    """Raise a UserError for a model without layers to compress, or with weights that are no use."""
     if not find_layers(model):
         raise UserError(f"{name} has no convolution or linear layer to compress")
     check_layers(model, name)
     for key, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name}: {key} has NaN or infinite values")
-    size, classes = data.image_size, len(data.classes)
-    images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
+
+
+def first_outputs(model: nn.Module, name: str, images: Tensor) -> object:
+    """What a model returns; a UserError says what to do if it does not take the images."""
     try:
         with evaluating(model):
-            outputs = model(images)
+            return model(images)
     except FailedForward as error:
-        raise UserError(f"{name}: {error}{advice(model, size, str(error))}") from None
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
-        raise UserError(f"{name} does not return class scores of shape (images, classes)")
-    check_classes(f"{name} has", outputs.shape[1], data.name, classes)
-    warn_if_random(model, name, images)
+        hint = advice(model, images.shape[-1], str(error))
+        raise UserError(f"{name}: {error}{hint}") from None
+
+
+def model_without_images(options: CommonOptions) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The model as a run would see it, and the shape of an image, without reading any image.
+
+    Without --weights it is untrained, since nothing but its shapes is of interest.
+    """
+    if options.dataset not in DATASETS:
+        raise UserError(f"unknown dataset {options.dataset}; choose from {', '.join(DATASETS)}")
+    torch.manual_seed(options.seed)
+    model = get_model(
+        options.model,
+        options.dataset,
+        options.weights or RANDOM,
+        DEFAULT_CLASSES.get(options.dataset) if options.weights in (None, RANDOM) else None,
+        options.weights_key,
+    ).to(resolve_device(options.device))
+    size = options.image_size or DEFAULT_SIZES[options.dataset]
+    check_network(model, options.model)
+    images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
+    first_outputs(model, options.model, images)
+    return model, (3, size, size)
 
 
 def advice(
