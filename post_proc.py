@@ -4,13 +4,14 @@ FILE is a checkpoint saved by main_trueobs.py or, with --database, a profile to 
 requested corrections are made, always in this order; then the model is saved and its accuracy
 measured.
 
+    --resolve    all layers solved anew, one after the other        resolving.py
     --gap        outputs of all layers back to the dense model's    training.py
     --bnt        running statistics of batch norms                  corrections.py
     --statcorr   mean and deviation of norm outputs                 corrections.py
     --lintune    biases and norms trained on the logits             training.py
     --finetune   all parameters trained on the labels               training.py
 
-Why this order. Global AdaPrune aims at the dense model's outputs before the norms, for which the
+Why this order. Solving anew replaces all weights, so everything else follows it. Global AdaPrune aims at the dense model's outputs before the norms, for which the
 dense statistics, still present in the norms, are the right ones: it comes first. Statistics are
 collected after that; the correction follows the tuning, because tuning would replace the statistics
 that the correction was folded for. Training on logits or labels comes last and starts from good
@@ -29,7 +30,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,16 @@ from modelutils import find_layers, first_and_last
 from obc.inputs import files
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, origins, records
+from obc.toolkit.calibrate import prove_layers
+from obc.toolkit.compress import doubtful_claims
 from obc.toolkit.corrections import batchnorm_tune, statistics_correction
-from obc.toolkit.fingerprints import content_hash
+from obc.toolkit.fingerprints import bytes_hash, content_hash
 from obc.toolkit.leveldb import KINDS, Database, check_checkpoint, model_tag, origin_marks
+from obc.toolkit.modes import Mode
 from obc.toolkit.profiles import read_profile
+from obc.toolkit.resolving import ResolveMode, modes_of
 from obc.toolkit.resume import RunState, open_state, state_folder
+from obc.toolkit.sequential import SequentialCompression
 from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
@@ -55,6 +61,9 @@ DEPENDENT = {  # option: the option that it requires
     "lintune_loss": "lintune",
     "finetune_mse": "finetune",
     "prefix": "database",
+    "resolve": "database",
+    "remask": "resolve",
+    "rel_damp": "resolve",
 }
 
 
@@ -71,6 +80,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefix", metavar="DIR", help="where models_unstr/ etc. are (default: here)")
     add("--skip-firstlast", action="store_true", help="leave first and last layer dense")
     add("--save", metavar="FILE", help="where to save the corrected model")
+    group = parser.add_argument_group("layers solved anew")
+    add = group.add_argument
+    add(
+        "--resolve",
+        action="store_true",
+        help="compress each layer again at its level of the profile, in order of execution, to "
+        "make up for the layers before it",
+    )
+    add("--remask", action="store_true", help="… with zeros chosen anew, as many as at the level")
+    add(
+        "--rel-damp",
+        metavar="F",
+        type=cli.nonnegative_float,
+        default=0.0,
+        help="fraction of mean(diag H) added to the diagonal of H",
+    )
     group = parser.add_argument_group("corrections of statistics")
     add = group.add_argument
     add("--bnt", action="store_true", help="batch-norm tuning")
@@ -126,9 +151,13 @@ def load_model(
     session: Session,
     args: argparse.Namespace,
     left_dense: Collection[str],  # layers
-) -> nn.Module:
-    """The model in a checkpoint, or stitched from a database by a profile."""
+) -> tuple[nn.Module, dict[str, Mode]]:
+    """The model in a checkpoint, or stitched from a database by a profile.
+
+    For --resolve, its layers' modes as well.
+    """
     dense, path, model = session.model, args.file, copy.deepcopy(session.model)
+    modes: dict[str, Mode] = {}
     if args.database is None:
         load_compressed(model, path)
         logits = (args.lintune and not args.lintune_loss) or args.finetune_mse
@@ -143,10 +172,13 @@ def load_model(
         db.stitch(model, profile)
         for name in find_layers(model).keys() - profile.keys():
             log.info("%s left dense: not in the profile", name)
+        if args.resolve:
+            modes = modes_of(profile, db, model, args.remask)
     for name in left_dense:
         put_layer(model.get_submodule(name), dense.get_submodule(name).state_dict())
         log.info("%s left dense: --skip-firstlast", name)
-    return model
+        modes[name] = ResolveMode(excluded="--skip-firstlast")
+    return model, modes
 
 
 @dataclass(frozen=True)
@@ -193,6 +225,35 @@ def statistics_images(data: ImageData, count: int | None, workers: int | None) -
 
 
 # -- the corrections -------------------------------------------------------------------------------
+
+
+def resolve(
+    session: Session,
+    model: nn.Module,
+    modes: Mapping[str, Mode],
+    state: RunState,  # finished layers
+    rel_damp: float,
+) -> None:
+    """Solve all layers of a stitched model anew, in order of execution."""
+    augment, rounds = not session.options.noaug, session.options.nrounds
+    batches = session.calibration(augment, rounds)
+    prove_layers(session.model, model, batches, session.device)
+    compression = SequentialCompression(
+        session.model,
+        model,
+        ResolveMode(sequential=True),
+        state,
+        RunState(),
+        rel_damp=rel_damp,
+        memory_gb=session.options.memory,
+        repeats=1 if augment else rounds,
+        world=session.world,
+        modes=modes,
+    )
+    reports = [asdict(report) for report in compression.run(batches)]
+    chosen = session.data.calibration
+    for line in doubtful_claims(compression.layers, reports, chosen, compression.mode, augment):
+        log.warning(line)
 
 
 @dataclass
@@ -244,9 +305,11 @@ def run(args: argparse.Namespace) -> None:
     left_dense: tuple[str, ...] = ()
     if args.skip_firstlast:
         left_dense = first_and_last(session.model, statistics_images(data, 1, args.workers))
-    model = load_model(session, args, left_dense)
+    model, modes = load_model(session, args, left_dense)
     models = model, session.model
     contents = {"compressed model": content_hash(model.state_dict())}
+    if args.resolve:
+        contents["levels"] = bytes_hash(f"{name} {modes[name]}".encode() for name in sorted(modes))
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
     records.check_repeat(args.repeat, marks)
@@ -256,6 +319,7 @@ def run(args: argparse.Namespace) -> None:
         return TrainingTask(name, images, device, epochs, f"--{name}-lr", state)
 
     corrections = {  # in the order of the module docstring
+        "resolve": lambda: resolve(session, model, modes, state.part("resolve"), args.rel_damp),
         "gap": lambda: global_adaprune(*models, task("gap", args.gap_epochs), args.gap_lr),
         "bnt": lambda: batchnorm_tune(
             model, session.calibration(not args.noaug, args.nrounds), device, args.bnt_batches
@@ -286,6 +350,11 @@ def run(args: argparse.Namespace) -> None:
                 seconds=time.perf_counter() - started,
                 top1=accuracy,
                 corrections=[vars(report) for report in reports],
+                layers=[
+                    entry.figures["report"]
+                    for name in modes
+                    if (entry := state.part("resolve").load(name))
+                ],
             )
         state.finish()
     cli.print_result(f"top-1 {accuracy:.2f}")
