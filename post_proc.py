@@ -11,11 +11,12 @@ measured.
     --lintune    biases and norms trained on the logits             training.py
     --finetune   all parameters trained on the labels               training.py
 
-Why this order. Solving anew replaces all weights, so everything else follows it. Global AdaPrune aims at the dense model's outputs before the norms, for which the
-dense statistics, still present in the norms, are the right ones: it comes first. Statistics are
-collected after that; the correction follows the tuning, because tuning would replace the statistics
-that the correction was folded for. Training on logits or labels comes last and starts from good
-statistics: it keeps them fixed, so changing them afterwards would undo what was learned.
+Why this order. Solving anew replaces all weights: it comes before whatever corrects them. Global
+AdaPrune aims at the dense model's outputs before the norms, for which the dense statistics, still
+present in the norms, are the right ones: it follows at once. Statistics are collected after that;
+the correction follows the tuning, because tuning would replace the statistics that the correction
+was folded for. Training on logits or labels comes last and starts from good statistics: it keeps
+them fixed, so changing them afterwards would undo what was learned.
 
 A training epoch is one pass over the calibration images, in a new order and, unless --noaug, with
 new augmentation. Statistics correction takes the first N of them, never augmented.
@@ -342,6 +343,7 @@ def run(args: argparse.Namespace) -> None:
             files.save_checkpoint(model.state_dict(), args.save, origin_marks(session.model))
         accuracy = session.accuracy(model)
         if args.save:
+            entries = (state.part("resolve").load(name) for name in modes)
             records.write_run(
                 Path(args.save).with_suffix(".json"),
                 invocation.command,
@@ -350,11 +352,7 @@ def run(args: argparse.Namespace) -> None:
                 seconds=time.perf_counter() - started,
                 top1=accuracy,
                 corrections=[vars(report) for report in reports],
-                layers=[
-                    entry.figures["report"]
-                    for name in modes
-                    if (entry := state.part("resolve").load(name))
-                ],
+                layers=[entry.figures["report"] for entry in entries if entry],
             )
         state.finish()
     cli.print_result(f"top-1 {accuracy:.2f}")

@@ -98,16 +98,17 @@ def modes_of(
     profile: Mapping[str, str], db: Database, stitched: nn.Module, remask: bool
 ) -> dict[str, Mode]:
     """A mode for each layer of a stitched model, after its level in the profile."""
-    layers = find_layers(stitched)
-    modes: dict[str, Mode] = {
-        name: ResolveMode(excluded="not in the profile") for name in layers.keys() - profile.keys()
-    }
-    for name, level in profile.items():
-        layer = view(layers[name])
-        pruning = KINDS[db.kind].pruning.like(layer, level)
-        quantisation = quantisation_of(layer.layer, db.states[level])
+    modes: dict[str, Mode] = {}
+    for name, layer in find_layers(stitched).items():
+        if (level := profile.get(name)) is None:
+            modes[name] = ResolveMode(excluded="not in the profile")
+            continue
         modes[name] = ResolveMode(
-            sequential=True, level=level, pruning=pruning, remask=remask, quantisation=quantisation
+            sequential=True,
+            level=level,
+            pruning=KINDS[db.kind].pruning.like(view(layer), level),
+            remask=remask,
+            quantisation=quantisation_of(layer, db.states[level]),
         )
     return modes
 
