@@ -8,6 +8,10 @@ fi
 MODEL=$1 DATASET=$2
 shift 2
 OPTIONS=("$@")
+TUNING=()  # the same, but with augmented images
+for word in "$@"; do
+    [ "$word" = --noaug ] || TUNING+=("$word")
+done
 PYTHON=${PYTHON:-python}
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 RECIPE=$(basename "$0" .sh)
@@ -32,6 +36,12 @@ make_file() {  # the same, for a command whose result is a file
 
 top1() {  # top1 SCRIPT ARGS…: run, and print the accuracy in the last line
     run "$@" | tail -n 1 | sed -n 's/^top-1 //p'
+}
+
+tuned() {  # tuned FILE ARGS…: the accuracy after batch-norm tuning. Its images are augmented, as those
+    # that networks are trained on, even if the layers are compressed with --noaug; unless TUNE=--noaug
+    local OPTIONS=(${TUNING[@]+"${TUNING[@]}"})
+    top1 post_proc.py "$@" --bnt ${TUNE:-}
 }
 
 record() {  # record METHOD TARGET REACHED TOP1: a line of the table
