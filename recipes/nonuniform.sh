@@ -1,8 +1,8 @@
 # Sourced by the non-uniform recipes, which set KIND, CONSTR and TARGETS. For each target: the
 # uniform level, the dynamic programme and the SPDY search; each batch-norm tuned, as in the paper,
 # and with all layers solved anew in order of execution instead. SEARCH=0 leaves out the search,
-# RESOLVE=0 what is solved anew; GRID has options of the sparsity grid, as in GRID="--delta-sparse 0.2"; TIMINGS
-# is the file for CONSTR=timingsq.
+# RESOLVE=0 what is solved anew; GRID has options of the sparsity grid, as in
+# GRID="--delta-sparse 0.2"; TIMINGS is the file for CONSTR=timingsq.
 PREFIX=$OUT
 SCORES=$OUT/scores
 GRID=${GRID:-}
