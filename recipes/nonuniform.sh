@@ -35,7 +35,7 @@ choose() {  # choose METHOD TARGET SCRIPT OPTIONS…: make a profile, stitch, tu
     top=$(tuned "${stitched[@]}")
     record "$1" "$2" "$reached" "$top"
     if [ "${RESOLVE:-1}" = 1 ]; then
-        top=$(top1 post_proc.py "${stitched[@]}" --resolve)
+        top=$(top1 post_proc.py "${stitched[@]}" --resolve --remask)
         record "$1, solved anew" "$2" "$reached" "$top"
     fi
     PROFILES+=("$profile")
