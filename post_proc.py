@@ -4,17 +4,19 @@ FILE is a checkpoint saved by main_trueobs.py or, with --database, a profile to 
 requested corrections are made, always in this order; then the model is saved and its accuracy
 measured.
 
+    --resolve    all layers solved anew, one after the other        resolving.py
     --gap        outputs of all layers back to the dense model's    training.py
     --bnt        running statistics of batch norms                  corrections.py
     --statcorr   mean and deviation of norm outputs                 corrections.py
     --lintune    biases and norms trained on the logits             training.py
     --finetune   all parameters trained on the labels               training.py
 
-Why this order. Global AdaPrune aims at the dense model's outputs before the norms, for which the
-dense statistics, still present in the norms, are the right ones: it comes first. Statistics are
-collected after that; the correction follows the tuning, because tuning would replace the statistics
-that the correction was folded for. Training on logits or labels comes last and starts from good
-statistics: it keeps them fixed, so changing them afterwards would undo what was learned.
+Why this order. Solving anew replaces all weights: it comes before whatever corrects them. Global
+AdaPrune aims at the dense model's outputs before the norms, for which the dense statistics, still
+present in the norms, are the right ones: it follows at once. Statistics are collected after that;
+the correction follows the tuning, because tuning would replace the statistics that the correction
+was folded for. Training on logits or labels comes last and starts from good statistics: it keeps
+them fixed, so changing them afterwards would undo what was learned.
 
 A training epoch is one pass over the calibration images, in a new order and, unless --noaug, with
 new augmentation. Statistics correction takes the first N of them, never augmented.
@@ -41,12 +43,17 @@ from modelutils import find_layers, first_and_last
 from obc.inputs import files
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, origins, records
+from obc.toolkit.calibrate import prove_layers
+from obc.toolkit.compress import doubtful_claims
 from obc.toolkit.corrections import batchnorm_tune, statistics_correction
-from obc.toolkit.fingerprints import content_hash
+from obc.toolkit.fingerprints import bytes_hash, content_hash
 from obc.toolkit.leveldb import KINDS, Database, check_checkpoint, model_tag, origin_marks
+from obc.toolkit.modes import Mode
 from obc.toolkit.profiles import read_profile
+from obc.toolkit.resolving import ResolveMode, modes_of
 from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.selection import skipped
+from obc.toolkit.sequential import SequentialCompression
 from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
@@ -56,6 +63,9 @@ DEPENDENT = {  # option: the option that it requires
     "lintune_loss": "lintune",
     "finetune_mse": "finetune",
     "prefix": "database",
+    "resolve": "database",
+    "remask": "resolve",
+    "rel_damp": "resolve",
 }
 
 
@@ -78,6 +88,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave dense the layers whose names match this glob; repeatable",
     )
     add("--save", metavar="FILE", help="where to save the corrected model")
+    group = parser.add_argument_group("layers solved anew")
+    add = group.add_argument
+    add(
+        "--resolve",
+        action="store_true",
+        help="compress each layer again at its level of the profile, in order of execution, to "
+        "make up for the layers before it",
+    )
+    add("--remask", action="store_true", help="… with zeros chosen anew, as many as at the level")
+    add(
+        "--rel-damp",
+        metavar="F",
+        type=cli.nonnegative_float,
+        default=0.0,
+        help="fraction of mean(diag H) added to the diagonal of H",
+    )
     group = parser.add_argument_group("corrections of statistics")
     add = group.add_argument
     add("--bnt", action="store_true", help="batch-norm tuning")
@@ -133,9 +159,13 @@ def load_model(
     session: Session,
     args: argparse.Namespace,
     left_dense: Mapping[str, str],  # layer -> the option that leaves it dense
-) -> nn.Module:
-    """The model in a checkpoint, or stitched from a database by a profile."""
+) -> tuple[nn.Module, dict[str, Mode]]:
+    """The model in a checkpoint, or stitched from a database by a profile.
+
+    For --resolve, its layers' modes as well.
+    """
     dense, path, model = session.model, args.file, copy.deepcopy(session.model)
+    modes: dict[str, Mode] = {}
     if args.database is None:
         load_compressed(model, path)
         logits = (args.lintune and not args.lintune_loss) or args.finetune_mse
@@ -150,10 +180,13 @@ def load_model(
         db.stitch(model, profile)
         for name in find_layers(model).keys() - profile.keys():
             log.info("%s left dense: not in the profile", name)
+        if args.resolve:
+            modes = modes_of(profile, db, model, args.remask)
     for name, option in left_dense.items():
         put_layer(model.get_submodule(name), dense.get_submodule(name).state_dict())
         log.info("%s left dense: %s", name, option)
-    return model
+        modes[name] = ResolveMode(excluded=option)
+    return model, modes
 
 
 @dataclass(frozen=True)
@@ -200,6 +233,35 @@ def statistics_images(data: ImageData, count: int | None, workers: int | None) -
 
 
 # -- the corrections -------------------------------------------------------------------------------
+
+
+def resolve(
+    session: Session,
+    model: nn.Module,
+    modes: Mapping[str, Mode],
+    state: RunState,  # finished layers
+    rel_damp: float,
+) -> None:
+    """Solve all layers of a stitched model anew, in order of execution."""
+    augment, rounds = not session.options.noaug, session.options.nrounds
+    batches = session.calibration(augment, rounds)
+    prove_layers(session.model, model, batches, session.device)
+    compression = SequentialCompression(
+        session.model,
+        model,
+        ResolveMode(sequential=True),
+        state,
+        RunState(),
+        rel_damp=rel_damp,
+        memory_gb=session.options.memory,
+        repeats=1 if augment else rounds,
+        world=session.world,
+        modes=modes,
+    )
+    reports = [asdict(report) for report in compression.run(batches)]
+    chosen = session.data.calibration
+    for line in doubtful_claims(compression.layers, reports, chosen, compression.mode, augment):
+        log.warning(line)
 
 
 @dataclass
@@ -252,9 +314,11 @@ def run(args: argparse.Namespace) -> None:
     if args.skip_firstlast:
         ends = first_and_last(session.model, statistics_images(data, 1, args.workers))
         left_dense = dict.fromkeys(ends, "--skip-firstlast") | left_dense
-    model = load_model(session, args, left_dense)
+    model, modes = load_model(session, args, left_dense)
     models = model, session.model
     contents = {"compressed model": content_hash(model.state_dict())}
+    if args.resolve:
+        contents["levels"] = bytes_hash(f"{name} {modes[name]}".encode() for name in sorted(modes))
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
     records.check_repeat(args.repeat, marks)
@@ -265,6 +329,7 @@ def run(args: argparse.Namespace) -> None:
         return TrainingTask(name, images, device, epochs, f"--{name}-lr", state)
 
     corrections = {  # in the order of the module docstring
+        "resolve": lambda: resolve(session, model, modes, state.part("resolve"), args.rel_damp),
         "gap": lambda: global_adaprune(*models, task("gap", args.gap_epochs), args.gap_lr),
         "bnt": lambda: batchnorm_tune(
             model, session.calibration(not args.noaug, args.nrounds), device, args.bnt_batches
@@ -287,6 +352,7 @@ def run(args: argparse.Namespace) -> None:
             files.save_checkpoint(model.state_dict(), args.save, origin_marks(session.model))
         evaluation = session.evaluation(model)
         if args.save:
+            entries = (state.part("resolve").load(name) for name in modes)
             records.write_run(
                 Path(args.save).with_suffix(".json"),
                 invocation.command,
@@ -296,6 +362,7 @@ def run(args: argparse.Namespace) -> None:
                 **asdict(evaluation),
                 dense_top1_calibration=dense_top1,
                 corrections=[vars(report) for report in reports],
+                layers=[entry.figures["report"] for entry in entries if entry],
             )
         state.finish()
     cli.print_result(str(evaluation))

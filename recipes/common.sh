@@ -8,6 +8,10 @@ fi
 MODEL=$1 DATASET=$2
 shift 2
 OPTIONS=("$@")
+TUNING=()  # the same, but with augmented images
+for word in "$@"; do
+    [ "$word" = --noaug ] || TUNING+=("$word")
+done
 PYTHON=${PYTHON:-python}
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 RECIPE=$(basename "$0" .sh)
@@ -32,6 +36,12 @@ make_file() {  # the same, for a command whose result is a file
 
 top1() {  # top1 SCRIPT ARGS…: run, and print top-1, KL and agreement (the dense model: top-1 only)
     run "$@" | awk '$1 == "KL" { rest = "\t" $2 "\t" $4 } $1 == "top-1" { print $2 rest }'
+}
+
+tuned() {  # tuned FILE ARGS…: the accuracy after batch-norm tuning. Its images are augmented, as those
+    # that networks are trained on, even if the layers are compressed with --noaug; unless TUNE=--noaug
+    local OPTIONS=(${TUNING[@]+"${TUNING[@]}"})
+    top1 post_proc.py "$@" --bnt ${TUNE:-}
 }
 
 record() {  # record METHOD TARGET REACHED TOP1: a line of the table, TOP1 as `top1` prints it

@@ -1,7 +1,8 @@
 # Sourced by the non-uniform recipes, which set KIND, CONSTR and TARGETS. For each target: the
-# uniform level, the dynamic programme and the SPDY search, all batch-norm tuned. SEARCH=0 leaves
-# out the search; GRID has options of the sparsity grid, as in GRID="--delta-sparse 0.2"; TIMINGS
-# is the file for CONSTR=timingsq.
+# uniform level, the dynamic programme and the SPDY search; each batch-norm tuned, as in the paper,
+# and with all layers solved anew in order of execution instead. SEARCH=0 leaves out the search,
+# RESOLVE=0 what is solved anew; GRID has options of the sparsity grid, as in
+# GRID="--delta-sparse 0.2"; TIMINGS is the file for CONSTR=timingsq.
 PREFIX=$OUT
 SCORES=$OUT/scores
 GRID=${GRID:-}
@@ -24,12 +25,18 @@ nonuniform() {
     report ${NO_PAPER:-} --cost "$CONSTR" --scores "$SCORES/${TAG}_${KIND}_loss.txt" --profiles "${PROFILES[@]}"
 }
 
-choose() {  # choose METHOD TARGET SCRIPT OPTIONS…: make a profile, stitch, tune, record
-    local output profile top
+choose() {  # choose METHOD TARGET SCRIPT OPTIONS…: make a profile, stitch, tune or solve anew, record
+    local output profile reached stitched top
     output=$(run "$3" "$2" "$KIND" "${@:4}" "${budget[@]}")
     echo "$output" >&2
     profile=$(sed -n 's/^profile //p' <<< "$output")
-    top=$(top1 post_proc.py "$profile" --database "$KIND" --prefix "$PREFIX" --bnt)
-    record "$1" "$2" "$(sed -n 's/^reached //p' <<< "$output")" "$top"
+    reached=$(sed -n 's/^reached //p' <<< "$output")
+    stitched=("$profile" --database "$KIND" --prefix "$PREFIX")
+    top=$(tuned "${stitched[@]}")
+    record "$1" "$2" "$reached" "$top"
+    if [ "${RESOLVE:-1}" = 1 ]; then
+        top=$(top1 post_proc.py "${stitched[@]}" --resolve --remask)
+        record "$1, solved anew" "$2" "$reached" "$top"
+    fi
     PROFILES+=("$profile")
 }

@@ -65,6 +65,7 @@ PIPELINE = {  # command: script, words behind MODEL DATASET
         "rn8_unstr_200x_dp.txt",
         "--database",
         "unstr",
+        "--resolve",
         "--bnt",
         "--bnt-batches",
         "5",

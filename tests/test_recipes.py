@@ -109,6 +109,22 @@ def test_every_command_of_a_recipe_parses(name, notes, capsys):
     assert len(noted()) >= 5 and noted()[-1][0] == "recipes/report.py"
 
 
+def test_norms_are_tuned_on_augmented_images_unless_told_otherwise(notes):
+    options = ("--noaug", "--seed", "1")
+    for settings, noaug in (({}, [False, True]), ({"TUNE": "--noaug"}, [True, True])):
+        Path("notes").unlink(missing_ok=True)
+        done = run_recipe("mixed", "rn18", "imagenet", *options, python=notes, **settings)
+        assert done.returncode == 0
+        corrected = [words for script, *words in noted() if script == "post_proc.py"]
+        tuned = ["--bnt" in words for words in corrected]
+        assert tuned == ["--resolve" not in words for words in corrected]
+        for words, is_tuned in zip(corrected, tuned, strict=True):
+            assert ("--noaug" in words) == noaug[not is_tuned] and words[-2:] == ["--seed", "1"]
+    Path("notes").unlink()
+    run_recipe("mixed", "rn18", "imagenet", python=notes, RESOLVE="0")
+    assert not any("--resolve" in words for words in noted())
+
+
 @pytest.mark.parametrize(
     ("name", "script"),
     [
@@ -137,12 +153,16 @@ def test_a_failing_command_stops_a_recipe(name, script, notes):
             [
                 (bits, method, f"{bits} bits")
                 for bits in "432"
-                for method in ("asymmetric, BN-tuned", "symmetric")
+                for method in ("asymmetric, BN-tuned", "asymmetric, sequential", "symmetric")
             ],
         ),
         (
             "nm",
-            [(pattern, "first and last dense, BN-tuned", pattern) for pattern in ("2:4", "4:8")],
+            [
+                (pattern, method, pattern)
+                for pattern in ("2:4", "4:8")
+                for method in ("first and last dense, BN-tuned", "sequential")
+            ],
         ),
     ],
 )
@@ -158,8 +178,9 @@ def test_uniform_tables(name, expected, warm, tmp_path, monkeypatch):
 
 
 def check_nonuniform(name: str, methods: list[str], targets: list[str], output: str) -> None:
-    """A row per target and method, each of which meets its target; the pictures."""
+    """Two rows per target and method, each of which meets its target; the pictures."""
     rows = compressed(output)
+    methods = [f"{method}{way}" for method in methods for way in ("", ", solved anew")]
     assert [row[:2] for row in rows] == [[f"{t}×", m] for t in targets for m in methods]
     for target, _, reached, top1, _, _, paper in rows:
         times, wanted = float(reached.removesuffix("×")), float(target.removesuffix("×"))
@@ -212,7 +233,7 @@ def test_block8_at_measured_time(warm, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     check_nonuniform("block8", ["uniform", "DP"], ["4"], done.stdout)
     reached = [row[2] for row in compressed(done.stdout)]
-    assert reached == ["8.00×", "4.13×"]  # 8 · 8 / (5 · 2.5 + 3)
+    assert reached == ["8.00×"] * 2 + ["4.13×"] * 2  # 8 · 8 / (5 · 2.5 + 3)
 
 
 def test_a_recipe_without_arguments_prints_its_usage(tmp_path, monkeypatch):

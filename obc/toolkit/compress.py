@@ -91,7 +91,7 @@ def compress_layer(
     repeats: int = 1,  # how often the same images were shown
 ) -> Entry:
     """Compress one layer: its tensors, or the hash of the file of its levels, and its report."""
-    layer, mode = solver.layer, mode.for_layer(name)
+    layer = solver.layer
     report = LayerReport(name, tuple(layer.weight.shape), why_dense(layer, mode, solver.nsamples))
     report.dense, tensors, levels_hash = bool(report.result), {}, ""
     report.patches = solver.gram.patches // repeats
@@ -145,6 +145,7 @@ class Compression:
     repeats: int = 1  # how often the batches show the same images
     keep_results: bool = False  # for --check
     world: World = ALONE
+    modes: Mapping[str, Mode] = field(default_factory=dict)  # of layers that have their own
     reports: dict[str, LayerReport] = field(default_factory=dict)
     results: dict[str, Tensor] = field(default_factory=dict)  # weights, of the last level; CPU
 
@@ -163,7 +164,7 @@ class Compression:
         """
         self._resume()
         if to_do := {name: x for name, x in self.layers.items() if name not in self.reports}:
-            plan = make_plan(to_do, self.mode, self.memory_gb, self.world)
+            plan = make_plan(to_do, self.mode, self.memory_gb, self.world, self.modes)
             self._run(plan, batches)
         reports = [self.reports[name] for name in self.layers]
         if all(report.dense for report in reports):
@@ -186,6 +187,10 @@ class Compression:
             for name, weight in self.results.items()
         }
         return measured_errors(self.dense, changes, batches, device)
+
+    def mode_of(self, name: str) -> Mode:
+        """The mode that a layer is compressed with."""
+        return self.modes.get(name) or self.mode.for_layer(name)
 
     def level_file(self, name: str) -> LevelFile | None:
         """The file of a layer's levels, of a mode that yields them."""
@@ -232,7 +237,7 @@ class Compression:
                 self.rel_damp,
                 plan.memory,
                 plan.sharing(name, self.world),
-                self.mode.order,
+                self.mode_of(name).order,
             )
             for name in names
         }
@@ -268,7 +273,7 @@ class Compression:
                     continue
                 with naming_layer(name):
                     file = self.level_file(name)
-                    entry = compress_layer(name, solver, self.mode, file, self.repeats)
+                    entry = compress_layer(name, solver, self.mode_of(name), file, self.repeats)
                 self._finish(name, entry, bar)
                 if owner is not None:
                     entries[name] = entry
@@ -283,7 +288,7 @@ class Compression:
         work = {
             name: operations(layer)
             for name, layer in self.layers.items()
-            if not self.mode.misfit(view(layer))
+            if not self.mode_of(name).misfit(view(layer))
         }
         done = sum(work.get(name, 0) for name in self.reports)
         return progress("compressing", total=sum(work.values()), done=done, counted=False)

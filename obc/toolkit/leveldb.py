@@ -52,7 +52,7 @@ from obc.inputs.names import named_like
 from obc.solver.errors import UserError, log
 from obc.solver.layers import compressible, innermost_order
 from obc.toolkit.fingerprints import bytes_hash, content_hash, weights_hash
-from obc.toolkit.modes import modes_serving
+from obc.toolkit.modes import BlockedMode, NMPruneMode, PruningMode, UnstrMode, modes_serving
 from obc.toolkit.resume import entry_file
 from quant import ACTIVATION_GRID, WEIGHT_GRID, put_layer
 
@@ -95,14 +95,21 @@ class Kind:
     folders: tuple[str, ...]
     level_pattern: str  # regular expression of the names of levels
     constraint: str  # what a target of spdy.py limits by default
+    pruning: type[PruningMode]  # how its levels are pruned, if they are
     quantised_share: Callable[[Tensor], float] = nonzero_share  # of a quantised weight left
 
 
 KINDS = {
-    "mixed": Kind(("models_quant", "models_nm_quant"), r"(\d+_)?\d+w\d+a", "bops", share_of_2_of_4),
-    "4block": Kind(("models_4block",), SPARSITY, "flops"),
-    "unstr": Kind(("models_unstr",), SPARSITY, "flops"),
-    "4block_8w8a": Kind(("models_4block_8w8a",), SPARSITY, "bops", share_of_blocks),
+    "mixed": Kind(
+        ("models_quant", "models_nm_quant"),
+        r"(\d+_)?\d+w\d+a",
+        "bops",
+        NMPruneMode,
+        share_of_2_of_4,
+    ),
+    "4block": Kind(("models_4block",), SPARSITY, "flops", BlockedMode),
+    "unstr": Kind(("models_unstr",), SPARSITY, "flops", UnstrMode),
+    "4block_8w8a": Kind(("models_4block_8w8a",), SPARSITY, "bops", BlockedMode, share_of_blocks),
 }
 
 

@@ -35,7 +35,7 @@ from modelutils import find_layers
 from obc.inputs.batches import Batches
 from obc.solver.elimination import ORDERS
 from obc.solver.errors import UserError
-from obc.solver.layers import LayerView
+from obc.solver.layers import LayerView, view
 from obc.solver.levels import sparsity_grid
 from obc.toolkit import cli
 from obc.toolkit.calibrate import activation_grids
@@ -150,6 +150,14 @@ class Mode(ABC):
         """The grid that one layer's inputs are rounded to."""
         raise NotImplementedError
 
+    def start(
+        self,
+        layer: nn.Module,
+        dense: nn.Module,  # the same layer of the dense network
+    ) -> Tensor:  # (rows, d)
+        """The weights that a layer starts from when layers are compressed in order: its own."""
+        return view(layer).matrix
+
     @abstractmethod
     def solve(self, solver: TrueOBS) -> None:
         """Compress the layer in place; or, of many levels, prepare `solver.level_parts`."""
@@ -165,6 +173,22 @@ class Mode(ABC):
 def zeros_in(weight: Tensor) -> float:
     """The fraction of a weight that is zero."""
     return float((weight == 0).float().mean())
+
+
+class PruningMode(Mode, ABC):
+    """A mode that can prune a layer as much as another weight of the layer was pruned."""
+
+    @classmethod
+    @abstractmethod
+    def like(cls, layer: LayerView, level: str) -> PruningMode | None:
+        """The mode at the sparsity of a layer that a database has at a level.
+
+        None if nothing is pruned there.
+        """
+
+    @abstractmethod
+    def gone(self, layer: LayerView) -> Tensor:  # (rows, d) bool
+        """Which of a layer's weights belong to what was pruned: units of the mode that are zero."""
 
 
 # -- one model -------------------------------------------------------------------------------------
@@ -253,7 +277,7 @@ class QuantMode(Mode):
 
 
 @dataclass(frozen=True)
-class NMPruneMode(Mode):
+class NMPruneMode(PruningMode):
     """N:M sparsity (section 4)."""
 
     name = "nmprune"
@@ -277,6 +301,20 @@ class NMPruneMode(Mode):
     def aim(self) -> str:
         return f"{self.prunen}:{self.prunem}"
 
+    @classmethod
+    def like(cls, layer: LayerView, level: str) -> PruningMode | None:
+        digits, underscore, _ = level.partition("_")  # as in 24_8w8a
+        for cut in range(1, len(digits) if underscore else 0):
+            n, m = int(digits[:cut]), int(digits[cut:])
+            if n <= m and layer.divides_by(m):
+                groups = layer.matrix[:, layer.innermost].view(layer.rows, -1, m)
+                if bool(((groups == 0).sum(2) >= n).all()):
+                    return cls(sequential=True, prunen=n, prunem=m)
+        return None
+
+    def gone(self, layer: LayerView) -> Tensor:
+        return layer.matrix == 0
+
     def solve(self, solver: TrueOBS) -> None:
         solver.nmprune(self.prunen, self.prunem)
 
@@ -288,7 +326,7 @@ class NMPruneMode(Mode):
 
 
 @dataclass(frozen=True)
-class LevelMode(Mode, ABC):
+class LevelMode(PruningMode, ABC):
     """A mode that yields the layer at every sparsity of a grid, from one elimination.
 
     With `sparsity` it yields one model, whose layers all have this fraction of zeros.
@@ -342,6 +380,11 @@ class LevelMode(Mode, ABC):
             return [self.sparsity]
         return sparsity_grid(self.min_sparsity, self.max_sparsity, self.delta_sparse)
 
+    @classmethod
+    def like(cls, layer: LayerView, level: str) -> PruningMode | None:
+        sparsity = float(cls(sparsity=0.0).gone(layer).double().mean())
+        return cls(sequential=True, sparsity=sparsity) if sparsity else None
+
     @abstractmethod
     def prepare(self, solver: TrueOBS) -> None:
         """Find the order in which the layer's weights go."""
@@ -371,6 +414,9 @@ class UnstrMode(LevelMode):
     serves = ("unstr",)
     default_grid = (0.0, 0.99, 0.1)
 
+    def gone(self, layer: LayerView) -> Tensor:
+        return layer.matrix == 0
+
     def prepare(self, solver: TrueOBS) -> None:
         solver.prepare_unstr()
 
@@ -392,6 +438,14 @@ class BlockedMode(LevelMode):
     def divisor(self) -> int:
         return self.blocked_size
 
+    def gone(self, layer: LayerView) -> Tensor:
+        zero = layer.matrix == 0
+        if not layer.divides_by(self.blocked_size):
+            return torch.zeros_like(zero)
+        blocks = zero[:, layer.innermost].view(layer.rows, -1, self.blocked_size)
+        blocks = blocks.all(2, keepdim=True).expand_as(blocks).flatten(1)
+        return blocks[:, layer.innermost.argsort()]
+
     def prepare(self, solver: TrueOBS) -> None:
         solver.prepare_blocked(self.blocked_size)
 
@@ -404,6 +458,12 @@ class StructMode(LevelMode):
     text = "whole input channels, a database of levels"
     rows_divisible = False
     default_grid = (0.0, 0.9, 0.05)
+
+    def gone(self, layer: LayerView) -> Tensor:
+        zero = layer.matrix.view(layer.groups, -1, layer.channels, layer.taps) == 0
+        return (
+            zero.all(3, keepdim=True).all(1, keepdim=True).expand_as(zero).reshape_as(layer.matrix)
+        )
 
     def prepare(self, solver: TrueOBS) -> None:
         solver.prepare_struct(size=solver.view.taps)

@@ -44,14 +44,18 @@ def make_plan(
     mode: Mode,
     memory_gb: float | None,  # None: half of what is free
     world: World,
+    modes: Mapping[str, Mode] | None = None,  # of layers that have their own
 ) -> Plan:
     """Divide the work. Raises UserError where the memory is too small for some layer."""
+    modes = dict.fromkeys(layers, mode) | (modes or {})
     device = next(iter(layers.values())).weight.device
     memory = min(world.gather(int(memory_gb * 1e9) if memory_gb else default_memory(device)))
     needs = {
         name: NOTHING
         if view(layer).left_dense
-        else layer_needs(layer, levels=len(mode.sparsities), innermost=mode.channels_innermost)
+        else layer_needs(
+            layer, levels=len(modes[name].sparsities), innermost=modes[name].channels_innermost
+        )
         for name, layer in layers.items()
     }
     passes, owners = in_passes(needs, memory), {}

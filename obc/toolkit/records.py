@@ -9,7 +9,8 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
                  hashes of weights, images and code; versions, device, threads, environment
     environment  object: argv, python, platform, processor, cores, torch_threads, gpus, git and
                  versions of packages
-    layers       list of objects (main_trueobs.py, spdy.py): one for each layer, with its name
+    layers       list of objects (main_trueobs.py, spdy.py; post_proc.py: those solved anew): one
+                 for each layer, with its name
     corrections  list of objects (post_proc.py): name, seconds, losses per epoch
     seconds      number: how long the run took; if it was resumed, since then
     top1         number in percent, or null (main_trueobs.py, post_proc.py)
@@ -17,9 +18,9 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
     agreement    number: percent of the test images that both models give the same class
     dense_top1_calibration  number in percent: the dense model's, on the calibration images
 
-and further figures of the command. A layer of main_trueobs.py: name, shape, result, dense, seconds,
-squared_error, relative_error, damping, rank_deficit, patches; with --check also checked_error,
-fresh_error.
+and further figures of the command. A layer of main_trueobs.py and of post_proc.py: name, shape,
+result, dense, seconds, squared_error, relative_error, damping, rank_deficit, patches; with --check
+also checked_error, fresh_error.
 A layer of spdy.py: name, level, cost, error.
 
 `COMMAND --repeat RECORD` takes the arguments from a record; options after it replace those, such as

@@ -56,7 +56,7 @@ class RunState:
     """
 
     def __init__(self, folder: Path | None = None, world: World = ALONE) -> None:
-        self.folder, self.world = folder, world
+        self.folder, self.world, self.prefix = folder, world, ""
         self._lock: int | None = None  # a descriptor, while this process holds the folder
 
     def begin(self, fingerprint: Mapping[str, str], restart: bool) -> None:
@@ -94,7 +94,13 @@ class RunState:
 
     def path(self, key: str) -> Path:
         """The file of an entry."""
-        return entry_file(self.folder, key)
+        return entry_file(self.folder, self.prefix + key)
+
+    def part(self, name: str) -> RunState:
+        """The results of one step of the run, by keys of its own."""
+        part = RunState(self.folder, self.world)
+        part.prefix = f"{self.prefix}{name} "
+        return part
 
     def has_entries(self) -> bool:
         """Whether anything is finished."""

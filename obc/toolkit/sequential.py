@@ -421,7 +421,7 @@ class DoubleWalk:
         if count and seen < count:
             raise UserError(
                 f"{name} is called {seen} times by the compressed network, {count} times by the "
-                "dense one: leave out --sequential"
+                "dense one: leave out --sequential or --resolve"
             )
 
 
@@ -489,19 +489,18 @@ class SequentialCompression(Compression):
             yield DoubleWalk(self.dense, self.compressed, batches, boundary)
 
     def _fit_grid(self, walk: DoubleWalk, name: str) -> None:
-        if not self.mode.rounds_inputs:
+        layer, mode = self.layers[name], self.mode_of(name)
+        if not mode.rounds_inputs:
             return
-        layer = self.layers[name]
         layer._modules.pop(quant.ACTIVATION_GRID, None)  # that of --load
         if inputs := walk.first_inputs(name):
-            grid = self.mode.for_layer(name).activation_grid(torch.cat(inputs))
-            quant.set_activation_grid(layer, grid)
+            quant.set_activation_grid(layer, mode.activation_grid(torch.cat(inputs)))
 
     def _run(self, plan: Plan, batches: Batches) -> None:
         solved, calls = [], self.walk.calls
         with self._progress() as bar:
             for name in [name for name in self.layers if name not in self.reports]:
-                if why_dense(self.layers[name], self.mode, calls[name]):
+                if why_dense(self.layers[name], self.mode_of(name), calls[name]):
                     self._finish(name, self._left_dense(name, calls[name]), bar)
                 else:
                     solved.append(name)
@@ -521,21 +520,23 @@ class SequentialCompression(Compression):
     def _left_dense(self, name: str, calls: int) -> Entry:
         solver = TrueOBS(self.layers[name])
         solver.nsamples = calls
-        return compress_layer(name, solver, self.mode, None)
+        return compress_layer(name, solver, self.mode_of(name), None)
 
     def _solved(self, plan: Plan, name: str, sums: Sums) -> Entry:
         """A layer compressed, with the error of its outputs."""
         layer, images, patches = self.layers[name], sums.images, sums.gram.patches
+        mode = self.mode_of(name)
         if not patches:
             return self._left_dense(name, 0)
         H, B, C = sums.statistics()
-        shifted = shifted_weights(view(layer).matrix, H, B)
+        start = mode.start(layer, self.dense.get_submodule(name))
+        shifted = shifted_weights(start, H, B)
         layer.weight.data.copy_(view(layer).shaped(shifted))
         memory = plan.memory - self.walk.boundary.size - B.nbytes
-        solver = TrueOBS(layer, self.rel_damp, memory, order=self.mode.order)
+        solver = TrueOBS(layer, self.rel_damp, memory, order=mode.order)
         solver.set_hessian(H, images)
         solver.gram.patches = patches
-        entry = compress_layer(name, solver, self.mode, None, self.repeats)
+        entry = compress_layer(name, solver, mode, None, self.repeats)
         error = output_error(view(layer).matrix, H, B, C)
         entry.figures["report"]["squared_error"] = error
         entry.figures["report"]["relative_error"] = 2 * error / C if C else 0.0
