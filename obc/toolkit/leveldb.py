@@ -164,12 +164,12 @@ class LevelFile:
         weights: Tensor,  # (levels, R, *shape[1:])
     ) -> None:
         """Write these rows of every level to their place; the file is made if it is missing."""
-        rows = rows.cpu()
+        rows, weights = rows.cpu(), weights.cpu().to(self.dtype)
         runs = torch.tensor_split(rows, torch.nonzero(rows.diff() != 1)[:, 0] + 1)
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             for level, weight in enumerate(weights):
-                pieces = weight.cpu().to(self.dtype).flatten(1).split([len(run) for run in runs])
+                pieces = weight.flatten(1).split([len(run) for run in runs])
                 for run, piece in zip(runs, pieces, strict=True):
                     place = (level * self.shape[0] + int(run[0])) * self.row_bytes
                     content = piece.contiguous().numpy().data.cast("B")
