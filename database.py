@@ -53,7 +53,7 @@ def write_errors(
     started, world = time.perf_counter(), session.world
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
-    records.check_repeat(invocation.repeat, marks)
+    records.check_repeat(invocation.repeat, marks, invocation.defaults)
     with open_state(state_folder(path), marks, invocation.restart, world) as state:
         if action in MEASURES:
             batches = session.calibration().shard(world.rank, world.size)

@@ -249,7 +249,7 @@ def run(args: argparse.Namespace) -> None:
     contents = {"compressed model": content_hash(model.state_dict())}
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
-    records.check_repeat(args.repeat, marks)
+    records.check_repeat(args.repeat, marks, invocation.defaults)
 
     def task(name: str, epochs: int) -> TrainingTask:
         images = CalibrationEpochs(data, args.batchsize, args.workers, not args.noaug, args.seed)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretend_gpu import GPU, OnGPU, PretendedGPU, pretended_gpu
+from pretend_gpu import GPU, PretendedGPU, pretended_gpu
 from torch import Tensor, nn
 
 import database

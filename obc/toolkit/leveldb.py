@@ -67,25 +67,25 @@ FULL_BITS = 32
 
 
 def nonzero_share(
-    columns: Tensor,  # (rows, d) channels innermost
+    columns: Tensor,  # (rows, taps, channels), or blocks of them
 ) -> float:
     return int(torch.count_nonzero(columns)) / columns.numel()
 
 
 def share_of_2_of_4(
-    columns: Tensor,  # (rows, d) channels innermost
+    columns: Tensor,  # (rows, taps, channels)
 ) -> float:
     """1/2 if the weight is 2:4 sparse, else 1."""
-    if columns.shape[1] % 4:
+    if columns.shape[2] % 4:  # left dense
         return 1.0
     return 0.5 if bool(((columns == 0).view(-1, 4).sum(1) >= 2).all()) else 1.0
 
 
 def share_of_blocks(
-    columns: Tensor,  # (rows, d) channels innermost
+    columns: Tensor,  # (rows, taps, channels)
 ) -> float:
     """The share of blocks of 4 that are not all zero."""
-    return 1.0 if columns.shape[1] % 4 else nonzero_share(columns.reshape(-1, 4).any(1))
+    return 1.0 if columns.shape[2] % 4 else nonzero_share(columns.reshape(-1, 4).any(1))
 
 
 @dataclass(frozen=True)
@@ -474,6 +474,7 @@ def share_left(
 ) -> float:
     """The share of weights that was not pruned; see `costs.py`."""
     columns = weight.flatten(1)[:, innermost_order(weight.shape)]
+    columns = columns.view(len(weight), -1, weight.shape[1])
     return (KINDS[quantised_in].quantised_share if quantised_in else nonzero_share)(columns)
 
 
