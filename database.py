@@ -56,7 +56,7 @@ def write_errors(
     started, world = time.perf_counter(), session.world
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
-    records.check_repeat(invocation.repeat, marks)
+    records.check_repeat(invocation.repeat, marks, invocation.defaults)
     figures = {}
     if action in MEASURES:
         figures["dense_top1_calibration"] = session.dense_top1()

@@ -221,7 +221,7 @@ def compress_model(args: argparse.Namespace) -> None:
     start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, start, threads=False)
-    records.check_repeat(args.repeat, marks)
+    records.check_repeat(args.repeat, marks, invocation.defaults)
     batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
     prove_layers(dense, compressed, batches, session.device)
     show_plan(session, compressed, mode, asked=args.plan)

@@ -321,7 +321,7 @@ def run(args: argparse.Namespace) -> None:
         contents["levels"] = bytes_hash(f"{name} {modes[name]}".encode() for name in sorted(modes))
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
-    records.check_repeat(args.repeat, marks)
+    records.check_repeat(args.repeat, marks, invocation.defaults)
     dense_top1 = session.dense_top1()
 
     def task(name: str, epochs: int) -> TrainingTask:

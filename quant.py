@@ -192,7 +192,9 @@ def restore_grids(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             layer = model.get_submodule(layer_name)
             buffers = [state[f"{name}.{buffer}"] for buffer in ("scale", "zero", "maxq")]
             check_grid(name, len(layer.weight) if kind == WEIGHT_GRID else None, *buffers)
-            setters[kind](layer, Grid(*(x.to(layer.weight.device).clone() for x in buffers)))
+            to, to_gpu = layer.weight.device, layer.weight.device.type != "cpu"
+            buffers = [x.to(to, non_blocking=to_gpu, copy=True) for x in buffers]
+            setters[kind](layer, Grid(*buffers))
 
 
 def check_grid(name: str, rows: int | None, scale: Tensor, zero: Tensor, maxq: Tensor) -> None:
@@ -209,8 +211,9 @@ def check_grid(name: str, rows: int | None, scale: Tensor, zero: Tensor, maxq: T
 def put_layer(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a layer the weight, the bias and the grids in `tensors`, and no other grids."""
     clear_grids(layer)
+    to_gpu = layer.weight.device.type != "cpu"  # which nobody has to wait for
     with torch.no_grad():
-        layer.weight.copy_(tensors["weight"])
+        layer.weight.copy_(tensors["weight"], non_blocking=to_gpu)
         if layer.bias is not None and "bias" in tensors:
-            layer.bias.copy_(tensors["bias"])
+            layer.bias.copy_(tensors["bias"], non_blocking=to_gpu)
     restore_grids(layer, tensors)

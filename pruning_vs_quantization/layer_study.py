@@ -41,6 +41,7 @@ from obc.inputs import files
 from obc.solver.errors import UserError, log
 from obc.solver.progress import progress
 from obc.toolkit import cli
+from obc.toolkit.calibrate import prove_layers
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.session import Session, common_options
@@ -272,10 +273,18 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
         files.check_writable(path)
         figures[name, bits] = study_files.finished(*work[name, bits], args.restart)
     pending = {name for (name, _), done in figures.items() if done is None}
+    if pending:
+        prove_layers(session.model, session.model, session.calibration(), session.device)
+    flaws = {name: flaw for name in layers if (flaw := view(layers[name]).proof.flaw)}
+    for name, flaw in flaws.items():
+        log.info("%s left out: %s", name, flaw)
+    figures = {key: done for key, done in figures.items() if key[0] not in flaws}
+    if not figures:
+        raise UserError(f"no layer can be studied: {flaw}")
     chunks = {
         name: [chunk for _, chunk in layer_places(args, layer)]
         for name, layer in layers.items()
-        if name in pending
+        if name in pending - flaws.keys()
     }
     images = session.calibration() if chunks else ()
     moments = layer_problem.second_moments(session.model, chunks, images, session.device)

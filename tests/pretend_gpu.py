@@ -46,6 +46,7 @@ WAITING = {
 }
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index"}
 MADE_FROM_VALUES = {torch.tensor, torch.as_tensor, Tensor.new_tensor}
+SUBSCRIPTS = {Tensor.__getitem__, Tensor.__setitem__}
 
 
 class OnGPU(Tensor):
@@ -165,6 +166,8 @@ class PretendedGPU:
             non_blocking = kwargs.get("non_blocking") or args[2:3] == (True,)
             if to.type != source.device.type and not non_blocking:
                 self.wait("copy to the " + ("GPU" if to.type == GPU.type else "CPU"))
+            elif to.type != source.device.type and to.type != GPU.type:
+                raise AssertionError(f"{name}: the CPU would read values that are still to come")
         elif len(here) < len(tensors):
             if name in INDEXING:
                 indices = [x for x in args[1] if x is not None]
@@ -290,7 +293,16 @@ class Functions(TorchFunctionMode):
                     kwargs.setdefault("dtype", like.dtype)
                 return torch.tensor(args[-1], **kwargs).to(GPU)
             kwargs["device"] = device
+        elif func in SUBSCRIPTS and type(args[0]) is OnGPU:
+            args = (args[0], without_lists(args[1]), *args[2:])
         return func(*args, **kwargs)
+
+
+def without_lists(index: Any) -> Any:
+    """An index whose lists of numbers are tensors on the GPU."""
+    if isinstance(index, list):
+        return torch.tensor(index).to(GPU)
+    return tuple(map(without_lists, index)) if isinstance(index, tuple) else index
 
 
 @contextmanager

@@ -117,7 +117,8 @@ def test_zeros_of_rounding_are_not_pruning() -> None:
     blocks[1, 0] = 0  # by rounding
     assert share_left(blocks, "4block_8w8a") == 45 / 54
     assert share_left(blocks) == (180 - 9) / 216
-    assert share_left(torch.zeros(3, 3, 3, 3), "mixed") == 1.0  # 27 columns: left dense
+    for left_dense in (torch.zeros(3, 3, 3, 3), torch.zeros(3, 6, 2, 2), torch.zeros(3, 2, 6)):
+        assert share_left(left_dense, "mixed") == share_left(left_dense, "4block_8w8a") == 1.0
 
 
 def test_a_single_group_with_one_zero_is_not_2_4() -> None:

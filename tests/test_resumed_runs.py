@@ -546,6 +546,19 @@ def test_what_is_no_record_or_of_something_else_is_refused(work, capfd):
     assert Path("elsewhere.pth").read_bytes() == Path("nm.pth").read_bytes()
 
 
+def test_a_record_from_before_an_option_repeats_its_run(work, capfd):
+    """What a record does not name had its default then; any other value is still refused."""
+    assert main_trueobs.main(words_of(NM)[1]) == 0
+    record = json.loads(Path("nm.json").read_text())
+    del record["fingerprint"]["--order"], record["arguments"]["order"]
+    Path("old.json").write_text(json.dumps(record))
+    assert main_trueobs.main(["--repeat", "old.json", "--save", "again.pth"]) == 0
+    assert Path("again.pth").read_bytes() == Path("nm.pth").read_bytes()
+    capfd.readouterr()
+    assert main_trueobs.main(["--repeat", "old.json", "--order", "magnitude"]) == 2
+    assert "(--order was obs, is now magnitude)" in capfd.readouterr().err
+
+
 # -- determinism -----------------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ def test_a_chunk_sees_the_inputs_of_its_columns(kernel, stride, padding, dilatio
         for batch in (x[:2], x[2:]):
             moments.add(batch)
         part = columns[group][chunk.start : chunk.stop]
-        np.testing.assert_allclose(moments.matrix(), part @ part.T / 3, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(moments.matrix(3), part @ part.T / 3, rtol=1e-9, atol=1e-9)
 
 
 def test_a_linear_layer_sees_every_token():
@@ -93,7 +93,7 @@ def test_a_linear_layer_sees_every_token():
     moments = ChunkMoments(layer, Chunk(0, 3, 8))
     moments.add(x)
     part = x.double().numpy().reshape(-1, 10)[:, 3:8]
-    np.testing.assert_allclose(moments.matrix(), part.T @ part / 5, rtol=1e-12)
+    np.testing.assert_allclose(moments.matrix(5), part.T @ part / 5, rtol=1e-12)
 
 
 def test_the_signal_is_what_the_chunk_adds_to_the_output():
@@ -385,4 +385,64 @@ def test_the_chunks_of_a_layer_are_parts_of_its_own_second_moment():
     whole.add(x.double())
     moments = ChunkMoments(layer, Chunk(0, 10, 25))
     moments.add(x)
-    np.testing.assert_allclose(moments.matrix(), whole.matrix()[0, 10:25, 10:25] / 2, rtol=1e-12)
+    np.testing.assert_allclose(moments.matrix(2), whole.matrix()[0, 10:25, 10:25] / 2, rtol=1e-12)
+
+
+def test_images_are_counted_once_however_often_a_layer_is_called():
+    """With tokens, views or several calls a layer sees other numbers of inputs than of images."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x.flatten(0, 1)))
+
+    model, x = Twice(), images(5, 7, 6)
+    with torch.no_grad():
+        seen = torch.cat([x.flatten(0, 1), model.layer(x.flatten(0, 1))]).double().numpy()
+    batches = [(x[:2], x[:2]), (x[2:], x[2:])]
+    found = second_moments(model, {"layer": [Chunk(0, 0, 6)]}, batches, torch.device("cpu"))
+    np.testing.assert_allclose(found["layer"][Chunk(0, 0, 6)], seen.T @ seen / 5, rtol=1e-5)
+
+
+OWN_FORWARD = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Same(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+def net(same=Same, padding=0):
+    torch.manual_seed(0)
+    first = same(3, 4, 3, 2, padding)
+    return nn.Sequential(first, Doubled(4, 4, 1), nn.Flatten(), nn.Linear(64, 10))
+
+def padded():
+    return net(lambda *sizes: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(*sizes)))
+"""
+
+
+def test_layers_with_a_forward_of_their_own(tmp_path, capsys):
+    """One that pads by itself gives the figures of the same network with its padding apart; what
+    is no convolution with its weight is left out."""
+    (tmp_path / "net.py").write_text(OWN_FORWARD)
+    options = "--dataset digits --image-size 8 --nsamples 16 --bits 3 --method exact"
+    options += " --num-output-channels 1 --num-chunks 1 --opt-dim 12 --workers 0"
+    rows = {}
+    for net, first in (("net", "0"), ("padded", "0.1")):
+        words = f"--model-name {tmp_path}/net.py:{net} {options} --out {tmp_path}/{net}"
+        assert PRUNE([*words.split()]) == 0
+        done = capsys.readouterr()
+        assert "1 left out: Doubled does not just convolve" in done.err
+        lines = [x.split("|")[1:] for x in done.out.splitlines() if x.startswith("|")]
+        rows[net] = {x[0].strip(): x[1:] for x in lines}
+        assert rows[net].keys() >= {first, "3"} and "1" not in rows[net]
+    assert rows["net"]["0"] == rows["padded"]["0.1"] and rows["net"]["3"] == rows["padded"]["3"]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from modelutils import get_model
-from obc.inputs.usercode import TOOLKIT, TOOLKIT_NAMES, user_module
+from obc.inputs.usercode import TOOLKIT, TOOLKIT_NAMES, files_imported, user_module
 from obc.solver.errors import UserError
 
 MODULES = ["quant", "trueobs", "modelutils", "datautils", "database", "spdy", "postproc"]
@@ -273,3 +273,47 @@ def test_a_model_file_in_the_toolkits_own_folder(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=link, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_files_that_a_users_file_imports(tmp_path: Path) -> None:
+    """Those of its folder and of folders below, also if they are imported late; no others."""
+    write(
+        tmp_path,
+        net="import blocks\nimport torch, json\ndef late():\n    import quant",
+        blocks="import parts.part",
+        quant="x = 1",
+        unused="",
+    )
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/part.py").write_text("")
+    with user_module(tmp_path / "net.py") as module:
+        before = [tmp_path / name for name in ("blocks.py", "parts/part.py")]
+        assert files_imported(tmp_path / "net.py") == before
+        module.late()
+    assert files_imported(tmp_path / "net.py") == [*before, tmp_path / "quant.py"]
+
+
+def test_a_change_in_an_imported_file_is_another_model(tmp_path: Path) -> None:
+    """In a process of its own each time, as commands are: modules are loaded once."""
+    write(
+        tmp_path,
+        net="from torch import nn\nimport blocks\ndef net(): return nn.Sequential(nn.Flatten(), "
+        "nn.Linear(192, 10))",
+        blocks="scale = 1",
+    )
+    script = (
+        "import main_trueobs as m; from obc.toolkit.session import Session, common_options\n"
+        f"words = ['{tmp_path}/net.py:net', *'digits quant --image-size 8 --device cpu'.split()]\n"
+        "session = Session.of(common_options(m.build_parser().parse_args(words)))\n"
+        "print(session.fingerprint(None, {})['code of the model'])"
+    )
+
+    def code() -> str:
+        words = [sys.executable, "-c", script]
+        return subprocess.run(words, cwd=TOOLKIT, capture_output=True, text=True, check=True).stdout
+
+    first = code()
+    (tmp_path / "unused.py").write_text("")
+    assert code() == first
+    (tmp_path / "blocks.py").write_text("scale = 2")
+    assert code() != first

@@ -113,6 +113,15 @@ class UserPackage:
         return importlib.import_module(name if name[:1] == "." else self.private(name), package)
 
 
+def files_imported(path: Path) -> list[Path]:
+    """The files of a user's folder, and of its like, that a file in it has imported so far."""
+    path = path.resolve()
+    start = f"{UserPackage(path.parent).name}."
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(start)]
+    files = {Path(x).resolve() for x in (vars(m).get("__file__") for m in modules) if x}
+    return sorted(files - {path})
+
+
 @contextmanager
 def user_module(path: Path) -> Iterator[ModuleType]:
     """The module in a user's file, run anew (what it imports is not, if it was loaded before).

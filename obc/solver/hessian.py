@@ -143,7 +143,8 @@ def mirrored(
     for first in range(0, H.shape[1], MIRRORED):
         columns = slice(first, first + MIRRORED)
         corner = H[:, columns, columns]
-        corner.copy_(corner.triu() + corner.triu(1).mT)
+        corner.triu_()
+        corner += corner.triu(1).mT
         H[:, columns, :first] = H[:, :first, columns].mT
     return H
 

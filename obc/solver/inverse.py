@@ -93,7 +93,8 @@ def inverse_of_groups(H: Tensor, rel_damp: float, dtype: torch.dtype) -> Inverse
         damping[tried] = rel_damp + step
         inverse, good, too_little = checked_inverse(decoupled(H[tried], damping[tried]), dtype)
         if len(H) > 1:
-            matrix[tried[good]] = inverse[good].to(dtype)
+            inverse = inverse.to(dtype)  # first: half the memory of an indexed float64
+            matrix[tried[good]] = inverse[good]
         elif bool(good):
             matrix = inverse.to(dtype)
         del inverse

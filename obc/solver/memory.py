@@ -5,7 +5,7 @@ For a layer of `rows` rows, d columns and G groups, in addition to the network i
     always      G·d²·(8 + item)   H in float64 and its inverse; 8·G·d² more where columns are
                                   put in another order (N:M, blocks)
                 rows·d·…          order, losses and weights of all rows, and a few MB
-    inverting   8·d²              one matrix more, a few groups at a time
+    inverting   8·d²              one matrix more, a few groups at a time (then 8 + item each)
     eliminating n·row + at most `tasks`·matrix     n rows at a time
     levels      n·row + at most `tasks`·matrix     with row a few times `levels`·d, matrix a few d²
 
@@ -81,7 +81,9 @@ def layer_needs(
         matrix *= 2
     if apart:
         row += 32 * d * d
-    return Needs(sums, always, min(sums, 8 * max(d * d, TOGETHER)), row, matrix, tasks)
+    inverting = min(shape.groups * d * d, max(d * d, TOGETHER))
+    inverting *= 8 + item * (shape.groups > 1)
+    return Needs(sums, always, inverting, row, matrix, tasks)
 
 
 def in_passes(needs: Mapping[str, Needs], memory: int) -> list[list[str]]:

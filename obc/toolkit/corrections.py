@@ -154,7 +154,7 @@ def batchnorm_averages(
             "batch norms need batches of two images or more: "
             "pass a larger --batchsize or --nsamples, or --nobatchnorm"
         )
-    average = sum(statistics) / len(statistics)
+    average = (sum(statistics) / len(statistics)).to(device)
     tensors = iter(average.split([len(norm.running_mean) for norm in norms for _ in range(2)]))
     for norm in norms:
         norm.running_mean.copy_(next(tensors))

@@ -67,25 +67,25 @@ FULL_BITS = 32
 
 
 def nonzero_share(
-    columns: Tensor,  # (rows, d) channels innermost
+    columns: Tensor,  # (rows, taps, channels), or blocks of them
 ) -> float:
     return int(torch.count_nonzero(columns)) / columns.numel()
 
 
 def share_of_2_of_4(
-    columns: Tensor,  # (rows, d) channels innermost
+    columns: Tensor,  # (rows, taps, channels)
 ) -> float:
     """1/2 if the weight is 2:4 sparse, else 1."""
-    if columns.shape[1] % 4:
+    if columns.shape[2] % 4:  # left dense
         return 1.0
     return 0.5 if bool(((columns == 0).view(-1, 4).sum(1) >= 2).all()) else 1.0
 
 
 def share_of_blocks(
-    columns: Tensor,  # (rows, d) channels innermost
+    columns: Tensor,  # (rows, taps, channels)
 ) -> float:
     """The share of blocks of 4 that are not all zero."""
-    return 1.0 if columns.shape[1] % 4 else nonzero_share(columns.reshape(-1, 4).any(1))
+    return 1.0 if columns.shape[2] % 4 else nonzero_share(columns.reshape(-1, 4).any(1))
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ class LevelFile:
         weights: Tensor,  # (levels, R, *shape[1:])
     ) -> None:
         """Write these rows of every level to their place; the file is made if it is missing."""
-        rows = rows.cpu()
+        rows, weights = rows.cpu(), weights.cpu().to(self.dtype)
         runs = torch.tensor_split(rows, torch.nonzero(rows.diff() != 1)[:, 0] + 1)
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             for level, weight in enumerate(weights):
-                pieces = weight.cpu().to(self.dtype).flatten(1).split([len(run) for run in runs])
+                pieces = weight.flatten(1).split([len(run) for run in runs])
                 for run, piece in zip(runs, pieces, strict=True):
                     place = (level * self.shape[0] + int(run[0])) * self.row_bytes
                     content = piece.contiguous().numpy().data.cast("B")
@@ -486,6 +486,7 @@ def share_left(
 ) -> float:
     """The share of weights that was not pruned; see `costs.py`."""
     columns = weight.flatten(1)[:, innermost_order(weight.shape)]
+    columns = columns.view(len(weight), -1, weight.shape[1])
     return (KINDS[quantised_in].quantised_share if quantised_in else nonzero_share)(columns)
 
 

@@ -226,13 +226,18 @@ def recorded_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
     return [*options, *words]
 
 
-def check_repeat(path: str | None, fingerprint: Mapping[str, str]) -> None:
+def check_repeat(
+    path: str | None,
+    fingerprint: Mapping[str, str],
+    defaults: Mapping[str, str],  # of options, which records from before an option lack
+) -> None:
     """Raise a UserError if the record at `path` has another fingerprint, but for rounding."""
     old = read_record(path).get("fingerprint") if path else None
     if old is None:
         if path:
             log.warning("%s: has no fingerprint; weights and images may differ", path)
         return
+    old = {**defaults, **old}
     decisive = (
         {k: v for k, v in entries.items() if k not in SURROUNDINGS}
         for entries in (old, fingerprint)

@@ -182,24 +182,27 @@ def batch_changes(
     images: Tensor,
     labels: Tensor,
 ) -> Iterator[tuple[str, dict[str, float]]]:  # layer, changes of the summed loss by level
-    """Run one batch at every level of every layer, each from where the layer is called."""
+    """Run one batch at every level of every layer, each from where the layer is called.
 
+    A GPU is waited for once a layer, not at each of its levels.
+    """
     labels = labels.to(images.device)
     run.begin(images)
     dense_loss = summed_loss(run.finish(), labels)
     for calls, layer in layers_in_order(run, levels):
         run.advance(calls[0], calls[-1])
-        put, changes = swap_layer(model, db, layer), {}
+        put, level_losses = swap_layer(model, db, layer), []
         for level in levels[layer]:
             put(level)
-            changes[level] = summed_loss(run.finish(), labels) - dense_loss
+            level_losses.append(summed_loss(run.finish(), labels))
         put(None)
-        yield layer, changes
+        changes = (torch.stack(level_losses) - dense_loss).tolist()
+        yield layer, dict(zip(levels[layer], changes, strict=True))
 
 
-def summed_loss(outputs: Tensor, labels: Tensor) -> float:
+def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:  # () float64
     """Cross-entropy in nats, summed over the images of a batch."""
-    return float(F.cross_entropy(outputs.double(), labels, reduction="sum"))
+    return F.cross_entropy(outputs.double(), labels, reduction="sum")
 
 
 def batch_count(batches: Batches) -> int:
@@ -235,7 +238,8 @@ def batch_squares(
     model: nn.Module, db: Database, levels: Mapping[str, Iterable[str]], images: Tensor
 ) -> dict[str, dict[str, float]]:
     """‖y − ŷ‖² by layer and level, and ‖y‖² by layer and "", over one batch."""
-    sums = {layer: dict.fromkeys(["", *names], 0.0) for layer, names in levels.items()}
+    zero = torch.zeros((), dtype=torch.float64, device=images.device)
+    sums = {layer: dict.fromkeys(["", *names], zero) for layer, names in levels.items()}
     swaps = {layer: swap_layer(model, db, layer) for layer in db.layers}
     inputs: dict[str, tuple[tuple, dict]] = {}  # of the layers that are running
     measuring: set[str] = set()
@@ -248,12 +252,12 @@ def batch_squares(
         if layer in measuring:  # one of the calls below
             return
         measuring.add(layer)
-        sums[layer][""] += float(output.double().square().sum())
+        sums[layer][""] = sums[layer][""] + output.double().square().sum()
         for level in levels[layer]:
             swaps[layer](level)
             args, kwargs = copy.deepcopy(inputs[layer])
             difference = module(*args, **kwargs) - output
-            sums[layer][level] += float(difference.double().square().sum())
+            sums[layer][level] = sums[layer][level] + difference.double().square().sum()
         swaps[layer](None)
         measuring.remove(layer)
         del inputs[layer]
@@ -264,7 +268,10 @@ def batch_squares(
             handle = module.register_forward_pre_hook(partial(keep, layer), with_kwargs=True)
             stack.callback(handle.remove)
         model(images)
-    return sums
+    return {
+        layer: dict(zip(by_level, torch.stack([*by_level.values()]).tolist(), strict=True))
+        for layer, by_level in sums.items()
+    }
 
 
 def quadratic_prior(db: Database) -> Scores:

@@ -58,6 +58,7 @@ from obc.inputs.batches import ImageBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
 from obc.inputs.tracing import equal_but_for_rounding
+from obc.inputs.usercode import files_imported
 from obc.solver.distributed import ALONE, World, join, resolve_device
 from obc.solver.errors import UserError, log
 from obc.solver.memory import default_memory
@@ -108,6 +109,7 @@ class Invocation:
     command: str  # the script, as in "spdy.py"
     arguments: dict[str, Any]  # every word and option, for the record
     options: dict[str, str]  # those that change the result, by the names that users know
+    defaults: dict[str, str]  # of the same options
     restart: bool
     repeat: str | None  # the file of a record
 
@@ -116,7 +118,9 @@ class Invocation:
         """From options that are checked, their defaults filled in."""
         arguments = dict(vars(args))
         options = chosen_options(parser, arguments)
-        return cls(parser.prog, arguments, options, args.restart, args.repeat)
+        defaults = {action.dest: action.default for action in parser._actions}
+        defaults = chosen_options(parser, defaults)
+        return cls(parser.prog, arguments, options, defaults, args.restart, args.repeat)
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,8 @@ class Session:
         marks["--image-size"] = str(self.data.image_size)
         if ".py:" in self.options.model:
             file = Path(self.options.model.rpartition(":")[0])
-            marks["code of the model"] = bytes_hash([file.read_bytes()])
+            code_files = [file, *files_imported(file)]
+            marks["code of the model"] = bytes_hash(path.read_bytes() for path in code_files)
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks["calibration images"] = images_hash(self.data.calibration)
         if invocation and self.options.classes:
