@@ -305,6 +305,8 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
         for name, layer in layers.items()
         if name in pending
     }
+    if chunks:
+        session.dense_top1()
     images = session.calibration() if chunks else ()
     moments = layer_problem.second_moments(session.model, chunks, images, session.device)
     cli.print_result(layer_table_head(kind))
