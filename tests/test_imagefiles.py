@@ -214,7 +214,7 @@ GREY = np.random.default_rng(7).integers(0, 256, (24, 24), dtype=np.uint8)
 GREY[0, :2] = 0, 255
 DEEP = {  # file name: values that hold GREY
     "a.png": GREY.astype(np.uint16) * 257,
-    "b.tif": GREY.astype(np.uint16) * 257 + 100,  # rounding, not truncation
+    "b.tif": GREY.astype(np.uint16) * 257 - np.uint16(100) * (GREY > 0),  # rounding, not truncation
     "c.tif": GREY.astype(np.int32) * 257,
     "d.tif": GREY.astype(np.int32),
     "e.tif": GREY.astype(np.float32) / 255,

@@ -127,10 +127,11 @@ def as_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
     elif kind == "32-bit" and 0 <= low and high <= 255 and image.format not in FORMATS_OF_16_BITS:
         conversion = f"{kind} values up to 255, left as they are"
     elif kind != "floating-point" and 0 <= low and high <= 65535:
-        values, conversion = values / 257, f"{kind} values up to 65535, divided by 257"
+        values = np.divide(values, 257, dtype=np.float32)
+        conversion = f"{kind} values up to 65535, divided by 257"
     else:
         raise ValueError(
-            f"{kind} values from {low:g} to {high:g}, so black and white are not known: "
+            f"{kind} values from {low:.10g} to {high:.10g}, so black and white are not known: "
             "save it with 8 or 16 bits"
         )
     return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB"), conversion
