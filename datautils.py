@@ -22,8 +22,8 @@ sorted list of files, in random order, so that every batch mixes classes. The au
 i in pass r is drawn from a generator seeded with (seed, r, i), so it depends neither on the number
 of workers nor on the order in which they run.
 
-Labels are numbers of classes. Without more information, the classes are the class folders, sorted
-as text; a file of class names, one a line in the network's order of outputs, says otherwise.
+Labels are numbers of classes: the places of the class folders, sorted as text, or those of their
+names in a file with a line for each of the network's outputs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from obc.inputs.images import (
     FileImages,
     inspect_files,
     list_images,
-    log_scalings,
+    log_deep_images,
     subfolders,
 )
 from obc.inputs.vision import torchvision
@@ -204,8 +204,8 @@ def load_data(
     elif out_of_order(classes):
         shown = ", ".join(classes[:CLASSES_SHOWN]) + (", …" if len(classes) > CLASSES_SHOWN else "")
         log.warning(
-            "classes are numbered in the order of text, %s; if the network's outputs have another "
-            "order, pass --classes FILE",
+            "classes are sorted as text: %s; if the network's outputs are in another order, "
+            "pass --classes FILE",
             shown,
         )
     size = DEFAULT_SIZES[name] if image_size is None else image_size
@@ -216,38 +216,37 @@ def load_data(
         counts = (name, len(train), nsamples)
         log.warning("%s has %d training images: calibrating on all of them, not on %d", *counts)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    scalings: dict[str, str] = {}
+    chosen = {"training": (train, order[:nsamples].tolist()), "test": (test, range(len(test)))}
+    readable = _readable(chosen, workers, skip_bad_images)
     calibration, tested = (
-        ImageSet(source, view, _readable(source, chosen, which, workers, skip_bad_images, scalings))
-        for which, source, chosen in (
-            ("training", train, order[:nsamples].tolist()),
-            ("test", test, range(len(test))),
-        )
+        ImageSet(source, view, readable[which]) for which, (source, _) in chosen.items()
     )
-    log_scalings(scalings)
     return ImageData(name, classes, size, calibration, tested, workers, skip_bad_images)
 
 
 def _readable(
-    source: Images,
-    chosen: Sequence[int],
-    which: str,
+    chosen: dict[str, tuple[Images, Sequence[int]]],  # by what they are for
     workers: int,
     skip: bool,
-    scalings: dict[str, str],  # gets the files whose values are scaled to 8 bits
-) -> Sequence[int]:
+) -> dict[str, Sequence[int]]:
     """The chosen images that can be read. Raises UserError for others unless `skip`."""
-    if isinstance(source, ArrayImages):
-        return chosen
-    inspection = inspect_files([source.files[index] for index in chosen], workers)
-    scalings.update(inspection.scalings)
-    flaws = inspection.flaws
-    if not flaws:
-        return chosen
-    if not skip or len(flaws) == len(chosen):
-        raise BadImage(*next(iter(flaws.items())), others=len(flaws) - 1)
-    log_skipped(flaws, f"of {len(chosen)} {which} images")
-    return [index for index in chosen if source.files[index] not in flaws]
+    indices = {which: list_of for which, (_, list_of) in chosen.items()}
+    files = {
+        which: [source.files[index] for index in list_of]
+        for which, (source, list_of) in chosen.items()
+        if isinstance(source, FileImages)
+    }
+    inspection = inspect_files([file for every in files.values() for file in every], workers)
+    for which, every in files.items():
+        flaws = {file: inspection.flaws[file] for file in every if file in inspection.flaws}
+        if flaws and (not skip or len(flaws) == len(every)):
+            raise BadImage(*next(iter(flaws.items())), others=len(flaws) - 1)
+        if flaws:
+            log_skipped(flaws, f"of {len(every)} {which} images")
+            pairs = zip(indices[which], every, strict=True)
+            indices[which] = [index for index, file in pairs if file not in flaws]
+    log_deep_images(inspection.conversions)
+    return indices
 
 
 def read_classes(
@@ -269,8 +268,8 @@ def read_classes(
         times = "not in it" if not counts[wrong[0]] else f"on {counts[wrong[0]]} lines"
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(
-            f"--classes {path}: class {wrong[0]} is {times}{more}; it needs a line for every class "
-            "of the network, and the class folders have to be named as in it"
+            f"--classes {path}: class {wrong[0]} is {times}{more}; the file needs a line for "
+            "each of the network's outputs, and every class folder has to be named in it"
         )
     return names
 

@@ -131,9 +131,9 @@ def _with_weights(
 def check_classes(subject: str, trained: int, dataset: str, classes: int | None) -> None:
     if classes is not None and trained != classes:
         raise UserError(
-            f"{subject} {trained} classes, but {dataset} has {classes}; pass --classes FILE with "
-            "the network's class names, one a line in the order of its outputs, or a network and "
-            "--weights made for this dataset"
+            f"{subject} {trained} classes, but {dataset} has {classes}; pass --classes FILE, the "
+            "network's class names, one a line in the order of its outputs, or a network trained "
+            "on this dataset"
         )
 
 

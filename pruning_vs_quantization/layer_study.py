@@ -39,6 +39,7 @@ from torch import nn
 from modelutils import find_layers
 from obc.inputs import files
 from obc.solver.errors import UserError, log
+from obc.solver.layers import view
 from obc.solver.progress import progress
 from obc.toolkit import cli
 from obc.toolkit.calibrate import prove_layers
@@ -286,6 +287,8 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
         for name, layer in layers.items()
         if name in pending - flaws.keys()
     }
+    if chunks:
+        session.dense_top1()
     images = session.calibration() if chunks else ()
     moments = layer_problem.second_moments(session.model, chunks, images, session.device)
     cli.print_result(layer_table_head(kind))

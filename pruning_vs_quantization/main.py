@@ -53,7 +53,7 @@ from obc.toolkit.fingerprints import content_hash, result_code, surroundings
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.records import write_record
 from obc.toolkit.resume import open_state, state_folder
-from obc.toolkit.session import advice, check_model, load_compressed
+from obc.toolkit.session import advice, check_model, dense_top1, load_compressed
 from pruning_vs_quantization.compressed_model import folded
 from pruning_vs_quantization.fine_tuning_table import (
     accuracy_table,
@@ -144,11 +144,13 @@ def train_compressed(args: argparse.Namespace) -> None:
         marks = {f"--{name.replace('_', '-')}": str(x) for name, x in settings.items()}
         marks["dense weights"] = content_hash(dense.state_dict())
         marks |= surroundings(device, result_code("pruning_vs_quantization.training"))
+        loading = options.batch_size, options.num_workers
+        dense_figure = dense_top1(dense, images.data, device, *loading)
         with open_state(folder, marks, args.restart) as state:
             run = FineTuning(options, dense, images, device)
             with seeded(args.seed, device), determinism(options.deterministic):
                 plain = run.run(state)
-            figures = run.figures()
+            figures = run.figures() | {"dense_top1_calibration": dense_figure}
             save_networks(stem, plain)
             write_result(result, settings, figures)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""Mutated files for everything that reads untrusted files, and random networks.
+"""Mutated files for everything that reads untrusted files, random images and random networks.
 
     python tests/fuzz.py --cases 100000 --seed 0            all targets, so many cases for each
     python tests/fuzz.py --target scores --cases 1000
+    python tests/fuzz.py --target modes --cases 1000        images of all modes (random_images.py)
     python tests/fuzz.py --target graphs --graphs 2000      networks alone (random_graphs.py)
 
 A case is a valid file, mutated. Half of the mutations know nothing about the format (bits and bytes
@@ -40,15 +41,17 @@ CORPUS = ROOT / "tests" / "corpus"
 sys.path[:0] = [x for x in (str(ROOT), str(ROOT / "tests")) if x not in sys.path]
 
 from random_graphs import wrong_answers  # noqa: E402
+from random_images import write_random_image, wrong_pixels  # noqa: E402
 
 from obc.inputs.checkpoints import load_checkpoint, load_state  # noqa: E402
+from obc.inputs.images import read_image  # noqa: E402
 from obc.solver.errors import UserError  # noqa: E402
 from obc.toolkit.fingerprints import content_hash, text_hash  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
 from obc.toolkit.records import read_record  # noqa: E402
 from obc.toolkit.resume import FINGERPRINT, RunState, open_state  # noqa: E402
 
-GRAPHS = "graphs"
+GRAPHS, MODES = "graphs", "modes"
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # not on a disk
 SECONDS = 10  # of CPU time, for a case
 GIGABYTES = 6  # address space that the cases may add
@@ -116,6 +119,16 @@ FIGURES = json.dumps({"loss": 0.25, "line": "conv1", "levels": [1, 2]})
 def good_entry() -> bytes:
     marks = {"figures": FIGURES, "hash": content_hash(TENSORS, FIGURES)}
     return safetensors_bytes(TENSORS, marks)
+
+
+def good_images() -> tuple[bytes, ...]:
+    """Images of many modes and formats."""
+    with tempfile.TemporaryDirectory(prefix="fuzz", dir=IN_MEMORY) as folder:
+        path, made = Path(folder) / "x", []
+        for number in range(40):
+            if write_random_image(path, np.random.default_rng(number))[1] is not None:
+                made.append(path.read_bytes())
+    return tuple(made)
 
 
 # -- mutations that know nothing -------------------------------------------------------------------
@@ -373,6 +386,7 @@ TARGETS = {
         (json.dumps([MARKS, text_hash(MARKS)]).encode(),),
         (json_values, signed_marks),
     ),
+    "image": Target(lambda path: read_image(str(path)), "x", good_images(), (blind,)),
     "entry": Target(
         read_entry, "entry.safetensors", (good_entry(),), (header_values, signed_figures)
     ),
@@ -457,6 +471,17 @@ def fuzz_graphs(cases: int, seed: int) -> tuple[dict[str, int], list[str]]:
     return ends, failures
 
 
+def fuzz_modes(cases: int, seed: int) -> tuple[dict[str, int], list[str]]:
+    """How many random images were read right, refused for good reason, or failed, and how."""
+    ends, failures, rng = {"read": 0, "refused": 0, "failed": 0}, [], np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory(prefix="fuzz", dir=IN_MEMORY) as folder:
+        for number in range(cases):
+            wrong, refused = wrong_pixels(Path(folder) / "x", rng)
+            failures += [f"image {number}: {wrong}"] if wrong else []
+            ends["failed" if wrong else "refused" if refused else "read"] += 1
+    return ends, failures
+
+
 def limit_memory() -> None:
     """Claims of huge tensors shall fail rather than fill the machine."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -469,7 +494,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=100_000, help="of each kind of file")
     parser.add_argument("--graphs", type=int, default=2_000, help="random networks")
     parser.add_argument("--seed", type=int, default=0)
-    names = [*TARGETS, GRAPHS]
+    names = [*TARGETS, MODES, GRAPHS]
     parser.add_argument("--target", choices=names, action="append", help="default: all")
     args = parser.parse_args()
     logging.getLogger("trueobs").setLevel(logging.CRITICAL)
@@ -477,8 +502,9 @@ def main() -> int:
     failed = False
     for name in args.target or names:
         started = time.process_time()
-        if name == GRAPHS:
-            ends, wrong = fuzz_graphs(args.graphs, args.seed)
+        if name in (GRAPHS, MODES):
+            counted = args.graphs if name == GRAPHS else args.cases
+            ends, wrong = (fuzz_graphs if name == GRAPHS else fuzz_modes)(counted, args.seed)
             sys.stdout.write(f"{name}: {ends}, {time.process_time() - started:.0f} s of CPU\n")
             sys.stdout.writelines(f"  {line}\n" for line in wrong)
             failed |= bool(wrong)

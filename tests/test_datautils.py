@@ -295,7 +295,7 @@ def test_missing_and_empty_folders(folder):
 
 def test_damaged_cifar_files(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
-    with pytest.raises(UserError, match="cifar-10-batches-py: Dataset not found or corrupted"):
+    with pytest.raises(UserError, match=r"data_batch_1: is missing \(6 more files"):
         load_data("cifar10", datapath=tmp_path)
 
 

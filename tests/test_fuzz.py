@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fuzz import BLIND, CORPUS, TARGETS, Target, blind, fuzz, fuzz_graphs, outcome
+from fuzz import BLIND, CORPUS, TARGETS, Target, blind, fuzz, fuzz_graphs, fuzz_modes, outcome
 
 from obc.inputs.tracing import TracedModel
 
@@ -37,6 +37,22 @@ def test_fresh_cases(name: str) -> None:
     ends, failures = fuzz(name, FRESH, seed=1)
     assert not failures
     assert ends["refused" if name != "entry" else "read"] > FRESH / 4
+
+
+def test_random_images() -> None:
+    ends, failures = fuzz_modes(FRESH, seed=1)
+    assert not failures
+    assert ends["read"] > FRESH / 2 and ends["refused"] > FRESH / 40
+
+
+def test_the_fuzzer_notices_a_white_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All modes as Pillow converts them."""
+    from obc.inputs import images
+
+    monkeypatch.setattr(images, "more_than_8_bits", lambda image: False)
+    ends, failures = fuzz_modes(FRESH, seed=1)
+    assert ends["failed"] > FRESH / 10
+    assert {failure.split()[2].rstrip(":") for failure in failures} >= {"I;16", "I", "F"}
 
 
 def test_random_networks() -> None:

@@ -206,3 +206,112 @@ def test_damage_that_only_decoding_sees(folder, workers, caplog):
     assert labels == [[0, 0, 0], [0, 1, 1], [1]]
     assert f"1 more images cannot be read and are skipped; the first: {path} (" in caplog.text
     assert len(list(calibration_batches(data, batchsize=4))) == 4
+
+
+# -- more than 8 bits ------------------------------------------------------------------------------
+
+GREY = np.random.default_rng(7).integers(0, 256, (24, 24), dtype=np.uint8)
+GREY[0, :2] = 0, 255
+DEEP = {  # file name: values that hold GREY
+    "a.png": GREY.astype(np.uint16) * 257,
+    "b.tif": GREY.astype(np.uint16) * 257 - np.uint16(100) * (GREY > 0),  # rounding, not truncation
+    "c.tif": GREY.astype(np.int32) * 257,
+    "d.tif": GREY.astype(np.int32),
+    "e.tif": GREY.astype(np.float32) / 255,
+    "f.tif": GREY.astype(np.float32),
+    "g.pgm": GREY.astype(np.uint16) * 257,
+    "h.pfm": GREY.astype(np.float32) / 255,
+}
+UNKNOWN = {  # file name: values without a known black and white, words of the refusal
+    "a.tif": (GREY.astype(np.float32) * 3.7, "floating-point values from 0 to 943.5"),
+    "b.tif": (GREY.astype(np.float32) / 127.5 - 1, "floating-point values from -1 to 1"),
+    "c.tif": (np.where(GREY > 9, np.nan, GREY).astype(np.float32), "not all finite"),
+    "d.tif": (GREY.astype(np.int32) * 70_000, "32-bit values from 0 to 17850000"),
+    "e.tif": (GREY.astype(np.int32) - 99, "32-bit values from -99 to 156"),
+    "f.tif": (GREY.astype(np.float32) + 0.5, "floating-point values from 0.5 to 255.5"),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_more_than_8_bits_are_scaled_and_counted(name, folder, caplog):
+    path = folder / "train" / "cat" / name
+    Image.fromarray(DEEP[name]).save(path)
+    assert np.array_equal(np.array(read_image(str(path))), np.repeat(GREY[..., None], 3, axis=2))
+    other = folder / "val" / "dog" / name
+    Image.fromarray(DEEP[name]).save(other)
+    with caplog.at_level("WARNING", "trueobs"):
+        load_data("folder", datapath=folder)
+    (line,) = [record.getMessage() for record in caplog.records if "values" in record.getMessage()]
+    assert line.startswith("2 images have") and line.endswith(f"the first is {path}")
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_values_without_a_known_white_are_refused(name, folder):
+    values, words = UNKNOWN[name]
+    path = folder / "train" / "cat" / name
+    Image.fromarray(values).save(path)
+    with pytest.raises(BadImage, match=words):
+        read_image(str(path))
+    with pytest.raises(UserError, match=f"{path}: not a readable image .*{words}"):
+        load_data("folder", datapath=folder)
+    assert len(load_data("folder", datapath=folder, skip_bad_images=True).calibration) == 16
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_images_of_8_bits_are_converted_by_pillow_without_a_word(mode, folder, caplog):
+    path = folder / "train" / "cat" / "x.tif"
+    made = Image.fromarray(np.stack([GREY, GREY.T, 255 - GREY], axis=2)).convert(mode)
+    made.save(path)
+    assert read_image(str(path)).tobytes() == made.convert("RGB").tobytes()
+    with caplog.at_level("WARNING", "trueobs"):
+        load_data("folder", datapath=folder, nsamples=17)
+    assert not caplog.records
+
+
+# -- which files are images ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JPE", ".gif", ".jp2", ".tga", ".Pcx"])
+def test_suffixes_of_pillow(suffix, folder):
+    pixels = Image.fromarray(np.repeat(GREY[..., None], 3, axis=2))
+    for part in ("train", "val"):
+        for path in (folder / part / "cat").iterdir():
+            path.unlink()
+        pixels.save(folder / part / "cat" / f"x{suffix}")
+    data = load_data("folder", datapath=folder, nsamples=9)
+    assert len(data.calibration) == 9 and sorted(data.test.source.labels) == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("content", [None, "notes.txt"])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_without_images_keeps_its_number_and_is_named(part, content, folder, caplog):
+    for path in (folder / part / "cat").iterdir():
+        path.unlink()
+    if content:
+        (folder / part / "cat" / content).touch()
+    with caplog.at_level("WARNING", "trueobs"):
+        data = load_data("folder", datapath=folder, nsamples=8)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert f"{folder / part}: no images of cat ({'1 other file' if content else 'empty'}" in line
+    assert data.classes == ["cat", "dog"]
+    images = data.calibration if part == "train" else data.test
+    assert set(images.source.labels) == {1}
+
+
+def test_hidden_files_and_folders_are_no_images(folder, caplog):
+    def counts() -> tuple[int, int, list[str]]:
+        data = load_data("folder", datapath=folder, nsamples=16)
+        return len(data.calibration.source), len(data.test), data.classes
+
+    before = counts()
+    for part in ("train", "val"):
+        copies = folder / part / "cat" / ".ipynb_checkpoints" / "deeper"
+        copies.mkdir(parents=True)
+        for path in (copies / "0.jpg", folder / part / "dog" / ".x.jpg"):
+            path.write_bytes(encoded("jpg"))
+        (folder / part / "dog" / "._0.jpg").write_bytes(b"\0\5\26\7 of macOS")
+        (folder / part / ".cache").mkdir()
+        (folder / part / ".cache" / "0.jpg").write_bytes(encoded("jpg"))
+    with caplog.at_level("INFO", "trueobs"):
+        assert counts() == before == (16, 8, ["cat", "dog"])
+    assert not caplog.records

@@ -1,4 +1,4 @@
-"""Labels are the model's: --classes, and the dense top-1 in every command that sees labels."""
+"""Labels: --classes, and the dense model's top-1 in every command that sees them."""
 
 from __future__ import annotations
 
@@ -166,13 +166,13 @@ def test_the_line_is_the_top1_in_plain_pytorch(nsamples, caplog):
     expected = top1_of(get_model("rn8", "digits"), nsamples)
     with caplog.at_level("INFO", "trueobs"):
         assert session("rn8", nsamples=nsamples).dense_top1() == pytest.approx(expected)
-    assert f"dense: top-1 {expected:.2f} on the {nsamples} calibration images" in caplog.text
+    assert f"dense: top-1 {expected:.2f} on {nsamples} calibration images" in caplog.text
 
 
 def test_the_line_is_of_1024_images_at_most(caplog):
     with caplog.at_level("INFO", "trueobs"):
         session("rn8", nsamples=1300).dense_top1()
-    assert " on 1024 of the 1300 calibration images" in caplog.text
+    assert " on 1024 of 1300 calibration images" in caplog.text
 
 
 def test_no_generator_is_advanced(own):
@@ -209,7 +209,7 @@ def test_every_command_that_sees_labels_logs_and_records(tmp_path, monkeypatch, 
         return [line for line in lines if line.startswith("dense: top-1 ")]
 
     dense = top1_of(get_model("rn8", "digits"), 32)
-    line = [f"dense: top-1 {dense:.2f} on the 32 calibration images"]
+    line = [f"dense: top-1 {dense:.2f} on 32 calibration images"]
     levels = ("--max-sparsity", "0.6", "--delta-sparse", "0.3")
     assert run(main_trueobs, "unstr", "--sparse-dir", "models_unstr", *levels) == line
     assert run(main_trueobs, "nmprune", "--save", "nm.pth") == line

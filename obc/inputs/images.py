@@ -2,7 +2,7 @@
 
     list_images           the images below a folder, sorted; class folders without any are named
     FileImages            files with labels; decoded when an item is asked for
-    inspect_files(files)  what is wrong with which file, and which are scaled to 8 bits; a quick
+    inspect_files(files)  what is wrong with which file, and which are converted to 8 bits; a quick
                           check, before hours are spent
 
 `inspect_files` reads the header of every file (format and size, so it also finds decompression
@@ -10,17 +10,17 @@ bombs: more pixels than PIL allows) and its end: a JPEG ends in FF D9, a PNG in 
 length that its header says. A file with a suspicious end is decoded to be sure, so no good image is
 refused. Damage in the middle, and at the end of other formats, is found when a file is decoded.
 
-An image becomes RGB of 8 bits as Pillow converts it, unless it holds more than 8 bits, which Pillow
-would clip at 255:
+An image becomes RGB of 8 bits as Pillow converts it, except for the modes whose values Pillow would
+clip at 255. Their files are counted in the log (`log_deep_images`), with their conversion:
 
-| mode             | values            | becomes                                           |
-|------------------|-------------------|---------------------------------------------------|
-| I;16, I;16B, …   | 16 bits           | value / 257, rounded                              |
-| I (32 bits)      | up to 255         | the value, as ever: 8 bits in a larger type       |
-|                  | up to 65535       | value / 257, rounded; so is every PNG, PGM or PPM |
-| F (floating      | in [0, 1]         | 255 · value, rounded                              |
-| point)           | whole, up to 255  | the value, as ever: 8 bits in a larger type       |
-| I, F             | anything else     | a BadImage: the range is not known                |
+| mode                  | values           | become                                              |
+|-----------------------|------------------|-----------------------------------------------------|
+| I;16, I;16B, …        | any              | value / 257, rounded                                |
+| I (32-bit integers)   | up to 65535      | value / 257, rounded, if one is above 255 or the    |
+|                       |                  | format has 16 bits (PNG, PGM); else left as it is   |
+| F (floating point)    | in [0, 1]        | 255 · value, rounded                                |
+|                       | whole, up to 255 | left as they are                                    |
+| I, F                  | anything else    | a BadImage: nobody knows which value is white       |
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from torch.utils.data import DataLoader
 from obc.solver.errors import UserError, log
 from obc.solver.progress import progress
 
+FORMATS_OF_16_BITS = ("PNG", "PPM")  # if Pillow's mode is I; PPM includes PGM
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # by Pillow alone, on any machine
 FILES_PER_WORKER = 2000  # for fewer, starting a process does not pay
 CLASSES_NAMED = 5  # in a log line
@@ -106,33 +107,39 @@ def read_image(path: str) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
-    """RGB of 8 bits, and how it was scaled to them, if it was (see the module docstring).
+    """RGB of 8 bits and, for an image of more bits, how it was converted (see the docstring above).
 
-    Raises ValueError if the range of the values is not known.
+    Raises ValueError if nobody knows which values are black and white.
     """
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+    if not more_than_8_bits(image):
         return image.convert("RGB"), None
     values = np.asarray(image)
     low, high = (values.min(), values.max()) if values.size else (0, 0)
-    scaling = None
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("its values are not all finite")
-    if image.mode == "F" and 0 <= low and high <= 1:
-        values, scaling = values * 255.0, "floating-point values in [0, 1], multiplied by 255"
-    elif image.mode != "F" and 0 <= low and high <= 65535 and (high > 255 or of_16_bits(image)):
-        values, scaling = values / 257, "16-bit values, divided by 257"
-    elif not (0 <= low and high <= 255 and (image.mode == "I" or (values == values.round()).all())):
-        kind = "floating-point" if image.mode == "F" else "32-bit"
+    kind = {"F": "floating-point", "I": "32-bit"}.get(image.mode, "16-bit")
+    if kind == "floating-point" and 0 <= low and high <= 1:
+        values, conversion = values * 255.0, f"{kind} values in [0, 1], multiplied by 255"
+    elif (
+        kind == "floating-point" and 0 <= low and high <= 255 and (values == np.rint(values)).all()
+    ):
+        conversion = f"whole {kind} values up to 255, left as they are"
+    elif kind == "32-bit" and 0 <= low and high <= 255 and image.format not in FORMATS_OF_16_BITS:
+        conversion = f"{kind} values up to 255, left as they are"
+    elif kind != "floating-point" and 0 <= low and high <= 65535:
+        values = np.divide(values, 257, dtype=np.float32)
+        conversion = f"{kind} values up to 65535, divided by 257"
+    else:
         raise ValueError(
-            f"{kind} values from {low:g} to {high:g}, so black and white are not known: "
+            f"{kind} values from {low:.10g} to {high:.10g}, so black and white are not known: "
             "save it with 8 or 16 bits"
         )
-    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB"), scaling
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB"), conversion
 
 
-def of_16_bits(image: Image.Image) -> bool:
-    """Whether an image holds 16 bits per value, whatever its values are."""
-    return image.mode != "I" or image.format in ("PNG", "PPM")  # Pillow scales PPM to 16 bits
+def more_than_8_bits(image: Image.Image) -> bool:
+    """Whether Pillow would clip the image's values, not scale them, to 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def ends_well(file: BinaryIO, image_format: str | None) -> bool:
@@ -164,28 +171,26 @@ def leave_interrupts(_worker: int) -> None:
 class Inspection:
     """What there is to say about files."""
 
-    flaws: dict[str, str]  # file -> what is wrong with it
-    scalings: dict[str, str]  # file -> how its values are scaled to 8 bits
+    flaws: dict[str, str]  # file → what is wrong with it
+    conversions: dict[str, str]  # file of more than 8 bits → how it is converted to 8
 
 
 def _inspect(paths: list[str]) -> Inspection:
-    flaws, scalings = {}, {}
+    flaws, conversions = {}, {}
     for path in paths:
         try:
             with opened(path) as (file, image):
-                deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-                scaling = None
-                if deep or not ends_well(file, image.format):
-                    scaling = as_rgb(image)[1]
-            if scaling:
-                scalings[path] = scaling
+                if more_than_8_bits(image):
+                    conversions[path] = as_rgb(image)[1]
+                elif not ends_well(file, image.format):
+                    image.load()
         except BadImage as error:
             flaws[path] = error.flaw
-    return Inspection(flaws, scalings)
+    return Inspection(flaws, conversions)
 
 
 def inspect_files(files: Sequence[str], workers: int) -> Inspection:
-    """Files that are not images, and those that are scaled to 8 bits: a quick check, see above."""
+    """Files that are not images, and those of more than 8 bits: a quick check, see above."""
     loader = DataLoader(
         files,
         batch_size=256,
@@ -196,15 +201,16 @@ def inspect_files(files: Sequence[str], workers: int) -> Inspection:
     whole = Inspection({}, {})
     for piece in progress("checking images", loader):
         whole.flaws.update(piece.flaws)
-        whole.scalings.update(piece.scalings)
+        whole.conversions.update(piece.conversions)
     return whole
 
 
-def log_scalings(scalings: dict[str, str]) -> None:
-    """One line for each way in which images are scaled to 8 bits."""
-    for scaling, count in Counter(scalings.values()).items():
-        first = next(path for path, other in scalings.items() if other == scaling)
-        log.warning("%d images have %s for 8 bits; the first: %s", count, scaling, first)
+def log_deep_images(conversions: dict[str, str]) -> None:
+    """One line for each way in which images of more than 8 bits are converted."""
+    for conversion, count in Counter(conversions.values()).items():
+        first = next(path for path, other in conversions.items() if other == conversion)
+        images = "1 image has" if count == 1 else f"{count} images have"
+        log.warning("%s %s; the first is %s", images, conversion, first)
 
 
 # -- listing ---------------------------------------------------------------------------------------

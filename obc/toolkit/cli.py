@@ -137,8 +137,8 @@ def add_common_options(parser: Parser) -> None:
     add(
         "--classes",
         metavar="FILE",
-        help="class names, one a line, in the order of the network's outputs; labels are then the "
-        "places of the class folders' names in it (default: class folders, sorted as text)",
+        help="class names, one a line, in the order of the network's outputs "
+        "(default: the class folders, sorted as text)",
     )
     add(
         "--image-size",

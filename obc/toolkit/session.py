@@ -72,7 +72,7 @@ from obc.toolkit.fingerprints import (
 )
 
 RARELY = 20  # calls until something random that rarely happens is seen
-DENSE_IMAGES = 1024  # that the dense model's top-1 is measured on, at most
+DENSE_IMAGES = 1024  # the most that the dense model's top-1 is measured on
 
 
 @dataclass(frozen=True)
@@ -217,37 +217,53 @@ class Session:
         return evaluate(model, self.test_shard(), self.device, scores, self.world)
 
     def dense_top1(self) -> float:
-        """Log the dense model's top-1 in percent on the calibration images, not augmented.
+        """The dense model's top-1 on the calibration images, logged (`dense_top1`)."""
+        options = self.options
+        return dense_top1(
+            self.model, self.data, self.device, options.batchsize, options.workers, self.world
+        )
 
-        Labels in another order, or a preprocessing that is not the model's, show here. A warning
-        says if a constant answer would do about as well.
-        """
-        images = self.data.calibration
-        images = replace(images, chosen=images.chosen[:DENSE_IMAGES])
-        session = replace(self, data=replace(self.data, calibration=images))
-        shard = session.calibration().shard(self.world.rank, self.world.size)
-        with undisturbed(self.device):
-            top1 = evaluate(self.model, shard, self.device, world=self.world).top1
-        total, count = len(self.data.calibration), len(images)
-        which = f"the {count}" if count == total else f"{count} of the {total}"
-        log.info("dense: top-1 %.2f on %s calibration images", top1, which)
-        labels = Counter(images.source.labels[index] for index in images.chosen)
-        if top1 <= (level := chance_level(labels)):
-            log.warning(
-                "the dense model is near chance, since guesses reach up to %.2f on so many images: "
-                "are its weights trained, the class folders in the order of its outputs "
-                "(--classes), and the pixels scaled as in its training?",
-                level,
-            )
-        return top1
+
+def dense_top1(
+    model: nn.Module,
+    data: ImageData,
+    device: torch.device,
+    batchsize: int,
+    workers: int | None,
+    world: World = ALONE,
+) -> float:  # percent
+    """Top-1 of the dense model on the calibration images (at most DENSE_IMAGES), not augmented.
+
+    Logs it, since it shows whether labels and pixels are what the model was trained on, and warns
+    if guessing would do about as well. No global generator is advanced.
+    """
+    images = replace(data.calibration, chosen=data.calibration.chosen[:DENSE_IMAGES])
+    batches = calibration_batches(
+        replace(data, calibration=images), batchsize=batchsize, workers=workers
+    )
+    with undisturbed(device):
+        shard = batches.shard(world.rank, world.size)
+        top1 = evaluate(model, shard, device, world=world).top1
+    total, count = len(data.calibration), len(images)
+    which = str(count) if count == total else f"{count} of {total}"
+    log.info("dense: top-1 %.2f on %s calibration images", top1, which)
+    labels = Counter(images.source.labels[index] for index in images.chosen)
+    if top1 <= (level := chance_level(labels)):
+        log.warning(
+            "the dense model is near chance: guessing gets up to %.2f on these images. Is it "
+            "trained, are the class folders in the order of its outputs (--classes), and are "
+            "pixels normalised as in its training?",
+            level,
+        )
+    return top1
 
 
 def chance_level(labels: Mapping[int, int]) -> float:  # images by class
     """The top-1 in percent up to which a model may be guessing; below 0 for a single class.
 
     The best guess without looking at an image, the most frequent class, is right in a share p of
-    the images. On other images of the same kind it would be p ± √(p (1 − p) / n): two of these
-    standard errors are added, which guessing exceeds in one of 40 runs.
+    the n images. Two standard errors, √(p (1 − p) / n), are added: guessing exceeds that in about
+    one of 40 runs.
 
     >>> round(chance_level({0: 50, 1: 50}), 6), chance_level({3: 7})
     (60.0, -1.0)
