@@ -338,7 +338,8 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     text = "rn18, rn20, any torchvision classification model, or path/to/file.py:function"
     add("--model-name", metavar="MODEL", dest="model", required=True, help=text)
     add("--weights", metavar="FILE", help="dense weights (default: torchvision's, or the shipped)")
-    add("--dataset", metavar="DATASET", help="imagenet (the default), cifar10, digits or folder")
+    datasets = "imagenet, cifar10, digits or folder (default: imagenet)"
+    add("--dataset", metavar="DATASET", help=datasets)
     add("--datapath", metavar="DIR", help="where the images are")
     add("--image-net-dir", metavar="DIR", help="--dataset imagenet --datapath DIR")
     text = "side of the network's input in pixels (default: that of the dataset)"
