@@ -350,7 +350,8 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     text = "rn18, rn20, any torchvision classification model, or path/to/file.py:function"
     add("--model-name", metavar="MODEL", dest="model", required=True, help=text)
     add("--weights", metavar="FILE", help="dense weights (default: torchvision's, or the shipped)")
-    add("--dataset", metavar="DATASET", help="imagenet (the default), cifar10, digits or folder")
+    text = "imagenet, cifar10, digits or folder (default: imagenet)"
+    add("--dataset", metavar="DATASET", help=text)
     add("--datapath", metavar="DIR", help="where the images are")
     add("--classes", metavar="FILE", help="class names, one a line, in the network's order")
     add("--image-net-dir", metavar="DIR", help="--dataset imagenet --datapath DIR")
@@ -384,8 +385,12 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     add("--num-chunks", metavar="N", type=natural, default=8, help=text)
 
     add = parser.add_argument_group("solvers").add_argument
-    methods = {"choices": layer_problem.METHODS, "default": "both"}
-    add("--method", **methods, help="certified semidefinite bound, exact search, or both")
+    add(
+        "--method",
+        choices=layer_problem.METHODS,
+        default="both",
+        help="certified semidefinite bound, exact search, or both",
+    )
     text = "seconds for the search of a subproblem; after that its result is [proven bound, best]"
     add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
     add("--node-limit", metavar="N", type=positive, help="the same in nodes")
