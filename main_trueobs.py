@@ -372,7 +372,7 @@ def report_other_weights(model: nn.Module) -> None:
         share = sum(others.values()) / sum(p.numel() for p in model.parameters())
         first, more = next(iter(others)), f" and {len(others) - 1} more" if len(others) > 1 else ""
         log.info(
-            "left dense, in no Conv1d, Conv2d or Linear: %s%s (%.2g %% of all parameters)",
+            "left dense, in no layer to compress: %s%s (%.2g %% of all parameters)",
             first,
             more,
             100 * share,

@@ -24,6 +24,7 @@ import post_proc
 import spdy
 from modelutils import find_layers
 from obc.solver.layers import along_rows, compressible, forward_hooks, innermost_order, view
+from obc.solver.shift import Cross
 from obc.toolkit.leveldb import share_left
 from quant import fit_weight_grid
 from trueobs import TrueOBS
@@ -44,6 +45,12 @@ LAYERS = {  # a layer, and the shape of its input
     "2-D": (nn.Conv2d(6, 4, (3, 2), (2, 1), (1, 2), (1, 2)), (2, 6, 7, 8)),
     "2-D, groups": (nn.Conv2d(6, 4, 3, 1, "same", 1, 2, padding_mode="circular"), (2, 6, 5, 6)),
     "2-D, valid": (nn.Conv2d(3, 4, 3, (1, 2), "valid"), (2, 3, 5, 6)),
+    "3-D": (nn.Conv3d(3, 4, (2, 3, 1), (1, 2, 1), (0, 1, 2), (2, 1, 1)), (2, 3, 6, 5, 4)),
+    "3-D, groups": (nn.Conv3d(4, 6, 3, (2, 1, 1), 1, 1, 2), (2, 4, 5, 4, 3)),
+    "3-D, same": (
+        nn.Conv3d(4, 4, (3, 2, 2), 1, "same", groups=4, padding_mode="circular"),
+        (2, 4, 4, 3, 5),
+    ),
 }
 Case = tuple[nn.Module, Tensor]
 
@@ -77,7 +84,7 @@ def test_pieces_of_unfolded_rows_hold_what_patches_do(case: Case) -> None:
     pieces = list(seen.unfolded(x, 1))
     assert torch.equal(torch.cat(pieces, 2), whole)
     assert len(pieces) == len(seen.image(x)) > 1
-    assert whole.shape[3] == seen.kernel[1] * seen.channels
+    assert whole.shape[3] == seen.columns // seen.kernel[0]
 
 
 def test_a_call_with_another_weight(case: Case) -> None:
@@ -132,7 +139,12 @@ def test_what_is_compressible() -> None:
     class Scaled(nn.Conv1d):
         pass
 
-    others = [nn.Embedding(3, 4), nn.ConvTranspose1d(3, 4, 2), nn.Conv3d(3, 4, 2), nn.ReLU()]
+    others = [
+        nn.Embedding(3, 4),
+        nn.ConvTranspose1d(3, 4, 2),
+        nn.ConvTranspose2d(3, 4, 2),
+        nn.ReLU(),
+    ]
     model = nn.Sequential(nn.Linear(2, 2), Scaled(3, 4, 2), *others, nn.Conv2d(3, 3, 1))
     assert list(find_layers(model)) == ["0", "1", "6"]
     assert not any(compressible(module) for module in others)
@@ -158,6 +170,61 @@ def test_hooks_see_calls_and_end_with_their_block() -> None:
         raise RuntimeError("stop")
     assert calls == [("0", True, 1, []), ("1", True, 1, []), ("1", True, 0, ["input"])]
     assert torch.equal(model(x), before) and len(calls) == 3
+
+
+# ---------------------------------------------------------------- the definitions, for every kind
+
+
+def columns_oracle(layer: nn.Module, x: Tensor) -> Tensor:  # (groups, positions, d)
+    """What the weights of a group's first row are multiplied with: its outputs' derivative."""
+    rows = layer.weight.shape[0] // getattr(layer, "groups", 1)
+
+    def outputs(weight: Tensor) -> Tensor:  # (groups, positions)
+        y = torch.func.functional_call(layer, {"weight": weight}, (x,))
+        return y.movedim(view(layer).channel_axis, 0)[::rows].flatten(1)
+
+    jacobian = torch.func.jacrev(outputs)(layer.weight)  # (groups, positions, *weight.shape)
+    first = jacobian[:, :, ::rows].diagonal(dim1=0, dim2=2)  # (positions, …, groups)
+    return first.movedim(-1, 0).flatten(2)
+
+
+def test_hessian_and_cross_products_are_the_definitions(case: Case) -> None:
+    layer, x = case
+    columns = columns_oracle(layer, x)
+    H = 2 / len(x) * columns.mT @ columns
+    obs, cross = TrueOBS(layer), Cross(layer)
+    y = inputs(*layer(x).shape, seed=2)  # any outputs to aim at
+    for batch, aims in zip(x.split(1), y.split(1), strict=True):
+        obs.add_batch(batch)
+        cross.add(batch, aims)
+    torch.testing.assert_close(obs.H.view(H.shape), H)
+    assert obs.gram.patches == columns.shape[1] == view(layer).positions(x)
+    Y = y.movedim(view(layer).channel_axis, 0).flatten(1).unflatten(0, (len(H), -1))
+    torch.testing.assert_close(cross.take(), Y @ columns)
+
+
+@pytest.mark.parametrize("mode", ["quant", "nmprune", "unstr", "blocked", "struct"])
+def test_every_mode_of_a_3d_convolution_is_that_of_a_linear_layer(mode: str) -> None:
+    """With the Hessian by definition and, for N:M and blocks, the channels put innermost."""
+    layer = nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), (1, 1, 0), bias=False).double()
+    layer.weight.data.copy_(inputs(*layer.weight.shape, seed=1))
+    x, dense = inputs(6, 4, 4, 5, 3), layer.weight.detach().clone()
+    columns = columns_oracle(layer, x)[0]
+    order = torch.arange(24)
+    if mode in ("nmprune", "blocked"):  # (depth, height, width, channel)
+        order = order.view(4, 6).T.flatten()
+    layer, flat = layer.float(), nn.Linear(24, 6, bias=False)  # H is in float64 all the same
+    flat.weight.data.copy_(dense.flatten(1)[:, order])
+    theirs, ours = TrueOBS(flat), TrueOBS(layer)
+    theirs.set_hessian((2 / len(x) * columns.T @ columns)[None, order[:, None], order], len(x))
+    ours.add_batch(x)
+    if mode == "struct":
+        results = ours.prune_struct([0.3, 0.7], size=6), theirs.prune_struct([0.3, 0.7], size=6)
+    else:
+        results = weights_of(ours, mode), weights_of(theirs, mode)
+    for weight, other in zip(*results, strict=True):
+        torch.testing.assert_close(weight.flatten(1)[:, order], other)
+    assert not torch.equal(results[0][-1].double(), dense)
 
 
 # --------------------------------------------------------------------------------- the 1-D Hessian

@@ -576,7 +576,7 @@ def test_what_is_in_no_layer_is_told(caplog):
         main_trueobs.report_other_weights(model)
         main_trueobs.report_other_weights(model[0])
     assert caplog.messages == [
-        "left dense, in no Conv1d, Conv2d or Linear: 1.weight and 1 more (49 % of all parameters)"
+        "left dense, in no layer to compress: 1.weight and 1 more (49 % of all parameters)"
     ]
 
 

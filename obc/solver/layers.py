@@ -7,6 +7,7 @@ convolutions of an image, so that whatever needs a layer's geometry is written o
     Linear     an image of one pixel for every vector of the input
     Conv1d     an image of one row
     Conv2d     the image itself
+    Conv3d     an image for every depth of the output, whose channels are the channels' kd planes
 
     symbol   variable        shape                meaning
     W        matrix          (rows, columns)      one row an output channel
@@ -138,6 +139,15 @@ class LayerView(ABC):
         height, width = ((size - d * (k - 1) - 1) // s + 1 for size, k, d, s in sizes)
         return height, width
 
+    def output_images(
+        self,
+        y: Tensor,  # as the layer returns it, without its bias
+        height: int,
+        width: int,
+    ) -> Tensor:  # (n, rows, height, width), in the order of what `image` returns for the input
+        """An output as images."""
+        return y.reshape(-1, self.rows, height, width)
+
     def positions(self, x: Tensor) -> int:
         """How many patches an input has: so many columns are each row's to multiply with."""
         image = self.image(x)
@@ -161,7 +171,7 @@ class LayerView(ABC):
             pixels = piece.unflatten(1, (self.groups, -1)).permute(1, 3, 0, 4, 2)  # (G, T, n, ·, C)
             taps = [pixels[:, :, :, j * dilation : j * dilation + last : stride] for j in range(kw)]
             patches = torch.cat(taps, dim=-1) if kw > 1 else taps[0]
-            yield patches.reshape(*pixels.shape[:2], -1, kw * self.channels)
+            yield patches.reshape(*pixels.shape[:2], -1, kw * pixels.shape[-1])
 
     def patches(self, x: Tensor) -> Tensor:  # (G, positions, columns)
         """All columns that the rows of a group are multiplied with; many times the input's size."""
@@ -188,17 +198,17 @@ class LinearView(LayerView):
 
 @final
 class ConvView(LayerView):
-    """nn.Conv1d and nn.Conv2d: inputs (n, G·C, length), (n, G·C, height, width), or without n."""
+    """nn.Conv1d, nn.Conv2d, nn.Conv3d: inputs (n, G·C, …) with 1 to 3 more axes, or without n."""
 
     deed = "convolve its input with its weight"
 
     def __init__(self, layer: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(layer)
         self.groups, self.one_row = layer.groups, len(layer.kernel_size) == 1
-        first = (1,) if self.one_row else ()
-        self.kernel, self.stride = first + layer.kernel_size, first + layer.stride
-        self.dilation = first + layer.dilation
         self.axes = len(layer.kernel_size)
+        first = (1,) if self.one_row else ()
+        geometry = (layer.kernel_size, layer.stride, layer.dilation)
+        self.kernel, self.stride, self.dilation = ((first + x)[-2:] for x in geometry)
         self.channel_axis = -1 - self.axes
 
     def batch(self, x: Tensor) -> Tensor:  # (n, channels, …)
@@ -207,7 +217,20 @@ class ConvView(LayerView):
 
     def image(self, x: Tensor) -> Tensor:
         x = self.padded(self.batch(x))
-        return x.unsqueeze(2) if self.one_row else x
+        if self.axes < 3:
+            return x.unsqueeze(2) if self.one_row else x
+        (kd, *_), (stride, *_), (dilation, *_) = (
+            getattr(self.layer, name) for name in ("kernel_size", "stride", "dilation")
+        )
+        depth = (x.shape[2] - dilation * (kd - 1) - 1) // stride + 1  # of the output
+        last = stride * (depth - 1) + 1
+        planes = [x[:, :, i * dilation : i * dilation + last : stride] for i in range(kd)]
+        return torch.stack(planes, 2).permute(0, 3, 1, 2, 4, 5).flatten(2, 3).flatten(0, 1)
+
+    def output_images(self, y: Tensor, height: int, width: int) -> Tensor:
+        if self.axes == 3:
+            y = self.batch(y).movedim(2, 1)
+        return super().output_images(y, height, width)
 
     def padded(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -232,11 +255,15 @@ class ConvView(LayerView):
         return x
 
     def call(self, x: Tensor, weight: Tensor) -> Tensor:
-        kernels = weight.reshape(self.rows, self.channels, *self.kernel)
+        kernels = weight.reshape(self.rows, -1, *self.kernel)
         y = F.conv2d(self.image(x), kernels, None, self.stride, 0, self.dilation, self.groups)
+        if self.axes == 3:
+            return y.unflatten(0, (len(self.batch(x)), -1)).movedim(1, 2)
         return y.squeeze(2) if self.one_row else y
 
     def find_padding(self, x: Tensor, y: Tensor) -> Pads | None:
+        if self.axes == 3:  # too many to try
+            return None
         x, y = self.batch(x)[:PROOF_INPUTS], self.batch(y)[:PROOF_INPUTS]
         weight = self.layer.weight.detach()
         largest = weight.flatten(1).norm(dim=1).view(self.groups, -1).argmax(1)
@@ -268,7 +295,7 @@ class ConvView(LayerView):
         return None
 
     def resized(self, rows: int, channels: int, groups: int = 1) -> nn.Module:
-        kind = nn.Conv1d if self.one_row else nn.Conv2d
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.axes - 1]
         names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         options = {name: getattr(self.layer, name) for name in names}
         options |= {"groups": groups, "bias": False, "device": self.layer.weight.device}
@@ -281,6 +308,7 @@ VIEWS: dict[type[nn.Module], type[LayerView]] = {
     nn.Linear: LinearView,
     nn.Conv1d: ConvView,
     nn.Conv2d: ConvView,
+    nn.Conv3d: ConvView,
 }
 
 

@@ -73,7 +73,7 @@ class Cross:
     def _products(self, inputs: Tensor, outputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         (kh, _), (stride, _), (dilation, _) = self.view.kernel, self.view.stride, self.view.dilation
         height, width = self.view.output_size(self.view.image(inputs))
-        images = outputs.reshape(-1, self.view.rows, height, width)
+        images = self.view.output_images(outputs, height, width)
         first = 0
         for F in self.view.unfolded(inputs, CHUNK_BYTES):  # (G, T, n·Wo, kw·C)
             count = F.shape[2] // width

@@ -213,7 +213,8 @@ def recorded_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
         value = arguments.pop(action.dest, None)
         if action.dest in NOT_REPEATED or value is None or value is False:
             continue
-        values = value if isinstance(value, list) else [value]
+        repeatable = isinstance(action, argparse._AppendAction) and isinstance(value, list)
+        values = value if repeatable else [value]
         if not all(isinstance(item, bool | int | float | str) for item in values):
             raise UserError(f"{path}: not the record of a run ({action.dest} is {value})")
         if not action.option_strings:
