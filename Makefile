@@ -38,7 +38,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV_PYTHON) -m benchmarks.bench_trueobs --out bench_trueobs.json
 
-$(INSTALLED): requirements.txt requirements-study.txt requirements-dev.txt
+$(INSTALLED): requirements.txt requirements-study.txt requirements-export.txt requirements-dev.txt
 	@test -n "$(PYTHON)" || \
 	{ echo "error: needs Python 3.10 or newer with its venv module; try make PYTHON=…" >&2; exit 2; }
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv

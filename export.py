@@ -32,9 +32,10 @@ from obc.solver.errors import UserError, log
 from obc.toolkit import cli, export_measure, export_onnx, export_sums, origins, records
 from obc.toolkit.export_codes import packed_state
 from obc.toolkit.export_cut import Cut, cut_channels
+from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, check_checkpoint, model_tag, origin_marks
 from obc.toolkit.profiles import read_profile
-from obc.toolkit.session import Session, common_options, dense_files, load_compressed
+from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
 ONNX_ONLY = ("int8_sums", "measure")  # options
@@ -43,6 +44,7 @@ ONNX_ONLY = ("int8_sums", "measure")  # options
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="export.py", description=__doc__.splitlines()[0])
     cli.add_common_options(parser)
+    cli.add_resume_options(parser)
     add = parser.add_argument
     add("file", metavar="FILE", help="compressed checkpoint; with --database, profile to stitch")
     add("--to", metavar="FILE", required=True, help="what to write: .onnx, .pt2 or .safetensors")
@@ -156,6 +158,9 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     session = Session.of(common_options(args))
     model, suffix = load_model(session, args), Path(args.to).suffix
+    invocation = Invocation.of(build_parser(), args)
+    marks = session.fingerprint(invocation, {"compressed model": content_hash(model.state_dict())})
+    records.check_repeat(args.repeat, marks)
     figures: dict[str, Any] = {}
     whole, cut = model, Cut({})
     if suffix != ".safetensors" and not args.no_cut:
@@ -177,8 +182,9 @@ def run(args: argparse.Namespace) -> None:
             figures |= measured(session, whole, exported, args)
     records.write_run(
         Path(args.to).with_suffix(".json"),
-        "export.py",
-        vars(args),
+        invocation.command,
+        invocation.arguments,
+        fingerprint=marks,
         seconds=time.perf_counter() - started,
         cut={name: list(sizes) for name, sizes in cut.channels.items()},
         **figures,
@@ -189,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.command(build_parser, run, argv)
+    return cli.command(build_parser, run, records.repeated(build_parser, argv))
 
 
 if __name__ == "__main__":
