@@ -12,6 +12,7 @@ COMMANDS = {  # word -> module, what it does
     "database": ("database", "measure the levels of a database"),
     "spdy": ("spdy", "choose a level for each layer"),
     "post": ("post_proc", "correct a compressed model"),
+    "export": ("export", "write it as ONNX, a program or packed codes, and measure it"),
     "study": ("pruning_vs_quantization", "the second study: `trueobs study PART …`"),
 }
 PARTS = (  # of the study

@@ -27,7 +27,7 @@ FOLDERS = {  # folder -> its rank; a file imports from its own folder and from l
     "benchmarks": 6,  # may time the study
 }
 LIBRARIES = {"quant", "trueobs", "modelutils", "datautils"}
-COMMANDS = {"main_trueobs", "database", "spdy", "post_proc"}
+COMMANDS = {"main_trueobs", "database", "spdy", "post_proc", "export"}
 ALIASES = {"postproc"}
 PYTHON_FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

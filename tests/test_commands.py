@@ -12,7 +12,7 @@ from scripts import ROOT, check_parses
 
 DOCUMENT = (ROOT / "docs" / "commands.md").read_text()
 COMMON, STUDY = "Common options", "Options of every part"
-TOOLKIT = ("main_trueobs", "database", "spdy", "post_proc")
+TOOLKIT = ("main_trueobs", "database", "spdy", "post_proc", "export")
 PARSERS = {  # heading -> module of the parser, shared section
     **{f"`{name}.py": (name, COMMON) for name in TOOLKIT},
     "`expected_sqnr`": ("pruning_vs_quantization.expected_sqnr", STUDY),

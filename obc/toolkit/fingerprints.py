@@ -33,7 +33,7 @@ HASH_BYTES = 16
 ROOT = Path(__file__).resolve().parents[2]  # of all our modules
 OUR_NAMES = {  # which an installed package shares ROOT with others
     *("obc", "pruning_vs_quantization", "datautils", "modelutils", "quant", "trueobs"),
-    *("main_trueobs", "database", "spdy", "post_proc"),
+    *("main_trueobs", "database", "spdy", "post_proc", "export"),
 }
 HESSIAN_CODE = (
     *("datautils.py", "modelutils.py", "quant.py", "trueobs.py"),
