@@ -224,11 +224,6 @@ class CalibrationEpochs:
 def statistics_images(data: ImageData, count: int | None, workers: int | None) -> Tensor:
     """The one batch for statistics correction, (count, 3, s, s): the first calibration images."""
     available = len(data.calibration)
-    if (count or 0) > available:
-        raise UserError(
-            f"--statcorr-samples {count} is more than the {available} calibration "
-            "images; pass --nsamples"
-        )
     return next(iter(calibration_batches(data, batchsize=count or available, workers=workers)))[0]
 
 
@@ -322,6 +317,11 @@ def run(args: argparse.Namespace) -> None:
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
     records.check_repeat(args.repeat, marks, invocation.defaults)
+    if (args.statcorr_samples or 0) > len(data.calibration):
+        raise UserError(
+            f"--statcorr-samples {args.statcorr_samples} is more than the {len(data.calibration)} "
+            "calibration images; pass --nsamples"
+        )
     dense_top1 = session.dense_top1()
 
     def task(name: str, epochs: int) -> TrainingTask:

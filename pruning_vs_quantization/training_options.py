@@ -38,6 +38,7 @@ from pruning_vs_quantization.study_files import add_study_options
 SUFFIX = "_quantized"  # of published architecture names
 FORMS = "cosine, cosine:1e-4, multistep:10,15, multistep:10,15:0.1, exponential:0.9 or constant"
 OPTIMISERS = ("SGD", "Adam", "AdamW")
+OURS = {"flag", "first"}  # what the metadata of an option holds besides argparse's words
 NOT_SETTINGS = {"cuda", "num_workers", "tb_logging_dir"}  # results do not depend on them
 NOT_SETTINGS |= {"model_dir"}  # says the same as weights
 WEIGHT_FILES = (".pth", ".pt", ".th", ".tar", ".safetensors")
@@ -334,7 +335,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(TrainingOptions):
         if field.name in GROUPS:
             add = parser.add_argument_group(GROUPS[field.name]).add_argument
-        words = {name: value for name, value in field.metadata.items() if name != "flag"}
+        words = {name: value for name, value in field.metadata.items() if name not in OURS}
         if not words.keys() & {"type", "metavar", "choices"}:
             words["action"] = argparse.BooleanOptionalAction
             words["help"] += " (default: off)" if field.default is False else ""
