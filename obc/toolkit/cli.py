@@ -118,7 +118,8 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--datapath",
         metavar="DIR",
-        help="folder of the images (default: ../imagenet, ../cifar10; digits needs none)",
+        help="folder of the images, which are normalised by ImageNet's mean and standard deviation "
+        "(default: ../imagenet, ../cifar10; digits needs none)",
     )
     add(
         "--classes",
