@@ -361,7 +361,8 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
         lacking = sorted(train_classes ^ test_classes)
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         log.warning(
-            "%s: train/ has %d classes, %s/ has %d; only one has %s%s", *counts, lacking[0], more
+            "%s: train/ has %d classes, %s/ has %d; only one of them has %s%s",
+            *(*counts, lacking[0], more),
         )
     train, test = (list_images(folder, names, classes) for folder, names in listed.items())
     return train, test, classes

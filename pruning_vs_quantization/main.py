@@ -42,7 +42,7 @@ import torch
 from torch import nn
 
 from datautils import DATASETS, DEFAULT_SIZES
-from modelutils import first_and_last, get_model, load_state
+from modelutils import check_classes, first_and_last, get_model, load_state
 from obc.inputs import files
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward
@@ -257,10 +257,7 @@ def dense_network(
         return _downloaded(timm, name).float().eval()
     state = fitting_weights(weights, timm.create_model(TIMM_NAMES[name]))
     weights_classes = len(state["classifier.weight"])
-    if classes not in (None, weights_classes):
-        raise UserError(
-            f"{weights}: these weights have {weights_classes} classes, the dataset has {classes}"
-        )
+    check_classes(f"{weights}: these weights have", weights_classes, dataset, classes)
     model = timm.create_model(TIMM_NAMES[name], num_classes=weights_classes)
     load_state(model, state, weights)
     return model.float().eval()

@@ -316,6 +316,8 @@ def test_photographs_are_streamed(folder, capsys):
         "folder",
         "--images-dir",
         "photos",
+        "--classes",
+        "classes.txt",
         "--image-size",
         "24",
         "--batch-size",
@@ -327,8 +329,11 @@ def test_photographs_are_streamed(folder, capsys):
         "2",
         "--reestimate-bn-stats",
     ]
+    Path("classes.txt").write_text("".join(f"class{label}\n" for label in range(9, -1, -1)))
     answer(words, capsys)
-    figures = result(folder / "small_folder_w4_a4_seed0.json")
+    (path,) = folder.glob("small_folder_w4_a4_*seed0.json")
+    figures = result(path)
+    assert 0 <= figures["dense_top1_calibration"] <= 100 and figures["classes"] == 10
     assert (figures["training_images"], figures["test_images"]) == (15, 15)
 
 

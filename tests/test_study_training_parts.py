@@ -539,7 +539,7 @@ def test_efficientnet_of_timm(tmp_path):
     with evaluating(same):
         wanted, found = same(images), folded(same)(images)
     assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
-    with pytest.raises(errors.UserError, match="4 classes, the dataset has 7"):
+    with pytest.raises(errors.UserError, match="4 classes, but folder has 7"):
         dense_network("efficientnet_lite_quantized", "folder", str(tmp_path / "lite.pth"), 7)
 
 

@@ -124,7 +124,8 @@ def add_common_options(parser: Parser) -> None:
     add(
         "--datapath",
         metavar="DIR",
-        help="folder of the images (default: ../imagenet, ../cifar10; digits needs none)",
+        help="folder of the images, which are normalised by ImageNet's mean and standard deviation "
+        "(default: ../imagenet, ../cifar10; digits needs none)",
     )
     add("--nsamples", metavar="N", type=positive_int, default=1024, help="calibration images")
     add = parser.group(INPUTS).add_argument
