@@ -227,7 +227,6 @@ def compress_model(args: argparse.Namespace) -> None:
     show_plan(session, compressed, mode, asked=args.plan)
     if args.plan:
         return world.leave()
-    dense_top1 = session.dense_top1()
     if grids := mode.activation_grids(dense, batches, session.device):
         dense = copy.deepcopy(dense)  # the session's one rounds nothing
         for model in (dense, compressed):
@@ -238,6 +237,7 @@ def compress_model(args: argparse.Namespace) -> None:
         open_state(folder, marks, args.restart, world) as state,
         open_cache(args.cache, session, args.shards) if uses_cache else RunState() as cache,
     ):
+        dense_top1 = session.dense_top1()
         compression = (SequentialCompression if mode.sequential else Compression)(
             dense,
             compressed,

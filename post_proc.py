@@ -322,7 +322,6 @@ def run(args: argparse.Namespace) -> None:
             f"--statcorr-samples {args.statcorr_samples} is more than the {len(data.calibration)} "
             "calibration images; pass --nsamples"
         )
-    dense_top1 = session.dense_top1()
 
     def task(name: str, epochs: int) -> TrainingTask:
         images = CalibrationEpochs(data, args.batchsize, args.workers, not args.noaug, args.seed)
@@ -347,6 +346,7 @@ def run(args: argparse.Namespace) -> None:
     requested = {name: make for name, make in corrections.items() if getattr(args, name)}
     folder = state_folder(args.save) if args.save else None
     with open_state(folder, marks, args.restart, session.world) as state:
+        dense_top1 = session.dense_top1()
         reports = correct(model, requested, state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save, origin_marks(session.model))

@@ -151,9 +151,10 @@ def check_on_grid(state: State, layer: str, bits: int) -> None:
 def test_a_run_shows_and_leaves_what_it_should(quant_run, dense):
     done, path = quant_run
     assert accuracy(done) > 97
-    assert done.out.count("\n") == 1
+    assert done.out.count("\n") == 2
     assert tree(path.parent) == ["rn8_4w.json", "rn8_4w.pth"]
-    lines = done.err.splitlines()
+    top1, *lines = done.err.splitlines()
+    assert top1 == "dense: top-1 100.00 on 128 calibration images"
     assert [line.split()[0] for line in lines] == LAYERS
     for line in lines:
         assert re.fullmatch(r"\S+ [\d×]+ \d+\.\d\d s  squared error \S+ \(\S+ %\)  4 bits.*", line)
@@ -176,7 +177,7 @@ def test_the_record_tells_arguments_machine_and_layers(quant_run):
     assert record["agreement"] == pytest.approx(agreement, abs=0.005) and agreement > 97
     assert record["seconds"] > 0
     assert [layer["name"] for layer in record["layers"]] == LAYERS
-    for layer, line in zip(record["layers"], done.err.splitlines(), strict=True):
+    for layer, line in zip(record["layers"], done.err.splitlines()[1:], strict=True):
         assert layer["result"] == "4 bits" and not layer["dense"]
         assert layer["shape"] and layer["seconds"] > 0
         assert 0 < layer["relative_error"] < 0.01
@@ -755,7 +756,7 @@ def test_no_layer_fits(bad, command):
     words = ["--blocked_size", 1000, "--sparse-dir", bad / "out", *QUICK]
     before = tree(bad)
     done = command("rn8", "digits", "blocked", *words)
-    *layers, error = done.err.splitlines()
+    _, *layers, error = done.err.splitlines()
     assert done.status == 2 and done.out == ""
     assert len(layers) == len(LAYERS) and all("left dense" in line for line in layers)
     assert error.startswith("error: no layer can be compressed")
@@ -836,6 +837,7 @@ def test_grids_that_do_not_fit(quant_run, command, tmp_path):
 @pytest.mark.parametrize("words", ["nmprune --save {}/q.pth", "unstr --sparse-dir {}"])
 def test_a_killed_run_leaves_nothing_under_a_final_name(words, tmp_path):
     process = start("rn8", "digits", *words.format(tmp_path).split(), *QUICK)
+    assert process.stderr.readline().startswith("dense: ")
     assert process.stderr.readline().startswith("conv1 ")  # now it is at work
     process.kill()
     process.communicate()
@@ -854,7 +856,7 @@ def test_what_is_left_of_something_else_is_not_taken(command, tmp_path):
 @pytest.mark.parametrize("words", ["nmprune --save {}/q.pth", "unstr --sparse-dir {}"])
 def test_an_interrupted_run_leaves_what_is_done_hidden(words, tmp_path):
     process = start("rn8", "digits", *words.format(tmp_path).split(), *QUICK)
-    first = process.stderr.readline()
+    _, first = (process.stderr.readline() for _ in range(2))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert first.startswith("conv1 ")

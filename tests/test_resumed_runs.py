@@ -198,9 +198,9 @@ def test_what_is_measured_is_not_measured_again(
 def test_an_evaluation_of_levels_goes_on(work, command, monkeypatch):
     status, expected, _ = command(EVALUATION)
     assert status == 0
-    with interrupted(database.Session, "accuracy", 3):
+    with interrupted(database.Session, "evaluation", 3):
         assert command(EVALUATION)[0] == 130
-    with interrupted(database.Session, "accuracy", 10**9) as calls:
+    with interrupted(database.Session, "evaluation", 10**9) as calls:
         status, out, err = command(EVALUATION)
     levels = len(expected.splitlines()) - 1
     assert (status, out) == (0, expected) and len(calls) == levels - 3
