@@ -168,7 +168,7 @@ class FineTuning:
             state,
             seconds_between_saves=0.0,
         )
-        self.dense_top1 = evaluate(self.dense, self.images.test_batches(), self.device)
+        self.dense_top1 = evaluate(self.dense, self.images.test_batches(), self.device).top1
         log.info("dense top-1 %.2f", self.dense_top1)
         self.model.train()
         self.history = train(
