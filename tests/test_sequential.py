@@ -28,7 +28,8 @@ from obc.solver.shift import RIDGE, Cross, output_error, shifted_weights
 from obc.toolkit import sequential
 from obc.toolkit.modes import Mode, NMPruneMode, QuantMode
 from obc.toolkit.resume import RunState
-from obc.toolkit.sequential import Boundary, SequentialCompression, Walk, WholeWalk
+from obc.toolkit.sequential import Boundary, SequentialCompression
+from obc.toolkit.walks import Walk, WholeWalk
 from trueobs import TrueOBS
 
 Batch = tuple[Tensor, Tensor]

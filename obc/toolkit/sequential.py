@@ -25,35 +25,27 @@ An interrupted run continues after the last layer it has finished; boundaries ar
 
 from __future__ import annotations
 
-import copy
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 import quant
 from modelutils import eval_mode, evaluating, placed
 from obc.inputs.batches import Batches
-from obc.inputs.tracing import (
-    IMAGES_COMPARED,
-    InPlaceTracer,
-    Operations,
-    equal_but_for_rounding,
-    twin,
-    whole,
-)
+from obc.inputs.tracing import IMAGES_COMPARED, twin
 from obc.solver.errors import UserError, log
 from obc.solver.hessian import Gram
-from obc.solver.layers import compressible, first_input, forward_hooks, view
+from obc.solver.layers import view
 from obc.solver.memory import default_memory, layer_needs
 from obc.solver.progress import progress
 from obc.solver.shift import Cross, output_error, shifted_weights
@@ -62,151 +54,19 @@ from obc.toolkit.calibrate import batches_at_a_time, probe
 from obc.toolkit.compress import Compression, LayerReport, compress_layer, naming_layer
 from obc.toolkit.planning import Plan, why_dense
 from obc.toolkit.resume import Entry
+from obc.toolkit.walks import (
+    LastCall,
+    Walk,
+    WholeWalk,
+    inputs_of,
+    outputs_of,
+    outputs_of_layers,
+    walk_of,
+)
 from trueobs import TrueOBS
 
 ACTIVATIONS = "activations-"  # begins the names of folders of boundaries
 IMAGES_CHECKED = 8  # at a time: the outputs of all layers of both networks are in memory
-
-# -- a network, run in parts -----------------------------------------------------------------------
-
-
-class LayerTracer(InPlaceTracer):
-    """Layers to compress are single operations, whatever their class computes."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return compressible(module) or super().is_leaf_module(module, name)
-
-
-class Walk(Operations):
-    """A network that can leave its values at a boundary, and continue from there."""
-
-    def __init__(self, model: nn.Module, like: Walk | None = None) -> None:
-        super().__init__(model, LayerTracer, like)
-
-    def leave(self) -> tuple[int, dict[fx.Node, Any]]:
-        """The next operation, and the values that are needed from there on."""
-        values = {
-            node: None if node.op == "get_attr" else value for node, value in self.env.items()
-        }
-        return self.position, values
-
-    def resume(self, position: int, values: dict[fx.Node, Any]) -> None:
-        """Continue from what `leave` returned; the model's own tensors are as they are now."""
-        self.position, self.env = position, {}
-        for node, value in values.items():
-            self.env[node] = self.run_node(node) if node.op == "get_attr" else value
-
-    def run_ahead(self, number: int) -> None:
-        """Run what comes before operation `number`, then go back."""
-        position, values = self.leave()
-        copies = copy.deepcopy(list(values.values()))  # the model may work in place
-        self.resume(position, dict(zip(values, copies, strict=True)))
-        try:
-            self.run_to(number)
-        finally:
-            self.resume(position, values)
-
-    def only_runs(self, layer: str, first: int, last: int) -> bool:
-        """Whether operations first … last are one call of the layer itself."""
-        node = self.nodes[first]
-        return first == last and node.op == "call_module" and node.target == layer
-
-
-class WholeWalk:
-    """A `Walk` of a model that cannot be traced: one operation, which is all of it."""
-
-    def __init__(self, model: nn.Module, like: WholeWalk | None = None) -> None:
-        self.module = model
-
-    def calls(self, layer: str) -> list[int]:
-        return [0]
-
-    def begin(self, images: Tensor) -> None:
-        self.images, self.position = images, 0
-
-    def run_to(self, number: int) -> None:
-        if number > self.position:
-            self.module(self.images.clone())
-        self.position = number
-
-    def leave(self) -> tuple[int, Tensor]:
-        return self.position, self.images
-
-    def resume(self, position: int, values: Tensor) -> None:
-        self.position, self.images = position, values
-
-    def run_ahead(self, number: int) -> None:
-        try:
-            self.run_to(number)
-        finally:
-            self.position = 0
-
-    def only_runs(self, layer: str, first: int, last: int) -> bool:
-        return False
-
-
-def walk_of(model: nn.Module, images: Tensor) -> Walk | WholeWalk:
-    """The model in operations, if they give what the model gives; else as a whole."""
-    try:
-        walk = Walk(model)
-        walk.begin(images)
-        walk.run_to(len(walk.nodes))
-        outputs = walk.env[walk.nodes[-1]]
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
-        return WholeWalk(whole(model, f"the model cannot be traced ({error})").model)
-    if not equal_but_for_rounding(outputs, model(images.clone())):
-        reason = "the traced model gives other outputs than the model itself"
-        return WholeWalk(whole(model, reason).model)
-    return walk
-
-
-class LastCall(BaseException):
-    """The input of a layer's last call is known. The network, which need not run on, lets it by."""
-
-
-@contextmanager
-def inputs_of(layer: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Inside, `see` gets the input of every call of a layer, rounded if the layer rounds it."""
-
-    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if (x := first_input(args, kwargs)).numel():
-            see(x)
-
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def outputs_of(layer: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
-    """Inside, the output of every call of a layer, without its bias, is put into the list."""
-    axes_behind = -1 - view(layer).channel_axis
-
-    def see(_: str, __: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
-        if not first_input(args, kwargs).numel():
-            return
-        if layer.bias is None:
-            outputs.append(output.clone())  # what follows may work in place
-        else:
-            outputs.append(output - layer.bias.view(-1, *[1] * axes_behind))
-
-    with forward_hooks({"": layer}, see):
-        yield
-
-
-def outputs_of_layers(
-    model: nn.Module, names: Iterable[str], images: Tensor
-) -> dict[str, list[Tensor]]:
-    """The outputs of all calls of layers, without their biases."""
-    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
-    with ExitStack() as stack:
-        for name in outputs:
-            stack.enter_context(outputs_of(model.get_submodule(name), outputs[name]))
-        model(images.clone())
-    return outputs
-
 
 # -- boundaries ------------------------------------------------------------------------------------
 
