@@ -28,6 +28,7 @@ from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores
 from obc.toolkit.resume import Notes, RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options, images_hash
+from obc.toolkit.stitching import stitched
 
 MEASURES = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}
 
@@ -128,11 +129,8 @@ def run(args: argparse.Namespace) -> None:
     if args.action == "eval":
         evaluate_levels(db, session, invocation, args.prefix)
     elif profile is not None:
-        origins.check_profile(profile, db)
-        origins.report_cost(profile, db, session.model, session.image_shape)
+        model = stitched(session, db, profile)
         session.dense_top1()
-        model = copy.deepcopy(session.model)
-        db.stitch(model, profile)
         cli.print_result(str(session.evaluation(model)))
     else:
         path = score_file(args.score_path, db.model, db.kind, args.action)

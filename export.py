@@ -19,6 +19,7 @@ import argparse
 import copy
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,16 @@ import torch
 from torch import nn
 
 from datautils import test_batches
-from modelutils import find_layers
 from obc.inputs import files
 from obc.solver.errors import UserError, log
-from obc.toolkit import cli, export_measure, export_onnx, export_sums, origins, records
+from obc.toolkit import cli, export_measure, export_onnx, export_sums, records
 from obc.toolkit.export_codes import packed_state
 from obc.toolkit.export_cut import Cut, cut_channels
 from obc.toolkit.fingerprints import content_hash
-from obc.toolkit.leveldb import KINDS, Database, check_checkpoint, model_tag, origin_marks
+from obc.toolkit.leveldb import Database, check_checkpoint, model_tag, origin_marks
 from obc.toolkit.profiles import read_profile
 from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
+from obc.toolkit.stitching import add_file_options, stitched
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
 ONNX_ONLY = ("int8_sums", "measure")  # options
@@ -45,11 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="export.py", description=__doc__.splitlines()[0])
     cli.add_common_options(parser)
     cli.add_resume_options(parser)
+    add_file_options(parser)
     add = parser.add_argument
-    add("file", metavar="FILE", help="compressed checkpoint; with --database, profile to stitch")
     add("--to", metavar="FILE", required=True, help="what to write: .onnx, .pt2 or .safetensors")
-    add("--database", choices=list(KINDS), help="kind of the database that FILE is a profile of")
-    add("--prefix", metavar="DIR", help="where models_unstr/ etc. are (default: here)")
     add("--no-cut", action="store_true", help="keep channels that no layer reads")
     add("--int8-sums", action="store_true", help="round residual sums, too: another network")
     add("--strict", action="store_true", help="refuse to leave a quantised layer in float32")
@@ -87,20 +86,15 @@ def check_packages(args: argparse.Namespace) -> None:
         export_measure.installed_runtimes()
 
 
-def load_model(session: Session, args: argparse.Namespace) -> nn.Module:
+def exported_model(session: Session, args: argparse.Namespace) -> nn.Module:
     """The model in a checkpoint, or stitched from a database by a profile, on the CPU."""
-    dense, model = session.model, copy.deepcopy(session.model)
-    if args.database is None:
-        load_compressed(model, args.file)
-        check_checkpoint(args.file, dense, session.weights_name)
-    else:
+    if args.database:
         profile = read_profile(args.file)
         db = Database.open(args.database, model_tag(args.model), args.prefix or ".")
-        db.check(dense, session.weights_name)
-        origins.check_profile(profile, db)
-        db.stitch(model, profile)
-        for name in find_layers(model).keys() - profile.keys():
-            log.info("%s left dense: not in the profile", name)
+        return stitched(session, db, profile).cpu()
+    model = copy.deepcopy(session.model)
+    load_compressed(model, args.file)
+    check_checkpoint(args.file, session.model, session.weights_name)
     return model.cpu()
 
 
@@ -143,13 +137,13 @@ def measured(
             runners[name] = export_measure.RUNTIMES[name][1](exported)
     cli.print_result(export_measure.latency_table(times) + "\n")
     batches = test_batches(session.data, batchsize=args.batchsize, workers=args.workers)
-    outputs = export_measure.agreements(model, batches, runners)
-    cli.print_result(export_measure.agreement_table(outputs))
+    outputs = export_measure.evaluations(model, batches, runners)
+    cli.print_result(export_measure.evaluation_table(outputs))
     return {
         "bytes": len(exported),
         "float32_bytes": len(dense),
         "latencies": [vars(x) for x in times],
-        "outputs": [vars(x) for x in outputs],
+        "outputs": {name: asdict(x) for name, x in outputs.items()},
     }
 
 
@@ -157,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     started = time.perf_counter()
     session = Session.of(common_options(args))
-    model, suffix = load_model(session, args), Path(args.to).suffix
+    model, suffix = exported_model(session, args), Path(args.to).suffix
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, {"compressed model": content_hash(model.state_dict())})
     records.check_repeat(args.repeat, marks, invocation.defaults)
@@ -179,6 +173,7 @@ def run(args: argparse.Namespace) -> None:
         with files.atomic_write(args.to) as file:
             file.write(exported)
         if args.measure:
+            figures["dense_top1_calibration"] = session.dense_top1()
             figures |= measured(session, whole, exported, args)
     records.write_run(
         Path(args.to).with_suffix(".json"),

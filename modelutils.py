@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -319,11 +320,44 @@ class Evaluation:
     kl: float | None = None  # mean over the images of KL(dense ‖ model), in nats
     agreement: float | None = None  # percent of images that both give the same class
 
+    @classmethod
+    def of(cls, figures: Sequence[BatchFigures]) -> Evaluation:
+        """From those of all batches."""
+        images, right = (sum(getattr(one, name) for one in figures) for name in ("images", "right"))
+        if any(one.kl is None for one in figures):
+            return cls(100 * right / images)
+        kl, agreeing = sum(one.kl for one in figures), sum(one.agreeing for one in figures)
+        return cls(100 * right / images, kl / images, 100 * agreeing / images)
+
     def __str__(self) -> str:
         line = f"top-1 {self.top1:.2f}"
         if self.kl is None:
             return line
         return f"KL {self.kl:.3g}  agreement {self.agreement:.2f}\n{line}"
+
+
+class BatchFigures(NamedTuple):
+    """What a batch adds to an `Evaluation`."""
+
+    images: int
+    right: int
+    agreeing: int | None  # None, as the next: not compared
+    kl: float | None  # summed over the images
+
+    @classmethod
+    def of(
+        cls,
+        logits: Tensor,  # (n, classes)
+        labels: Tensor,  # (n,)
+        dense: Tensor | None,  # (n, classes) logits of the model to compare with
+    ) -> BatchFigures:
+        chosen = logits.argmax(dim=1)
+        right = int((chosen == labels).sum())
+        if dense is None:
+            return cls(len(labels), right, None, None)
+        logs = [scores.double().log_softmax(dim=1) for scores in (logits, dense)]
+        kl = float(F.kl_div(*logs, log_target=True, reduction="sum").clamp(min=0))
+        return cls(len(labels), right, int((chosen == dense.argmax(dim=1)).sum()), kl)
 
 
 def class_scores(
@@ -345,24 +379,18 @@ def evaluate(
 
     ImageBatches are summed in their own order, whichever process has them.
     """
-    figures: list[tuple[int, int, int, float]] = []  # images, right, agreeing, Σ KL; of each batch
+    figures: list[BatchFigures] = []
     done = 0
     for logits, labels in _outputs(model, batches, device, "evaluating"):
-        chosen, same, kl = logits.argmax(dim=1), 0, 0.0
+        dense = None
         if dense_scores is not None:
             dense = dense_scores[done : done + len(labels)].to(device)
-            same = int((chosen == dense.argmax(dim=1)).sum())
-            logs = [scores.double().log_softmax(dim=1) for scores in (logits, dense)]
-            kl = float(F.kl_div(*logs, log_target=True, reduction="sum").clamp(min=0))
-        figures.append((len(labels), int((chosen == labels).sum()), same, kl))
+        figures.append(BatchFigures.of(logits, labels, dense))
         done += len(labels)
     figures = world.interleave(figures)
     if not figures:
         raise UserError("no images to evaluate on")
-    images, right, same, kl = map(sum, zip(*figures, strict=True))
-    if dense_scores is None:
-        return Evaluation(100 * right / images)
-    return Evaluation(100 * right / images, kl / images, 100 * same / images)
+    return Evaluation.of(figures)
 
 
 def mean_loss(

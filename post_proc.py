@@ -42,12 +42,12 @@ from datautils import ImageData, calibration_batches
 from modelutils import find_layers, first_and_last
 from obc.inputs import files
 from obc.solver.errors import UserError, log
-from obc.toolkit import cli, origins, records
+from obc.toolkit import cli, records
 from obc.toolkit.calibrate import prove_layers
-from obc.toolkit.compress import doubtful_claims
+from obc.toolkit.compress import warn_of_doubtful_claims
 from obc.toolkit.corrections import batchnorm_tune, statistics_correction
 from obc.toolkit.fingerprints import bytes_hash, content_hash
-from obc.toolkit.leveldb import KINDS, Database, check_checkpoint, model_tag, origin_marks
+from obc.toolkit.leveldb import Database, check_checkpoint, model_tag, origin_marks
 from obc.toolkit.modes import Mode
 from obc.toolkit.profiles import read_profile
 from obc.toolkit.resolving import ResolveMode, modes_of
@@ -55,6 +55,7 @@ from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.selection import skipped
 from obc.toolkit.sequential import SequentialCompression
 from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
+from obc.toolkit.stitching import add_file_options, stitched
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
 
@@ -76,10 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="post_proc.py", description=__doc__.splitlines()[0])
     cli.add_common_options(parser)
     cli.add_resume_options(parser)
+    add_file_options(parser)
     add = parser.add_argument
-    add("file", metavar="FILE", help="compressed checkpoint; with --database, profile to stitch")
-    add("--database", choices=list(KINDS), help="kind of the database that FILE is a profile of")
-    add("--prefix", metavar="DIR", help="where models_unstr/ etc. are (default: here)")
     add("--skip-firstlast", action="store_true", help="leave first and last layer dense")
     add(
         "--skip",
@@ -97,13 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
         "make up for the layers before it",
     )
     add("--remask", action="store_true", help="… with zeros chosen anew, as many as at the level")
-    add(
-        "--rel-damp",
-        metavar="F",
-        type=cli.nonnegative_float,
-        default=0.0,
-        help="fraction of mean(diag H) added to the diagonal of H",
-    )
+    cli.add_damping_option(group)
+    add_correction_options(parser)
+    return parser
+
+
+def add_correction_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of corrections by statistics and by training."""
     group = parser.add_argument_group("corrections of statistics")
     add = group.add_argument
     add("--bnt", action="store_true", help="batch-norm tuning")
@@ -133,7 +132,6 @@ def build_parser() -> argparse.ArgumentParser:
         rate = {"metavar": "F", "type": cli.positive_float, "default": lr}
         add(f"--{name}-epochs", **count, help="passes over the calibration images")
         add(f"--{name}-lr", **rate, help="Adam's learning rate")
-    return parser
 
 
 def check_options(options: Mapping[str, Any], file: str, save: str | None) -> None:
@@ -164,9 +162,9 @@ def load_model(
 
     For --resolve, its layers' modes as well.
     """
-    dense, path, model = session.model, args.file, copy.deepcopy(session.model)
-    modes: dict[str, Mode] = {}
+    dense, path, modes = session.model, args.file, dict[str, Mode]()
     if args.database is None:
+        model = copy.deepcopy(dense)
         load_compressed(model, path)
         logits = (args.lintune and not args.lintune_loss) or args.finetune_mse
         if left_dense or args.gap or args.statcorr or logits:  # these use the dense model
@@ -174,12 +172,7 @@ def load_model(
     else:
         profile = read_profile(path)
         db = Database.open(args.database, model_tag(args.model), args.prefix or ".")
-        db.check(dense, session.weights_name)
-        origins.check_profile(profile, db)
-        origins.report_cost(profile, db, dense, session.image_shape, left_dense)
-        db.stitch(model, profile)
-        for name in find_layers(model).keys() - profile.keys():
-            log.info("%s left dense: not in the profile", name)
+        model = stitched(session, db, profile, left_dense)
         if args.resolve:
             modes = modes_of(profile, db, model, args.remask)
     for name, option in left_dense.items():
@@ -254,9 +247,7 @@ def resolve(
         modes=modes,
     )
     reports = [asdict(report) for report in compression.run(batches)]
-    chosen = session.data.calibration
-    for line in doubtful_claims(compression.layers, reports, chosen, compression.mode, augment):
-        log.warning(line)
+    warn_of_doubtful_claims(compression, reports, session.data.calibration, augment)
 
 
 @dataclass
@@ -296,38 +287,21 @@ def correct(
     return reports
 
 
-# -- the command -----------------------------------------------------------------------------------
-
-
-def run(args: argparse.Namespace) -> None:
-    check_options(vars(args), args.file, args.save)
-    args.nrounds = args.nrounds or (1 if args.noaug else 10)
-    started = time.perf_counter()
-    session = Session.of(common_options(args))
-    data, device = session.data, session.device
-    left_dense = skipped(list(find_layers(session.model)), args.skip or ())
-    if args.skip_firstlast:
-        ends = first_and_last(session.model, statistics_images(data, 1, args.workers))
-        left_dense = dict.fromkeys(ends, "--skip-firstlast") | left_dense
-    model, modes = load_model(session, args, left_dense)
-    models = model, session.model
-    contents = {"compressed model": content_hash(model.state_dict())}
-    if args.resolve:
-        contents["levels"] = bytes_hash(f"{name} {modes[name]}".encode() for name in sorted(modes))
-    invocation = Invocation.of(build_parser(), args)
-    marks = session.fingerprint(invocation, contents)
-    records.check_repeat(args.repeat, marks, invocation.defaults)
-    if (args.statcorr_samples or 0) > len(data.calibration):
-        raise UserError(
-            f"--statcorr-samples {args.statcorr_samples} is more than the {len(data.calibration)} "
-            "calibration images; pass --nsamples"
-        )
+def corrections(
+    session: Session,
+    args: argparse.Namespace,
+    model: nn.Module,  # changed by them
+    modes: Mapping[str, Mode],  # of its layers, for --resolve
+    state: RunState,
+) -> dict[str, Callable[[], list[float] | None]]:
+    """The requested corrections, in their order; trainings return a loss per epoch."""
+    models, data, device = (model, session.model), session.data, session.device
 
     def task(name: str, epochs: int) -> TrainingTask:
         images = CalibrationEpochs(data, args.batchsize, args.workers, not args.noaug, args.seed)
         return TrainingTask(name, images, device, epochs, f"--{name}-lr", state)
 
-    corrections = {  # in the order of the module docstring
+    steps = {  # in the order of the module docstring
         "resolve": lambda: resolve(session, model, modes, state.part("resolve"), args.rel_damp),
         "gap": lambda: global_adaprune(*models, task("gap", args.gap_epochs), args.gap_lr),
         "bnt": lambda: batchnorm_tune(
@@ -343,11 +317,39 @@ def run(args: argparse.Namespace) -> None:
             *models, task("finetune", args.finetune_epochs), args.finetune_lr, not args.finetune_mse
         ),
     }
-    requested = {name: make for name, make in corrections.items() if getattr(args, name)}
+    return {name: make for name, make in steps.items() if getattr(args, name)}
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    check_options(vars(args), args.file, args.save)
+    args.nrounds = args.nrounds or (1 if args.noaug else 10)
+    started = time.perf_counter()
+    session = Session.of(common_options(args))
+    data = session.data
+    left_dense = skipped(list(find_layers(session.model)), args.skip or ())
+    if args.skip_firstlast:
+        ends = first_and_last(session.model, statistics_images(data, 1, args.workers))
+        left_dense = dict.fromkeys(ends, "--skip-firstlast") | left_dense
+    model, modes = load_model(session, args, left_dense)
+    contents = {"compressed model": content_hash(model.state_dict())}
+    if args.resolve:
+        contents["levels"] = bytes_hash(f"{name} {modes[name]}".encode() for name in sorted(modes))
+    invocation = Invocation.of(build_parser(), args)
+    marks = session.fingerprint(invocation, contents)
+    records.check_repeat(args.repeat, marks, invocation.defaults)
+    if (args.statcorr_samples or 0) > len(data.calibration):
+        raise UserError(
+            f"--statcorr-samples {args.statcorr_samples} is more than the {len(data.calibration)} "
+            "calibration images; pass --nsamples"
+        )
+
     folder = state_folder(args.save) if args.save else None
     with open_state(folder, marks, args.restart, session.world) as state:
         dense_top1 = session.dense_top1()
-        reports = correct(model, requested, state)
+        reports = correct(model, corrections(session, args, model, modes, state), state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save, origin_marks(session.model))
         evaluation = session.evaluation(model)

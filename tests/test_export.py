@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import export
 import quant
-from modelutils import find_layers
+from modelutils import find_layers, get_model
+from obc.inputs.files import save_checkpoint
 from obc.solver.errors import UserError
-from obc.toolkit import export_onnx
+from obc.toolkit import export_measure, export_onnx
 from obc.toolkit.export_codes import OffGrid, pack, packed_state, weight_codes
 from obc.toolkit.export_cut import cut_channels
 
@@ -178,11 +181,24 @@ def test_a_channel_that_one_of_two_readers_uses_stays() -> None:
     assert cut_channels(model, x)[1].channels == {}
 
 
+@pytest.mark.parametrize("abits", [32, 8])
+def test_a_network_that_relies_on_its_size_is_not_cut(abits: int, caplog) -> None:
+    """Also if it rounds its inputs, so that its outputs may differ by a grid point anyway."""
+
+    class Scaled(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / self.c.in_channels
+
+    torch.manual_seed(6)
+    model, x = random_norms(Scaled()), torch.randn(3, *SHAPE)
+    model.c.weight.data[:, [1, 4, 5]] = 0
+    same, cut = cut_channels(quantised(model, 8, abits, True), x)
+    assert cut.channels == {} and same.c.in_channels == 8
+    assert "no channels cut" in caplog.text and "outputs change by" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from modelutils import get_model
-    from obc.inputs.files import save_checkpoint
-
     path = tmp_path_factory.mktemp("export") / "rn8.pth"
     save_checkpoint(quantised(get_model("rn8", "digits"), 8, 8, True).state_dict(), path)
     return path
@@ -213,6 +229,55 @@ def test_a_program_loads_without_us(checkpoint, command, tmp_path) -> None:
     assert status == 0, err
     program = torch.export.load(tmp_path / "rn8.pt2").module()
     assert program(torch.zeros(7, 3, 16, 16)).shape == (7, 10)
+
+
+def test_measuring_tells_size_speed_and_outputs(checkpoint, command, tmp_path, monkeypatch) -> None:
+    for name in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason="needs requirements-export.txt")
+    monkeypatch.setattr(export_measure, "SECONDS", 0.0)
+    monkeypatch.setattr(export_measure, "LEAST_ROUNDS", 2)
+    monkeypatch.delitem(export_measure.RUNTIMES, export_measure.OPENVINO)
+    status, out, err = command(checkpoint, "--to", tmp_path / "rn8.onnx", "--measure")
+    assert status == 0, err
+    record = json.loads((tmp_path / "rn8.json").read_text())
+    assert record["bytes"] == (tmp_path / "rn8.onnx").stat().st_size < record["float32_bytes"] / 2
+    assert {(x["network"], x["batch"], x["threads"]) for x in record["latencies"]} == {
+        (name, batch, threads)
+        for name in ("exported", "float32")
+        for batch in (1, 16)
+        for threads in (1, 0)
+    }
+    assert all(x["seconds"] > 0 and x["rounds"] == 2 for x in record["latencies"])
+    assert "dense: top-1 100.00 on 1024 calibration images" in err
+    assert record["dense_top1_calibration"] == 100
+    found = record["outputs"][export_measure.ONNX_RUNTIME]
+    assert found["top1"] > 98 and found["agreement"] > 99 and 0 <= found["kl"] < 1e-3
+    assert record["outputs"]["PyTorch"]["agreement"] == 100
+    assert f"{found['top1']:.2f} %" in out and f"{record['bytes'] / 1e6:.2f} MB" in out
+
+
+def test_a_profile_is_exported_as_the_checkpoint_of_the_stitched_model(command, tmp_path) -> None:
+    dense = get_model("rn8", "digits")
+    (tmp_path / "models_quant").mkdir()
+    for level, bits in (("8w8a", 8), ("4w4a", 4)):
+        path = tmp_path / "models_quant" / f"rn8_{level}.pth"
+        save_checkpoint(quantised(copy.deepcopy(dense), bits, bits, True).state_dict(), path)
+    (tmp_path / "models_nm_quant").mkdir()
+    for level in ("24_8w8a", "24_4w4a"):
+        source = tmp_path / "models_quant" / f"rn8_{level[3:]}.pth"
+        shutil.copy(source, tmp_path / "models_nm_quant" / f"rn8_{level}.pth")
+    profile = tmp_path / "profile.txt"
+    names = list(find_layers(dense))
+    profile.write_text("".join(f"{('8w8a', '4w4a')[n % 2]} {x}\n" for n, x in enumerate(names)))
+    words = ("--database", "mixed", "--prefix", tmp_path, "--to", tmp_path / "p.safetensors")
+    status, _, err = command(profile, *words)
+    assert status == 0, err
+    state = load_file(tmp_path / "p.safetensors")
+    for n, name in enumerate(names):
+        bits = (8, 4)[n % 2]
+        assert int(state[f"{name}.weight_quant.maxq"]) == 2**bits - 1
+        numbers = dense.get_submodule(name).weight.numel()
+        assert len(state[f"{name}.weight_codes"]) == -(-numbers * bits // 8)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelutils import evaluating
+from modelutils import BatchFigures, Evaluation, evaluating
 from obc.solver.errors import UserError
 from obc.solver.progress import progress
 from obc.toolkit.export_onnx import REQUIREMENTS, package
@@ -134,55 +133,27 @@ def runs_exported(found: list[Latency], runtime: str) -> bool:
 # -- outputs ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Agreement:
-    """The outputs of a network beside PyTorch's, on all test images; an entry of the record."""
-
-    network: str
-    top1: float  # percent
-    same_class: float  # percent
-    kl: float  # mean KL(PyTorch ‖ network), in nats
-
-
-class _Count:
-    def __init__(self) -> None:
-        self.images = self.right = self.same = 0
-        self.kl = 0.0
-
-    def add(self, logits: Tensor, reference: Tensor, labels: Tensor) -> None:
-        classes = logits.argmax(1)
-        self.images += len(labels)
-        self.right += int((classes == labels).sum())
-        self.same += int((classes == reference.argmax(1)).sum())
-        ours, theirs = (F.log_softmax(x.double(), 1) for x in (logits, reference))
-        self.kl += float((theirs.exp() * (theirs - ours)).sum())
-
-    def result(self, network: str) -> Agreement:
-        shares = (100 * count / self.images for count in (self.right, self.same))
-        return Agreement(network, *shares, self.kl / self.images)
-
-
-def agreements(
+def evaluations(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], runners: dict[str, Runner]
-) -> list[Agreement]:
-    """PyTorch, PyTorch in another layout, and each runner, on the same images."""
-    counts = {name: _Count() for name in ("PyTorch", "PyTorch, other batches", *runners)}
+) -> dict[str, Evaluation]:
+    """PyTorch, PyTorch in another layout, and each runner, each compared with PyTorch."""
+    names = ("PyTorch", "PyTorch, other batches", *runners)
+    figures: dict[str, list[BatchFigures]] = {name: [] for name in names}
     with evaluating(model):
         for images, labels in progress("exported network", batches):
             reference = model(images)
-            other = images.to(memory_format=torch.channels_last)
-            halves = torch.cat([model(half) for half in other.split(-(-len(images) // 2))])
-            for name, logits in (("PyTorch", reference), ("PyTorch, other batches", halves)):
-                counts[name].add(logits, reference, labels)
-            for name, run in runners.items():
-                counts[name].add(torch.from_numpy(run(images.numpy())), reference, labels)
-    return [count.result(name) for name, count in counts.items()]
+            halves = images.to(memory_format=torch.channels_last).split(-(-len(images) // 2))
+            outputs = [reference, torch.cat([model(half) for half in halves])]
+            outputs += [torch.from_numpy(run(images.numpy())) for run in runners.values()]
+            for name, logits in zip(names, outputs, strict=True):
+                figures[name].append(BatchFigures.of(logits, labels, reference))
+    return {name: Evaluation.of(one) for name, one in figures.items()}
 
 
 # -- a page of it ----------------------------------------------------------------------------------
 
 
-def table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
     """Rows under a head, as Markdown; the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
@@ -206,10 +177,13 @@ def latency_table(found: list[Latency]) -> str:
         ms = f"{1e3 * x.seconds:.2f}" if x.seconds else "cannot run"
         threads = str(x.threads or "all")
         rows.append([f"{x.runtime}, {x.network}", str(x.batch), threads, ms, ratio])
-    return table(rows)
+    return markdown_table(rows)
 
 
-def agreement_table(found: list[Agreement]) -> str:
+def evaluation_table(found: dict[str, Evaluation]) -> str:
     rows = [["network", "top-1", "same class", "KL"]]
-    rows += [[x.network, f"{x.top1:.2f} %", f"{x.same_class:.2f} %", f"{x.kl:.2g}"] for x in found]
-    return table(rows)
+    rows += [
+        [name, f"{x.top1:.2f} %", f"{x.agreement:.2f} %", f"{x.kl:.2g}"]
+        for name, x in found.items()
+    ]
+    return markdown_table(rows)
