@@ -24,6 +24,7 @@ import argparse
 import copy
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -33,11 +34,12 @@ import quant
 from modelutils import find_layers, other_weights
 from obc.inputs import files
 from obc.inputs.batches import Batches
+from obc.solver.distributed import World
 from obc.solver.errors import UserError, log
 from obc.solver.layers import view
 from obc.toolkit import cli, records
 from obc.toolkit.calibrate import attach_activation_grids, calls_of_layers, prove_layers
-from obc.toolkit.compress import Compression, compare, doubtful_claims, fresh_images
+from obc.toolkit.compress import Compression, compare, fresh_images, warn_of_doubtful_claims
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import (
     check_checkpoint,
@@ -102,13 +104,7 @@ def build_parser() -> cli.Parser:
     add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
     add = parser.group(cli.RUN).add_argument
     add("--cache", metavar="DIR", help="save calibrated Hessians here, for later runs to share")
-    add(
-        "--rel-damp",
-        metavar="F",
-        type=cli.nonnegative_float,
-        default=0.0,
-        help="fraction of mean(diag H) added to the diagonal of H",
-    )
+    cli.add_damping_option(parser.group(cli.RUN))
     add(
         "--check",
         action="store_true",
@@ -179,8 +175,11 @@ def check_inputs_stay(args: argparse.Namespace, mode: Mode) -> None:
             files.check_keeps("--sparse-dir: level", folder / f"{tag}_{name}.pth", inputs)
 
 
-def check_sequential(mode: Mode, args: argparse.Namespace) -> None:
-    """Raise a UserError for what cannot be done layer by layer."""
+def check_shards(mode: Mode, args: argparse.Namespace, world: World) -> None:
+    """Fill in --shards; raise a UserError for what several processes cannot do."""
+    if args.shards and world.size not in (1, args.shards):
+        raise UserError(f"--shards {args.shards}: there are {world.size} processes")
+    args.shards = args.shards or world.size  # sums depend on it, by rounding
     if not mode.sequential:
         return
     if args.shards > 1:
@@ -211,10 +210,7 @@ def compress_model(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     session = Session.of(common_options(args))
     world = session.world
-    if args.shards and world.size not in (1, args.shards):
-        raise UserError(f"--shards {args.shards}: there are {world.size} processes")
-    args.shards = args.shards or world.size  # sums depend on it, by rounding
-    check_sequential(mode, args)
+    check_shards(mode, args, world)
     mode = select_layers(session.model, mode, vars(args), session.image_shape)
     dense, compressed = session.model, start_model(session, args.load, mode)
     origin = origin_marks(dense)
@@ -227,10 +223,7 @@ def compress_model(args: argparse.Namespace) -> None:
     show_plan(session, compressed, mode, asked=args.plan)
     if args.plan:
         return world.leave()
-    if grids := mode.activation_grids(dense, batches, session.device):
-        dense = copy.deepcopy(dense)  # the session's one rounds nothing
-        for model in (dense, compressed):
-            attach_activation_grids(model, grids)
+    dense = with_grids(dense, compressed, mode.activation_grids(dense, batches, session.device))
     record, folder = output_files(args.save, args.sparse_dir, model_tag(args.model))
     uses_cache = args.cache and not mode.nothing_to_solve
     with (
@@ -253,10 +246,7 @@ def compress_model(args: argparse.Namespace) -> None:
             world=world,
         )
         layers = compress(session, compression, batches)
-        if mode.yields_levels and world.first:
-            write_database(compression, Path(args.sparse_dir), model_tag(args.model), origin)
-        if args.save:
-            files.save_checkpoint(compressed.state_dict(), args.save, origin)
+        save(compression, args, origin)
         evaluation = None if mode.yields_levels else session.evaluation(compressed)
         if record:
             records.write_run(
@@ -270,12 +260,24 @@ def compress_model(args: argparse.Namespace) -> None:
                 layers=layers,
             )
         state.finish()
-    chosen, augmented = session.data.calibration, not args.noaug
-    for line in doubtful_claims(compression.layers, layers, chosen, mode, augmented):
-        log.warning(line)
+    warn_of_doubtful_claims(compression, layers, session.data.calibration, not args.noaug)
     if evaluation:
         cli.print_result(str(evaluation))
     world.leave()
+
+
+def with_grids(
+    dense: nn.Module,
+    compressed: nn.Module,  # gets the grids
+    grids: Mapping[str, quant.Grid],  # of layers' inputs; of none in most modes
+) -> nn.Module:
+    """The dense model with the same grids: a copy, since the session's one rounds nothing."""
+    if not grids:
+        return dense
+    dense = copy.deepcopy(dense)
+    for model in (dense, compressed):
+        attach_activation_grids(model, grids)
+    return dense
 
 
 def report(args: argparse.Namespace) -> None:
@@ -288,6 +290,7 @@ def report(args: argparse.Namespace) -> None:
             cli.print_result(line)
     else:
         session = Session.of(options)
+        session.dense_top1()
         cli.print_result(str(session.evaluation(session.model)))
         session.world.leave()
 
@@ -353,6 +356,14 @@ def compress(
                 report["checked_error"], report["fresh_error"] = errors[name], fresh_errors[name]
                 compare(name, report["squared_error"], errors[name], fresh_errors[name])
     return reports
+
+
+def save(compression: Compression, args: argparse.Namespace, origin: dict[str, str]) -> None:
+    """Write the model, or the database of its levels."""
+    if compression.mode.yields_levels and compression.world.first:
+        write_database(compression, Path(args.sparse_dir), model_tag(args.model), origin)
+    if args.save:
+        files.save_checkpoint(compression.compressed.state_dict(), args.save, origin)
 
 
 def write_database(

@@ -82,12 +82,12 @@ def quantise_inputs(model: nn.Module, grids: Mapping[str, quant.Grid]) -> None:
     for name, layer in find_layers(model).items():
         if name in grids:
             layer.add_module(INPUT_STEP, LearnedStep(grids[name]))
-            layer.register_forward_pre_hook(_round_input)
+            layer.register_forward_pre_hook(_round_by_learned_step)
         else:
             log.info("%s: input not quantised: no image reached it", name)
 
 
-def _round_input(layer: nn.Module, args: tuple) -> tuple:
+def _round_by_learned_step(layer: nn.Module, args: tuple) -> tuple:
     return (getattr(layer, INPUT_STEP).quantise_input(args[0]), *args[1:])
 
 

@@ -335,6 +335,21 @@ def range_method(text: str) -> str:
     raise argparse.ArgumentTypeError(f"must be {' or '.join(layer_problem.RANGES)}; got {text}")
 
 
+def add_solver_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of bounds and searches."""
+    add = parser.add_argument_group("solvers").add_argument
+    add(
+        "--method",
+        choices=layer_problem.METHODS,
+        default="both",
+        help="certified semidefinite bound, exact search, or both",
+    )
+    text = "seconds for the search of a subproblem; after that its result is [proven bound, best]"
+    add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
+    add("--node-limit", metavar="N", type=cli.positive_int, help="the same in nodes")
+    add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
+
+
 def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argparse.ArgumentParser:
     """The options of both commands, which are the same."""
     example = (
@@ -384,17 +399,7 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     text = "chunks of each output channel, evenly spread; 0: all"
     add("--num-chunks", metavar="N", type=natural, default=8, help=text)
 
-    add = parser.add_argument_group("solvers").add_argument
-    add(
-        "--method",
-        choices=layer_problem.METHODS,
-        default="both",
-        help="certified semidefinite bound, exact search, or both",
-    )
-    text = "seconds for the search of a subproblem; after that its result is [proven bound, best]"
-    add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
-    add("--node-limit", metavar="N", type=positive, help="the same in nodes")
-    add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
+    add_solver_options(parser)
     study_files.add_study_options(parser, "layer_outputs")
     # the common options that are fixed here
     parser.set_defaults(nrounds=None, noaug=True, memory=None, weights_key=None)

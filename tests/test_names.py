@@ -59,7 +59,7 @@ def other(state: State) -> State:
     return {name: torch.full_like(tensor, 7) for name, tensor in state.items()}
 
 
-def loads(model: nn.Module, state: State, path: Path, **options) -> None:
+def check_loads(model: nn.Module, state: State, path: Path, **options) -> None:
     """The file in `path` brings exactly these weights into a model of other weights."""
     model = copy.deepcopy(model)
     with torch.no_grad():
@@ -112,13 +112,13 @@ CASES = {
 def test_weights_as_scripts_write_them(case, zipped, tmp_path):
     path = tmp_path / "x.pth"
     torch.save(CASES[case], path, _use_new_zipfile_serialization=zipped)
-    loads(net(), STATE, path)
+    check_loads(net(), STATE, path)
 
 
 def test_counts_of_batches_may_be_missing(tmp_path):
     """As in files from before PyTorch 0.4.1; the model's own count stays."""
     torch.save({k: v for k, v in STATE.items() if "num_batches" not in k}, tmp_path / "x.pth")
-    loads(net(), STATE | {"1.num_batches_tracked": torch.tensor(3)}, tmp_path / "x.pth")
+    check_loads(net(), STATE | {"1.num_batches_tracked": torch.tensor(3)}, tmp_path / "x.pth")
 
 
 def test_swa_of_a_model_is_the_average(tmp_path):
@@ -129,9 +129,9 @@ def test_swa_of_a_model_is_the_average(tmp_path):
         model[0].weight.add_(2)
     averaged.update_parameters(model)
     torch.save(averaged.state_dict(), tmp_path / "swa.pth")
-    loads(net(), averaged.module.state_dict(), tmp_path / "swa.pth")
+    check_loads(net(), averaged.module.state_dict(), tmp_path / "swa.pth")
     # A model that is an AveragedModel itself keeps its counter.
-    loads(averaged, averaged.state_dict(), tmp_path / "swa.pth")
+    check_loads(averaged, averaged.state_dict(), tmp_path / "swa.pth")
 
 
 def test_masks_of_pruning_are_applied(tmp_path, caplog):
@@ -143,7 +143,7 @@ def test_masks_of_pruning_are_applied(tmp_path, caplog):
         prune.remove(layer, name)
     assert int((model[0].weight == 0).sum()) == 108
     with caplog.at_level(logging.INFO, "trueobs"):
-        loads(net(), model.state_dict(), tmp_path / "x.pth")
+        check_loads(net(), model.state_dict(), tmp_path / "x.pth")
     assert "applied the masks of 0.weight and 1 more" in caplog.text
     state = model.state_dict()
     broken = {**state, "0.weight_orig": state["0.weight"], "0.weight_mask": torch.ones(1)}
@@ -185,12 +185,12 @@ def test_the_key_chooses(tmp_path):
         },
         path,
     )
-    loads(net(), wrong, path, key="model_ema")
-    loads(net(), wrong, path, key="model_ema.module")
-    loads(net(), wrong, path, key="state_dict.online")
-    loads(net(), STATE, path, key="state_dict.target")
-    loads(net(), STATE, path, key="model.raw")
-    loads(net(), wrong, path, key="model")  # of the two in it, the averaged ones
+    check_loads(net(), wrong, path, key="model_ema")
+    check_loads(net(), wrong, path, key="model_ema.module")
+    check_loads(net(), wrong, path, key="state_dict.online")
+    check_loads(net(), STATE, path, key="state_dict.target")
+    check_loads(net(), STATE, path, key="model.raw")
+    check_loads(net(), wrong, path, key="model")  # of the two in it, the averaged ones
     with pytest.raises(UserError, match="no weights at mode .*it has .*model.raw"):
         fitting_weights(path, net(), "mode")
     with pytest.raises(UserError, match="does not fit the model at optimizer: missing 0.weight"):
@@ -226,9 +226,9 @@ def test_models_with_a_name_of_a_wrapper_read_their_own_files(make, tmp_path):
         prefixed(inner.state_dict(), "_orig_mod"),
     ):
         torch.save(content, path)
-        loads(make(), model.state_dict(), path)
+        check_loads(make(), model.state_dict(), path)
     save_file(dict(model.state_dict()), tmp_path / "x.safetensors")
-    loads(make(), model.state_dict(), tmp_path / "x.safetensors")
+    check_loads(make(), model.state_dict(), tmp_path / "x.safetensors")
 
 
 MODEL = """
@@ -321,7 +321,7 @@ def test_old_names_of_torchvision(tmp_path):
     fresh = torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=10)
     for content in (state, {"model": state}, prefixed(state, "module")):
         torch.save(content, tmp_path / "v.pth")
-        loads(fresh, vit.state_dict(), tmp_path / "v.pth")
+        check_loads(fresh, vit.state_dict(), tmp_path / "v.pth")
 
 
 class FlatMobileNet(nn.Module):
@@ -419,9 +419,9 @@ def test_conversions_of_values_run_once_and_by_version(tmp_path):
         if versions:
             old._metadata = versions
         torch.save(old, path)
-        loads(model, {"a.weight": weight, "a.bias": bias}, path)
+        check_loads(model, {"a.weight": weight, "a.bias": bias}, path)
     torch.save({"state_dict": prefixed(old, "module")}, path)
-    loads(model, {"a.weight": weight, "a.bias": bias}, path)
+    check_loads(model, {"a.weight": weight, "a.bias": bias}, path)
     bad = {"a.kernel": torch.full((5, 3), float("nan")), "a.bias": bias}
     torch.save(bad, path)
     with pytest.raises(UserError, match="a.weight has NaN"):
@@ -476,7 +476,7 @@ def test_versions_that_are_no_versions(tmp_path):
     state = OrderedDict(STATE)
     state._metadata = {"": torch.ones(1), "0": {"version": "x"}, 3: {}, "1": {"version": 2}}
     torch.save(state, tmp_path / "x.pth")
-    loads(net(), STATE, tmp_path / "x.pth")
+    check_loads(net(), STATE, tmp_path / "x.pth")
 
 
 def test_odd_tensors_in_wrappers_are_refused(tmp_path):
@@ -496,7 +496,7 @@ def test_only_what_is_taken_has_to_be_plain(tmp_path):
     """Averaged weights are taken; what is wrong with the others does not matter."""
     odd = {**STATE, "0.weight": torch.zeros(8, 3, 3, 3).to_sparse()}
     torch.save({"ema": STATE, "model": odd}, tmp_path / "x.pth")
-    loads(net(), STATE, tmp_path / "x.pth")
+    check_loads(net(), STATE, tmp_path / "x.pth")
     with pytest.raises(UserError, match="0.weight is sparse_coo"):
         fitting_weights(tmp_path / "x.pth", net(), "model")
 

@@ -59,7 +59,7 @@ def opened(prefix: Path, seed: int = 0) -> Database:
     return db
 
 
-def refused(call: Callable[[], object], *words: object) -> None:
+def check_refused(call: Callable[[], object], *words: object) -> None:
     with pytest.raises(UserError) as caught:
         call()
     message = str(caught.value)
@@ -104,7 +104,7 @@ def test_attributes_of_other_programs_are_no_marks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("marked", [True, False])
 def test_a_database_of_other_weights_is_refused(tmp_path: Path, marked: bool) -> None:
     write_database(tmp_path, 0, marked)
-    refused(lambda: opened(tmp_path, 1), "net_0000.pth: made of other weights than other.pth")
+    check_refused(lambda: opened(tmp_path, 1), "net_0000.pth: made of other weights than other.pth")
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -112,7 +112,7 @@ def test_a_database_of_other_weights_is_refused(tmp_path: Path, marked: bool) ->
 def test_one_level_of_another_network_is_named(tmp_path: Path, level: str, marked: bool) -> None:
     write_database(tmp_path, 0, marked)
     path = write_level(tmp_path, level, pruned(net(1), LEVELS[level]), net(1) if marked else None)
-    refused(lambda: opened(tmp_path), path, WEIGHTS)
+    check_refused(lambda: opened(tmp_path), path, WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,11 @@ def test_files_without_marks_are_compared_tensor_by_tensor(
         model.state_dict()[key].add_(1)
     write_level(tmp_path, "5000", model, None)
     if seen:
-        refused(lambda: opened(tmp_path), "net_5000.pth: made of other weights", f"({key} differs)")
+        check_refused(
+            lambda: opened(tmp_path), "net_5000.pth: made of other weights", f"({key} differs)"
+        )
     else:
-        opened(tmp_path)
+        assert opened(tmp_path).layers
 
 
 def test_layers_without_zeros_count_as_dense_at_level_0_and_if_all_levels_are_equal(
@@ -153,11 +155,11 @@ def test_layers_without_zeros_count_as_dense_at_level_0_and_if_all_levels_are_eq
         write_level(tmp_path, level, pruned(bare(0), sparsity, (1,)), None)
     db = Database.open("unstr", "net", tmp_path)
     db.check(bare(0))
-    refused(lambda: db.check(bare(1)), "net_0000.pth", "(0.weight differs)")
+    check_refused(lambda: db.check(bare(1)), "net_0000.pth", "(0.weight differs)")
     (tmp_path / "models_unstr/net_0000.pth").unlink()
     db = Database.open("unstr", "net", tmp_path)
     db.check(bare(0))
-    refused(lambda: db.check(bare(1)), "net_5000.pth", "(0.weight differs)")
+    check_refused(lambda: db.check(bare(1)), "net_5000.pth", "(0.weight differs)")
 
 
 def test_what_people_do_to_files_without_marks_is_accepted(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_two_files_of_one_level_are_refused(
 ) -> None:
     for path in (one, other):
         save_checkpoint(net().state_dict(), tmp_path / path)
-    refused(lambda: Database.open(kind, "net", tmp_path), tmp_path / one, tmp_path / other)
+    check_refused(lambda: Database.open(kind, "net", tmp_path), tmp_path / one, tmp_path / other)
     (tmp_path / other).unlink()
     assert len(Database.open(kind, "net", tmp_path).levels) == 1
 
@@ -214,7 +216,7 @@ def test_scores_of_other_levels_are_refused_and_those_of_more_levels_are_not(
     check_scores(read_scores(path), opened(tmp_path))  # the scores of the others are right
     level.write_bytes(content)
     write_level(tmp_path, "5000", pruned(net(), 0.45), net())
-    refused(lambda: check_scores(read_scores(path), opened(tmp_path)), path, level)
+    check_refused(lambda: check_scores(read_scores(path), opened(tmp_path)), path, level)
     level.write_bytes(content)
     check_scores(read_scores(path), opened(tmp_path))
 
@@ -222,9 +224,9 @@ def test_scores_of_other_levels_are_refused_and_those_of_more_levels_are_not(
 def test_scores_of_other_weights_and_of_another_kind_are_refused(tmp_path: Path) -> None:
     path = scores_of(write_database(tmp_path / "a"), tmp_path / "s.txt")
     db = write_database(tmp_path / "b", 1)
-    refused(lambda: check_scores(read_scores(path), db), path, "other dense weights")
+    check_refused(lambda: check_scores(read_scores(path), db), path, "other dense weights")
     db.kind = "4block"
-    refused(lambda: check_scores(read_scores(path), db), path, "kind unstr, not 4block")
+    check_refused(lambda: check_scores(read_scores(path), db), path, "kind unstr, not 4block")
 
 
 def test_scores_without_marks_are_compared_by_their_record(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_scores_without_marks_are_compared_by_their_record(tmp_path: Path) -> No
         if right:
             check_scores(read_scores(path), db)
         else:
-            refused(lambda: check_scores(read_scores(path), db), path, "s.json")
+            check_refused(lambda: check_scores(read_scores(path), db), path, "s.json")
 
 
 # -- profiles --------------------------------------------------------------------------------------
@@ -258,11 +260,13 @@ def test_profiles_of_other_databases_are_refused(tmp_path: Path) -> None:
     write_level(tmp_path, "0000", pruned(net(), 0.05), net())  # the profile does not use it
     check_profile(read_profile(path), opened(tmp_path))
     write_level(tmp_path, "9000", pruned(net(), 0.8), net())
-    refused(lambda: check_profile(read_profile(path), opened(tmp_path)), path, "another unstr")
+    check_refused(
+        lambda: check_profile(read_profile(path), opened(tmp_path)), path, "another unstr"
+    )
     db = write_database(tmp_path / "other", 1)
-    refused(lambda: check_profile(read_profile(path), db), path, "other dense weights")
+    check_refused(lambda: check_profile(read_profile(path), db), path, "other dense weights")
     db.kind = "4block"
-    refused(lambda: check_profile(read_profile(path), db), path, "kind unstr, not 4block")
+    check_refused(lambda: check_profile(read_profile(path), db), path, "kind unstr, not 4block")
     plain = [line for line in path.read_text().splitlines() if not line.startswith("#:")]
     path.write_text("\n".join(plain))
     check_profile(read_profile(path), db)
@@ -282,7 +286,9 @@ def test_an_edited_profile_is_accepted_if_it_fits(tmp_path: Path) -> None:
     ):
         path.write_text("# mine\n" + text.replace(old, new))
         number = lines.index("9000 3") + 2
-        refused(lambda: check_profile(read_profile(path), db), f"{path}, line {number}: {words}")
+        check_refused(
+            lambda: check_profile(read_profile(path), db), f"{path}, line {number}: {words}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -302,7 +308,7 @@ def test_old_profiles_tell_their_kind_by_their_names(
     db = write_database(tmp_path)
     write_profile(tmp_path / name, PROFILE)
     if other:
-        refused(lambda: check_profile(read_profile(tmp_path / name), db), name, "not unstr")
+        check_refused(lambda: check_profile(read_profile(tmp_path / name), db), name, "not unstr")
     else:
         check_profile(read_profile(tmp_path / name), db)
 

@@ -299,8 +299,9 @@ def test_a_failing_correction_leaves_no_file(compressed, tmp_path, capsys):
     words = [f"{tmp_path / 'mlp.py'}:build", "digits", weights, "--save", saved]
     for option in ("--bnt", "--statcorr"):
         assert post_proc.main([*map(str, words), *COMMON, option]) == 2
-        *_, line = capsys.readouterr().err.splitlines()
+        *others, line = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and f"({option})" in line
+        assert [text.split()[0] for text in others] == ["dense:", "warning:"]  # zero weights
     assert not saved.exists()
 
 

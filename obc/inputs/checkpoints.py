@@ -80,7 +80,7 @@ def fitting_weights(
     Logs what was taken if this was not plain. Raises UserError if no names fit; `load_state`
     compares shapes.
     """
-    names = _tensors(model)
+    names = _tensors_by_name(model)
     found = readings(_state_dicts(_read(path), path), names, additions)
     fits = [reading for reading in found if reading.fits]
     places = [reading.place for reading in fits or found if reading.place]
@@ -340,7 +340,7 @@ def _numbers(dtype: torch.dtype) -> str:
 # -- loading ---------------------------------------------------------------------------------------
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     return {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
 
 
@@ -378,7 +378,7 @@ def _conversion(
             trial.load_state_dict(_with_versions(state, versions), strict=False, assign=True)
     except Exception:
         return not wrong[0], None
-    return not wrong[0], None if wrong[0] else _tensors(trial)
+    return not wrong[0], None if wrong[0] else _tensors_by_name(trial)
 
 
 def load_state(
@@ -392,7 +392,7 @@ def load_state(
     model's dtypes. Raises a UserError that names the first tensor that does not fit: by name,
     shape, kind of numbers (a cast would distort them), or values.
     """
-    ours, versions = _tensors(model), getattr(state, "_metadata", {})
+    ours, versions = _tensors_by_name(model), getattr(state, "_metadata", {})
     missing = [key for key in ours if key not in state and not key.endswith(UNCOUNTED)]
     unexpected = [key for key in state if key not in ours]
     wrong = missing or unexpected

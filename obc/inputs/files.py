@@ -2,8 +2,9 @@
 
 Every file is written under a temporary name in the folder of its destination, forced to disk and
 renamed, so that no reader ever sees half a file. Temporary files are hidden, and locked until the
-process that writes them ends; whoever writes into a folder next removes those that are not locked,
-which are leftovers of killed processes. Of several processes (torchrun), only the first writes.
+process that writes them ends. The next process to write into a folder removes those that are not
+locked: they are left over from killed processes. Of several processes (torchrun), only the first
+writes.
 """
 
 from __future__ import annotations

@@ -66,12 +66,12 @@ class Operations(fx.Interpreter):
 
     def calls(self, layer: str) -> list[int]:
         """The operations that use a layer or a tensor of it, under whatever name."""
-        ours = _tensors(self.module.get_submodule(layer))
+        ours = _tensor_ids(self.module.get_submodule(layer))
         return [number for number, node in enumerate(self.nodes) if ours & self._tensors_of(node)]
 
     def _tensors_of(self, node: fx.Node) -> set[int]:
         if node.op == "call_module":
-            return _tensors(self.module.get_submodule(node.target))
+            return _tensor_ids(self.module.get_submodule(node.target))
         return {id(self.fetch_attr(node.target))} if node.op == "get_attr" else set()
 
     def fetch_attr(self, target: str) -> object:
@@ -232,5 +232,5 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *computed]})
 
 
-def _tensors(module: nn.Module) -> set[int]:
+def _tensor_ids(module: nn.Module) -> set[int]:
     return {id(tensor) for tensor in chain(module.parameters(), module.buffers())}

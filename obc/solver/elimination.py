@@ -229,7 +229,7 @@ def bytes_per_task(d: int, item: int, device: torch.device) -> tuple[int, int]:
     """Memory for a row that the compiled engine works on, and the most rows that it works on at
     a time; zeros without it."""
     engine = compiled_engine() if device.type == "cpu" else None
-    return (0, 0) if engine is None else engine.bytes_per_task(d, item)
+    return (0, 0) if engine is None else engine.bytes_per_row_in_work(d, item)
 
 
 def eliminate_in_torch(

@@ -157,7 +157,7 @@ def eliminate_rows(
     return order, losses, weights
 
 
-def bytes_per_task(d: int, item: int) -> tuple[int, int]:
+def bytes_per_row_in_work(d: int, item: int) -> tuple[int, int]:
     """Memory for a row in work, and the most rows that are in work at a time."""
     rows = max(1, CACHE_BYTES // (d * d * item))
     return d * (d + 192) * item, torch.get_num_threads() * rows
@@ -314,7 +314,7 @@ def close_panel(A, tile, rows, groups, U, steps):
     With them move the rows and columns of A (except for N:M) and `steps` rows of U.
     """
     for r in range(len(rows.w)):
-        source, hole, live = vacancies(rows.barred[r], rows.live[r], rows.unit)
+        source, hole, live = vacancies_of_row(rows.barred[r], rows.live[r], rows.unit)
         rows.live[r] = live
         move_row(rows, r, source, hole)
         if groups.size:
@@ -501,7 +501,7 @@ def move(w, D, floor, u, m, scale, moved):
 
 
 @compiled
-def vacancies(barred, m, unit):
+def vacancies_of_row(barred, m, unit):
     """Live positions that have to move, the holes that they move into, and how many are alive.
 
     Of m positions, all are alive but those of barred units. Sources and holes ascend, and whole

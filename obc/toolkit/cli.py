@@ -128,6 +128,12 @@ def add_common_options(parser: Parser) -> None:
         "(default: ../imagenet, ../cifar10; digits needs none)",
     )
     add("--nsamples", metavar="N", type=positive_int, default=1024, help="calibration images")
+    add_input_options(parser)
+    add_run_options(parser)
+
+
+def add_input_options(parser: Parser) -> None:
+    """Add the common options about weights and images."""
     add = parser.group(INPUTS).add_argument
     add(
         "--weights-key",
@@ -161,6 +167,10 @@ def add_common_options(parser: Parser) -> None:
         action="store_true",
         help="leave out images that cannot be read, instead of refusing to start",
     )
+
+
+def add_run_options(parser: Parser) -> None:
+    """Add the common options about where and how to compute."""
     add = parser.group(RUN).add_argument
     add("--seed", metavar="N", type=seed, default=0, help="seed of every random choice")
     add("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="where to compute")
@@ -176,6 +186,17 @@ def add_common_options(parser: Parser) -> None:
         type=nonnegative_int,
         help="processes that decode images "
         "(default: 0 for cifar10 and digits, otherwise one per core, 8 at most)",
+    )
+
+
+def add_damping_option(group: argparse._ArgumentGroup) -> None:
+    """Add --rel-damp."""
+    group.add_argument(
+        "--rel-damp",
+        metavar="F",
+        type=nonnegative_float,
+        default=0.0,
+        help="fraction of mean(diag H) added to the diagonal of H",
     )
 
 

@@ -358,14 +358,13 @@ def compare(name: str, claimed: float, measured: float, fresh: float) -> None:
 # -- claims that cannot be believed ----------------------------------------------------------------
 
 
-def doubtful_claims(
-    layers: Mapping[str, nn.Module],
+def warn_of_doubtful_claims(
+    compression: Compression,
     reports: Sequence[Mapping[str, Any]],  # as in the record
     chosen: ImageSet,  # the calibration images
-    mode: Mode,
     augmented: bool,
-) -> list[str]:
-    """In a line each: layers that saw too little for their claimed errors, and what helps.
+) -> None:
+    """Name the layers that saw too little for their claimed errors, and what helps.
 
     With fewer patches than columns, Σxxᵀ says nothing of the other directions of weight space: a
     change along them is free on the calibration images, and on no others. Baselines, which do not
@@ -375,10 +374,10 @@ def doubtful_claims(
     short, worse = {}, {}
     for report in reports:
         name, patches, claimed = report["name"], report["patches"], report["squared_error"]
-        columns = view(layers[name]).columns
+        columns = view(compression.layers[name]).columns
         if report["dense"]:
             continue
-        if patches < columns and mode.order == "obs":
+        if patches < columns and compression.mode.order == "obs":
             short[name] = f"{name} ({patches} for {columns})", -(-columns * images // patches)
         if (fresh := report.get("fresh_error", 0.0)) > FRESH_FACTOR * claimed:
             worse[name] = f"{name} ({fresh:.4g} for {claimed:.4g})"
@@ -399,4 +398,5 @@ def doubtful_claims(
             f"fresh images give more than {FRESH_FACTOR} times the error claimed for these layers"
             f"{help_text}: {', '.join(worse.values())}"
         )
-    return lines
+    for line in lines:
+        log.warning(line)
