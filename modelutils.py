@@ -2,7 +2,7 @@
 
     get_model("rn20", "cifar10", "rn20.pth") ─▶ nn.Module in eval mode
     find_layers(model)                       ─▶ {name: conv or linear layer}, the compressible ones
-    evaluate(model, batches, device, scores) ─▶ top-1, and how far it is from the dense model
+    evaluate(model, batches, device, dense)  ─▶ top-1, and how far it is from the dense model
 
 MODEL is one of
 
@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -282,25 +282,30 @@ def placed(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device, memory_format=layout, copy=True)
 
 
-def _outputs(
-    model: nn.Module, batches: Batches, device: torch.device, task: str
-) -> Iterator[tuple[Tensor, Tensor]]:  # logits (n, classes), labels (n,)
+@contextmanager
+def _scoring(
+    model: nn.Module, device: torch.device
+) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Inside, a function from images on the device, and their labels, to logits (n, classes)."""
     model.to(device)
+    run: TracedModel | UntracedModel | None = None
+
+    def score(images: Tensor, labels: Tensor) -> Tensor:
+        nonlocal run
+        run = run or _fastest(model, images)
+        run.begin(images)
+        logits = run.finish()
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+            raise UserError("the model does not return class scores of shape (images, classes)")
+        if int(labels.max()) >= logits.shape[1]:
+            raise UserError(
+                f"the model has {logits.shape[1]} classes, but there is an image of "
+                f"class {int(labels.max())} (counted from 0)"
+            )
+        return logits
+
     with evaluating(model):
-        run = None
-        for images, labels in progress(task, batches):
-            images = placed(images, device)
-            run = run or _fastest(model, images)
-            run.begin(images)
-            logits = run.finish()
-            if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-                raise UserError("the model does not return class scores of shape (images, classes)")
-            if int(labels.max()) >= logits.shape[1]:
-                raise UserError(
-                    f"the model has {logits.shape[1]} classes, but there is an image of "
-                    f"class {int(labels.max())} (counted from 0)"
-                )
-            yield logits, labels.to(device)
+        yield score
 
 
 def _fastest(model: nn.Module, images: Tensor) -> TracedModel | UntracedModel:
@@ -360,33 +365,43 @@ class BatchFigures(NamedTuple):
         return cls(len(labels), right, int((chosen == dense.argmax(dim=1)).sum()), kl)
 
 
-def class_scores(
-    model: nn.Module, batches: Batches, device: torch.device
-) -> Tensor:  # (images, classes) float32, on the CPU
-    """What a model returns for all images, for `evaluate` to compare others with it."""
-    scores = [logits.float().cpu() for logits, _ in _outputs(model, batches, device, "dense model")]
-    return torch.cat(scores) if scores else torch.empty(0, 0)
+@dataclass
+class DenseScores:
+    """The dense model, and its logits for batches of images once they are known."""
+
+    model: nn.Module
+    batches: list[Tensor] = field(default_factory=list)  # (n, classes) each, on the CPU
 
 
 def evaluate(
     model: nn.Module,
     batches: Batches,  # this process's share: every N-th
     device: torch.device,
-    dense_scores: Tensor | None = None,  # the dense model's `class_scores` of the same batches
+    dense: DenseScores | None = None,  # always with the same batches
     world: World = ALONE,
 ) -> Evaluation:
     """Top-1, KL and agreement. Moves the model to `device` and changes nothing else in it.
 
+    The first time the dense model sees the batches, too, so that images are decoded once.
     ImageBatches are summed in their own order, whichever process has them.
     """
     figures: list[BatchFigures] = []
-    done = 0
-    for logits, labels in _outputs(model, batches, device, "evaluating"):
-        dense = None
-        if dense_scores is not None:
-            dense = dense_scores[done : done + len(labels)].to(device)
-        figures.append(BatchFigures.of(logits, labels, dense))
-        done += len(labels)
+    known, seen = dense.batches if dense else [], list[Tensor]()
+    with ExitStack() as stack:
+        score = stack.enter_context(_scoring(model, device))
+        unknown = dense is not None and not known
+        dense_score = stack.enter_context(_scoring(dense.model, device)) if unknown else None
+        for number, (images, labels) in enumerate(progress("evaluating", batches)):
+            images, other = placed(images, device), None
+            logits = score(images, labels)
+            if dense_score:
+                other = dense_score(images, labels)
+                seen.append(other.float().cpu())
+            elif known:
+                other = known[number].to(device)
+            figures.append(BatchFigures.of(logits, labels.to(device), other))
+    if dense:
+        dense.batches = known or seen
     figures = world.interleave(figures)
     if not figures:
         raise UserError("no images to evaluate on")
@@ -403,10 +418,12 @@ def mean_loss(
 
     ImageBatches are summed in their own order, whichever process has them.
     """
-    sums = [
-        (F.cross_entropy(logits.float(), labels, reduction="sum").double(), len(labels))
-        for logits, labels in _outputs(model, batches, device, "loss")
-    ]
+    sums = []
+    with _scoring(model, device) as score:
+        for images, labels in progress("loss", batches):
+            logits = score(placed(images, device), labels).float()
+            loss = F.cross_entropy(logits, labels.to(device), reduction="sum").double()
+            sums.append((loss, len(labels)))
     sums = world.interleave([(float(loss), count) for loss, count in sums])
     if not sums:
         raise UserError("no images to evaluate on")

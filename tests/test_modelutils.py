@@ -18,9 +18,9 @@ from datautils import test_batches as batches_of_tests
 from modelutils import (
     CIFAR_BLOCKS,
     CifarResNet,
+    DenseScores,
     Evaluation,
     check_layers,
-    class_scores,
     evaluate,
     find_layers,
     get_model,
@@ -468,8 +468,11 @@ def test_kl_and_agreement_with_the_dense_model_by_their_definitions():
         p, q = (net(image[None])[0].double().softmax(0).tolist() for net in (dense, model))
         kl += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 12
         same += p.index(max(p)) == q.index(max(q))
-    scores = class_scores(dense, batches, CPU)
+    scores = DenseScores(dense)
     found = evaluate(model, batches, CPU, scores)
+    assert [len(one) for one in scores.batches] == [5, 1, 6]
+    scores.model = None  # it has been seen
+    assert evaluate(model, batches, CPU, scores) == found
     assert (found.kl, found.agreement) == (pytest.approx(kl), pytest.approx(100 * same / 12))
     assert evaluate(dense, batches, CPU, scores) == Evaluation(
         evaluate(dense, batches, CPU).top1, 0.0, 100.0

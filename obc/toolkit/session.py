@@ -44,10 +44,10 @@ from datautils import (
 from modelutils import (
     RANDOM,
     SHIPPED_WEIGHTS,
+    DenseScores,
     Evaluation,
     check_classes,
     check_layers,
-    class_scores,
     evaluate,
     evaluating,
     find_layers,
@@ -207,9 +207,9 @@ class Session:
         return batches.shard(self.world.rank, self.world.size)
 
     @cached_property
-    def dense_scores(self) -> Tensor:
-        """What the dense model returns for this process's test images."""
-        return class_scores(self.model, self.test_shard(), self.device)
+    def dense_scores(self) -> DenseScores:
+        """Of this process's test images."""
+        return DenseScores(self.model)
 
     def evaluation(self, model: nn.Module) -> Evaluation:
         """How good a model is on the test images, and how close to the dense one."""
