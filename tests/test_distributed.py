@@ -109,6 +109,32 @@ def test_two_processes_write_what_one_writes(mode, tmp_path):
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
+LEAVING = """
+from pathlib import Path
+
+import torch
+from obc.solver.distributed import join
+
+world = join(torch.device("cpu"))
+import torch.distributed.nn  # as torchvision does; its functions have the group as a default
+
+world.meet()
+world.leave()
+threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads
+"""
+
+
+@gloo
+def test_no_thread_of_the_group_is_left_when_python_ends(tmp_path):
+    """One that is still alive then, and asks for Python, aborts the process."""
+    (tmp_path / "leaving.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{LEAVING}"
+    )
+    done = torchrun(tmp_path, tmp_path / "leaving.py")
+    assert done.returncode == 0, done.stderr
+
+
 @gloo
 @pytest.mark.parametrize("action", ["loss", "squared"])
 def test_two_processes_find_the_same_scores(action, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ another longer than PATIENCE gives up.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import time
@@ -160,6 +161,10 @@ def join(device: torch.device) -> World:
     on_cpu = device.type == "cpu"
     if not group.is_available() or not (on_cpu or group.is_nccl_available()):
         raise UserError("this PyTorch was built without torch.distributed, or without NCCL")
+    # The defaults of this module's functions are the group at the time of its import. Imported
+    # later, as torchvision does, it would keep the group and its threads alive beyond `leave`, and
+    # a thread that asks for Python while Python ends aborts the process.
+    importlib.import_module("torch.distributed.nn")
     backend = "gloo" if on_cpu else f"cpu:gloo,{device.type}:nccl"
     try:
         if not group.is_initialized():
