@@ -28,24 +28,25 @@ PARTS = (  # of the study
 
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["study"] and set(words[1:2]) <= set(PARTS) and len(words) > 1:
-        module, arguments = f"pruning_vs_quantization.{words[1]}", words[2:]
-    elif words and words[0] in COMMANDS and words[0] != "study":
-        module, arguments = COMMANDS[words[0]][0], words[1:]
-    else:
-        return usage(asked=words in (["-h"], ["--help"]))
-    return importlib.import_module(module).main(arguments)
+    if words in (["-h"], ["--help"]):
+        sys.stdout.write(usage())
+        return 0
+    study = words[:1] == ["study"]
+    names, word = (PARTS, words[1:2]) if study else (COMMANDS, words[:1])
+    if not word or word[0] not in names:
+        given = f"{word[0]}: no such command" if word else "name a command"
+        first = "trueobs study" if study else "trueobs"
+        sys.stderr.write(f"error: {given}; {first} {' | '.join(names)}\n")
+        return 2
+    module = f"pruning_vs_quantization.{word[0]}" if study else COMMANDS[word[0]][0]
+    return importlib.import_module(module).main(words[2 if study else 1 :])
 
 
-def usage(asked: bool) -> int:
-    """Print the commands; to standard error, with status 2, unless --help was asked for."""
+def usage() -> str:
+    """What --help shows."""
     lines = [f"  {word:10} {text}" for word, (_, text) in COMMANDS.items()]
-    text = "\n".join(
-        ["usage: trueobs COMMAND …        (trueobs COMMAND --help says more)", "", *lines]
-        + ["", f"parts of the study: {', '.join(PARTS)}"]
-    )
-    (sys.stdout if asked else sys.stderr).write(text + "\n")
-    return 0 if asked else 2
+    head = "usage: trueobs COMMAND …        (trueobs COMMAND --help says more)"
+    return "\n".join([head, "", *lines, "", f"parts of the study: {', '.join(PARTS)}", ""])
 
 
 if __name__ == "__main__":

@@ -51,10 +51,13 @@ def test_every_command_is_reached(word, capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["compres"], ["study"], ["study", "main_trueobs"]])
-def test_other_words_are_answered_by_the_list_of_commands(words, capsys):
+def test_other_words_are_told_in_one_line(words, capsys):
     assert entry.main(words) == 2
     output = capsys.readouterr()
-    assert not output.out and all(word in output.err for word in entry.COMMANDS)
+    assert not output.out and output.err.startswith("error: ") and output.err.count("\n") == 1
+    names = entry.PARTS if words[:1] == ["study"] else entry.COMMANDS
+    assert all(name in output.err for name in names)
+    assert not words or words == ["study"] or f"{words[-1]}: no such command" in output.err
 
 
 def test_the_parts_of_the_study_have_a_main():
