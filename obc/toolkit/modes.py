@@ -34,7 +34,7 @@ import quant
 from modelutils import find_layers
 from obc.inputs.batches import Batches
 from obc.solver.elimination import ORDERS
-from obc.solver.errors import UserError
+from obc.solver.errors import UserError, log
 from obc.solver.layers import LayerView, view
 from obc.solver.levels import sparsity_grid
 from obc.toolkit import cli
@@ -42,6 +42,7 @@ from obc.toolkit.calibrate import activation_grids
 from trueobs import TrueOBS
 
 NO_QUANTISATION = 32  # bits
+FEW_BITS = 2  # of weights, where a layer's error is a poor guide to the network's
 
 
 def pattern_and_bits(text: str) -> str:
@@ -101,6 +102,14 @@ class Mode(ABC):
             raise UserError(
                 f"--order {self.order} is not for {self.name}: choose obs or {self.baseline}"
             )
+
+    def _resolve_search(self, name: str) -> None:
+        """Whether a search follows the elimination: if not said, where --sequential allows it."""
+        searches = getattr(self, name)
+        if searches and self.order != "obs":
+            raise UserError(f"--{name} improves on --order obs: leave out --order {self.order}")
+        if searches is None:
+            object.__setattr__(self, name, self.sequential and self.order == "obs")
 
     @property
     def divisor(self) -> int:
@@ -220,6 +229,11 @@ class QuantMode(Mode):
     wperweight: bool = option(False, "one weight scale per layer instead of per output channel")
     wasym: bool = option(False, "asymmetric weight grid")
     wminmax: bool = option(False, "min-max weight range instead of the search")
+    refine: bool | None = option(
+        None,
+        "then move codes while that lowers a row's error (default: with --sequential)",
+        action=argparse.BooleanOptionalAction,
+    )
     asym: bool = option(False, "symmetric activation grid (a-sym)")
     aminmax: bool = option(False, "min-max activation range instead of the search")
 
@@ -227,6 +241,13 @@ class QuantMode(Mode):
         super().__post_init__()
         if self.wbits == self.abits == NO_QUANTISATION:
             raise UserError("quant needs --wbits or --abits below 32")
+        self._resolve_search("refine")
+        if self.refine and not self.sequential and self.wbits <= FEW_BITS:
+            log.warning(
+                "--refine at %d bits lowers the error of every layer, but raises the network's: "
+                "errors of layers add up; use it with --sequential",
+                self.wbits,
+            )
 
     def for_layer(self, name: str) -> QuantMode:
         own = [text.rpartition("=") for text in self.bits or ()]
@@ -263,7 +284,7 @@ class QuantMode(Mode):
         solver.quantizer = quant.fit_weight_grid(
             solver.view.matrix, self.wbits, not self.wasym, not self.wminmax, not self.wperweight
         )
-        solver.quantize()
+        solver.quantize(self.refine)
         quant.set_weight_grid(solver.layer, solver.quantizer)
 
     def label(self, weight: Tensor) -> str:
@@ -287,9 +308,16 @@ class NMPruneMode(PruningMode):
 
     prunen: int = option(2, "zeros per group", type=cli.nonnegative_int)
     prunem: int = option(4, "weights per group", type=cli.positive_int)
+    swaps: bool | None = option(
+        None,
+        "then let kept and pruned weights of a group change places while that lowers a row's "
+        "error (default: with --sequential)",
+        action=argparse.BooleanOptionalAction,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._resolve_search("swaps")
         if self.prunen > self.prunem:
             raise UserError(f"--prunen {self.prunen} is more than --prunem {self.prunem}")
 
@@ -316,7 +344,7 @@ class NMPruneMode(PruningMode):
         return layer.matrix == 0
 
     def solve(self, solver: TrueOBS) -> None:
-        solver.nmprune(self.prunen, self.prunem)
+        solver.nmprune(self.prunen, self.prunem, self.swaps)
 
     def label(self, weight: Tensor) -> str:
         return f"sparsity {zeros_in(weight):.4f} ({self.prunen}:{self.prunem})"
