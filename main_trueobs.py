@@ -332,6 +332,8 @@ def compress(
     """Compress all layers and, for --check, measure their squared errors again."""
     compressed, mode = compression.compressed, compression.mode
     report_other_weights(compressed)
+    for line in mode.advice(find_layers(compressed)):
+        log.warning(line)
     if reason := mode.nothing_to_solve:
         log.info(reason)
         for name, layer in find_layers(compressed).items():

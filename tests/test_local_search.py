@@ -14,6 +14,7 @@ from torch import nn
 
 import main_trueobs
 import trueobs
+from modelutils import find_layers, get_model
 from obc.inputs.checkpoints import load_checkpoint
 from obc.solver import codes, swaps
 from obc.solver.refinement import row_errors
@@ -201,4 +202,18 @@ def test_mistakes_and_doubts_are_told(capsys) -> None:
     assert command("unstr", "--sparse-dir", "x", "--refine") == 2
     assert "--refine belongs to quant" in capsys.readouterr().err
     assert command("quant", "--wbits", 2, "--refine") == 0
-    assert "use it with --sequential" in capsys.readouterr().err
+    lines = capsys.readouterr().err
+    assert "use it with --sequential" in lines and "try --wasym" in lines
+
+
+def test_advice_for_an_asymmetric_grid_where_weights_are_on_one_side() -> None:
+    layers = find_layers(get_model("rn8", "digits"))
+    for layer in layers.values():
+        layer.weight.data.sign_().mul_(torch.rand_like(layer.weight) + 1e-3)  # no side
+    assert QuantMode(wbits=3).advice(layers) == []
+    layers["conv1"].weight.data.abs_()  # half of a symmetric grid is of no use: 4 times the error
+    (line,) = QuantMode(wbits=3).advice(layers)
+    times = float(line.split("(conv1: ")[1].split()[0])
+    assert "1 of 8 layers" in line and 3 < times < 8
+    assert not QuantMode(wbits=3, wasym=True).advice(layers)
+    assert not QuantMode(wbits=5).advice(layers)

@@ -34,7 +34,7 @@ import quant
 from modelutils import find_layers
 from obc.inputs.batches import Batches
 from obc.solver.elimination import ORDERS
-from obc.solver.errors import UserError, log
+from obc.solver.errors import UserError
 from obc.solver.layers import LayerView, view
 from obc.solver.levels import sparsity_grid
 from obc.toolkit import cli
@@ -42,7 +42,9 @@ from obc.toolkit.calibrate import activation_grids
 from trueobs import TrueOBS
 
 NO_QUANTISATION = 32  # bits
-FEW_BITS = 2  # of weights, where a layer's error is a poor guide to the network's
+LONE_BITS = 2  # of weights, at which smaller errors of lone layers make networks worse
+SYMMETRIC_BITS = 4  # of weights, up to which it is seen whether an asymmetric grid is much better
+MUCH_WORSE = 1.3  # × the squared error of rounding to an asymmetric grid
 
 
 def pattern_and_bits(text: str) -> str:
@@ -167,6 +169,10 @@ class Mode(ABC):
         """The weights that a layer starts from when layers are compressed in order: its own."""
         return view(layer).matrix
 
+    def advice(self, layers: Mapping[str, nn.Module]) -> list[str]:
+        """What to reconsider before the layers are compressed."""
+        return []
+
     @abstractmethod
     def solve(self, solver: TrueOBS) -> None:
         """Compress the layer in place; or, of many levels, prepare `solver.level_parts`."""
@@ -242,12 +248,6 @@ class QuantMode(Mode):
         if self.wbits == self.abits == NO_QUANTISATION:
             raise UserError("quant needs --wbits or --abits below 32")
         self._resolve_search("refine")
-        if self.refine and not self.sequential and self.wbits <= FEW_BITS:
-            log.warning(
-                "--refine at %d bits lowers the error of every layer, but raises the network's: "
-                "errors of layers add up; use it with --sequential",
-                self.wbits,
-            )
 
     def for_layer(self, name: str) -> QuantMode:
         own = [text.rpartition("=") for text in self.bits or ()]
@@ -279,6 +279,27 @@ class QuantMode(Mode):
 
     def activation_grid(self, inputs: Tensor) -> quant.Grid:
         return quant.fit_activation_grid(inputs, self.abits, self.asym, not self.aminmax)
+
+    def advice(self, layers: Mapping[str, nn.Module]) -> list[str]:
+        lines = []
+        if self.refine and not self.sequential and self.wbits <= LONE_BITS:
+            lines.append(
+                f"--refine at {self.wbits} bits lowers the error of every layer, but errors of "
+                "layers add up, and the network gets worse: use it with --sequential"
+            )
+        times = {}  # the squared error of an asymmetric grid
+        for name, layer in layers.items() if not self.wasym else ():
+            seen, bits = view(layer), self.for_layer(name).wbits
+            if bits <= SYMMETRIC_BITS and not self.misfit(seen):
+                times[name] = quant.symmetric_loss(seen.matrix.detach(), bits)
+        if worse := {name: x for name, x in times.items() if x >= MUCH_WORSE}:
+            worst = max(worse, key=worse.__getitem__)
+            lines.append(
+                f"symmetric grids of few bits round {len(worse)} of {len(times)} layers with at "
+                f"least {MUCH_WORSE} times the squared error of asymmetric ones "
+                f"({worst}: {worse[worst]:.2g} times): try --wasym"
+            )
+        return lines
 
     def solve(self, solver: TrueOBS) -> None:
         solver.quantizer = quant.fit_weight_grid(
