@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,10 +172,11 @@ def test_no_row_is_worse_than_rounded_to_nearest() -> None:
 
 
 def test_searches_are_on_with_sequential_and_where_asked_for() -> None:
-    assert [NMPruneMode(sequential=s).swaps for s in (False, True)] == [False, True]
-    assert NMPruneMode(swaps=True).swaps and not NMPruneMode(swaps=False, sequential=True).swaps
-    assert [QuantMode(wbits=4, sequential=s).refine for s in (False, True)] == [False, True]
-    assert not QuantMode(wbits=4, sequential=True, order="nearest").refine
+    for mode in (NMPruneMode(), QuantMode(wbits=4)):
+        assert not mode.searches and replace(mode, sequential=True).searches
+        assert replace(mode, **{mode.search_name: True}).searches
+        assert not replace(mode, **{mode.search_name: False}, sequential=True).searches
+        assert not replace(mode, sequential=True, order=mode.baseline).searches
 
 
 def command(*words: object) -> int:

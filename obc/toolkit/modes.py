@@ -84,6 +84,7 @@ class Mode(ABC):
     rows_divisible: ClassVar[bool] = True  # whether processes can share the rows of a layer
     yields_levels: ClassVar[bool] = False  # a database of levels, or one model
     serves: ClassVar[tuple[str, ...]] = ()  # kinds of database that its output is for
+    search_name: ClassVar[str] = ""  # of the option for a search after the elimination
     divisor_name: ClassVar[str] = ""  # in the reason for leaving a layer dense
 
     order: str = option(
@@ -105,13 +106,20 @@ class Mode(ABC):
                 f"--order {self.order} is not for {self.name}: choose obs or {self.baseline}"
             )
 
-    def _resolve_search(self, name: str) -> None:
-        """Whether a search follows the elimination: if not said, where --sequential allows it."""
-        searches = getattr(self, name)
-        if searches and self.order != "obs":
-            raise UserError(f"--{name} improves on --order obs: leave out --order {self.order}")
-        if searches is None:
-            object.__setattr__(self, name, self.sequential and self.order == "obs")
+        if self.search and self.order != "obs":
+            raise UserError(
+                f"--{self.search_name} improves on --order obs: leave out --order {self.order}"
+            )
+
+    @property
+    def search(self) -> bool | None:
+        """Whether a search follows the elimination, if that was said."""
+        return getattr(self, self.search_name) if self.search_name else None
+
+    @property
+    def searches(self) -> bool:
+        """Whether a search follows the elimination: if not said, where layers go in order."""
+        return self.search if self.search is not None else self.sequential and self.order == "obs"
 
     @property
     def divisor(self) -> int:
@@ -216,6 +224,7 @@ class QuantMode(Mode):
     name = "quant"
     text = "OBQ: weights and, with --abits, activations on a grid"
     baseline = "nearest"
+    search_name = "refine"
     serves = ("mixed", "4block_8w8a")
 
     wbits: int = option(
@@ -247,7 +256,6 @@ class QuantMode(Mode):
         super().__post_init__()
         if self.wbits == self.abits == NO_QUANTISATION:
             raise UserError("quant needs --wbits or --abits below 32")
-        self._resolve_search("refine")
 
     def for_layer(self, name: str) -> QuantMode:
         own = [text.rpartition("=") for text in self.bits or ()]
@@ -282,7 +290,7 @@ class QuantMode(Mode):
 
     def advice(self, layers: Mapping[str, nn.Module]) -> list[str]:
         lines = []
-        if self.refine and not self.sequential and self.wbits <= LONE_BITS:
+        if self.searches and not self.sequential and self.wbits <= LONE_BITS:
             lines.append(
                 f"--refine at {self.wbits} bits lowers the error of every layer, but errors of "
                 "layers add up, and the network gets worse: use it with --sequential"
@@ -305,7 +313,7 @@ class QuantMode(Mode):
         solver.quantizer = quant.fit_weight_grid(
             solver.view.matrix, self.wbits, not self.wasym, not self.wminmax, not self.wperweight
         )
-        solver.quantize(self.refine)
+        solver.quantize(self.searches)
         quant.set_weight_grid(solver.layer, solver.quantizer)
 
     def label(self, weight: Tensor) -> str:
@@ -324,6 +332,7 @@ class NMPruneMode(PruningMode):
 
     name = "nmprune"
     text = "N:M sparsity along the input channels"
+    search_name = "swaps"
     channels_innermost = True
     divisor_name = "M"
 
@@ -338,7 +347,6 @@ class NMPruneMode(PruningMode):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._resolve_search("swaps")
         if self.prunen > self.prunem:
             raise UserError(f"--prunen {self.prunen} is more than --prunem {self.prunem}")
 
@@ -365,7 +373,7 @@ class NMPruneMode(PruningMode):
         return layer.matrix == 0
 
     def solve(self, solver: TrueOBS) -> None:
-        solver.nmprune(self.prunen, self.prunem, self.swaps)
+        solver.nmprune(self.prunen, self.prunem, self.searches)
 
     def label(self, weight: Tensor) -> str:
         return f"sparsity {zeros_in(weight):.4f} ({self.prunen}:{self.prunem})"
