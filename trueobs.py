@@ -41,6 +41,7 @@ from obc.solver.inverse import Inverse, alive_inputs, damped_inverse, identity, 
 from obc.solver.layers import view
 from obc.solver.levels import Undamped, completed, first_counts, weights_at
 from obc.solver.memory import batches_of, default_memory, layer_needs
+from obc.solver.ranges import best_ranges
 from obc.solver.refinement import never_worse, row_errors
 from obc.solver.swaps import MOST_COLUMNS, swapped
 from obc.solver.threads import Wait, at_once, one_thread
@@ -277,16 +278,19 @@ class TrueOBS:
 
     # -- modes with one result ---------------------------------------------------------------------
 
-    def quantize(self, refine: bool = False) -> None:
+    def quantize(self, refine: bool = False, fit_range: bool = False) -> None:
         """OBQ (section 5): round the weights to `quantizer`'s grid, one by one, in place.
 
         Rows that rounding to nearest serves better are rounded to nearest. refine: then move codes
-        while that lowers the error of a row (`codes.py`).
+        while that lowers the error of a row (`codes.py`). fit_range: first replace the quantizer by
+        one whose ranges suit the Hessian (`ranges.py`).
         """
         if (grid := self.quantizer) is None:
             raise ValueError("assign a quantizer to this layer before quantize()")
         snapshot = self._snapshot()
         dtype = snapshot.W.dtype
+        if fit_range:
+            self.quantizer = grid = self._fitted_grid(snapshot, grid)
         scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)  # (rows, 1)
         low, high = -zero, grid.maxq.to(dtype) - zero
         trace = self._eliminate(
@@ -307,6 +311,19 @@ class TrueOBS:
             moved = grid(moved.to(grid.scale.dtype))  # onto the grid to the last bit
             quantised, _ = never_worse(quantised, moved, snapshot.W, snapshot.H)
         self.layer.weight.data.copy_(self._as_layer(quantised))
+
+    def _fitted_grid(self, snapshot: Snapshot, grid: Grid) -> Grid:
+        """A grid like this one, its ranges chosen by the Hessian."""
+        highest, rows = int(grid.maxq), self.world.rows(self.rows)
+        tensors = snapshot.W[rows], snapshot.group[rows], snapshot.inverse.matrix
+        diagonal = snapshot.H.diagonal(dim1=1, dim2=2)
+        symmetric = bool((2 * grid.zero == highest + 1).all())
+        scale, zero = grid.scale.clone(), grid.zero.clone()
+        own = scale[rows], zero[rows], highest, symmetric
+        scale[rows], zero[rows] = best_ranges(*tensors, diagonal, *own)
+        self.world.fill_rows(scale)
+        self.world.fill_rows(zero)
+        return Grid(scale, zero, grid.maxq)
 
     def nmprune(self, n: int, m: int, swaps: bool = False) -> None:
         """N:M (section 4): n zeros in every m weights along the input channels, in place.

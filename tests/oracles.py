@@ -531,6 +531,23 @@ def codes_oracle(
             return codes
 
 
+def ordered_rounding_oracle(
+    w: Array,  # (d,)
+    H: Array,  # (d, d)
+    nearest: Callable[[Array], Array],
+) -> float:
+    """The error of rounding column by column, large H_ii first, the rest optimal after each."""
+    w_hat, left = w.copy(), list(np.argsort(-np.diag(H), kind="stable"))
+    while left:
+        i = left.pop(0)
+        change = np.zeros(len(w))
+        change[i] = nearest(w_hat[i : i + 1])[0] - w_hat[i]
+        if left:
+            change[left] = np.linalg.solve(H[np.ix_(left, left)], -H[left, i] * change[i])
+        w_hat += change
+    return squared_error(w, w_hat, H)
+
+
 def shift_oracle(
     W: Array,  # (rows, d)
     X: Array,  # (d, L) inputs

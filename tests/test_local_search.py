@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 from hard_hessians import INPUTS, LAYERS, hard_case
-from oracles import codes_oracle, hessian_oracle, quantise_oracle, squared_error, swaps_oracle
+from oracles import (
+    codes_oracle,
+    hessian_oracle,
+    ordered_rounding_oracle,
+    quantise_oracle,
+    squared_error,
+    swaps_oracle,
+)
 from test_trueobs import Case, assert_close, case, rounding
 from torch import nn
 
@@ -112,6 +119,37 @@ def test_moves_of_codes_are_those_of_brute_force(
     assert moved or it.W.shape[1] < 10  # where few columns interact, OBQ is hard to improve on
 
 
+# -- ranges ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "symmetric"),
+    [("conv", 2, False), ("groups", 3, True), ("depthwise", 2, False)],
+)
+def test_ranges_are_the_best_of_all_candidates(name: str, bits: int, symmetric: bool) -> None:
+    it = case(name)
+    start = fit_weight_grid(torch.from_numpy(it.W), bits, symmetric)
+    it.obs.quantizer = start
+    it.obs.quantize(fit_range=True)
+    chosen, shifts, changed = it.obs.quantizer, (0,) if symmetric else (-1, 0, 1), 0
+    for r, (w, H) in enumerate(zip(it.W, it.H, strict=True)):
+
+        def error(step: float, zero: int, w: np.ndarray = w, H: np.ndarray = H) -> float:
+            def nearest(weights: np.ndarray) -> np.ndarray:
+                codes = np.clip(np.round(weights / step) + zero, 0, 2**bits - 1)
+                return step * (codes - zero)
+
+            return ordered_rounding_oracle(w, H, nearest)
+
+        step, zero = float(start.scale[r]), int(start.zero[r])
+        zeros = {min(max(zero + shift, 0), 2**bits - 1) for shift in shifts}
+        best = min(error(step * x / 20, z) for x in range(12, 29) for z in zeros)
+        ours = error(float(chosen.scale[r]), int(chosen.zero[r]))
+        assert ours == pytest.approx(best, rel=1e-7)
+        changed += float(chosen.scale[r]) != step
+    assert changed and chosen.bits == bits
+
+
 # -- never worse -----------------------------------------------------------------------------------
 
 
@@ -203,7 +241,9 @@ def test_mistakes_and_doubts_are_told(capsys) -> None:
     assert "leave out --order magnitude" in capsys.readouterr().err
     assert command("unstr", "--sparse-dir", "x", "--refine") == 2
     assert "--refine belongs to quant" in capsys.readouterr().err
-    assert command("quant", "--wbits", 2, "--refine") == 0
+    assert command("quant", "--wbits", 2, "--hscale", "--wperweight") == 2
+    assert "leave out --wperweight" in capsys.readouterr().err
+    assert command("quant", "--wbits", 2, "--refine", "--hscale") == 0
     lines = capsys.readouterr().err
     assert "use it with --sequential" in lines and "try --wasym" in lines
 

@@ -244,6 +244,9 @@ class QuantMode(Mode):
     wperweight: bool = option(False, "one weight scale per layer instead of per output channel")
     wasym: bool = option(False, "asymmetric weight grid")
     wminmax: bool = option(False, "min-max weight range instead of the search")
+    hscale: bool = option(
+        False, "choose the weight range, and the zero, by the error of the layer's outputs"
+    )
     refine: bool | None = option(
         None,
         "then move codes while that lowers a row's error (default: with --sequential)",
@@ -256,6 +259,9 @@ class QuantMode(Mode):
         super().__post_init__()
         if self.wbits == self.abits == NO_QUANTISATION:
             raise UserError("quant needs --wbits or --abits below 32")
+        if self.hscale and (self.wperweight or self.order != "obs"):
+            flag = "--wperweight" if self.wperweight else f"--order {self.order}"
+            raise UserError(f"--hscale chooses a range for each row by OBS: leave out {flag}")
 
     def for_layer(self, name: str) -> QuantMode:
         own = [text.rpartition("=") for text in self.bits or ()]
@@ -313,7 +319,7 @@ class QuantMode(Mode):
         solver.quantizer = quant.fit_weight_grid(
             solver.view.matrix, self.wbits, not self.wasym, not self.wminmax, not self.wperweight
         )
-        solver.quantize(self.searches)
+        solver.quantize(self.searches, self.hscale)
         quant.set_weight_grid(solver.layer, solver.quantizer)
 
     def label(self, weight: Tensor) -> str:
