@@ -132,7 +132,7 @@ def check_report_options(args: argparse.Namespace) -> None:
     for action in build_parser()._actions:
         given = getattr(args, action.dest, action.default) != action.default
         if given and action.dest not in fitting:
-            raise UserError(f"{action.option_strings[-1]} has no effect on {args.mode}")
+            raise UserError(f"{action.option_strings[0]} has no effect on {args.mode}")
 
 
 def check_options(args: argparse.Namespace) -> Mode:

@@ -356,6 +356,7 @@ class TrueOBS:
             return weights
         W, H, rows = snapshot.W, snapshot.H, self.world.rows(self.rows)
         memory = self.memory - layer_needs(self.layer, W.dtype, innermost=True).layer
+        memory -= H.numel() * W.element_size()  # a copy, damped
         system, damping = snapshot.group[rows], snapshot.inverse.damping
         result = weights.double()
         result[rows] = swapped(weights[rows], W[rows], H, system, damping, size, memory)

@@ -259,3 +259,17 @@ def test_advice_for_an_asymmetric_grid_where_weights_are_on_one_side() -> None:
     assert "1 of 8 layers" in line and 3 < times < 8
     assert not QuantMode(wbits=3, wasym=True).advice(layers)
     assert not QuantMode(wbits=5).advice(layers)
+
+
+@pytest.mark.parametrize("flag", ["--swaps", "--no-swaps"])
+def test_a_record_repeats_a_search_or_its_absence(flag, tmp_path, capsys) -> None:
+    words = ["nmprune", *(["--sequential"] if flag == "--no-swaps" else []), flag]
+    first, second = tmp_path / "a.pth", tmp_path / "b.pth"
+    assert command(*words, "--save", first) == 0
+    repeat = ["--repeat", str(first.with_suffix(".json")), "--save", str(second)]
+    assert main_trueobs.main(repeat) == 0
+    states = [load_checkpoint(path) for path in (first, second)]
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+    capsys.readouterr()
+    assert main_trueobs.main([*repeat, "--no-swaps" if flag == "--swaps" else "--swaps"]) == 2
+    assert "would not repeat the run (--swaps was" in capsys.readouterr().err

@@ -37,6 +37,7 @@ NEIGHBOURS = 16
 SWEEPS = 50  # at most
 LEAST_GAIN = 1e-5  # × E
 ROWS_TOGETHER = 8
+COLUMNS_TOGETHER = 128  # whose neighbours are looked for
 
 
 def refined_codes(
@@ -81,10 +82,13 @@ def refined_codes(
 
 def neighbours(H: Tensor) -> Tensor:  # (d, d) -> (d, k)
     """The columns most correlated with each, the most correlated first."""
-    diagonal = H.diagonal()
-    alive = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    correlation = (H * alive[:, None] * alive).abs_().fill_diagonal_(-1)
-    return correlation.topk(min(NEIGHBOURS, len(H) - 1), dim=1).indices
+    diagonal, count = H.diagonal(), min(NEIGHBOURS, len(H) - 1)
+    weight, near = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0), []
+    for first in range(0, len(H), COLUMNS_TOGETHER):  # no second matrix of this size
+        correlation = (H[first : first + COLUMNS_TOGETHER] * weight).abs_()
+        correlation.diagonal(offset=first).fill_(-1)
+        near.append(correlation.topk(count, dim=1).indices)
+    return torch.cat(near)
 
 
 def refine_in_torch(

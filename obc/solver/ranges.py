@@ -49,8 +49,8 @@ def best_ranges(
         if not size:
             continue
         first, order = sum(sizes[:group]), diagonal[group].argsort(descending=True)
-        A = inverse[group].double()[order[:, None], order]
-        U = torch.linalg.cholesky(A, upper=True).to(W.dtype)
+        if (U := factor_of(inverse[group], order)) is None:
+            continue
         part, own = W[first : first + size, order], slice(first, first + size)
         grids, chosen = (scales[own].to(W.dtype), zeros[own].to(W.dtype)), best[own]
 
@@ -66,9 +66,22 @@ def best_ranges(
     return scales.gather(1, best[:, None]), zeros.gather(1, best[:, None])
 
 
+def factor_of(
+    A: Tensor,  # (d, d)
+    order: Tensor,  # (d,)
+) -> Tensor | None:  # (d, d) float64
+    """U of A in this order, if A has one. One matrix of this size is in memory, not three."""
+    U, info = A.new_empty(A.shape, dtype=torch.float64), A.new_empty((), dtype=torch.int32)
+    for first in range(0, len(order), BLOCK):
+        rows = order[first : first + BLOCK]
+        U[first : first + BLOCK] = A.index_select(0, rows).index_select(1, order)
+    torch.linalg.cholesky_ex(U.mT, out=(U.mT, info))
+    return None if info else U
+
+
 def errors_in_order(
     W: Tensor,  # (R, d)
-    U: Tensor,  # (d, d)
+    U: Tensor,  # (d, d) float64
     scales: Tensor,  # (R, k) k grids for each row
     zeros: Tensor,  # (R, k)
     highest: int,
@@ -79,11 +92,12 @@ def errors_in_order(
     scale, zero, errors = scales.flatten(), zeros.flatten(), scales.new_zeros(R * k)
     for start in range(0, d, BLOCK):
         end = min(start + BLOCK, d)
-        made = w.new_empty(end - start, R * k)
+        made, block = w.new_empty(end - start, R * k), U[start:end].to(w.dtype)
         for i in range(start, end):
+            row = block[i - start]
             code = torch.round(w[i] / scale).add_(zero).clamp_(0, highest).sub_(zero)
-            error = torch.sub(w[i], code.mul_(scale), out=made[i - start]).div_(U[i, i])
-            w[i + 1 : end].addr_(U[i, i + 1 : end], error, alpha=-1)
+            error = torch.sub(w[i], code.mul_(scale), out=made[i - start]).div_(row[i])
+            w[i + 1 : end].addr_(row[i + 1 : end], error, alpha=-1)
             errors.addcmul_(error, error, value=0.5)
-        w[end:].addmm_(U[start:end, end:].T, made, alpha=-1)
+        w[end:].addmm_(block[:, end:].T, made, alpha=-1)
     return errors.view(R, k)
