@@ -42,7 +42,7 @@ from obc.toolkit.calibrate import activation_grids
 from trueobs import TrueOBS
 
 NO_QUANTISATION = 32  # bits
-LONE_BITS = 2  # of weights, at which smaller errors of lone layers make networks worse
+LONE_BITS = 2  # of weights, at which smaller errors of lone layers need not help the network
 SYMMETRIC_BITS = 4  # of weights, up to which it is seen whether an asymmetric grid is much better
 MUCH_WORSE = 1.3  # × the squared error of rounding to an asymmetric grid
 
@@ -298,8 +298,8 @@ class QuantMode(Mode):
         lines = []
         if self.searches and not self.sequential and self.wbits <= LONE_BITS:
             lines.append(
-                f"--refine at {self.wbits} bits lowers the error of every layer, but errors of "
-                "layers add up, and the network gets worse: use it with --sequential"
+                f"--refine at {self.wbits} bits lowers the error of every layer, but may not help "
+                "the network, where errors of layers add up: use it with --sequential"
             )
         times = {}  # the squared error of an asymmetric grid
         for name, layer in layers.items() if not self.wasym else ():
