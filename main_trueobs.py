@@ -128,7 +128,7 @@ def check_report_options(args: argparse.Namespace) -> None:
     for action in build_parser()._actions:
         given = getattr(args, action.dest, action.default) != action.default
         if given and action.dest not in fitting:
-            raise UserError(f"{action.option_strings[-1]} has no effect on {args.mode}")
+            raise UserError(f"{action.option_strings[0]} has no effect on {args.mode}")
 
 
 def check_options(args: argparse.Namespace) -> Mode:
@@ -335,6 +335,8 @@ def compress(
     """Compress all layers and, for --check, measure their squared errors again."""
     compressed, mode = compression.compressed, compression.mode
     report_other_weights(compressed)
+    for line in mode.advice(find_layers(compressed)):
+        log.warning(line)
     if reason := mode.nothing_to_solve:
         log.info(reason)
         for name, layer in find_layers(compressed).items():

@@ -31,6 +31,7 @@ from obc.solver.threads import in_pieces
 SHRINK_FACTORS = tuple((100 - i) / 100 for i in range(80))  # 1.00, 0.99, … 0.21
 ERROR_POWER = 2.4
 SEARCH_SAMPLE = 1 << 18  # activations that the search for their range uses
+ROWS_COMPARED = 16  # of a layer, at most, on both kinds of grid
 ROWS_OF_A_PIECE = 64  # whose ranges are searched at a time on one thread
 WEIGHT_GRID, ACTIVATION_GRID = "weight_quant", "act_quant"
 
@@ -131,6 +132,21 @@ def fit_weight_grid(
     grid = fit_grid(weight.reshape(1, -1), bits, symmetric, search)
     rows = (len(weight), 1)
     return Grid(grid.scale.expand(rows).clone(), grid.zero.expand(rows).clone(), grid.maxq)
+
+
+def symmetric_loss(
+    weight: Tensor,  # (rows, d)
+    bits: int,
+) -> float:
+    """The squared error of rounding to symmetric grids / to asymmetric ones, on a few rows."""
+    chosen = torch.linspace(0, len(weight) - 1, min(ROWS_COMPARED, len(weight))).round().long()
+    rows = weight[chosen.to(weight.device)]
+    errors = (
+        (fit_weight_grid(rows, bits, symmetric)(rows) - rows).square().sum()
+        for symmetric in (True, False)
+    )
+    ours, other = map(float, errors)
+    return ours / other if other else 1.0
 
 
 def fit_activation_grid(x: Tensor, bits: int, symmetric: bool = False, search: bool = True) -> Grid:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from obc.solver.codes import refined_codes
 from obc.solver.distributed import ALONE, World
 from obc.solver.elimination import (
     NM,
@@ -36,18 +37,13 @@ from obc.solver.elimination import (
     eliminate,
 )
 from obc.solver.hessian import Gram
-from obc.solver.inverse import (
-    Inverse,
-    alive_inputs,
-    badly_scaled,
-    damped_inverse,
-    identity,
-    without,
-)
+from obc.solver.inverse import Inverse, alive_inputs, damped_inverse, identity, without
 from obc.solver.layers import view
 from obc.solver.levels import Undamped, completed, first_counts, weights_at
 from obc.solver.memory import batches_of, default_memory, layer_needs
+from obc.solver.ranges import best_ranges
 from obc.solver.refinement import never_worse, row_errors
+from obc.solver.swaps import MOST_COLUMNS, swapped
 from obc.solver.threads import Wait, at_once, one_thread
 from quant import Grid
 
@@ -282,27 +278,59 @@ class TrueOBS:
 
     # -- modes with one result ---------------------------------------------------------------------
 
-    def quantize(self) -> None:
-        """OBQ (section 5): round the weights to `quantizer`'s grid, one by one, in place."""
+    def quantize(self, refine: bool = False, fit_range: bool = False) -> None:
+        """OBQ (section 5): round the weights to `quantizer`'s grid, one by one, in place.
+
+        Rows that rounding to nearest serves better are rounded to nearest. refine: then move codes
+        while that lowers the error of a row (`codes.py`). fit_range: first replace the quantizer by
+        one whose ranges suit the Hessian (`ranges.py`).
+        """
         if (grid := self.quantizer) is None:
             raise ValueError("assign a quantizer to this layer before quantize()")
         snapshot = self._snapshot()
         dtype = snapshot.W.dtype
+        if fit_range:
+            self.quantizer = grid = self._fitted_grid(snapshot, grid)
         scale, zero = grid.scale.to(dtype), grid.zero.to(dtype)  # (rows, 1)
         low, high = -zero, grid.maxq.to(dtype) - zero
         trace = self._eliminate(
             snapshot, lambda rows: Quantise(scale[rows], low[rows], high[rows]), self.columns
         )
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
-        if self.rel_damp == 0 < self.damping or badly_scaled(snapshot.H):
+        if self.order == "obs":
             nearest = grid(snapshot.W.to(grid.scale.dtype))
             quantised, count = never_worse(quantised, nearest, snapshot.W, snapshot.H)
             if count:
                 log.info("rounding to nearest is better in %d of %d rows: used", count, self.rows)
+        if refine:
+            rows, moved = self.world.rows(self.rows), quantised.to(dtype)
+            tensors = moved, snapshot.W, snapshot.group, scale, low, high
+            codes = refined_codes(*(x[rows] for x in tensors), snapshot.H)
+            moved[rows] = scale[rows] * codes
+            self.world.fill_rows(moved)
+            moved = grid(moved.to(grid.scale.dtype))  # onto the grid to the last bit
+            quantised, _ = never_worse(quantised, moved, snapshot.W, snapshot.H)
         self.layer.weight.data.copy_(self._as_layer(quantised))
 
-    def nmprune(self, n: int, m: int) -> None:
-        """N:M (section 4): n zeros in every m weights along the input channels, in place."""
+    def _fitted_grid(self, snapshot: Snapshot, grid: Grid) -> Grid:
+        """A grid like this one, its ranges chosen by the Hessian."""
+        highest, rows = int(grid.maxq), self.world.rows(self.rows)
+        tensors = snapshot.W[rows], snapshot.group[rows], snapshot.inverse.matrix
+        diagonal = snapshot.H.diagonal(dim1=1, dim2=2)
+        symmetric = bool((2 * grid.zero == highest + 1).all())
+        scale, zero = grid.scale.clone(), grid.zero.clone()
+        own = scale[rows], zero[rows], highest, symmetric
+        scale[rows], zero[rows] = best_ranges(*tensors, diagonal, *own)
+        self.world.fill_rows(scale)
+        self.world.fill_rows(zero)
+        return Grid(scale, zero, grid.maxq)
+
+    def nmprune(self, n: int, m: int, swaps: bool = False) -> None:
+        """N:M (section 4): n zeros in every m weights along the input channels, in place.
+
+        swaps: then kept and pruned weights of a group change places while that lowers the error of
+        a row (`swaps.py`).
+        """
         self._require_divisible(m)
         if not 0 <= n <= m:
             raise ValueError(f"N:M needs 0 <= N <= M; got {n}:{m}")
@@ -317,7 +345,23 @@ class TrueOBS:
             for rows, refined in self._weights_at(snapshot, completed(trace.order, d), counts):
                 weights[rows] = refined[0]
             self.world.fill_rows(weights)
+        if swaps:
+            weights = self._swapped(snapshot, weights, m)
         self.layer.weight.data.copy_(self._as_layer(weights, innermost=True))
+
+    def _swapped(self, snapshot: Snapshot, weights: Tensor, size: int) -> Tensor:
+        """N:M weights after swaps, where these are better."""
+        if self.columns > MOST_COLUMNS:
+            log.info("no swaps: %d columns are more than %d", self.columns, MOST_COLUMNS)
+            return weights
+        W, H, rows = snapshot.W, snapshot.H, self.world.rows(self.rows)
+        memory = self.memory - layer_needs(self.layer, W.dtype, innermost=True).layer
+        memory -= H.numel() * W.element_size()  # a copy, damped
+        system, damping = snapshot.group[rows], snapshot.inverse.damping
+        result = weights.double()
+        result[rows] = swapped(weights[rows], W[rows], H, system, damping, size, memory)
+        self.world.fill_rows(result)
+        return never_worse(weights, result.to(W.dtype), W, H)[0]
 
     # -- modes with many levels --------------------------------------------------------------------
 

@@ -464,6 +464,90 @@ def masked_least_squares(
     return w_hat
 
 
+def swaps_oracle(
+    w: Array,  # (d,)
+    H: Array,  # (d, d)
+    kept: Mask,  # (d,) after N:M pruning
+    size: int,  # M
+    least_gain: float,  # × the error before the first swap
+) -> tuple[Array, int]:  # (d,) weights after swaps, and how many there were
+    """The best swap of a kept and a pruned weight of a group, until none is worth it.
+
+    Each swap is tried by solving for the weights that it keeps. What is zero in w stays zero.
+    """
+    kept, count = kept.copy(), 0
+    weights = masked_least_squares(w, H, kept)
+    error = squared_error(w, weights, H)
+    least_gain *= error
+    while True:
+        tried = {}
+        for p in np.flatnonzero(~kept & (w != 0)):
+            for q in np.flatnonzero(kept):
+                if p // size == q // size:
+                    other = kept.copy()
+                    other[[p, q]] = True, False
+                    tried[p, q] = squared_error(w, masked_least_squares(w, H, other), H)
+        if not tried or error - min(tried.values()) <= least_gain:
+            return masked_least_squares(w, H, kept), count
+        p, q = min(tried, key=tried.get)
+        kept[[p, q]], error, count = (True, False), tried[p, q], count + 1
+
+
+def codes_oracle(
+    codes: Array,  # (d,) integers
+    step: float,
+    low: int,
+    high: int,
+    w: Array,  # (d,)
+    H: Array,  # (d, d)
+    neighbours: int,
+    least_gain: float,  # × the error before the first move
+) -> Array:  # (d,) integers
+    """Column by column, up and then down: the best move by 1, alone or with a neighbour's by 1.
+
+    The neighbours are the columns of largest H_ij² / (H_ii H_jj). Every move is tried by computing
+    the error. Codes of weights that are zero in w stay.
+    """
+    codes, root = codes.copy(), np.sqrt(np.diag(H))
+    error = squared_error(w, step * codes, H)
+    least_gain *= error
+    while True:
+        before = codes.copy()
+        for i in np.flatnonzero(w != 0):
+            correlation = np.abs(H[i]) / (root[i] * root)
+            correlation[i] = -1
+            near = np.argsort(-correlation)[:neighbours]
+            for sign in (1, -1):
+                tried = []
+                for j, other in [(i, 0)] + [(j, a) for j in near if w[j] for a in (1, -1)]:
+                    moved = codes.copy()
+                    moved[i] += sign
+                    moved[j] += other
+                    if low <= moved.min() and moved.max() <= high:
+                        tried.append((squared_error(w, step * moved, H), moved))
+                if tried and error - (best := min(tried, key=lambda pair: pair[0]))[0] > least_gain:
+                    error, codes = best
+        if np.array_equal(codes, before):
+            return codes
+
+
+def ordered_rounding_oracle(
+    w: Array,  # (d,)
+    H: Array,  # (d, d)
+    nearest: Callable[[Array], Array],
+) -> float:
+    """The error of rounding column by column, large H_ii first, the rest optimal after each."""
+    w_hat, left = w.copy(), list(np.argsort(-np.diag(H), kind="stable"))
+    while left:
+        i = left.pop(0)
+        change = np.zeros(len(w))
+        change[i] = nearest(w_hat[i : i + 1])[0] - w_hat[i]
+        if left:
+            change[left] = np.linalg.solve(H[np.ix_(left, left)], -H[left, i] * change[i])
+        w_hat += change
+    return squared_error(w, w_hat, H)
+
+
 def shift_oracle(
     W: Array,  # (rows, d)
     X: Array,  # (d, L) inputs

@@ -83,7 +83,8 @@ def test_alone_nothing_is_done():
     "mode",
     [
         ("unstr", *GRID),
-        ("quant", "--wbits", "4", "--abits", "4"),
+        ("quant", "--wbits", "4", "--abits", "4", "--refine", "--hscale"),
+        ("nmprune", "--swaps"),
         ("struct", *GRID),
         ("unstr", "--sparsity", "0.7"),
         ("struct", "--sparsity", "0.5"),

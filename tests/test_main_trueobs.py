@@ -153,8 +153,9 @@ def test_a_run_shows_and_leaves_what_it_should(quant_run, dense):
     assert accuracy(done) > 97
     assert done.out.count("\n") == 2
     assert tree(path.parent) == ["rn8_4w.json", "rn8_4w.pth"]
-    top1, *lines = done.err.splitlines()
+    top1, advice, *lines = done.err.splitlines()
     assert top1 == "dense: top-1 100.00 on 128 calibration images"
+    assert "1.6 times): try --wasym" in advice
     assert [line.split()[0] for line in lines] == LAYERS
     for line in lines:
         assert re.fullmatch(r"\S+ [\d×]+ \d+\.\d\d s  squared error \S+ \(\S+ %\)  4 bits.*", line)
@@ -177,7 +178,7 @@ def test_the_record_tells_arguments_machine_and_layers(quant_run):
     assert record["agreement"] == pytest.approx(agreement, abs=0.005) and agreement > 97
     assert record["seconds"] > 0
     assert [layer["name"] for layer in record["layers"]] == LAYERS
-    for layer, line in zip(record["layers"], done.err.splitlines()[1:], strict=True):
+    for layer, line in zip(record["layers"], done.err.splitlines()[2:], strict=True):
         assert layer["result"] == "4 bits" and not layer["dense"]
         assert layer["shape"] and layer["seconds"] > 0
         assert 0 < layer["relative_error"] < 0.01

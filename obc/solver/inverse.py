@@ -149,13 +149,6 @@ def alive_inputs(H: Tensor) -> Tensor:  # (G, d, d) -> (G, d) bool
     return ~(diagonal <= DEAD * diagonal.mean(1, keepdim=True))
 
 
-def badly_scaled(H: Tensor) -> bool:  # (G, d, d)
-    """Whether inputs differ so much in size that float32 does not resolve their correlations."""
-    diagonal = H.diagonal(dim1=1, dim2=2)
-    least = torch.where(diagonal > 0, diagonal, torch.inf).amin(1)
-    return bool((diagonal.amax(1) * torch.finfo(torch.float32).eps > least).any())
-
-
 def checked_inverse(
     H: Tensor,  # (G, d, d) float64, symmetric; overwritten with the inverses
     dtype: torch.dtype,

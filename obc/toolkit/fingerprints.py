@@ -169,7 +169,7 @@ def chosen_options(parser: argparse.ArgumentParser, arguments: Mapping[str, Any]
         if action.dest not in NOT_IN_A_RESULT:
             value, flags = arguments[action.dest], action.option_strings
             text = " ".join(value) if isinstance(value, list) else str(value)
-            texts[flags[-1] if flags else str(action.metavar or action.dest)] = text
+            texts[flags[0] if flags else str(action.metavar or action.dest)] = text
     return texts
 
 

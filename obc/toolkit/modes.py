@@ -42,6 +42,9 @@ from obc.toolkit.calibrate import activation_grids
 from trueobs import TrueOBS
 
 NO_QUANTISATION = 32  # bits
+LONE_BITS = 2  # of weights, at which smaller errors of lone layers need not help the network
+SYMMETRIC_BITS = 4  # of weights, up to which it is seen whether an asymmetric grid is much better
+MUCH_WORSE = 1.3  # × the squared error of rounding to an asymmetric grid
 
 
 def pattern_and_bits(text: str) -> str:
@@ -81,6 +84,7 @@ class Mode(ABC):
     rows_divisible: ClassVar[bool] = True  # whether processes can share the rows of a layer
     yields_levels: ClassVar[bool] = False  # a database of levels, or one model
     serves: ClassVar[tuple[str, ...]] = ()  # kinds of database that its output is for
+    search_name: ClassVar[str] = ""  # of the option for a search after the elimination
     divisor_name: ClassVar[str] = ""  # in the reason for leaving a layer dense
 
     order: str = option(
@@ -101,6 +105,21 @@ class Mode(ABC):
             raise UserError(
                 f"--order {self.order} is not for {self.name}: choose obs or {self.baseline}"
             )
+
+        if self.search and self.order != "obs":
+            raise UserError(
+                f"--{self.search_name} improves on --order obs: leave out --order {self.order}"
+            )
+
+    @property
+    def search(self) -> bool | None:
+        """Whether a search follows the elimination, if that was said."""
+        return getattr(self, self.search_name) if self.search_name else None
+
+    @property
+    def searches(self) -> bool:
+        """Whether a search follows the elimination: if not said, where layers go in order."""
+        return self.search if self.search is not None else self.sequential and self.order == "obs"
 
     @property
     def divisor(self) -> int:
@@ -158,6 +177,10 @@ class Mode(ABC):
         """The weights that a layer starts from when layers are compressed in order: its own."""
         return view(layer).matrix
 
+    def advice(self, layers: Mapping[str, nn.Module]) -> list[str]:
+        """What to reconsider before the layers are compressed."""
+        return []
+
     @abstractmethod
     def solve(self, solver: TrueOBS) -> None:
         """Compress the layer in place; or, of many levels, prepare `solver.level_parts`."""
@@ -201,6 +224,7 @@ class QuantMode(Mode):
     name = "quant"
     text = "OBQ: weights and, with --abits, activations on a grid"
     baseline = "nearest"
+    search_name = "refine"
     serves = ("mixed", "4block_8w8a")
 
     wbits: int = option(
@@ -220,6 +244,14 @@ class QuantMode(Mode):
     wperweight: bool = option(False, "one weight scale per layer instead of per output channel")
     wasym: bool = option(False, "asymmetric weight grid")
     wminmax: bool = option(False, "min-max weight range instead of the search")
+    hscale: bool = option(
+        False, "choose the weight range, and the zero, by the error of the layer's outputs"
+    )
+    refine: bool | None = option(
+        None,
+        "then move codes while that lowers a row's error (default: with --sequential)",
+        action=argparse.BooleanOptionalAction,
+    )
     asym: bool = option(False, "symmetric activation grid (a-sym)")
     aminmax: bool = option(False, "min-max activation range instead of the search")
 
@@ -227,6 +259,9 @@ class QuantMode(Mode):
         super().__post_init__()
         if self.wbits == self.abits == NO_QUANTISATION:
             raise UserError("quant needs --wbits or --abits below 32")
+        if self.hscale and (self.wperweight or self.order != "obs"):
+            flag = "--wperweight" if self.wperweight else f"--order {self.order}"
+            raise UserError(f"--hscale chooses a range for each row by OBS: leave out {flag}")
 
     def for_layer(self, name: str) -> QuantMode:
         own = [text.rpartition("=") for text in self.bits or ()]
@@ -259,11 +294,32 @@ class QuantMode(Mode):
     def activation_grid(self, inputs: Tensor) -> quant.Grid:
         return quant.fit_activation_grid(inputs, self.abits, self.asym, not self.aminmax)
 
+    def advice(self, layers: Mapping[str, nn.Module]) -> list[str]:
+        lines = []
+        if self.searches and not self.sequential and self.wbits <= LONE_BITS:
+            lines.append(
+                f"--refine at {self.wbits} bits lowers the error of every layer, but may not help "
+                "the network, where errors of layers add up: use it with --sequential"
+            )
+        times = {}  # the squared error of an asymmetric grid
+        for name, layer in layers.items() if not self.wasym else ():
+            seen, bits = view(layer), self.for_layer(name).wbits
+            if bits <= SYMMETRIC_BITS and not self.misfit(seen):
+                times[name] = quant.symmetric_loss(seen.matrix.detach(), bits)
+        if worse := {name: x for name, x in times.items() if x >= MUCH_WORSE}:
+            worst = max(worse, key=worse.__getitem__)
+            lines.append(
+                f"symmetric grids of few bits round {len(worse)} of {len(times)} layers with at "
+                f"least {MUCH_WORSE} times the squared error of asymmetric ones "
+                f"({worst}: {worse[worst]:.2g} times): try --wasym"
+            )
+        return lines
+
     def solve(self, solver: TrueOBS) -> None:
         solver.quantizer = quant.fit_weight_grid(
             solver.view.matrix, self.wbits, not self.wasym, not self.wminmax, not self.wperweight
         )
-        solver.quantize()
+        solver.quantize(self.searches, self.hscale)
         quant.set_weight_grid(solver.layer, solver.quantizer)
 
     def label(self, weight: Tensor) -> str:
@@ -282,11 +338,18 @@ class NMPruneMode(PruningMode):
 
     name = "nmprune"
     text = "N:M sparsity along the input channels"
+    search_name = "swaps"
     channels_innermost = True
     divisor_name = "M"
 
     prunen: int = option(2, "zeros per group", type=cli.nonnegative_int)
     prunem: int = option(4, "weights per group", type=cli.positive_int)
+    swaps: bool | None = option(
+        None,
+        "then let kept and pruned weights of a group change places while that lowers a row's "
+        "error (default: with --sequential)",
+        action=argparse.BooleanOptionalAction,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -316,7 +379,7 @@ class NMPruneMode(PruningMode):
         return layer.matrix == 0
 
     def solve(self, solver: TrueOBS) -> None:
-        solver.nmprune(self.prunen, self.prunem)
+        solver.nmprune(self.prunen, self.prunem, self.searches)
 
     def label(self, weight: Tensor) -> str:
         return f"sparsity {zeros_in(weight):.4f} ({self.prunen}:{self.prunem})"

@@ -211,7 +211,11 @@ def recorded_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
     arguments, options, words = dict(record["arguments"]), [], []
     for action in parser._actions:
         value = arguments.pop(action.dest, None)
-        if action.dest in NOT_REPEATED or value is None or value is False:
+        if action.dest in NOT_REPEATED or value is None:
+            continue
+        if value is False:  # the default, unless there is an option for it
+            off = isinstance(action, argparse.BooleanOptionalAction)
+            options += action.option_strings[1:] if off else []
             continue
         repeatable = isinstance(action, argparse._AppendAction) and isinstance(value, list)
         values = value if repeatable else [value]
@@ -220,7 +224,7 @@ def recorded_words(path: str, parser: argparse.ArgumentParser) -> list[str]:
         if not action.option_strings:
             words.append(str(value))
         else:
-            flag = action.option_strings[-1]
+            flag = action.option_strings[0]
             options += [flag if item is True else f"{flag}={item}" for item in values]
     if arguments:
         raise UserError(f"{path}: {parser.prog} has no option {next(iter(arguments))}")
