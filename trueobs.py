@@ -17,7 +17,6 @@ that groups of M and blocks run along the input channels.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +35,7 @@ from obc.solver.elimination import (
     Unstructured,
     eliminate,
 )
+from obc.solver.errors import log
 from obc.solver.hessian import Gram
 from obc.solver.inverse import Inverse, alive_inputs, damped_inverse, identity, without
 from obc.solver.layers import view
@@ -46,8 +46,6 @@ from obc.solver.refinement import never_worse, row_errors
 from obc.solver.swaps import MOST_COLUMNS, swapped
 from obc.solver.threads import Wait, at_once, one_thread
 from quant import Grid
-
-log = logging.getLogger("trueobs")
 
 RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
 RowChoice = Callable[[Tensor], Tensor]  # `Snapshot.pruned` -> `Snapshot.apart`
