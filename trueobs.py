@@ -110,6 +110,7 @@ class TrueOBS:
         self.Losses: Tensor | None = None  # its (rows, steps), in order of removal
         self.damping = 0.0  # what the last inverse needed, × mean(diag H); the worst group's
         self.rank_deficit = 0
+        self.nearest_rows = 0  # that the last `quantize` rounded to nearest, which was better
         self._scaled: Tensor | None = None  # H, made from the Gram matrix once it is asked for
         self._scaled_by = 0  # images in it
         self._removal: RemovalOrder | None = None
@@ -297,9 +298,8 @@ class TrueOBS:
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
         if self.order == "obs":
             nearest = grid(snapshot.W.to(grid.scale.dtype))
-            quantised, count = never_worse(quantised, nearest, snapshot.W, snapshot.H)
-            if count:
-                log.info("rounding to nearest is better in %d of %d rows: used", count, self.rows)
+            rows = quantised, nearest, snapshot.W, snapshot.H
+            quantised, self.nearest_rows = never_worse(*rows)
         if refine:
             rows, moved = self.world.rows(self.rows), quantised.to(dtype)
             tensors = moved, snapshot.W, snapshot.group, scale, low, high
