@@ -59,10 +59,9 @@ def write_errors(
     marks = session.fingerprint(invocation, {"database": db.hash})
     records.check_repeat(invocation.repeat, marks, invocation.defaults)
     figures = {}
-    if action in MEASURES:
-        figures["dense_top1_calibration"] = session.dense_top1()
     with open_state(state_folder(path), marks, invocation.restart, world) as state:
         if action in MEASURES:
+            figures["dense_top1_calibration"] = session.dense_top1()
             batches = session.calibration().shard(world.rank, world.size)
             notes = Notes(state)
             with notes:
@@ -89,7 +88,6 @@ def evaluate_levels(
     model = copy.deepcopy(session.model)
     contents = {"database": db.hash, "test images": images_hash(session.data.test)}
     marks = session.fingerprint(invocation, contents)
-    session.dense_top1()
     folder = Path(prefix) / f".{db.model}_{db.kind}_eval.partial"
     try:
         state = open_state(folder, marks, invocation.restart, session.world)
@@ -101,6 +99,7 @@ def evaluate_levels(
         )
         state = RunState(None, session.world)
     with state:
+        session.dense_top1()
         notes = Notes(state)
         if notes.known:
             log.info("resuming: %d of %d levels are done", len(notes.known), len(db.levels))

@@ -27,7 +27,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -211,25 +210,26 @@ def choose(
     marks: dict[str, str],
     evaluator: Evaluator | None,  # None: no search
     seed: int,
-    figures: dict[str, Any],  # for the record
 ) -> None:
     """Make a profile, by a search if there is an evaluator; write and report it."""
-    started, choice = time.perf_counter(), problem.solve()
+    started, choice, figures = time.perf_counter(), problem.solve(), {}
     kept = RunState()  # only a search has something to resume
     if evaluator is not None:
         kept = open_state(state_folder(path), marks, invocation.restart, evaluator.world)
     with kept:
         if evaluator is not None:
+            dense_top1 = evaluator.session.dense_top1(evaluator.batches)
             dp_picks = picks_key(choice.levels)
             state = run_search(problem, evaluator, kept, seed)
             choice = problem.solve(state.coefficients)
-            figures |= {
+            figures = {
                 "loss": state.loss,
                 "dp_loss": state.losses[dp_picks],
                 "candidates": state.candidates,
                 "evaluations": len(state.losses),
                 "coefficients": state.coefficients,
                 "history": state.history,
+                "dense_top1_calibration": dense_top1,
             }
         picks = choice.levels
         figures |= print_choice(problem, picks)
@@ -279,8 +279,9 @@ def run(args: argparse.Namespace) -> None:
     problem = profile_problem(db.levels, costs, scores, scores_path, args.target, args.dpbuckets)
     correction = "statcorr" if args.statcorr else "none" if args.nobatchnorm else "averages"
     if args.score:
-        session.dense_top1()
-        score(args.score, problem, Evaluator(session, db, correction))
+        evaluator = Evaluator(session, db, correction)
+        session.dense_top1(evaluator.batches)
+        score(args.score, problem, evaluator)
     else:
         problem.solve()  # reports a target that cannot be reached before any image is read
         tables = {"scores": problem.errors, "costs": problem.costs}
@@ -293,9 +294,8 @@ def run(args: argparse.Namespace) -> None:
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks, invocation.defaults)
-        figures = {} if args.dp else {"dense_top1_calibration": session.dense_top1()}
         evaluator = None if args.dp else Evaluator(session, db, correction)
-        choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)
+        choose(path, problem, db, invocation, marks, evaluator, args.seed)
     session.world.leave()
 
 

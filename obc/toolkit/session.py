@@ -54,7 +54,7 @@ from modelutils import (
     get_model,
     load_state,
 )
-from obc.inputs.batches import ImageBatches
+from obc.inputs.batches import Batches, ImageBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
 from obc.inputs.tracing import equal_but_for_rounding
@@ -216,12 +216,13 @@ class Session:
         scores = None if model is self.model else self.dense_scores
         return evaluate(model, self.test_shard(), self.device, scores, self.world)
 
-    def dense_top1(self) -> float:
-        """The dense model's top-1 on the calibration images, logged (`dense_top1`)."""
-        options = self.options
-        return dense_top1(
-            self.model, self.data, self.device, options.batchsize, options.workers, self.world
-        )
+    def dense_top1(self, batches: Batches | None = None) -> float:
+        """The dense model's top-1 on the calibration images, logged (`dense_top1`).
+
+        `batches`: this process's share of all of them, if they are in memory already.
+        """
+        loading = self.options.batchsize, self.options.workers
+        return dense_top1(self.model, self.data, self.device, *loading, self.world, batches)
 
 
 def dense_top1(
@@ -231,19 +232,22 @@ def dense_top1(
     batchsize: int,
     workers: int | None,
     world: World = ALONE,
+    batches: Batches | None = None,  # this process's share of all images; None: load some
 ) -> float:  # percent
-    """Top-1 of the dense model on the calibration images (at most DENSE_IMAGES), not augmented.
+    """Top-1 of the dense model on the calibration images, not augmented: DENSE_IMAGES at most, or
+    `batches`.
 
     Logs it, since it shows whether labels and pixels are what the model was trained on, and warns
     if guessing would do about as well. No global generator is advanced.
     """
-    images = replace(data.calibration, chosen=data.calibration.chosen[:DENSE_IMAGES])
-    batches = calibration_batches(
-        replace(data, calibration=images), batchsize=batchsize, workers=workers
-    )
+    images = data.calibration
+    if batches is None:
+        images = replace(images, chosen=images.chosen[:DENSE_IMAGES])
+        some = replace(data, calibration=images)
+        loaded = calibration_batches(some, batchsize=batchsize, workers=workers)
+        batches = loaded.shard(world.rank, world.size)
     with undisturbed(device):
-        shard = batches.shard(world.rank, world.size)
-        top1 = evaluate(model, shard, device, world=world).top1
+        top1 = evaluate(model, batches, device, world=world).top1
     total, count = len(data.calibration), len(images)
     which = str(count) if count == total else f"{count} of {total}"
     log.info("dense: top-1 %.2f on %s calibration images", top1, which)
