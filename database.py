@@ -47,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefix", metavar="DIR", default=".", help="where models_unstr/ etc. are")
     parser.add_argument("--profile", metavar="FILE", help="profile to stitch (stitch)")
     parser.add_argument("--score_path", metavar="DIR", default="scores", help="folder of scores")
+    parser.add_argument(
+        "--plan", action="store_true", help="loss: print how long it will take, then stop"
+    )
     return parser
 
 
@@ -120,6 +123,8 @@ def evaluate_levels(
 def run(args: argparse.Namespace) -> None:
     if (args.action == "stitch") != bool(args.profile):
         raise UserError("--profile FILE goes with stitch, and stitch needs it")
+    if args.plan and args.action != "loss":
+        raise UserError("--plan goes with loss, the one action that can take long")
     profile = read_profile(args.profile) if args.profile else None
     db = Database.open(args.kind, model_tag(args.model), args.prefix)
     session = Session.of(common_options(args))
@@ -127,6 +132,9 @@ def run(args: argparse.Namespace) -> None:
     invocation = Invocation.of(build_parser(), args)
     if args.action == "eval":
         evaluate_levels(db, session, invocation, args.prefix)
+    elif args.plan:
+        batches = session.calibration()
+        cli.print_result(sensitivity.loss_plan(session.model, db, batches, session.device))
     elif profile is not None:
         model = stitched(session, db, profile)
         session.dense_top1()
