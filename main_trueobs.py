@@ -142,11 +142,7 @@ def check_inputs_stay(args: argparse.Namespace, mode: Mode) -> None:
 
 def check_sequential(mode: Mode, args: argparse.Namespace) -> None:
     """Raise a UserError for what cannot be done layer by layer."""
-    if not mode.sequential:
-        return
-    if args.shards > 1:
-        raise UserError("--sequential runs in one process: leave out torchrun and --shards")
-    if args.cache:
+    if mode.sequential and args.cache:
         raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
 
 

@@ -86,7 +86,8 @@ def test_alone_nothing_is_done():
         ("quant", "--wbits", "4", "--abits", "4"),
         ("struct", *GRID),
         ("unstr", "--sparsity", "0.7"),
-        ("struct", "--sparsity", "0.5"),
+        ("quant", "--wbits", "3", "--abits", "4", "--sequential"),
+        ("struct", "--sparsity", "0.5", "--sequential"),
     ],
     ids=" ".join,
 )

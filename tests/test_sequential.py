@@ -28,7 +28,7 @@ from obc.solver.shift import RIDGE, Cross, output_error, shifted_weights
 from obc.toolkit import sequential
 from obc.toolkit.modes import Mode, NMPruneMode, QuantMode
 from obc.toolkit.resume import RunState
-from obc.toolkit.sequential import Boundary, SequentialCompression, Walk, WholeWalk
+from obc.toolkit.sequential import Boundary, DoubleWalk, SequentialCompression, Walk, WholeWalk
 from trueobs import TrueOBS
 
 Batch = tuple[Tensor, Tensor]
@@ -364,6 +364,35 @@ def test_walks_are_of_the_kind_that_the_model_allows(kind):
     assert isinstance(walk, WholeWalk if kind is Untraceable else Walk)
 
 
+class Shards(list):
+    """Batches that can be divided as `ImageBatches` can."""
+
+    def shard(self, number: int, count: int) -> Shards:
+        return Shards(self[number::count])
+
+
+@pytest.mark.parametrize("kind", [Unordered, Untraceable])
+def test_sums_of_shards_are_added_up(kind, tmp_path):
+    dense, images = model_of(kind), Shards(batches())
+    compressed = pruned(dense)
+
+    def all_sums(images: Shards, shards: int = 1) -> list[sequential.Sums]:
+        walk = DoubleWalk(dense, compressed, images, Boundary(3000, tmp_path), shards=shards)
+        names = walk.layers()
+        layers = (compressed.get_submodule(name) for name in names)
+        return list(map(walk.sums, names, layers, [*names[1:], None]))
+
+    divided = all_sums(images, shards=3)
+    apart = zip(*(all_sums(images.shard(number, 3)) for number in range(3)), strict=True)
+    for ours, whole, parts in zip(divided, all_sums(images), apart, strict=True):
+        for key in ("gram", "cross", "energy", "images", "patches"):
+            first, second, third = (getattr(part, key) for part in parts)
+            total = torch.as_tensor(getattr(ours, key))
+            assert torch.equal(total, torch.as_tensor(first + second + third))
+            expected = torch.as_tensor(getattr(whole, key))
+            torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
 class Sometimes(nn.Module):
     """A layer that runs for some batches only, the first not among them."""
 
@@ -654,7 +683,6 @@ def test_check_measures_the_same_errors(monkeypatch, tmp_path, caplog):
             "--sparsity is one level",
         ),
         (("blocked", "--sparsity", "0.5", "--sparse-dir", "db"), "blocked yields one model"),
-        (("nmprune", "--shards", "2"), "--sequential runs in one process"),
         (("nmprune", "--cache", "cache"), "--sequential has no use for --cache"),
     ],
 )

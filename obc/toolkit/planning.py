@@ -55,6 +55,8 @@ def make_plan(
     for names in passes:
         costs = {name: operations(layers[name]) for name in names}
         owners |= deal(costs, world.size, divisible=mode.rows_divisible)
+    if mode.sequential:  # one layer at a time
+        owners = dict.fromkeys(layers, None if mode.rows_divisible else 0)
     return Plan(memory, needs, passes, owners)
 
 
