@@ -550,10 +550,12 @@ class SequentialCompression(Compression):
         solved, calls = [], self.walk.calls
         with self._progress() as bar:
             for name in [name for name in self.layers if name not in self.reports]:
-                if why_dense(self.layers[name], self.mode, calls[name]):
-                    self._finish(name, self._left_dense(name, calls[name]), bar)
-                else:
+                layer = self.layers[name]
+                shifts = self.mode.shift_dense and calls[name] and not view(layer).proof.flaw
+                if shifts or not why_dense(layer, self.mode, calls[name]):
                     solved.append(name)
+                else:
+                    self._finish(name, self._left_dense(name, calls[name]), bar)
             if isinstance(self.walk.walk, WholeWalk):
                 log.warning(
                     "each of %d layers takes a pass of both networks over all images, up to %.2g s",
@@ -589,9 +591,11 @@ class SequentialCompression(Compression):
         if plan.owners[name] in (None, self.world.rank):
             entry = compress_layer(name, solver, self.mode, None, self.repeats)
         if plan.owners[name] is not None:
-            entry = self.world.share(entry)
-            quant.put_layer(layer, entry.tensors)
-        error = output_error(view(layer).matrix, H, B, C)
-        entry.figures["report"]["squared_error"] = error
-        entry.figures["report"]["relative_error"] = 2 * error / C if C else 0.0
+            if (entry := self.world.share(entry)).tensors:
+                quant.put_layer(layer, entry.tensors)
+        error, report = output_error(view(layer).matrix, H, B, C), entry.figures["report"]
+        report["squared_error"], report["relative_error"] = error, 2 * error / C if C else 0.0
+        if report["dense"]:
+            report["shifted"] = True
+            entry.tensors.update({key: x.detach().cpu() for key, x in layer.state_dict().items()})
         return entry
