@@ -4,8 +4,8 @@
 
 A run is the demo's pipeline on rn8 and digits in its own folder: an unstructured database, its
 losses, a profile by --dp and one by a search, the corrected model, one quantised sequentially, and
-a network trained by the second study. One kind of trouble strikes at random moments, up to `TROUBLES` times, and the command
-that it hit is started again, as a user would:
+a network trained by the second study. One kind of trouble strikes at random moments, up to
+`TROUBLES` times, and the command that it hit is started again, as a user would:
 
     SIGKILL, SIGTERM, SIGINT   while a command is at work
     full                       a file system with too little room, which is then enlarged
