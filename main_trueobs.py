@@ -185,11 +185,7 @@ def check_shards(mode: Mode, args: argparse.Namespace, world: World) -> None:
     if args.shards and world.size not in (1, args.shards):
         raise UserError(f"--shards {args.shards}: there are {world.size} processes")
     args.shards = args.shards or world.size  # sums depend on it, by rounding
-    if not mode.sequential:
-        return
-    if args.shards > 1:
-        raise UserError("--sequential runs in one process: leave out torchrun and --shards")
-    if args.cache:
+    if mode.sequential and args.cache:
         raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
 
 

@@ -87,7 +87,8 @@ def test_alone_nothing_is_done():
         ("nmprune", "--swaps"),
         ("struct", *GRID),
         ("unstr", "--sparsity", "0.7"),
-        ("struct", "--sparsity", "0.5"),
+        ("quant", "--wbits", "3", "--abits", "4", "--sequential"),
+        ("struct", "--sparsity", "0.5", "--sequential"),
     ],
     ids=" ".join,
 )
