@@ -161,6 +161,15 @@ class Session:
         """The dense weights, as the user knows them."""
         return self.options.weights or f"the weights of {self.options.model}"
 
+    def shard_count(self, asked: int | None) -> int:
+        """How many shards of the images are summed apart: --shards, or one for each process.
+
+        Sums depend on it, by rounding. Raises UserError where several processes are not as many.
+        """
+        if asked and self.world.size not in (1, asked):
+            raise UserError(f"--shards {asked}: there are {self.world.size} processes")
+        return asked or self.world.size
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return (3, self.data.image_size, self.data.image_size)
