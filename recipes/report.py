@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import obc.toolkit.starting  # noqa: E402, F401  # isort: skip
 
@@ -28,8 +29,8 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from obc.inputs import files
-from obc.solver import errors
+from obc.inputs import files  # noqa: E402
+from obc.solver import errors  # noqa: E402
 from obc.solver.errors import UserError  # noqa: E402
 from obc.toolkit import cli  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
