@@ -128,14 +128,15 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def run_recipe(args: argparse.Namespace, words: list[str]) -> None:
+    """Run the recipe of a command line, which is given as parsed and as words."""
+    common = own_options(args.recipe).parse_known_args(words[1:])[1]
+    RECIPES[args.recipe](Recipe(args, common[2:]))  # without MODEL DATASET
+
+
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-
-    def run(args: argparse.Namespace) -> None:
-        common = own_options(args.recipe).parse_known_args(words[1:])[1]
-        RECIPES[args.recipe](Recipe(args, common[2:]))  # without MODEL DATASET
-
-    return cli.command(build_parser, run, words)
+    return cli.command(build_parser, lambda args: run_recipe(args, words), words)
 
 
 if __name__ == "__main__":

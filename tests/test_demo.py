@@ -1,0 +1,107 @@
+"""recipes/demo.py: its tables and its page, from a record; `make demo` runs all of it in CI."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from recipes import demo
+
+NETWORKS = [
+    {"name": demo.DENSE, "bytes": 400_000, "seconds_per_image": 4e-5}
+    | {"top1": 99.0, "kl": 0.0, "agreement": 100.0},
+    {"name": "4-bit weights", "bytes": 50_000, "seconds_per_image": 1.6e-5}
+    | {"top1": 98.5, "kl": 0.01234, "agreement": 97.25},
+]
+FOUND = {
+    "results": [
+        {
+            "method": "uniform",
+            "reached": "4.7701",
+            "top1": 98.0,
+            "kl": "0.0062",
+            "agreement": "98.10",
+        },
+        {
+            "method": "DP, solved anew",
+            "reached": "4.01",
+            "top1": 98.9,
+            "kl": "0.001",
+            "agreement": "99",
+        },
+    ],
+    "profiles": {"uniform": {"a": "7903", "b": "7903"}, "DP": {"a": "0000", "b": "9900"}},
+    "losses": {
+        "a": {"0000": -1e-9, "7903": 0.01, "9900": 1.0},
+        "b": {"0000": 0.0, "7903": 1e-6, "9900": 1e-3},
+    },
+}
+
+
+def test_tables():
+    assert demo.exported_table(NETWORKS)[1:] == [
+        ["dense, float32", "400 kB", "", "40 µs", "", "99.00 %", "", ""],
+        ["4-bit weights", "50 kB", "8.0× smaller", "16 µs", "2.5× as fast"]
+        + ["98.50 %", "97.2 %", "0.01"],
+    ]
+    assert demo.levels_table(FOUND)[1:] == [
+        ["uniform", "79.0 %", "4.77×", "98.00 %", "98.10 %", "0.006"],
+        ["DP, solved anew", "0 % … 99.0 %", "4.01×", "98.90 %", "99 %", "0.001"],
+    ]
+
+
+def test_heat_is_logarithmic_from_least_error_to_the_largest():
+    """1e-6 to 1 are six powers of ten."""
+    rows = {row["layer"]: [cell["heat"] for cell in row["cells"]] for row in demo.heat(FOUND)}
+    assert rows == {"a": pytest.approx([0, 4 / 6, 1]), "b": pytest.approx([0, 0, 3 / 6])}
+
+
+def test_the_hardest_images_are_those_of_the_largest_kl():
+    torch.manual_seed(0)
+    dense, images = 3 * torch.randn(40, 10), torch.rand(40, 3, 4, 4)
+    changed = dense.clone()
+    changed[[7, 3]] = -dense[[7, 3]]
+    changed[3] *= 2  # farther
+    found = demo.hardest({demo.DENSE: dense, "x": changed}, images, torch.arange(40), "x")
+    assert len(found) == demo.HARDEST and {found[0]["label"], found[1]["label"]} == {3, 7}
+    first = found[0]
+    assert first["dense"]["class"] == dense[first["label"]].argmax()
+    sure = 100 * float(dense[first["label"]].softmax(0).max())
+    assert first["dense"]["percent"] == pytest.approx(sure, rel=1e-5)
+
+
+class Tags(HTMLParser):
+    """Fails where tags do not match; keeps the addresses of pictures and scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_no_other_file():
+    image = {"png": "iVBO", "label": 8, "dense": {"class": 8, "percent": 99.6}}
+    image |= {"compressed": {"class": 3, "percent": 51.2}}
+    record = {"networks": NETWORKS, "non_uniform": FOUND, "images": [image], "batch": 16}
+    record |= {"target": 4, "seconds": 12.3, "environment": {"processor": "A & B", "torch": "2"}}
+    text = demo.page(record)
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == [] and all(x.startswith("data:image/png;base64,") for x in tags.addresses)
+    assert "A &amp; B" in text and "2 bits: 3, 51 %" in text and "79.0 %" in text
+    assert text.count('class="chosen"') == 2 and text.count('class="uniform"') == 2
+    assert not re.search(r"https?://|{{|{%", text)
