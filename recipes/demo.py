@@ -211,7 +211,8 @@ def png(image: Tensor) -> str:  # (3, s, s), normalised
 def exported_table(networks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Head and rows of table 1."""
     dense = networks[0]
-    rows = [["in ONNX Runtime", "size", "", "time", "", "top-1", "same class", "KL"]]
+    head = ["in ONNX Runtime", "size", "smaller", "time", "speed", "top-1", "same class", "KL"]
+    rows = [head]
     for one in networks:
         size, seconds = one["bytes"], one["seconds_per_image"]
         first = one is dense
@@ -219,12 +220,12 @@ def exported_table(networks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             [
                 one["name"],
                 f"{size / 1e3:.0f} kB",
-                "" if first else f"{dense['bytes'] / size:.1f}× smaller",
+                "" if first else f"{dense['bytes'] / size:.1f}×",
                 f"{1e6 * seconds:.0f} µs",
-                "" if first else f"{dense['seconds_per_image'] / seconds:.1f}× as fast",
+                "" if first else f"{dense['seconds_per_image'] / seconds:.1f}×",
                 f"{one['top1']:.2f} %",
                 "" if first else f"{one['agreement']:.1f} %",
-                "" if first else f"{one['kl']:.1g}",
+                "" if first else f"{one['kl']:.5f}",
             ]
         )
     return rows
@@ -247,7 +248,7 @@ def levels_table(found: Mapping[str, Any]) -> list[list[str]]:
     for one in found["results"]:
         levels = levels_text(found["profiles"][one["method"].partition(",")[0]])
         cells = [f"{float(one['reached']):.2f}×", f"{one['top1']:.2f} %", f"{one['agreement']} %"]
-        rows.append([one["method"], levels, *cells, f"{float(one['kl']):.1g}"])
+        rows.append([one["method"], levels, *cells, f"{float(one['kl']):.5f}"])
     return rows
 
 
