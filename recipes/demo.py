@@ -1,7 +1,8 @@
-"""The demo: a network that ships with its weights, compressed in six ways, exported and run.
+"""The demo: a network compressed in six ways, exported and run.
 
-    python -m recipes.demo                  or `make demo`; no download, no GPU
+    python -m recipes.demo [MODEL DATASET [options]]
 
+Without words, as `make demo`: rn8, which ships with its weights, on digits; no download, no GPU.
 Prints what it does and why, then two tables, and writes them to demo/index.html with pictures.
 Everything else is in demo/: checkpoints, ONNX files, the commands' records, their log (log.txt),
 and demo.json, the figures of the page.
@@ -23,20 +24,24 @@ import obc.toolkit.starting  # noqa: E402, F401  # isort: skip
 import argparse  # noqa: E402
 import base64  # noqa: E402
 import contextlib  # noqa: E402
+import copy  # noqa: E402
 import io  # noqa: E402
 import math  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 from typing import Any, NamedTuple  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from datautils import test_batches  # noqa: E402
 from modelutils import BatchFigures, Evaluation  # noqa: E402
 from obc.inputs import files  # noqa: E402
 from obc.toolkit import cli, export_measure, export_onnx  # noqa: E402
+from obc.toolkit.leveldb import model_tag  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
 from obc.toolkit.records import read_record, write_run  # noqa: E402
 from obc.toolkit.session import Session, common_options  # noqa: E402
@@ -44,7 +49,7 @@ from recipes import __main__ as recipes  # noqa: E402
 from recipes import report  # noqa: E402
 from recipes.recipe import run_command  # noqa: E402
 
-NETWORK = ["rn8", "digits", "--noaug"]
+NETWORK = ("rn8", "digits", "--noaug")  # unless another one is named
 TARGET = 4  # times fewer FLOPs
 BATCH = 16  # images whose time is measured
 HARDEST = 10  # images that are shown
@@ -60,7 +65,7 @@ class Way(NamedTuple):
     export: str = ""  # options of export.py
 
 
-DENSE = "dense, float32"
+DENSE, HARD = "dense, float32", "2-bit weights"  # names in the table
 WAYS = (
     Way(
         "4w",
@@ -99,86 +104,103 @@ WAYS = (
 # -- at work ---------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def quietly(folder: Path) -> Iterator[None]:
-    """What commands print goes to a file."""
-    with (
-        open(folder / "log.txt", "a") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        yield
+@dataclass
+class Demo:
+    """A demo at work."""
+
+    session: Session
+    words: list[str]  # MODEL DATASET and the common options
+    folder: Path
+    tag: str
+
+    @contextlib.contextmanager
+    def quietly(self) -> Iterator[None]:
+        """What commands print goes to a file."""
+        with (
+            open(self.folder / "log.txt", "a") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            yield
+
+    def onnx_file(self, name: str) -> Path:
+        return self.folder / "onnx" / f"{self.tag}_{name}.onnx"
+
+    def export_dense(self) -> Path:
+        """The dense network's ONNX file."""
+        model = copy.deepcopy(self.session.model).cpu()
+        with files.atomic_write(self.onnx_file("dense")) as file:
+            file.write(export_onnx.contents(export_onnx.traced(model, self.session.image_shape)))
+        return self.onnx_file("dense")
+
+    def compress_and_export(self, way: Way) -> Path:
+        """Compress the network in one way; its ONNX file."""
+        checkpoint = str(self.folder / f"{self.tag}_{way.name}.pth")
+        exported = self.onnx_file(way.name)
+        network, common = self.words[:2], self.words[2:]
+        with self.quietly():
+            words = [*network, *way.options.split(), "--save", checkpoint, *common]
+            run_command("main_trueobs.py", words)
+            words = [*network, checkpoint, "--to", str(exported), *way.export.split(), *common]
+            run_command("export.py", words)
+        return exported
+
+    def run_exported(
+        self, paths: Mapping[str, Path]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Figures of exported networks, the first of which is the dense one; the hardest images."""
+        runners = {
+            name: export_measure.onnx_runtime(path.read_bytes(), threads=1)
+            for name, path in paths.items()
+        }
+        counts: dict[str, list[BatchFigures]] = {name: [] for name in paths}
+        shown, times = [], {}
+        for images, labels in test_batches(self.session.data):
+            logits = {name: torch.from_numpy(run(images.numpy())) for name, run in runners.items()}
+            for name, found in counts.items():
+                found.append(BatchFigures.of(logits[name], labels, logits[DENSE]))
+            shown += images_apart(images, labels, logits[DENSE], logits[HARD])
+            shown = sorted(shown, key=lambda image: -image["kl"])[:HARDEST]
+            times = times or export_measure.medians(runners, images[:BATCH].numpy())
+        figures = [
+            {
+                "name": name,
+                "bytes": path.stat().st_size,
+                "seconds_per_image": times[name][0] / BATCH,
+                **vars(Evaluation.of(counts[name])),
+            }
+            for name, path in paths.items()
+        ]
+        return figures, shown
+
+    def choose_levels(self) -> dict[str, Any]:
+        """The recipe `unstructured`, one target: results, levels, and losses it chose them by."""
+        more = ["--targets", str(TARGET), "--delta-sparse", "0.2", "--no-search"]
+        words = ["unstructured", *self.words, *more, "--out", str(self.folder)]
+        with self.quietly():
+            recipes.run_recipe(recipes.build_parser().parse_args(words), words)
+        results = report.read_results(self.folder / "unstructured.tsv")[1:]  # without the dense
+        profiles = {
+            method: read_profile(self.folder / f"{self.tag}_unstr_{100 * TARGET}x_{ending}.txt")
+            for method, ending in (("uniform", "uniform"), ("DP", "dp"))
+        }
+        losses = read_scores(self.folder / "scores" / f"{self.tag}_unstr_loss.txt")
+        results = [line._asdict() for line in results]
+        return {"results": results, "profiles": profiles, "losses": losses}
 
 
-def dense_onnx(session: Session, path: Path) -> None:
-    """Write the dense network as ONNX."""
-    graph = export_onnx.traced(session.model.cpu(), session.image_shape)
-    with files.atomic_write(path) as file:
-        file.write(export_onnx.contents(graph))
-
-
-def compress_and_export(way: Way, folder: Path) -> Path:
-    """Compress the network in one way; the ONNX file."""
-    checkpoint = folder / f"rn8_{way.name}.pth"
-    exported = folder / "onnx" / f"rn8_{way.name}.onnx"
-    with quietly(folder):
-        words = [*NETWORK, *way.options.split(), "--save", str(checkpoint)]
-        run_command("main_trueobs.py", words)
-        words = [*NETWORK, str(checkpoint), "--to", str(exported), *way.export.split()]
-        run_command("export.py", words)
-    return exported
-
-
-def run_in_onnx_runtime(
-    session: Session, paths: Mapping[str, Path]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Figures of exported networks, the first of which is the dense one; the hardest images."""
-    runners = {
-        name: export_measure.onnx_runtime(path.read_bytes(), threads=1)
-        for name, path in paths.items()
-    }
-    batches = [(x.clone(), y.clone()) for x, y in test_batches(session.data)]
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    logits = {name: torch.from_numpy(run(images.numpy())) for name, run in runners.items()}
-    times = export_measure.medians(runners, images[:BATCH].numpy())
-    dense, figures = next(iter(logits.values())), []
-    for name, path in paths.items():
-        evaluation = Evaluation.of([BatchFigures.of(logits[name], labels, dense)])
-        seconds = times[name][0] / BATCH
-        size = {"bytes": path.stat().st_size, "seconds_per_image": seconds}
-        figures.append({"name": name, **size, **vars(evaluation)})
-    return figures, hardest(logits, images, labels, "2-bit weights")
-
-
-def non_uniform(folder: Path) -> dict[str, Any]:
-    """The recipe `unstructured` at one target: its results, levels, and what it chose by."""
-    words = ["unstructured", *NETWORK, "--targets", str(TARGET), "--delta-sparse", "0.2"]
-    words += ["--no-search", "--out", str(folder)]
-    with quietly(folder):
-        recipes.run_recipe(recipes.build_parser().parse_args(words), words)
-    profiles = {
-        method: read_profile(folder / f"rn8_unstr_{100 * TARGET}x_{ending}.txt")
-        for method, ending in (("uniform", "uniform"), ("DP", "dp"))
-    }
-    results = report.read_results(folder / "unstructured.tsv")[1:]  # the dense network is known
-    return {
-        "results": [line._asdict() for line in results],
-        "profiles": profiles,
-        "losses": read_scores(folder / "scores" / "rn8_unstr_loss.txt"),
-    }
-
-
-def hardest(
-    logits: Mapping[str, Tensor],  # (n, classes) each
+def images_apart(
     images: Tensor,  # (n, 3, s, s)
     labels: Tensor,  # (n,)
-    name: str,
+    dense: Tensor,  # (n, classes) logits
+    compressed: Tensor,  # the same
 ) -> list[dict[str, Any]]:
-    """The test images on which a network is farthest from the dense one."""
-    dense, compressed = (logits[x].double().log_softmax(1) for x in (DENSE, name))
+    """The images on which two networks are farthest apart, the farthest first."""
+    dense, compressed = (logits.double().log_softmax(1) for logits in (dense, compressed))
     distances = (dense.exp() * (dense - compressed)).sum(1)
     return [
         {
+            "kl": float(distances[index]),
             "png": png(images[index]),
             "label": int(labels[index]),
             "dense": guess(dense[index]),
@@ -195,10 +217,8 @@ def guess(log_probabilities: Tensor) -> dict[str, float]:
 
 
 def png(image: Tensor) -> str:  # (3, s, s), normalised
-    """An image as a PNG in base64, from black to white."""
-    from PIL import Image
-
-    pixels = image.mean(0).numpy()
+    """An image as a PNG in base64, its contrast stretched."""
+    pixels = image.permute(1, 2, 0).numpy()
     pixels = 255 * (pixels - pixels.min()) / max(np.ptp(pixels), 1e-6)
     file = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(file, format="PNG")
@@ -287,39 +307,37 @@ def page(record: Mapping[str, Any]) -> str:
     )
     return environment.get_template("demo.html.jinja").render(
         record=record,
-        tables=[exported_table(record["networks"]), levels_table(record["non_uniform"])],
-        heat=heat(record["non_uniform"]),
+        tables=[exported_table(record["networks"]), levels_table(record["levels"])],
+        heat=heat(record["levels"]),
     )
 
 
 # -- the command -----------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> None:
-    started, folder = time.perf_counter(), Path(args.out)
+def run(args: argparse.Namespace, words: list[str]) -> None:
+    started, folder, say = time.perf_counter(), Path(args.out), cli.print_result
     (folder / "onnx").mkdir(parents=True, exist_ok=True)
-    (folder / "log.txt").write_text("")
-    say = cli.print_result
-    session = Session.of(common_options(recipes.build_parser().parse_args(["nm", *NETWORK])))
-    weights = sum(x.numel() for x in session.model.parameters())
-    say(f"rn8 has {weights:,} weights and reads handwritten digits. Compressed from 1,024 images:")
-    paths = {DENSE: folder / "onnx" / "rn8_dense.onnx"}
-    dense_onnx(session, paths[DENSE])
+    (folder / "log.txt").unlink(missing_ok=True)
+    demo = Demo(Session.of(common_options(args)), words, folder, model_tag(args.model))
+    weights = sum(x.numel() for x in demo.session.model.parameters())
+    say(f"{demo.tag} on {args.dataset}, {weights:,} weights, compressed by {args.nsamples} images:")
+    paths = {DENSE: demo.export_dense()}
     for way in WAYS:
         say(f"  {way.title + ',':25} {way.why}")
-        paths[way.title] = compress_and_export(way, folder)
+        paths[way.title] = demo.compress_and_export(way)
     say(f"  {f'{TARGET}× fewer FLOPs,':25} a dynamic programme gives each layer its own sparsity;")
     say(f"  {'':25} solved anew at these levels, each makes up for those before it")
-    found = non_uniform(folder)
-    networks, images = run_in_onnx_runtime(session, paths)
+    levels = demo.choose_levels()
+    networks, images = demo.run_exported(paths)
+    figures = {"networks": networks, "levels": levels, "images": images, "batch": BATCH}
+    figures |= {"classes": demo.session.data.classes}
     path = folder / "demo.json"
-    figures = {"networks": networks, "non_uniform": found, "images": images}
-    figures |= {"batch": BATCH, "target": TARGET}
     write_run(path, "demo.py", vars(args), seconds=time.perf_counter() - started, **figures)
     record = read_record(path)
     with files.atomic_write(folder / "index.html") as file:
         file.write(page(record).encode())
-    for rows in (exported_table(record["networks"]), levels_table(record["non_uniform"])):
+    for rows in (exported_table(record["networks"]), levels_table(record["levels"])):
         say(f"\n{export_measure.markdown_table(rows)}")
     say("\nKL and same class: how close the outputs are to those of the dense network.")
     say(f"The same with pictures: {folder / 'index.html'}")
@@ -327,12 +345,18 @@ def run(args: argparse.Namespace) -> None:
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="demo.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", metavar="DIR", default="demo", help="folder for all files")
+    cli.add_common_options(parser)
+    text = "folder for all files"
+    parser.group(cli.FIRST).add_argument("--out", metavar="DIR", default="demo", help=text)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.command(build_parser, run, argv)
+    words = list(sys.argv[1:] if argv is None else argv) or [*NETWORK]
+    out = cli.Parser(add_help=False)  # --out is not for the commands
+    out.add_argument("--out")
+    common = out.parse_known_args(words)[1]
+    return cli.command(build_parser, lambda args: run(args, common), words)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from PIL import Image
 
 from recipes import demo
 
@@ -58,18 +61,20 @@ def test_heat_is_logarithmic_from_least_error_to_the_largest():
     assert rows == {"a": pytest.approx([0, 4 / 6, 1]), "b": pytest.approx([0, 0, 3 / 6])}
 
 
-def test_the_hardest_images_are_those_of_the_largest_kl():
+def test_images_apart_are_those_of_the_largest_kl():
     torch.manual_seed(0)
     dense, images = 3 * torch.randn(40, 10), torch.rand(40, 3, 4, 4)
     changed = dense.clone()
-    changed[[7, 3]] = -dense[[7, 3]]
-    changed[3] *= 2  # farther
-    found = demo.hardest({demo.DENSE: dense, "x": changed}, images, torch.arange(40), "x")
-    assert len(found) == demo.HARDEST and {found[0]["label"], found[1]["label"]} == {3, 7}
-    first = found[0]
-    assert first["dense"]["class"] == dense[first["label"]].argmax()
-    sure = 100 * float(dense[first["label"]].softmax(0).max())
-    assert first["dense"]["percent"] == pytest.approx(sure, rel=1e-5)
+    changed[7] = -dense[7]
+    changed[3] = -5 * dense[3]
+    found = demo.images_apart(images, torch.arange(40), dense, changed)
+    assert len(found) == demo.HARDEST and [one["label"] for one in found[:2]] == [3, 7]
+    p, q = dense[3].double().softmax(0), changed[3].double().softmax(0)
+    assert found[0]["kl"] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-6)
+    assert found[0]["dense"]["class"] == dense[3].argmax()
+    assert found[0]["dense"]["percent"] == pytest.approx(100 * float(p.max()), rel=1e-6)
+    pixels = Image.open(io.BytesIO(base64.b64decode(found[0]["png"])))
+    assert pixels.size == (4, 4) and pixels.getextrema()[0] != (0, 0)
 
 
 class Tags(HTMLParser):
@@ -95,8 +100,13 @@ class Tags(HTMLParser):
 def test_the_page_is_whole_and_needs_no_other_file():
     image = {"png": "iVBO", "label": 8, "dense": {"class": 8, "percent": 99.6}}
     image |= {"compressed": {"class": 3, "percent": 51.2}}
-    record = {"networks": NETWORKS, "non_uniform": FOUND, "images": [image], "batch": 16}
-    record |= {"target": 4, "seconds": 12.3, "environment": {"processor": "A & B", "torch": "2"}}
+    record = {"networks": NETWORKS, "levels": FOUND, "images": [image], "batch": 16}
+    record |= {"arguments": {"model": "rn8", "dataset": "digits", "nsamples": 9}}
+    record |= {
+        "classes": list("0123456789"),
+        "seconds": 12.3,
+        "environment": {"processor": "A & B", "torch": "2"},
+    }
     text = demo.page(record)
     tags = Tags()
     tags.feed(text)
