@@ -32,7 +32,6 @@ from collections.abc import Iterator, Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from typing import Any, NamedTuple  # noqa: E402
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -40,6 +39,7 @@ from torch import Tensor  # noqa: E402
 from datautils import test_batches  # noqa: E402
 from modelutils import BatchFigures, Evaluation  # noqa: E402
 from obc.inputs import files  # noqa: E402
+from obc.inputs.batches import MEAN, STD  # noqa: E402
 from obc.toolkit import cli, export_measure, export_onnx  # noqa: E402
 from obc.toolkit.leveldb import model_tag  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
@@ -217,11 +217,10 @@ def guess(log_probabilities: Tensor) -> dict[str, float]:
 
 
 def png(image: Tensor) -> str:  # (3, s, s), normalised
-    """An image as a PNG in base64, its contrast stretched."""
-    pixels = image.permute(1, 2, 0).numpy()
-    pixels = 255 * (pixels - pixels.min()) / max(np.ptp(pixels), 1e-6)
+    """An image as a PNG in base64."""
+    pixels = image.permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)
     file = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, format="PNG")
+    Image.fromarray((255 * pixels).round().clamp(0, 255).byte().numpy()).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 

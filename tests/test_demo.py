@@ -1,4 +1,4 @@
-"""recipes/demo.py: its tables and its page, from a record; `make demo` runs all of it in CI."""
+"""Tables and page of the demo, from a record (`make demo` runs all of it in CI); README's picture."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from PIL import Image
 
-from recipes import demo
+from recipes import demo, picture
 
 NETWORKS = [
     {"name": demo.DENSE, "bytes": 400_000, "seconds_per_image": 4e-5}
@@ -74,7 +75,8 @@ def test_images_apart_are_those_of_the_largest_kl():
     assert found[0]["dense"]["class"] == dense[3].argmax()
     assert found[0]["dense"]["percent"] == pytest.approx(100 * float(p.max()), rel=1e-6)
     pixels = Image.open(io.BytesIO(base64.b64decode(found[0]["png"])))
-    assert pixels.size == (4, 4) and pixels.getextrema()[0] != (0, 0)
+    red = float(images[3, 0, 2, 1]) * 0.229 + 0.485
+    assert pixels.size == (4, 4) and pixels.getpixel((1, 2))[0] == round(255 * red)
 
 
 class Tags(HTMLParser):
@@ -114,3 +116,34 @@ def test_the_page_is_whole_and_needs_no_other_file():
     assert "A &amp; B" in text and "3, 51 %" in text and "79.0 %" in text
     assert text.count('class="chosen"') == 2 and text.count('class="uniform"') == 2
     assert not re.search(r"https?://|{{|{%", text)
+
+
+# -- the picture of README.md ----------------------------------------------------------------------
+
+RESULTS = """dense\t-\t-\t87.93
+uniform\t2\t2.09\t87.6\t0.02\t97
+DP\t2\t2.0\t87.8\t0.02\t97
+DP, solved anew\t2\t2.0\t87.7\t0.01\t97
+"""
+
+
+def test_the_picture_is_drawn_light_and_dark_and_always_the_same(tmp_path):
+    (tmp_path / "results.tsv").write_text(RESULTS)
+    for name in ("a", "b"):
+        words = [str(tmp_path / "results.tsv"), "--to", str(tmp_path / name)]
+        assert picture.main(words) == 0
+    light, dark = (
+        [(tmp_path / f"{name}-{theme}.svg").read_bytes() for name in "ab"]
+        for theme in ("light", "dark")
+    )
+    assert light[0] == light[1] and dark[0] == dark[1] and light[0] != dark[0]
+    for text in (light[0], dark[0]):
+        assert ElementTree.fromstring(text).tag.endswith("svg")
+    assert b"#d55e00" in light[0] and b"#ff9a4d" in dark[0]
+
+
+def test_results_that_lack_a_method_are_one_line(tmp_path, capsys):
+    (tmp_path / "results.tsv").write_text(RESULTS.replace("DP, solved anew", "search"))
+    assert picture.main([str(tmp_path / "results.tsv"), "--to", str(tmp_path / "a")]) == 2
+    assert "error: no results of DP, solved anew" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.svg"))
