@@ -1,4 +1,4 @@
-"""Tables and page of the demo, from a record (`make demo` runs all of it in CI); README's picture."""
+"""The demo's tables and page, from a record (`make demo` runs it all); the picture of README.md."""
 
 from __future__ import annotations
 
