@@ -350,8 +350,8 @@ class NMPruneMode(PruningMode):
     channels_innermost = True
     divisor_name = "M"
 
-    prunen: int = option(2, "zeros per group", type=cli.nonnegative_int)
-    prunem: int = option(4, "weights per group", type=cli.positive_int)
+    prunen: int = option(2, "zeros per group", metavar="N", type=cli.nonnegative_int)
+    prunem: int = option(4, "weights per group", metavar="M", type=cli.positive_int)
     swaps: bool | None = option(
         None,
         "then let kept and pruned weights of a group change places while that lowers a row's "
@@ -503,7 +503,9 @@ class BlockedMode(LevelMode):
     divisor_name = "block size"
     default_grid = (0.0, 0.95, 0.1)
 
-    blocked_size: int = option(4, "weights per block", "--blocked_size", type=cli.positive_int)
+    blocked_size: int = option(
+        4, "weights per block", "--blocked_size", metavar="C", type=cli.positive_int
+    )
 
     @property
     def divisor(self) -> int:
