@@ -273,6 +273,8 @@ def run(args: argparse.Namespace) -> None:
             f"{scores_path}: no such file; make it with python database.py {args.model} "
             f"{args.dataset} {args.database} {args.errors}"
         )
+    if args.timings and Path(args.timings).exists():
+        origins.check_marks(profiles.read_scores(args.timings), db, "; measure them again")
     costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
     scores = profiles.read_scores(scores_path)
     origins.check_scores(scores, db)
