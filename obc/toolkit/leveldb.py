@@ -50,7 +50,7 @@ from obc.inputs.checkpoints import check_finite, checkpoint_marks, load_checkpoi
 from obc.inputs.files import save_checkpoint, sync_folder
 from obc.inputs.names import named_like
 from obc.solver.errors import UserError, log
-from obc.solver.layers import compressible, innermost_order
+from obc.solver.layers import LayerView, compressible, innermost_order, view
 from obc.toolkit.fingerprints import bytes_hash, content_hash, weights_hash
 from obc.toolkit.modes import BlockedMode, NMPruneMode, PruningMode, UnstrMode, modes_serving
 from obc.toolkit.resume import entry_file
@@ -161,8 +161,14 @@ def stray_levels(folder: Path, model: str, names: Sequence[str]) -> list[Path]:
 class LevelFile:
     """A layer's weights at all levels, in a file; see the module docstring."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.path, self.shape, self.dtype = path, tuple(shape), dtype
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],  # of a weight, rows first
+        dtype: torch.dtype,
+        own_form: Callable[[Tensor], Tensor] = lambda weight: weight,  # of such a weight
+    ) -> None:
+        self.path, self.shape, self.dtype, self.own_form = path, tuple(shape), dtype, own_form
         self.row_bytes = math.prod(self.shape[1:]) * torch.finfo(dtype).bits // 8
 
     def write(
@@ -189,12 +195,12 @@ class LevelFile:
         finally:
             os.close(file)
 
-    def read(self, level: int) -> Tensor:  # (*shape)
-        """All rows at a level."""
+    def read(self, level: int) -> Tensor:
+        """The weight at a level, in the layer's own form."""
         numbers = torch.empty(0, dtype=self.dtype).numpy().dtype
         place = level * self.shape[0] * self.row_bytes
         content = np.fromfile(self.path, numbers, math.prod(self.shape), offset=place)
-        return torch.from_numpy(content).view(self.shape)
+        return self.own_form(torch.from_numpy(content).view(self.shape))
 
     def hash(self) -> str:
         """A hash of the contents, which are forced to disk; empty if there is no file."""
@@ -206,9 +212,10 @@ class LevelFile:
             return ""
 
 
-def level_file(folder: Path, layer: str, weight: Tensor) -> LevelFile:
-    """The file of a layer's levels; shape and precision are those of the weight."""
-    return LevelFile(entry_file(folder, layer, ".levels"), weight.shape, weight.dtype)
+def level_file(folder: Path, name: str, layer: nn.Module) -> LevelFile:
+    """The file of a layer's levels; shape and precision are those of its weight."""
+    seen, path = view(layer), entry_file(folder, name, ".levels")
+    return LevelFile(path, seen.shape, layer.weight.dtype, seen.own_form)
 
 
 def write_levels(
@@ -248,6 +255,7 @@ class Database:
         self.finite: set[tuple[str, str]] = set()  # layers and levels that were checked
         self.hashes: dict[tuple[str, str], str] = {}  # of layers and levels
         self.dense_hash = ""  # of the dense weights, once they are checked
+        self.views: dict[str, LayerView] = {}  # of the model's layers, once it is known
         self.layers = _layers(states)
         if not self.layers:
             raise UserError(f"no layers in the {kind} database of {model}")
@@ -290,7 +298,7 @@ class Database:
         first = self.states[levels[0]]
         by_weights = sorted(self.layers, key=lambda name: -first[f"{name}.weight"].numel())
         for name in by_weights if len(levels) > 1 else ():
-            left = {x: unit_cost(self.layer(name, x), self.kind, "bops") for x in levels}
+            left = {x: self.unit_cost(name, x, "bops") for x in levels}
             if len(set(left.values())) > 1:
                 return sorted(levels, key=left.__getitem__, reverse=True)
         return levels
@@ -307,6 +315,17 @@ class Database:
             check_finite(tensors, f"{self.kind} database of {self.model}, level {level}")
             self.finite.add((layer, level))
         return {key.removeprefix(start): tensor for key, tensor in tensors.items()}
+
+    def unit_cost(self, layer: str, level: str, constr: str) -> float:
+        """What a level leaves of each of a layer's weights (params, bits) or FLOPs (flops, bops).
+
+        Patterns along the channels of kinds of layers whose weights are not rows first are seen
+        only after `check`.
+        """
+        tensors = self.layer(layer, level)
+        if (seen := self.views.get(layer)) is not None:
+            tensors["weight"] = seen.rows_first(tensors["weight"])
+        return unit_cost(tensors, self.kind, constr)
 
     @cached_property
     def hash(self) -> str:
@@ -359,6 +378,7 @@ class Database:
         for name in self.layers:
             weight = self.states[self.levels[0]][f"{name}.weight"]
             check_layer(name, layers.get(name), weight, self.kind)
+            self.views[name] = view(layers[name])
         dense = model.state_dict()
         self.dense_hash = weights_hash(dense)
         for level in self.levels:

@@ -391,7 +391,7 @@ class SequentialCompression(Compression):
         H, B, C = sums.statistics()
         start = mode.start(layer, self.dense.get_submodule(name))
         shifted = shifted_weights(start, H, B)
-        layer.weight.data.copy_(view(layer).shaped(shifted))
+        view(layer).write(shifted)
         memory = plan.memory - self.walk.boundary.size - B.nbytes
         solver = TrueOBS(layer, self.rel_damp, memory, order=mode.order)
         solver.set_hessian(H, images)
