@@ -356,7 +356,9 @@ class ConvTransposeView(LayerView):
     def image(self, x: Tensor) -> Tensor:
         layer = self.layer
         n, channels, *sizes = x.shape if x.ndim == 4 else (1, *x.shape)
-        spread = x.new_zeros(n, channels, *(s * (m - 1) + 1 for s, m in zip(layer.stride, sizes)))
+        spread = x.new_zeros(
+            n, channels, *(s * (m - 1) + 1 for s, m in zip(layer.stride, sizes, strict=True))
+        )
         spread[:, :, :: layer.stride[0], :: layer.stride[1]] = x
         sides = []  # before and after, of the last axis first
         for axis in (1, 0):

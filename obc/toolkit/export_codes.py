@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modelutils import find_layers
+from obc.inputs.attention import layer_names
 from obc.solver.layers import view
 from quant import WEIGHT_GRID, Grid
 
@@ -81,8 +82,8 @@ def pack(
 
 
 def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The model's state dict with packed codes, and why which quantised layers are not packed."""
-    state, left = dict(model.state_dict()), dict[str, str]()
+    """The model's tensors by layer, packed; and why which quantised layers are not packed."""
+    state, left = layer_names(model.state_dict(), model), dict[str, str]()
     for name, layer in find_layers(model).items():
         try:
             codes = weight_codes(layer)

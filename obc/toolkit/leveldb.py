@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 
 import quant
+from obc.inputs.attention import SplitAttention, layer_names
 from obc.inputs.checkpoints import check_finite, checkpoint_marks, load_checkpoint
 from obc.inputs.files import save_checkpoint, sync_folder
 from obc.inputs.names import named_like
@@ -225,13 +226,14 @@ def write_levels(
     tensors: Mapping[str, Tensor],  # everything that is not in `layers`
     layers: Mapping[str, LevelFile],
     marks: Mapping[str, str] | None = None,
+    named: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,  # as they are in files
 ) -> list[Path]:
     """Write the checkpoints of all levels, one at a time; they appear when all are complete."""
     names = [f"{model}_{level}.pth" for level in level_names(sparsities)]
     hidden = next(iter(layers.values())).path.parent / "levels"
     for index, name in enumerate(names):
         weights = {f"{layer}.weight": file.read(index) for layer, file in layers.items()}
-        save_checkpoint({**tensors, **weights}, hidden / name, marks)
+        save_checkpoint(named({**tensors, **weights}), hidden / name, marks)
     for name in names:  # all at once, as far as a file system can
         os.replace(hidden / name, folder / name)
     sync_folder(folder)
@@ -361,6 +363,8 @@ class Database:
         """Take the names of the model where files have prefixes (`module.`) or lack them."""
         names = list(model.state_dict())
         states = {level: named_like(state, names, GRIDS) for level, state in self.states.items()}
+        if any(isinstance(module, SplitAttention) for module in model.modules()):
+            states = {level: layer_names(state, model) for level, state in states.items()}
         if any(states[level] is not self.states[level] for level in states):
             self.states, self.layers = states, _layers(states)
 
@@ -379,8 +383,8 @@ class Database:
             weight = self.states[self.levels[0]][f"{name}.weight"]
             check_layer(name, layers.get(name), weight, self.kind)
             self.views[name] = view(layers[name])
-        dense = model.state_dict()
-        self.dense_hash = weights_hash(dense)
+        dense = layer_names(model.state_dict(), model)
+        self.dense_hash = weights_hash(model.state_dict())
         for level in self.levels:
             path = self.files.get(level, f"level {level}")
             mark = checkpoint_marks(path).get(DENSE_WEIGHTS) if level in self.files else None
