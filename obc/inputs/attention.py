@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from obc.inputs.names import PROJECTIONS
 from obc.solver.errors import UserError, log
-from obc.solver.layers import ROUNDING, forward_hooks
+from obc.solver.layers import PROOF_TOLERANCE, forward_hooks
 
 
 class SplitAttention(nn.Module):
@@ -240,7 +240,7 @@ def _close(ours: object, theirs: object) -> bool:
         return ours is theirs or not (isinstance(ours, Tensor) or isinstance(theirs, Tensor))
     if ours.shape != theirs.shape:
         return False
-    tolerance = ROUNDING * float(theirs.nan_to_num().abs().max())
+    tolerance = PROOF_TOLERANCE * float(theirs.nan_to_num().abs().max())
     return torch.allclose(ours, theirs, rtol=0, atol=tolerance, equal_nan=True)
 
 
