@@ -31,7 +31,7 @@ from modelutils import evaluating, find_layers
 from obc.solver.errors import UserError
 from obc.solver.layers import forward_hooks, view
 from obc.solver.search import Costs
-from obc.toolkit.leveldb import FULL_BITS, Database, unit_cost
+from obc.toolkit.leveldb import FULL_BITS, Database
 from obc.toolkit.profiles import read_scores
 
 CONSTRAINTS = ("params", "bits", "flops", "bops", "timingsq")
@@ -68,10 +68,7 @@ def layer_costs(
         return timed_costs(db, timings)
     work, dense = work_and_costs(db, model, image_shape, constr)
     levels = {
-        name: {
-            level: work[name] * unit_cost(db.layer(name, level), db.kind, constr)
-            for level in db.levels
-        }
+        name: {level: work[name] * db.unit_cost(name, level, constr) for level in db.levels}
         for name in db.layers
     }
     return Costs(dense, levels)
@@ -99,8 +96,7 @@ def profile_cost(
     """What a profile costs, as `layer_costs` counts; reads no other levels."""
     work, dense = work_and_costs(db, model, image_shape, constr)
     costs = dense | {
-        layer: work[layer] * unit_cost(db.layer(layer, level), db.kind, constr)
-        for layer, level in profile.items()
+        layer: work[layer] * db.unit_cost(layer, level, constr) for layer, level in profile.items()
     }
     return math.fsum(dense.values()), math.fsum(costs.values())
 

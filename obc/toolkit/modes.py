@@ -464,8 +464,9 @@ class LevelMode(PruningMode, ABC):
         self.prepare(solver)
         if not self.yields_levels:
             (weight,) = solver.prune_unstr(self.sparsities)
-            solver.world.fill_rows(weight)
-            solver.layer.weight.data.copy_(weight)
+            rows = solver.view.rows_first(weight).contiguous()
+            solver.world.fill_rows(rows)
+            solver.view.write(rows)
 
     def label(self, weight: Tensor) -> str:
         if not self.yields_levels:

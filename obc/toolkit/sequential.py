@@ -442,7 +442,7 @@ class SequentialCompression(Compression):
         H, B, C = sums.statistics()
         start = mode.start(layer, self.dense.get_submodule(name))
         shifted = shifted_weights(start, H, B)
-        layer.weight.data.copy_(view(layer).shaped(shifted))
+        view(layer).write(shifted)
         memory = plan.memory - self.walk.boundary.size - B.nbytes
         world, owner = plan.sharing(name, self.world), plan.owners[name]
         solver = TrueOBS(layer, self.rel_damp, memory, world, mode.order)

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ from modelutils import (
     get_model,
     load_state,
 )
+from obc.inputs.attention import split_attention
 from obc.inputs.batches import Batches, ImageBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
@@ -154,6 +155,7 @@ class Session:
             options.model, options.dataset, options.weights, classes, options.weights_key
         ).to(device)
         check_model(model, options.model, data)
+        split_attention(model, partial(run_on_noise, model, data.image_size))
         return cls(options, device, data, model, world)
 
     @property
@@ -353,6 +355,14 @@ def first_outputs(model: nn.Module, name: str, images: Tensor) -> object:
         raise UserError(f"{name}: {error}{hint}") from None
 
 
+def run_on_noise(model: nn.Module, size: int) -> object:
+    """What a model returns for two images of noise."""
+    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    device = next(model.parameters()).device
+    with undisturbed(device), evaluating(model):
+        return model(noise.to(device))
+
+
 def model_without_images(options: CommonOptions) -> tuple[nn.Module, tuple[int, int, int]]:
     """The model as a run would see it, and the shape of an image, without reading any image.
 
@@ -372,6 +382,7 @@ def model_without_images(options: CommonOptions) -> tuple[nn.Module, tuple[int, 
     check_network(model, options.model)
     images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
     first_outputs(model, options.model, images)
+    split_attention(model, partial(run_on_noise, model, size))
     return model, (3, size, size)
 
 
