@@ -293,7 +293,9 @@ def run(args: argparse.Namespace) -> None:
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks, invocation.defaults)
-        figures = {} if args.dp else {"dense_top1_calibration": session.dense_top1()}
+        figures = {"preprocessing": session.data.preprocessing.record()}
+        if not args.dp:
+            figures["dense_top1_calibration"] = session.dense_top1()
         evaluator = None if args.dp else Evaluator(session, db, correction)
         choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)
     session.world.leave()
