@@ -70,7 +70,7 @@ def write_errors(
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
     records.check_repeat(invocation.repeat, marks, invocation.defaults)
-    figures = {}
+    figures = {"preprocessing": session.data.preprocessing.record()}
     with open_state(state_folder(path), marks, invocation.restart, world) as state:
         if action in MEASURES:
             figures["dense_top1_calibration"] = session.dense_top1()

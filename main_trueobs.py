@@ -246,6 +246,7 @@ def compress_model(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 **(asdict(evaluation) if evaluation else {"top1": None}),
+                preprocessing=session.data.preprocessing.record(),
                 dense_top1_calibration=dense_top1,
                 layers=layers,
             )

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -138,21 +138,46 @@ def check_classes(subject: str, trained: int, dataset: str, classes: int | None)
         )
 
 
-def _pretrained(name: str, dataset: str, classes: int | None) -> nn.Module:
-    """The model with torchvision's own weights: IMAGENET1K_V1, or else its default ones."""
+def _torchvision_weights(name: str) -> Any:
+    """torchvision's weights: IMAGENET1K_V1, or else its default ones; None if it has none."""
     full = _torchvision_name(name)
     known = full and torchvision.models.get_model_weights(full)
-    weights = getattr(known, "IMAGENET1K_V1", None) or getattr(known, "DEFAULT", None)
+    return getattr(known, "IMAGENET1K_V1", None) or getattr(known, "DEFAULT", None)
+
+
+def _pretrained(name: str, dataset: str, classes: int | None) -> nn.Module:
+    """The model with torchvision's own weights."""
+    weights = _torchvision_weights(name)
     if weights is None:
         raise UserError(f"{name} on {dataset} has no weights to download; pass --weights FILE")
     trained_classes = len(weights.meta["categories"])
     check_classes(f"{name}: the weights to download have", trained_classes, dataset, classes)
     try:
-        return torchvision.models.get_model(full, weights=weights)
+        return torchvision.models.get_model(_torchvision_name(name), weights=weights)
     except (OSError, RuntimeError) as error:  # no network, no such page, another file than expected
         raise UserError(
             f"{name}: its weights cannot be downloaded ({error}); pass --weights FILE"
         ) from None
+
+
+def own_preprocessing(name: str, photographs: bool, model: nn.Module) -> dict[str, Any]:
+    """What a model says about the images it takes (`preprocessing.py`); {} if it says nothing.
+
+    The size and the crop of torchvision's weights are for photographs.
+    """
+    if ".py:" in name:
+        told = getattr(model, "preprocessing", None) or {}
+        if not isinstance(told, Mapping):
+            raise UserError(f"{name}: its attribute preprocessing must be a dict; got {told!r}")
+        return dict(told)
+    if (weights := _torchvision_weights(name)) is None:
+        return {}
+    made = weights.transforms()
+    told = {"mean": tuple(made.mean), "std": tuple(made.std)}
+    if not photographs:
+        return told
+    (size,), (resize,) = made.crop_size, made.resize_size
+    return told | {"size": size, "resize": resize, "interpolation": made.interpolation.value}
 
 
 def _from_file(name: str) -> nn.Module:

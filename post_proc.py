@@ -370,6 +370,7 @@ def run(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 **asdict(evaluation),
+                preprocessing=session.data.preprocessing.record(),
                 dense_top1_calibration=dense_top1,
                 corrections=[vars(report) for report in reports],
                 layers=[entry.figures["report"] for entry in entries if entry],

@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -210,9 +211,10 @@ def choose(
     marks: dict[str, str],
     evaluator: Evaluator | None,  # None: no search
     seed: int,
+    figures: dict[str, Any],  # for the record
 ) -> None:
     """Make a profile, by a search if there is an evaluator; write and report it."""
-    started, choice, figures = time.perf_counter(), problem.solve(), {}
+    started, choice = time.perf_counter(), problem.solve()
     kept = RunState()  # only a search has something to resume
     if evaluator is not None:
         kept = open_state(state_folder(path), marks, invocation.restart, evaluator.world)
@@ -222,7 +224,7 @@ def choose(
             dp_picks = picks_key(choice.levels)
             state = run_search(problem, evaluator, kept, seed)
             choice = problem.solve(state.coefficients)
-            figures = {
+            figures |= {
                 "loss": state.loss,
                 "dp_loss": state.losses[dp_picks],
                 "candidates": state.candidates,
@@ -296,8 +298,9 @@ def run(args: argparse.Namespace) -> None:
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks, invocation.defaults)
+        figures = {"preprocessing": session.data.preprocessing.record()}
         evaluator = None if args.dp else Evaluator(session, db, correction)
-        choose(path, problem, db, invocation, marks, evaluator, args.seed)
+        choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)
     session.world.leave()
 
 

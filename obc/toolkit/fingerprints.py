@@ -55,6 +55,7 @@ NOT_IN_A_RESULT = {  # options: where and how to work, or files whose contents a
     *("help", "restart", "repeat", "check", "plan", "cache", "device", "workers", "memory"),
     *("weights", "datapath", "image_size", "skip_bad_images", "load", "save", "sparse_dir"),
     *("prefix", "score_path", "profile", "file", "timings", "weights_key", "classes"),
+    *("resize", "crop", "interpolation", "mean", "std"),  # "preprocessing" has what they result in
 }
 
 
