@@ -157,6 +157,12 @@ def add_input_options(parser: Parser) -> None:
         "(default: the class folders, sorted as text)",
     )
     add(
+        "--labels",
+        metavar="FILE",
+        help="labels of the test images, if val/ has no class folders: lines `name label`, or a "
+        "label for each image in the order of their names",
+    )
+    add(
         "--image-size",
         metavar="N",
         type=positive_int,

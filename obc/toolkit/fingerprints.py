@@ -54,7 +54,7 @@ SURROUNDINGS = ("python", *VERSIONS, "device", "threads", *VARIABLES, "code")  #
 NOT_IN_A_RESULT = {  # options: where and how to work, or files whose contents are hashed
     *("help", "restart", "repeat", "check", "plan", "cache", "device", "workers", "memory"),
     *("weights", "datapath", "image_size", "skip_bad_images", "load", "save", "sparse_dir"),
-    *("prefix", "score_path", "profile", "file", "timings", "weights_key", "classes"),
+    *("prefix", "score_path", "profile", "file", "timings", "weights_key", "classes", "labels"),
     *("resize", "crop", "interpolation", "mean", "std"),  # "preprocessing" has what they result in
 }
 

@@ -99,6 +99,7 @@ class CommonOptions:
     device: str
     memory: float | None  # GB
     weights_key: str | None = None  # a place in the file of weights
+    labels: str | None = None  # file of the test images' labels
     resize: int | None = None  # pixels; this and the next: None if the network decides
     crop: str | None = None
     interpolation: str | None = None
@@ -156,6 +157,7 @@ class Session:
             seed=options.seed,
             skip_bad_images=options.skip_bad_images,
             class_file=options.classes,
+            label_file=options.labels,
         )
         torch.manual_seed(options.seed)  # for a model of the user's own that starts at random
         classes = len(data.classes)
