@@ -60,6 +60,7 @@ from obc.inputs.batches import ImageBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
 from obc.inputs.preprocessing import MODES, Preprocessing
+from obc.inputs.timm_models import TIMM
 from obc.inputs.tracing import equal_but_for_rounding
 from obc.inputs.usercode import files_imported
 from obc.solver.distributed import ALONE, World, join, resolve_device
@@ -70,6 +71,7 @@ from obc.toolkit.fingerprints import (
     chosen_options,
     content_hash,
     hessian_code,
+    installed_versions,
     result_code,
     surroundings,
 )
@@ -206,6 +208,8 @@ class Session:
             file = Path(self.options.model.rpartition(":")[0])
             code_files = [file, *files_imported(file)]
             marks["code of the model"] = bytes_hash(path.read_bytes() for path in code_files)
+        if self.options.model.startswith(TIMM):
+            marks |= installed_versions(["timm"])
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks["calibration images"] = images_hash(self.data.calibration)
         if invocation and self.options.classes:
