@@ -51,6 +51,7 @@ from obc.inputs.images import (
     log_deep_images,
     subfolders,
 )
+from obc.inputs.labels import read_labels
 from obc.inputs.preprocessing import MODES, Preprocessing
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
@@ -217,6 +218,7 @@ def load_data(
     seed: int = 0,
     skip_bad_images: bool = False,  # else they are a UserError
     class_file: str | os.PathLike[str] | None = None,  # names in the network's order of outputs
+    label_file: str | os.PathLike[str] | None = None,  # of test images that are in one folder
 ) -> ImageData:
     """The dataset `name`. Raises UserError for an unknown name, for missing or empty folders, for
     classes that are not in `class_file`, and for damaged image files (as far as
@@ -224,6 +226,8 @@ def load_data(
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name}; choose from {', '.join(DATASETS)}")
+    if label_file is not None and name not in PHOTOGRAPHS:
+        raise UserError(f"--labels is for the datasets imagenet and folder, not for {name}")
     if name == "digits":
         if datapath is not None:
             log.warning("--datapath %s is not used: digits is embedded", datapath)
@@ -233,7 +237,7 @@ def load_data(
         if name == "cifar10" and (batches := _cifar_batches(root)) is not None:
             train, test, classes = _cifar_arrays(batches)
         else:
-            train, test, classes = _folders(name, root)
+            train, test, classes = _folders(name, root, label_file is not None)
     if class_file is not None:
         names = read_classes(class_file, classes)
         numbers = [names.index(name) for name in classes]
@@ -249,6 +253,8 @@ def load_data(
             "pass --classes FILE",
             shown,
         )
+    if label_file is not None:
+        test = replace(test, labels=read_labels(label_file, test.files, classes))
     photographs = name in PHOTOGRAPHS
     view = View(default_preprocessing(name, image_size), photographs, flips=name != "digits")
     workers = min(MAX_WORKERS, os.cpu_count() or 1) if photographs else 0
@@ -377,7 +383,11 @@ def _cifar_flaw(root: Path) -> str | None:
     return f"{path}: {'is damaged: its MD5 is another' if exists else 'is missing'}{more}"
 
 
-def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
+def _folders(
+    name: str,
+    root: Path,
+    flat: bool,  # val/ has no class folders: its labels, all 0 here, are in a file
+) -> tuple[FileImages, FileImages, list[str]]:
     """train/<class>/ and val/<class>/ (for cifar10 also test/<class>/) below `root`."""
     test_names = ("val", "test") if name == "cifar10" else ("val",)
     test_folder = next((root / x for x in test_names if (root / x).is_dir()), None)
@@ -387,6 +397,10 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
             f"{root}: needs train/<class>/ and {'/<class>/ or '.join(test_names)}/<class>/ "
             f"with images; {f'unpack {CIFAR_ARCHIVE}, or ' if packed else ''}pass --datapath DIR"
         )
+    if flat:
+        present = subfolders(root / "train")
+        train = list_images(root / "train", present, classes := sorted(present))
+        return train, list_images(root, {test_folder.name}, [test_folder.name]), classes
     listed = {folder: subfolders(folder) for folder in (root / "train", test_folder)}
     train_classes, test_classes = listed.values()
     classes = sorted(train_classes | test_classes)

@@ -121,7 +121,7 @@ def add_common_options(parser: Parser) -> None:
         "model",
         metavar="MODEL",
         help="rn18 rn34 rn50 rn101 rn152, rn8 rn20 rn32 rn44 rn56 rn110, any other "
-        "torchvision classification model, or path/to/file.py:function",
+        "torchvision classification model, timm:NAME, or path/to/file.py:function",
     )
     parser.add_argument("dataset", metavar="DATASET", help="imagenet, cifar10, digits or folder")
     add = parser.group(FIRST).add_argument
@@ -155,6 +155,12 @@ def add_input_options(parser: Parser) -> None:
         metavar="FILE",
         help="class names, one a line, in the order of the network's outputs "
         "(default: the class folders, sorted as text)",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="labels of the test images, if val/ has no class folders: lines `name label`, or a "
+        "label for each image in the order of their names",
     )
     add(
         "--image-size",

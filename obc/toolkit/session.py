@@ -61,6 +61,7 @@ from obc.inputs.batches import Batches, ImageBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
 from obc.inputs.preprocessing import MODES, Preprocessing
+from obc.inputs.timm_models import TIMM
 from obc.inputs.tracing import equal_but_for_rounding
 from obc.inputs.usercode import files_imported
 from obc.solver.distributed import ALONE, World, join, resolve_device
@@ -71,6 +72,7 @@ from obc.toolkit.fingerprints import (
     chosen_options,
     content_hash,
     hessian_code,
+    installed_versions,
     result_code,
     surroundings,
 )
@@ -100,6 +102,7 @@ class CommonOptions:
     device: str
     memory: float | None  # GB
     weights_key: str | None = None  # a place in the file of weights
+    labels: str | None = None  # file of the test images' labels
     resize: int | None = None  # pixels; this and the next: None if the network decides
     crop: str | None = None
     interpolation: str | None = None
@@ -157,6 +160,7 @@ class Session:
             seed=options.seed,
             skip_bad_images=options.skip_bad_images,
             class_file=options.classes,
+            label_file=options.labels,
         )
         torch.manual_seed(options.seed)  # for a model of the user's own that starts at random
         classes = len(data.classes)
@@ -215,6 +219,8 @@ class Session:
             file = Path(self.options.model.rpartition(":")[0])
             code_files = [file, *files_imported(file)]
             marks["code of the model"] = bytes_hash(path.read_bytes() for path in code_files)
+        if self.options.model.startswith(TIMM):
+            marks |= installed_versions(["timm"])
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks["calibration images"] = images_hash(self.data.calibration)
         if invocation and self.options.classes:
