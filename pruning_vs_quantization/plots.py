@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUANTISATION_COLOUR, PRUNING_COLOUR = "#0072b2", "#d55e00"  # blue, vermilion: Okabe and Ito (2008)
+QUANTISATION = {"color": QUANTISATION_COLOUR, "marker": "o", "label": "quantisation"}
+PRUNING = {"color": PRUNING_COLOUR, "marker": "s", "label": "pruning"}
 NEUTRAL_COLOUR = "#5a5a5a"  # diagonals, baselines
 MARKERS = "ov^sDPX*"
 DPI = 150
