@@ -135,12 +135,13 @@ def draw_kurtosis(figures: dict[str, Any], bits: list[int]) -> Any:
     axes.axhline(0, color=plots.NEUTRAL_COLOUR, linewidth=0.8)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for width in sorted(bits):
-        line, colour = figures["kurtosis"][str(width)], plots.bit_colour(width)
-        axes.plot(line["kurtosis"], line["advantage_db"], color=colour, label=f"{width} bits")
+        line, look = figures["kurtosis"][str(width)], plots.bit_look(width)
+        label = f"{width} bits"
+        axes.plot(line["kurtosis"], line["advantage_db"], color=look["color"], label=label)
         if (crossing := line["crossing"]) is not None:
-            axes.plot(crossing, 0, plots.bit_marker(width), color=colour)
-            label, place = f"{crossing:.1f}", {"xytext": (3, 6), "textcoords": "offset points"}
-            axes.annotate(label, (crossing, 0), **place, fontsize=9, bbox=box)
+            axes.plot(crossing, 0, **look)
+            place = {"xytext": (3, 6), "textcoords": "offset points"}
+            axes.annotate(f"{crossing:.1f}", (crossing, 0), **place, fontsize=9, bbox=box)
     axes.set_xscale("log")
     axes.set_xlim(0.3)
     axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])

@@ -29,7 +29,6 @@ from obc.solver.errors import UserError, log
 from obc.toolkit.profiles import Table, read_lines
 from pruning_vs_quantization import plots
 from pruning_vs_quantization.expected_error import DENSE_BITS, sparsity_percent
-from pruning_vs_quantization.plots import PRUNING_COLOUR, QUANTISATION_COLOUR
 from pruning_vs_quantization.study_files import TextTable, read_result
 
 QUANTISED, PRUNED, OBQ, EXACT_METHOD = "quantised", "pruned", "OBQ", "ExactOBS"
@@ -43,11 +42,11 @@ TABLE_COLUMNS = {  # method: heading
     OBQ: "OBQ, BN tuning",
     EXACT_METHOD: "ExactOBS, BN tuning",
 }
-METHOD_STYLES = {  # method: colour, line, marker
-    QUANTISED: (QUANTISATION_COLOUR, "-", "o"),
-    PRUNED: (PRUNING_COLOUR, "-", "s"),
-    OBQ: (QUANTISATION_COLOUR, ":", "o"),
-    EXACT_METHOD: (PRUNING_COLOUR, ":", "s"),
+METHOD_LOOKS = {
+    QUANTISED: plots.QUANTISATION | {"linestyle": "-"},
+    PRUNED: plots.PRUNING | {"linestyle": "-"},
+    OBQ: plots.QUANTISATION | {"linestyle": ":"},
+    EXACT_METHOD: plots.PRUNING | {"linestyle": ":"},
 }
 
 
@@ -79,10 +78,8 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
         else:
             results.append(result)
     if not results:
-        raise UserError(
-            f"{folder}: contains no trained {architecture} on {dataset}; run "
-            "train-compressed first, or name another --out"
-        )
+        text = f"{folder}: contains no trained {architecture} on {dataset}; run train-compressed"
+        raise UserError(f"{text} first, or name another --out")
     return results
 
 
@@ -157,14 +154,11 @@ def untrained_results(path: Path) -> list[Result]:
         try:
             results.append(Result(words[0], float(words[1]), float(words[-1])))
         except (ValueError, IndexError):
-            raise UserError(
-                f"{path}, line {number}: expected method, bits, reached, top-1; "
-                "did an earlier command fail?"
-            ) from None
+            text = "expected method, bits, reached, top-1; did an earlier command fail?"
+            raise UserError(f"{path}, line {number}: {text}") from None
         if words[0] not in (OBQ, EXACT_METHOD):
-            raise UserError(
-                f"{path}, line {number}: {words[0]} is neither {OBQ} nor {EXACT_METHOD}"
-            )
+            text = f"{words[0]} is neither {OBQ} nor {EXACT_METHOD}"
+            raise UserError(f"{path}, line {number}: {text}")
     return results
 
 
@@ -178,33 +172,28 @@ def accuracy_table(results: list[Result]) -> TextTable:
     rows = []
     if dense := dense_accuracies(results):
         methods = {one.method for one in results}
-        cells = [_accuracy(dense) if method in methods else "–" for method in TABLE_COLUMNS]
+        cells = [accuracy_text(dense if method in methods else []) for method in TABLE_COLUMNS]
         rows.append(["dense", "0 %", *cells, "–", "–"])
     for bits in sorted({result.bits for result in results}, reverse=True):
         row = [result for result in results if result.bits == bits]
         cells = [
-            _accuracy([one.top1 for one in row if one.method == method]) for method in TABLE_COLUMNS
+            accuracy_text([x.top1 for x in row if x.method == method]) for method in TABLE_COLUMNS
         ]
         seeds = sorted({one.seed for one in row if one.seed is not None})
-        minutes = [one.seconds / 60 for one in row if one.seconds is not None]
-        cells += [" ".join(map(str, seeds)) or "–", _range(minutes)]
+        minutes = sorted(one.seconds / 60 for one in row if one.seconds is not None)
+        ends = dict.fromkeys(f"{minutes[i]:.1f}" for i in (0, -1) if minutes)
+        cells += [" ".join(map(str, seeds)) or "–", " … ".join(ends) or "–"]
         rows.append([f"{bits:g}", sparsity_percent(bits), *cells])
     head = ["bits", "sparsity", *TABLE_COLUMNS.values(), "seeds", "minutes per run"]
     return TextTable(head, rows)
 
 
-def _accuracy(values: list[float]) -> str:
+def accuracy_text(values: list[float]) -> str:
+    """The mean, and the range of several; a dash for none."""
     if not values:
         return "–"
     text = f"{sum(values) / len(values):.2f}"
     return text if len(values) == 1 else f"{text} ({min(values):.2f} … {max(values):.2f})"
-
-
-def _range(values: list[float]) -> str:
-    if not values:
-        return "–"
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
-    return low if low == high else f"{low} … {high}"
 
 
 def draw_accuracies(results: list[Result], title: str) -> Any:
@@ -213,15 +202,14 @@ def draw_accuracies(results: list[Result], title: str) -> Any:
     for top1 in dense_accuracies(results):
         look = {"color": plots.NEUTRAL_COLOUR, "linestyle": "--", "linewidth": 1}
         axes.axhline(top1, **look, label=f"dense: {top1:.2f}")
-    for method, (colour, line, marker) in METHOD_STYLES.items():
+    for method, look in METHOD_LOOKS.items():
         points: dict[float, list[float]] = {}
         for one in sorted(results, key=lambda result: result.bits):
             if one.method == method:
                 points.setdefault(one.bits, []).append(one.top1)
         if points:
             means = [statistics.fmean(values) for values in points.values()]
-            look = {"color": colour, "linestyle": line, "marker": marker}
-            axes.plot(list(points), means, **look, label=TABLE_COLUMNS[method])
+            axes.plot(list(points), means, **look | {"label": TABLE_COLUMNS[method]})
     sizes = sorted({result.bits for result in results})
     axes.set_xticks(sizes, [f"{bits:g}\n{sparsity_percent(bits)}" for bits in sizes])
     axes.set_xlabel("bits per weight, and the sparsity of FP16 weights of that size")

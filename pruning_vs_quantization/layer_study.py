@@ -72,12 +72,6 @@ STYLES = {  # by kind: colour, marker, shift from the layer's place
 }
 
 
-def layer_places(args: argparse.Namespace, layer: nn.Module) -> list[tuple[int, Chunk]]:
-    """Which rows and chunks of a layer are studied."""
-    counts = args.num_output_channels, args.num_chunks
-    return layer_problem.rows_and_chunks(layer, args.opt_dim, *counts)
-
-
 # -- a layer ---------------------------------------------------------------------------------------
 
 
@@ -87,6 +81,7 @@ def layer_figures(
     name: str,
     layer: nn.Module,
     bits: int,
+    places: list[tuple[int, Chunk]],  # rows and chunks
     moments: Mapping[Chunk, Reals],
 ) -> dict[str, Any]:
     """Every subproblem of a layer at a bit width, and their summary."""
@@ -95,7 +90,7 @@ def layer_figures(
         grid = args.balanced, args.per_channel, args.range_search_method
         steps = layer_problem.grid_steps(layer.weight, bits, *grid)
     records, silent = [], 0
-    every = layer_problem.subproblems(layer, layer_places(args, layer), moments)
+    every = layer_problem.subproblems(layer, places, moments)
     for sub in progress(f"{name}, {bits} bits", every):
         if not sub.signal > 0:
             silent += 1
@@ -198,7 +193,7 @@ def draw_layers(folder: Path, model: str, layers: list[str]) -> None:
         axes.set_title(size_text(bits), fontsize=10)
     panels[0, 0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0, 0].set_ylim(len(names) - 0.3, -0.7)  # the first layer on top, a single one centred
-    labels = {  # a panel need not have all kinds of marks
+    labels = {  # of each kind of mark once
         label: handle
         for axes in panels[0]
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -211,18 +206,16 @@ def draw_layers(folder: Path, model: str, layers: list[str]) -> None:
 def draw_intervals(axes: Any, kind: str, summaries: Mapping[int, Mapping[str, Any]]) -> None:
     """Intervals of one study, a little above or below each layer's place."""
     colour, marker, shift = STYLES[kind]
-    label = f"{kind}: best to proven limit"
-    for number, (place, layer) in enumerate(summaries.items()):
-        if layer["sqnr_best"] is None:  # no error at all
+    for place, layer in summaries.items():
+        y, best, limit = place + shift, layer["sqnr_best"], layer["sqnr_limit"]
+        if best is None:  # no error at all
             continue
-        y, own = place + shift, layer["sqnr"][layer["own"]]
-        labels = [label, HEURISTICS[kind][layer["own"]]] if number == 0 else [None, None]
-        look = {"color": colour, "label": labels[0]}
-        axes.plot(layer["sqnr_best"], y, marker, markersize=5, **look)
-        if layer["sqnr_limit"] is not None:
-            axes.hlines(y, layer["sqnr_best"], layer["sqnr_limit"], color=colour, linewidth=2)
-        if own is not None:
-            look = {"color": colour, "label": labels[1], "fillstyle": "none"}
+        look = {"color": colour, "label": f"{kind}: best to proven limit"}
+        axes.plot(best, y, marker, markersize=5, **look)
+        if limit is not None:
+            axes.hlines(y, best, limit, color=colour, linewidth=2)
+        if (own := layer["sqnr"][layer["own"]]) is not None:
+            look = {"color": colour, "label": HEURISTICS[kind][layer["own"]], "fillstyle": "none"}
             axes.plot(own, y, "o", markersize=4.5, **look)
 
 
@@ -261,13 +254,15 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     figures = {key: done for key, done in figures.items() if key[0] not in flaws}
     if not figures:
         raise UserError(f"no layer can be studied: {flaw}")
-    chunks = {
-        name: [chunk for _, chunk in layer_places(args, layers[name])]
+    counts = args.opt_dim, args.num_output_channels, args.num_chunks
+    places = {
+        name: layer_problem.rows_and_chunks(layers[name], *counts)
         for name in layers
         if name in pending - flaws.keys()
     }
-    if chunks:
+    if places:
         session.dense_top1()
+    chunks = {name: [chunk for _, chunk in of_layer] for name, of_layer in places.items()}
     images = session.calibration() if chunks else ()
     moments = layer_problem.second_moments(session.model, chunks, images, session.device)
     *_, own = names = HEURISTICS[kind].values()
@@ -275,7 +270,8 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     cli.print_result(study_files.markdown_head([*head, f"{own} below optimum: mean", "worst"]))
     for (name, bits), done in figures.items():
         if done is None:
-            done = layer_figures(kind, args, name, layers[name], bits, moments[name])
+            inputs = layers[name], bits, places[name], moments[name]
+            done = layer_figures(kind, args, name, *inputs)
             study_files.write_result(*work[name, bits], done)
         cli.print_result(layer_row(done))
     draw_layers(args.out, args.model, list(find_layers(session.model)))

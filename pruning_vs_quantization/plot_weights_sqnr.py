@@ -98,8 +98,7 @@ def draw_tensors(tensors: list[TensorResult], title: str, corrected: bool = Fals
     for bits, of_bits in tensors_by_bits(tensors).items():
         quantised, pruned = ([getattr(x, side) for x in of_bits] for side in SIDES)
         label = f"{size_text(bits)}: {sum(x.gap < 0 for x in of_bits)} of {len(of_bits)}"
-        of_size = {"marker": plots.bit_marker(bits), "color": plots.bit_colour(bits)}
-        axes.plot(quantised, pruned, label=label, **of_size, **look)
+        axes.plot(quantised, pruned, label=label, **plots.bit_look(bits), **look)
     values = [getattr(tensor, side) for tensor in tensors for side in SIDES]
     limits = min(0.0, 1.04 * min(values)), 1.04 * max(0.0, max(values)) or 1.0
     axes.plot(limits, limits, color=plots.NEUTRAL_COLOUR, linewidth=0.8)

@@ -382,13 +382,10 @@ def answer(sections: list[Section]) -> str:
     text = text.replace("neither is better", "neither is clearly better")
     dissent = []
     for section in sections[:-1]:
-        bits = [
-            b
-            for b in section.gaps
-            if b in last.gaps and better(section, b) not in ("", better(last, b))
-        ]
-        if bits:
-            dissent.append(f"{section.part}, {section.subject}, at {sizes(section, bits)}")
+        same = [bits for bits in section.gaps if bits in last.gaps]
+        other = [x for x in same if better(section, x) not in ("", better(last, x))]
+        if other:
+            dissent.append(f"{section.part}, {section.subject}, at {sizes(section, other)}")
     if dissent:
         return f"{text} Otherwise by {'; '.join(dissent)}."
     agree = bool(sections[:-1] and by_winner)
@@ -398,11 +395,10 @@ def answer(sections: list[Section]) -> str:
 def summary_table(sections: list[Section]) -> TextTable:
     """Quantisation − pruning, a row per size and a column per part."""
     sections = [section for section in sections if section.gaps]
-    rows = [
-        [f"{bits:g}", sparsity_percent(bits)]
-        + [signed(section.gaps.get(bits), section.unit) for section in sections]
-        for bits in sorted({bits for section in sections for bits in section.gaps}, reverse=True)
-    ]
+    rows = []
+    for bits in sorted({bits for section in sections for bits in section.gaps}, reverse=True):
+        gaps = (signed(section.gaps.get(bits), section.unit) for section in sections)
+        rows.append([f"{bits:g}", sparsity_percent(bits), *gaps])
     return TextTable(["bits", "sparsity", *(section.title for section in sections)], rows)
 
 
@@ -431,7 +427,7 @@ def html_page(title: str, sections: list[Section]) -> str:
         loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    environment.filters["width"] = plots.png_width
+    environment.filters["width"] = lambda png: int.from_bytes(png[16:20], "big") * 96 // plots.DPI
     return environment.get_template("report.html.jinja").render(
         title=title,
         question=QUESTION,
