@@ -38,13 +38,8 @@ def build_parser(prog: str, description: str, repeats: int = 5) -> argparse.Argu
     """A parser with the options that every benchmark has."""
     parser = cli.Parser(prog=prog, description=description)
     add = parser.add_argument
-    add(
-        "--repeats",
-        metavar="N",
-        type=cli.positive_int,
-        default=repeats,
-        help="timed runs after a warm-up",
-    )
+    text = "timed runs after a warm-up"
+    add("--repeats", metavar="N", type=cli.positive_int, default=repeats, help=text)
     add(
         "--seed", metavar="N", type=cli.nonnegative_int, default=0, help="seed of everything random"
     )

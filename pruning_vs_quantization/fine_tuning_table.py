@@ -16,20 +16,25 @@ of this, or of the conditions that both sides have to share, is missing.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import statistics
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from obc.solver.errors import UserError, log
+from obc.toolkit import cli
+from obc.toolkit.leveldb import model_tag
 from obc.toolkit.profiles import Table, read_lines
+from obc.toolkit.records import write_record
 from pruning_vs_quantization import plots
 from pruning_vs_quantization.expected_error import DENSE_BITS, sparsity_percent
 from pruning_vs_quantization.study_files import TextTable, read_result
+from pruning_vs_quantization.training_options import network_name
 
 QUANTISED, PRUNED, OBQ, EXACT_METHOD = "quantised", "pruned", "OBQ", "ExactOBS"
 CLASSES_OF = {"imagenet": 1000, "cifar10": 10, "digits": 10}
@@ -218,3 +223,17 @@ def draw_accuracies(results: list[Result], title: str) -> Any:
     axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
     plots.draw_legend(axes)
     return figure
+
+
+def make_table(args: argparse.Namespace) -> None:
+    """The command `main table`: print the table; save it and the plot in --out."""
+    results = trained_results(args.out, args.architecture, args.dataset)
+    if args.untrained is not None:
+        results += untrained_results(args.untrained)
+    name = model_tag(network_name(args.architecture))
+    stem, training = args.out / f"table_{name}_{args.dataset}", conditions(results)
+    record = {"architecture": args.architecture, "dataset": args.dataset, "conditions": training}
+    record["results"] = [asdict(one) for one in results]
+    write_record(stem.with_name(f"{stem.name}.json"), record)
+    plots.save_figure(draw_accuracies(results, f"{name} on {args.dataset}, {training}"), stem)
+    cli.print_result(f"{accuracy_table(results).markdown()}\n\n{training}")

@@ -76,7 +76,6 @@ STYLES = {  # by kind: colour, marker, shift from the layer's place
 
 
 def layer_figures(
-    kind: str,
     args: argparse.Namespace,
     name: str,
     layer: nn.Module,
@@ -85,7 +84,7 @@ def layer_figures(
     moments: Mapping[Chunk, Reals],
 ) -> dict[str, Any]:
     """Every subproblem of a layer at a bit width, and their summary."""
-    limits = SearchLimits(args.time_limit, args.node_limit or math.inf)
+    kind, limits = args.kind, SearchLimits(args.time_limit, args.node_limit or math.inf)
     if kind == "quantisation":
         grid = args.balanced, args.per_channel, args.range_search_method
         steps = layer_problem.grid_steps(layer.weight, bits, *grid)
@@ -222,8 +221,9 @@ def draw_intervals(axes: Any, kind: str, summaries: Mapping[int, Mapping[str, An
 # -- the command -----------------------------------------------------------------------------------
 
 
-def run_layer_study(kind: str, args: argparse.Namespace) -> None:
+def run_layer_study(args: argparse.Namespace) -> None:
     """Every layer at every bit width that has no result yet; table and picture of all."""
+    kind = args.kind
     if args.image_net_dir is not None:
         if args.dataset not in (None, "imagenet") or args.datapath is not None:
             raise UserError(
@@ -271,7 +271,7 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     for (name, bits), done in figures.items():
         if done is None:
             inputs = layers[name], bits, places[name], moments[name]
-            done = layer_figures(kind, args, name, *inputs)
+            done = layer_figures(args, name, *inputs)
             study_files.write_result(*work[name, bits], done)
         cli.print_result(layer_row(done))
     draw_layers(args.out, args.model, list(find_layers(session.model)))
@@ -300,13 +300,15 @@ def range_method(text: str) -> str:
     raise argparse.ArgumentTypeError(f"must be {' or '.join(layer_problem.RANGES)}; got {text}")
 
 
-def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argparse.ArgumentParser:
-    """The options of both commands, which are the same."""
+def layer_study_parser(
+    kind: str, prog: str, text: str, commands: tuple[str, ...]
+) -> argparse.ArgumentParser:
+    """The options of both commands, which are the same; the first line of `text` describes it."""
     example = (
         f"python -m pruning_vs_quantization.{prog} {commands[0]} --model-name rn8 "
         "--dataset digits --layer-name layer1.0.conv1 --n-bits 4 --opt-dim 16 --num-chunks 1"
     )
-    parser = cli.Parser(prog=prog, description=text, example=example)
+    parser = cli.Parser(prog=prog, description=text.splitlines()[0], example=example)
     positive, natural = cli.positive_int, cli.nonnegative_int
     text = "the question (there is only one)"
     parser.add_argument("command", nargs="?", choices=commands, default=commands[0], help=text)
@@ -357,5 +359,5 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
     study_files.add_study_options(parser, "layer_outputs")
     # the common options that are fixed here
-    parser.set_defaults(nrounds=None, noaug=True, memory=None, weights_key=None)
+    parser.set_defaults(kind=kind, nrounds=None, noaug=True, memory=None, weights_key=None)
     return parser

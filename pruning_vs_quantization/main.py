@@ -30,11 +30,11 @@ if not __package__:  # started as a file in this folder, as the published README
 import argparse
 import copy
 import logging
+import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -49,21 +49,13 @@ from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli
 from obc.toolkit.fingerprints import content_hash, result_code, surroundings
-from obc.toolkit.leveldb import model_tag
-from obc.toolkit.records import write_record
 from obc.toolkit.resume import open_state, state_folder
 from obc.toolkit.session import advice, check_model, dense_top1, load_compressed
 from pruning_vs_quantization.compressed_model import folded
-from pruning_vs_quantization.fine_tuning_table import (
-    accuracy_table,
-    conditions,
-    draw_accuracies,
-    trained_results,
-    untrained_results,
-)
-from pruning_vs_quantization.plots import save_figure, study_package
+from pruning_vs_quantization.fine_tuning_table import make_table
+from pruning_vs_quantization.plots import study_package
 from pruning_vs_quantization.study_files import PLOTS_DATA, finished, write_result
-from pruning_vs_quantization.training import FineTuning, determinism
+from pruning_vs_quantization.training import FineTuning
 from pruning_vs_quantization.training_images import TrainingData
 from pruning_vs_quantization.training_options import (
     add_training_options,
@@ -143,7 +135,7 @@ def train_compressed(args: argparse.Namespace) -> None:
         dense_figure = dense_top1(dense, images.data, device, *loading)
         with open_state(folder, marks, args.restart) as state:
             run = FineTuning(options, dense, images, device)
-            with seeded(args.seed, device), determinism(options.deterministic):
+            with seeded(args.seed, device, options.deterministic):
                 plain = run.run(state)
             figures = run.figures() | {"dense_top1_calibration": dense_figure}
             files.save_checkpoint(plain.state_dict(), stem.with_name(f"{stem.name}.pth"))
@@ -156,30 +148,26 @@ def train_compressed(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, PyTorch's and Python's global generators start from a seed."""
-    before = random.getstate()
+def seeded(seed: int, device: torch.device, deterministic: bool = False) -> Iterator[None]:
+    """Inside, PyTorch's and Python's global generators start from a seed.
+
+    If asked for, only algorithms are used that give the same bits every time.
+    """
+    state, cudnn = random.getstate(), torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         random.seed(seed)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            cudnn.benchmark = False
         try:
             yield
         finally:
-            random.setstate(before)
-
-
-def make_table(args: argparse.Namespace) -> None:
-    """Print the table; save it and the plot in --out."""
-    results = trained_results(args.out, args.architecture, args.dataset)
-    if args.untrained is not None:
-        results += untrained_results(args.untrained)
-    name = model_tag(network_name(args.architecture))
-    stem, training = args.out / f"table_{name}_{args.dataset}", conditions(results)
-    record = {"architecture": args.architecture, "dataset": args.dataset, "conditions": training}
-    record["results"] = [asdict(one) for one in results]
-    write_record(stem.with_name(f"{stem.name}.json"), record)
-    save_figure(draw_accuracies(results, f"{name} on {args.dataset}, {training}"), stem)
-    cli.print_result(f"{accuracy_table(results).markdown()}\n\n{training}")
+            random.setstate(state)
+            torch.use_deterministic_algorithms(before[0])
+            cudnn.benchmark = before[1]
 
 
 def exchange_first_and_last(args: argparse.Namespace) -> None:

@@ -1,10 +1,5 @@
 """Pictures of the study in one restrained style, saved as PNG and PDF, whole or not at all.
 
-    figure, axes = new_figure()
-    axes.plot(…, **bit_look(4))
-    axes.set(xlabel="pruning SQNR (dB)", ylabel="quantisation SQNR (dB)")
-    save_figure(figure, out / "weights_sqnr")               .png and .pdf
-
 Bit widths are an ordered quantity, so their colours are steps of an ordered map (viridis), which
 colour-blind readers and grey printers can tell apart; markers distinguish them as well. Figures are
 made without pyplot: no window, no global state.

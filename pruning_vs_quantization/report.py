@@ -66,7 +66,7 @@ QUESTION = (
 LEGEND = "Quantisation − pruning: above 0, quantisation loses less."
 EVEN = {"dB": 0.1, "points": 0.3}  # points: the standard error of a difference on 10,000 images
 CLOSEST = 5  # tensors that are named
-NUMBER = re.compile(r"[+\-−≥ ]*[\d∞]")
+NUMERIC_CELL = re.compile(r"[+\-−≥ ]*[\d∞]")
 SAME_INPUTS = ("weights", "nsamples", "image_size", "calibration_seed", "opt_dim")
 SAME_INPUTS += ("num_output_channels", "num_chunks")  # settings of both sides of a layer
 LayerPair = tuple[dict[str, Any], dict[str, Any]]  # a layer's summaries, quantised and pruned
@@ -416,7 +416,7 @@ def text_columns(table: TextTable) -> list[bool]:
     columns = [
         [row[i] for row in table.rows if row[i] not in ("", "–")] for i in range(len(table.head))
     ]
-    return [any(cells) and not any(map(NUMBER.match, cells)) for cells in columns]
+    return [any(cells) and not any(map(NUMERIC_CELL.match, cells)) for cells in columns]
 
 
 def html_page(title: str, sections: list[Section]) -> str:

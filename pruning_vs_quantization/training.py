@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,21 +83,6 @@ def make_optimizers(options: TrainingOptions, model: nn.Module) -> list[torch.op
         of_steps = optimizer(options.quant_optimizer, [step_group])
         return [optimizer(options.optimizer, groups), of_steps]
     return [optimizer(options.optimizer, [*groups, step_group] if steps else groups)]
-
-
-@contextmanager
-def determinism(deterministic: bool) -> Iterator[None]:
-    """Inside, if so, only algorithms that give the same bits every time."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
 
 
 # -- the run ---------------------------------------------------------------------------------------

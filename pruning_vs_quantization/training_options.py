@@ -101,7 +101,7 @@ RATE = {"type": cli.positive_float, "metavar": "F"}
 WEIGHT_OPTION = {"type": cli.nonnegative_float, "metavar": "F"}
 SHARE = {"type": cli.fraction, "metavar": "S"}
 BITS_OPTION = {"type": cli.number(int, lambda x: 2 <= x <= 16, "2 to 16"), "metavar": "B"}
-MOMENTUM = {"type": cli.number(float, lambda x: 0 < x <= 1, "in (0, 1]"), "metavar": "F"}
+EMA_OPTION = {"type": cli.number(float, lambda x: 0 < x <= 1, "in (0, 1]"), "metavar": "F"}
 FINAL = "its final value, reached along a cosine (default: the same)"
 
 GROUPS = {  # first option of each -> title on the help page
@@ -244,7 +244,7 @@ class TrainingOptions:
     )
     oscillations_freeze_threshold_final: float | None = option(None, FINAL, **RATE)
     oscillations_freeze_ema_momentum: float = option(
-        0.01, "momentum of the moving averages of frequency and code", **MOMENTUM
+        0.01, "momentum of the moving averages of frequency and code", **EMA_OPTION
     )
 
     cuda: bool | None = option(None, "as --device cuda; --no-cuda: as --device cpu")
