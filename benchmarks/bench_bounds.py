@@ -213,13 +213,8 @@ def run(args: argparse.Namespace) -> None:
                     results.append({"network": network, "layer": name, **record})
     cli.print_result(bounds_table(results))
     if args.out:
-        record = {
-            "command": "benchmarks/bench_bounds.py",
-            "arguments": vars(args),
-            "environment": records.environment(),
-            "results": comma_separated(results),
-        }
-        records.write_record(args.out, record)
+        content = comma_separated(results)
+        records.write_run(args.out, "benchmarks/bench_bounds.py", vars(args), results=content)
 
 
 def main(argv: list[str] | None = None) -> int:

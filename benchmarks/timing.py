@@ -63,13 +63,8 @@ def finish(
 ) -> None:
     """Write the record; then raise UserError if an answer was wrong."""
     if args.out:
-        record = {
-            "command": f"benchmarks/{script}",
-            "arguments": vars(args),
-            "environment": records.environment(),
-            "results": [asdict(result) for result in results],
-        }
-        records.write_record(args.out, record)
+        content = [asdict(result) for result in results]
+        records.write_run(args.out, f"benchmarks/{script}", vars(args), results=content)
     if faults:
         raise errors.UserError(f"wrong answers, so these times are worthless: {'; '.join(faults)}")
 
