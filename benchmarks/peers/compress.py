@@ -101,14 +101,15 @@ def learn_rounding(network: nn.Module, loader: list[tuple[Tensor, None]]) -> Non
 
 
 def aimet(method: str, problem: Problem, wbits: int, abits: int) -> nn.Module:
-    """Norms folded; rounding or ranges learnt; the simulation puts the weights on the grid."""
+    """Rounding or ranges learnt; the simulation puts the weights on the grid."""
     from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
+    from aimet_torch.model_preparer import prepare_model
     from aimet_torch.quantsim import QuantizationSimModel
     from aimet_torch.seq_mse import apply_seq_mse
 
     image, batches = problem.calibration[:1], problem.batches(32)
-    network = problem.network()
+    network = prepare_model(problem.network())  # functions become modules
     fold_all_batch_norms(network, tuple(image.shape), image)
     grid = {"quant_scheme": "tf_enhanced", "config_file": "default"}
     grid |= {"default_param_bw": wbits, "default_output_bw": 8 if abits == 32 else abits}
@@ -132,10 +133,11 @@ def aimet(method: str, problem: Problem, wbits: int, abits: int) -> nn.Module:
             simulation.set_and_freeze_param_encodings(f"{folder}/weights.encodings")
         else:
             apply_seq_mse(simulation, batches, num_candidates=20, forward_fn=forward)
-    if abits == 32:
-        for module in simulation.qmodules():
-            for quantizers in (module.input_quantizers, module.output_quantizers):
-                quantizers[:] = [None] * len(quantizers)
+    for module in simulation.qmodules():  # round what the layers take in, as the others do
+        if abits == 32 or isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.output_quantizers = nn.ModuleList([None] * len(module.output_quantizers))
+        if abits == 32:
+            module.input_quantizers = nn.ModuleList([None] * len(module.input_quantizers))
     with torch.no_grad():
         simulation.compute_encodings(lambda model: [model(batch) for batch in batches])
     return simulation.model.eval()
