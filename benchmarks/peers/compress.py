@@ -226,12 +226,10 @@ def ours(method: str, problem: Problem, wbits: int, abits: int) -> nn.Module:
     from obc.toolkit.session import load_compressed
 
     words = ["nmprune"] if wbits == 32 else ["quant", "--wbits", str(wbits), "--abits", str(abits)]
-    words += [f"--{word}" for word in ("sequential", "wasym", "hscale") if word in method]
+    words += METHODS[method].settings.split()
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/rn20.pth"
-        status = main_trueobs.main(
-            ["rn20", "cifar10", *words, "--noaug", "--save", file, *DATA_WORDS]
-        )
+        status = main_trueobs.main(["rn20", "cifar10", *words, "--save", file, *DATA_WORDS])
         if status:
             sys.exit(status)
         network = problem.network()

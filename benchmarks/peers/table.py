@@ -46,11 +46,18 @@ MCT = "symmetric per channel, batches of 32, otherwise defaults"
 LEARNED = f"hard sigmoid, {LEARNED_ROUND_STEPS} steps a layer, 32 images, rate 0.01"
 METHODS = {
     "ours": Method("trueobs", "plain", "--noaug", QUANTISED + SPARSE),
-    "ours-wasym": Method("trueobs", "`--wasym`", "--noaug"),
-    "ours-sequential": Method("trueobs", "`--sequential`", "--noaug", QUANTISED + SPARSE),
-    "ours-sequential-wasym": Method("trueobs", "`--sequential --wasym`", "--noaug"),
+    "ours-wasym": Method("trueobs", "`--wasym`", "--noaug --wasym"),
+    "ours-sequential": Method(
+        "trueobs", "`--sequential`", "--noaug --sequential", QUANTISED + SPARSE
+    ),
+    "ours-sequential-wasym": Method(
+        "trueobs", "`--sequential --wasym`", "--noaug --sequential --wasym"
+    ),
     "ours-sequential-wasym-hscale": Method(
-        "trueobs", "`--sequential --wasym --hscale`", "--noaug", ("3w", "2w")
+        "trueobs",
+        "`--sequential --wasym --hscale`",
+        "--noaug --sequential --wasym --hscale",
+        ("3w", "2w"),
     ),
     "modelopt-sparsegpt": Method(
         "nvidia-modelopt", "SparseGPT", "defaults, all images; the mask alone", SPARSE
