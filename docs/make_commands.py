@@ -24,8 +24,8 @@ SHARED = {  # name → a command of which these are the options, the flags
     "common": (
         "main_trueobs",
         "--weights --datapath --nsamples --weights-key --classes --labels --image-size --resize "
-        "--crop --interpolation --mean --std --noaug --nrounds --batchsize --skip-bad-images --seed "
-        "--device --memory --workers --restart --repeat",
+        "--crop --interpolation --mean --std --noaug --nrounds --batchsize --skip-bad-images "
+        "--seed --device --memory --workers --restart --repeat",
     ),
     "study": ("pruning_vs_quantization.expected_sqnr", "--out --seed --restart"),
 }
