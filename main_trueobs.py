@@ -116,7 +116,7 @@ def build_parser() -> cli.Parser:
         action="store_true",
         help="measure the squared error of every layer again, on calibration and on fresh images",
     )
-    cli.add_shards_option(parser)
+    cli.add_shards_option(parser.group(cli.RUN))
     cli.add_resume_options(parser)
     return parser
 
