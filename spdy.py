@@ -241,7 +241,8 @@ def choose(
             dp_loss = math.nan if figures["dp_loss"] is None else figures["dp_loss"]
             cli.print_result(f"calibration loss {figures['loss']:.6f} (--dp: {dp_loss:.6f})")
         profile = problem.profile(picks)
-        table = zip(profile.items(), problem.costs, problem.errors, picks, strict=True)
+        costs = problem.layer_costs(picks)
+        table = zip(profile.items(), costs, problem.errors, picks, strict=True)
         write_run(
             path.with_suffix(".json"),
             invocation.command,
@@ -250,7 +251,7 @@ def choose(
             fingerprint=marks,
             seconds=time.perf_counter() - started,
             layers=[
-                {"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
+                {"name": layer, "level": level, "cost": cost, "error": error[pick]}
                 for (layer, level), cost, error, pick in table
             ],
         )

@@ -230,7 +230,7 @@ class QuantMode(Mode):
     text = "OBQ: weights and, with --abits, activations on a grid"
     baseline = "nearest"
     search_name = "refine"
-    serves = ("mixed", "4block_8w8a")
+    serves = ("mixed", "4block_8w8a", "struct_8w8a")
 
     wbits: int = option(
         NO_QUANTISATION, "bits of weights, 1-16; 32: none", first=True, metavar="B", type=cli.bits
@@ -531,6 +531,7 @@ class StructMode(LevelMode):
     name = "struct"
     text = "whole input channels, a database of levels"
     rows_divisible = False
+    serves = ("struct",)
     default_grid = (0.0, 0.9, 0.05)
 
     def gone(self, layer: LayerView) -> Tensor:
