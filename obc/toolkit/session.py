@@ -170,7 +170,6 @@ class Session:
         data = data.seen_through(preprocessing(options, model))
         check_model(model, options.model, data)
         split_attention(model, partial(run_on_noise, model, data.preprocessing.image_shape))
-        log.info("images: %s", data.preprocessing)
         return cls(options, device, data, model, world)
 
     @property
@@ -281,7 +280,8 @@ def dense_top1(
         top1 = evaluate(model, batches, device, world=world).top1
     total, count = len(data.calibration), len(images)
     which = str(count) if count == total else f"{count} of {total}"
-    log.info("dense: top-1 %.2f on %s calibration images", top1, which)
+    seen = data.preprocessing
+    log.info("dense: top-1 %.2f on %s calibration images, %s", top1, which, seen)
     labels = Counter(images.source.labels[index] for index in images.chosen)
     if top1 <= (level := chance_level(labels)):
         log.warning(
