@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datautils import ImageData, ImageSet, calibration_batches, load_data, normalise, test_batches
+from datautils import ImageData, ImageSet, calibration_batches, load_data, test_batches
+from obc.inputs.preprocessing import Preprocessing
 from obc.solver.progress import progress
 from pruning_vs_quantization.training_options import TrainingOptions
 
@@ -36,7 +37,8 @@ LabelledImages = tuple[Tensor, Tensor]  # images (n, 3, s, s) float32, labels (n
 class DecodedImages:
     """Images in their plain view; iterable as normalised batches, always in the same order."""
 
-    pixels: np.ndarray  # (n, s, s, 3) uint8
+    preprocessing: Preprocessing
+    pixels: np.ndarray  # (n, s, s, c) uint8
     labels: Tensor  # (n,) int64
     batchsize: int
 
@@ -46,14 +48,14 @@ class DecodedImages:
 
         Raises UserError for an image that cannot be decoded.
         """
-        size, count = images.view.size, len(images)
-        if images.view.crops or count * size**2 * 3 > IN_MEMORY:
+        made, count = images.preprocessing, len(images)
+        if images.view.photographs or count * made.channels * made.size**2 > IN_MEMORY:
             return None
-        pixels = np.empty((count, size, size, 3), dtype=np.uint8)
+        pixels = np.empty((count, made.size, made.size, made.channels), dtype=np.uint8)
         labels = torch.empty(count, dtype=torch.int64)
         for index in progress("decoding", range(count)):
             pixels[index], labels[index] = images.pixels(index)
-        return cls(pixels, labels, batchsize)
+        return cls(made, pixels, labels, batchsize)
 
     def __len__(self) -> int:
         return math.ceil(len(self.pixels) / self.batchsize)
@@ -61,7 +63,7 @@ class DecodedImages:
     def __iter__(self) -> Iterator[LabelledImages]:
         for start in range(0, len(self.pixels), self.batchsize):
             batch = slice(start, start + self.batchsize)
-            yield normalise(self.pixels[batch]), self.labels[batch]
+            yield self.preprocessing.normalise(self.pixels[batch]), self.labels[batch]
 
 
 def shift_and_flip(
@@ -122,14 +124,14 @@ class TrainingData:
             pixels = self.train.pixels[batch.numpy()]
             if self.options.augment:
                 pixels = shift_and_flip(pixels, images.view.flips, generator)
-            yield normalise(pixels), self.train.labels[batch]
+            yield self.train.preprocessing.normalise(pixels), self.train.labels[batch]
 
     def plain(self, batches: int) -> Iterable[LabelledImages]:
         """The first training batches, not augmented; fewer if there are not that many."""
         count = batches * self.options.batch_size
         if self.train is not None:
-            first = self.train.pixels[:count], self.train.labels[:count]
-            return DecodedImages(*first, self.options.batch_size)
+            pixels, labels = self.train.pixels[:count], self.train.labels[:count]
+            return replace(self.train, pixels=pixels, labels=labels)
         images = self.data.calibration
         return self._streamed(replace(images, chosen=images.chosen[:count]))
 
