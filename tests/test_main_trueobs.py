@@ -153,7 +153,8 @@ def test_a_run_shows_and_leaves_what_it_should(quant_run, dense):
     assert accuracy(done) > 97
     assert done.out.count("\n") == 2
     assert tree(path.parent) == ["rn8_4w.json", "rn8_4w.pth"]
-    top1, advice, *lines = done.err.splitlines()
+    images, top1, advice, *lines = done.err.splitlines()
+    assert images.startswith("images: 16×16 pixels, squashed, bilinear; mean 0.485 0.456 0.406")
     assert top1 == "dense: top-1 100.00 on 128 calibration images"
     assert "1.6 times): try --wasym" in advice
     assert [line.split()[0] for line in lines] == LAYERS
@@ -178,7 +179,7 @@ def test_the_record_tells_arguments_machine_and_layers(quant_run):
     assert record["agreement"] == pytest.approx(agreement, abs=0.005) and agreement > 97
     assert record["seconds"] > 0
     assert [layer["name"] for layer in record["layers"]] == LAYERS
-    for layer, line in zip(record["layers"], done.err.splitlines()[2:], strict=True):
+    for layer, line in zip(record["layers"], done.err.splitlines()[3:], strict=True):
         assert layer["result"] == "4 bits" and not layer["dense"]
         assert layer["shape"] and layer["seconds"] > 0
         assert 0 < layer["relative_error"] < 0.01
@@ -757,7 +758,7 @@ def test_no_layer_fits(bad, command):
     words = ["--blocked_size", 1000, "--sparse-dir", bad / "out", *QUICK]
     before = tree(bad)
     done = command("rn8", "digits", "blocked", *words)
-    _, *layers, error = done.err.splitlines()
+    _, _, *layers, error = done.err.splitlines()
     assert done.status == 2 and done.out == ""
     assert len(layers) == len(LAYERS) and all("left dense" in line for line in layers)
     assert error.startswith("error: no layer can be compressed")

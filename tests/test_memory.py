@@ -79,8 +79,8 @@ def test_the_solver_keeps_to_its_budget():
 def test_too_little_memory_is_one_line(capsys):
     words = ["rn8", "digits", "nmprune", "--memory", "0.001", "--noaug", "--device", "cpu"]
     assert main_trueobs.main(words) == 2
-    top1, line = capsys.readouterr().err.splitlines()
-    assert top1.startswith("dense: ")
+    images, top1, line = capsys.readouterr().err.splitlines()
+    assert images.startswith("images: ") and top1.startswith("dense: ")
     assert line.startswith("error: 0.001 GB is too little for layer3.0.conv2; it needs at least")
 
 

@@ -301,7 +301,7 @@ def test_a_failing_correction_leaves_no_file(compressed, tmp_path, capsys):
         assert post_proc.main([*map(str, words), *COMMON, option]) == 2
         *others, line = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and f"({option})" in line
-        assert [text.split()[0] for text in others] == ["dense:", "warning:"]  # zero weights
+        assert [text.split()[0] for text in others] == ["images:", "dense:", "warning:"]
     assert not saved.exists()
 
 

@@ -168,7 +168,6 @@ class Session:
         ).to(device)
         data = data.seen_through(preprocessing(options, model))
         check_model(model, options.model, data)
-        log.info("images: %s", data.preprocessing)
         return cls(options, device, data, model, world)
 
     @property
@@ -237,7 +236,10 @@ class Session:
         return evaluate(model, self.test_shard(), self.device, scores, self.world)
 
     def dense_top1(self) -> float:
-        """The dense model's top-1 on the calibration images, logged (`dense_top1`)."""
+        """The dense model's top-1 on the calibration images, logged (`dense_top1`) after how these
+        images are made.
+        """
+        log.info("images: %s", self.data.preprocessing)
         options = self.options
         return dense_top1(
             self.model, self.data, self.device, options.batchsize, options.workers, self.world
