@@ -40,7 +40,7 @@ from obc.inputs.usercode import user_module
 from obc.inputs.vision import make_importable, torchvision
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError
-from obc.solver.layers import compressible, forward_hooks
+from obc.solver.layers import compressible, forward_hooks, leave_dense
 from obc.solver.progress import progress
 from quant import ACTIVATION_GRID, WEIGHT_GRID
 
@@ -253,7 +253,10 @@ def first_and_last(
 
 
 def check_layers(model: nn.Module, name: str) -> None:
-    """Raise a UserError for a layer whose weight cannot be replaced by another one."""
+    """Raise a UserError for a layer whose weight cannot be replaced by another one.
+
+    A layer whose weight is that of an embedding, too, is left dense.
+    """
     owners: dict[int, str] = {}
     for layer, module in find_layers(model).items():
         weight = module._parameters.get("weight")
@@ -274,16 +277,27 @@ def check_layers(model: nn.Module, name: str) -> None:
                 f"{name}: {other} and {layer} share one weight, which cannot be "
                 "compressed for both; use one module twice, or give each its own"
             )
+    for other, module in model.named_modules():
+        if not compressible(module):
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) in owners:
+                    kind = type(module).__name__
+                    reason = f"its weight is also that of {other} ({kind})"
+                    leave_dense(model.get_submodule(owners[id(parameter)]), reason)
 
 
 def other_weights(model: nn.Module) -> dict[str, int]:
-    """Sizes, by name, of the matrices and larger tensors that are in no layer to compress."""
+    """Sizes of the matrices and larger tensors that are in no layer to compress, largest first.
+
+    By their names, with the kind of module that has them: "words.weight (Embedding)".
+    """
     ours = {id(layer.weight) for layer in find_layers(model).values()}
-    return {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.squeeze().ndim > 1 and id(parameter) not in ours
-    }
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        if parameter.squeeze().ndim > 1 and id(parameter) not in ours:
+            kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            sizes[f"{name} ({kind})"] = parameter.numel()
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
 @contextmanager

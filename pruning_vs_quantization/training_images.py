@@ -96,20 +96,14 @@ class TrainingData:
     @classmethod
     def load(cls, options: TrainingOptions, seed: int) -> TrainingData:
         """Raises UserError if datautils cannot load the dataset."""
-        data = load_data(
-            options.dataset,
-            datapath=options.images_dir,
-            image_size=options.image_size,
-            nsamples=1,
-            seed=seed,
-            class_file=options.classes,
-        )
+        where = {"datapath": options.images_dir, "class_file": options.classes}
+        size = {"image_size": options.image_size, "nsamples": 1}
+        data = load_data(options.dataset, **where, **size, seed=seed)
         total = len(data.calibration.source)
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = replace(data.calibration, chosen=order[: options.train_samples])
         data = replace(data, calibration=chosen)
-        size = options.batch_size
-        decoded = (DecodedImages.decode(images, size) for images in (chosen, data.test))
+        decoded = (DecodedImages.decode(x, options.batch_size) for x in (chosen, data.test))
         return cls(options, seed, data, *decoded)
 
     def __len__(self) -> int:
@@ -144,18 +138,13 @@ class TrainingData:
     def _streamed(
         self, images: ImageSet, augment: bool = False, seed: int = 0
     ) -> Iterable[LabelledImages]:
-        return calibration_batches(
-            replace(self.data, calibration=images),
-            batchsize=self.options.batch_size,
-            augment=augment,
-            seed=seed,
-            workers=self.options.num_workers,
-        )
+        loading = {"batchsize": self.options.batch_size, "workers": self.options.num_workers}
+        data = replace(self.data, calibration=images)
+        return calibration_batches(data, augment=augment, seed=seed, **loading)
 
     def test_batches(self) -> Iterable[LabelledImages]:
         """All test images."""
         if self.test is not None:
             return self.test
-        return test_batches(
-            self.data, batchsize=self.options.batch_size, workers=self.options.num_workers
-        )
+        loading = {"batchsize": self.options.batch_size, "workers": self.options.num_workers}
+        return test_batches(self.data, **loading)

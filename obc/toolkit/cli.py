@@ -230,6 +230,16 @@ def add_run_options(parser: Parser) -> None:
     )
 
 
+def add_shards_option(group: argparse._ActionsContainer) -> None:
+    """Add --shards."""
+    group.add_argument(
+        "--shards",
+        metavar="N",
+        type=positive_int,
+        help="sum Hessians as N processes of torchrun would (default: the number of processes)",
+    )
+
+
 def add_damping_option(group: argparse._ArgumentGroup) -> None:
     """Add --rel-damp."""
     group.add_argument(

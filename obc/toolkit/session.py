@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ from modelutils import (
     load_state,
     own_preprocessing,
 )
-from obc.inputs.batches import ImageBatches
+from obc.inputs.attention import split_attention
+from obc.inputs.batches import Batches, ImageBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
 from obc.inputs.preprocessing import MODES, Preprocessing
@@ -168,12 +169,22 @@ class Session:
         ).to(device)
         data = data.seen_through(preprocessing(options, model))
         check_model(model, options.model, data)
+        split_attention(model, partial(run_on_noise, model, data.preprocessing.image_shape))
         return cls(options, device, data, model, world)
 
     @property
     def weights_name(self) -> str:
         """The dense weights, as the user knows them."""
         return self.options.weights or f"the weights of {self.options.model}"
+
+    def shard_count(self, asked: int | None) -> int:
+        """How many shards of the images are summed apart: --shards, or one for each process.
+
+        Sums depend on it, by rounding. Raises UserError where several processes are not as many.
+        """
+        if asked and self.world.size not in (1, asked):
+            raise UserError(f"--shards {asked}: there are {self.world.size} processes")
+        return asked or self.world.size
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -235,15 +246,15 @@ class Session:
         scores = None if model is self.model else self.dense_scores
         return evaluate(model, self.test_shard(), self.device, scores, self.world)
 
-    def dense_top1(self) -> float:
+    def dense_top1(self, batches: Batches | None = None) -> float:
         """The dense model's top-1 on the calibration images, logged (`dense_top1`) after how these
         images are made.
+
+        `batches`: this process's share of all of them, if they are in memory already.
         """
         log.info("images: %s", self.data.preprocessing)
-        options = self.options
-        return dense_top1(
-            self.model, self.data, self.device, options.batchsize, options.workers, self.world
-        )
+        loading = self.options.batchsize, self.options.workers
+        return dense_top1(self.model, self.data, self.device, *loading, self.world, batches)
 
 
 def dense_top1(
@@ -253,19 +264,22 @@ def dense_top1(
     batchsize: int,
     workers: int | None,
     world: World = ALONE,
+    batches: Batches | None = None,  # this process's share of all images; None: load some
 ) -> float:  # percent
-    """Top-1 of the dense model on the calibration images (at most DENSE_IMAGES), not augmented.
+    """Top-1 of the dense model on the calibration images, not augmented: DENSE_IMAGES at most, or
+    `batches`.
 
     Logs it, since it shows whether labels and pixels are what the model was trained on, and warns
     if guessing would do about as well. No global generator is advanced.
     """
-    images = replace(data.calibration, chosen=data.calibration.chosen[:DENSE_IMAGES])
-    batches = calibration_batches(
-        replace(data, calibration=images), batchsize=batchsize, workers=workers
-    )
+    images = data.calibration
+    if batches is None:
+        images = replace(images, chosen=images.chosen[:DENSE_IMAGES])
+        some = replace(data, calibration=images)
+        loaded = calibration_batches(some, batchsize=batchsize, workers=workers)
+        batches = loaded.shard(world.rank, world.size)
     with undisturbed(device):
-        shard = batches.shard(world.rank, world.size)
-        top1 = evaluate(model, shard, device, world=world).top1
+        top1 = evaluate(model, batches, device, world=world).top1
     total, count = len(data.calibration), len(images)
     which = str(count) if count == total else f"{count} of {total}"
     log.info("dense: top-1 %.2f on %s calibration images", top1, which)
@@ -374,6 +388,14 @@ def first_outputs(model: nn.Module, name: str, images: Tensor) -> object:
         raise UserError(f"{name}: {error}{hint}") from None
 
 
+def run_on_noise(model: nn.Module, image_shape: tuple[int, int, int]) -> object:
+    """What a model returns for two images of noise."""
+    noise = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    device = next(model.parameters()).device
+    with undisturbed(device), evaluating(model):
+        return model(noise.to(device))
+
+
 def model_without_images(options: CommonOptions) -> tuple[nn.Module, tuple[int, int, int]]:
     """The model as a run would see it, and the shape of an image, without reading any image.
 
@@ -393,6 +415,7 @@ def model_without_images(options: CommonOptions) -> tuple[nn.Module, tuple[int, 
     check_network(model, options.model)
     images = torch.zeros(2, *image_shape, device=next(model.parameters()).device)
     first_outputs(model, options.model, images)
+    split_attention(model, partial(run_on_noise, model, image_shape))
     return model, image_shape
 
 
