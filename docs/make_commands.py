@@ -23,8 +23,9 @@ HELP = {"-h", "--help"}
 SHARED = {  # name → a command of which these are the options, the flags
     "common": (
         "main_trueobs",
-        "--weights --datapath --nsamples --weights-key --classes --image-size --noaug --nrounds "
-        "--batchsize --skip-bad-images --seed --device --memory --workers --restart --repeat",
+        "--weights --datapath --nsamples --weights-key --classes --labels --image-size --resize "
+        "--crop --interpolation --mean --std --noaug --nrounds --batchsize --skip-bad-images "
+        "--seed --device --memory --workers --restart --repeat",
     ),
     "study": ("pruning_vs_quantization.expected_sqnr", "--out --seed --restart"),
 }
