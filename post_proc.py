@@ -54,7 +54,14 @@ from obc.toolkit.resolving import ResolveMode, modes_of
 from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.selection import skipped
 from obc.toolkit.sequential import SequentialCompression
-from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
+from obc.toolkit.session import (
+    Invocation,
+    Session,
+    common_options,
+    dense_files,
+    load_compressed,
+    shards_of,
+)
 from obc.toolkit.stitching import add_file_options, stitched
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
@@ -67,6 +74,7 @@ DEPENDENT = {  # option: the option that it requires
     "resolve": "database",
     "remask": "resolve",
     "rel_damp": "resolve",
+    "shards": "resolve",
 }
 
 
@@ -97,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--remask", action="store_true", help="… with zeros chosen anew, as many as at the level")
     cli.add_damping_option(group)
+    cli.add_shards_option(group)
     add_correction_options(parser)
     return parser
 
@@ -229,6 +238,7 @@ def resolve(
     modes: Mapping[str, Mode],
     state: RunState,  # finished layers
     rel_damp: float,
+    shards: int | None,
 ) -> None:
     """Solve all layers of a stitched model anew, in order of execution."""
     augment, rounds = not session.options.noaug, session.options.nrounds
@@ -242,6 +252,7 @@ def resolve(
         RunState(),
         rel_damp=rel_damp,
         memory_gb=session.options.memory,
+        shards=shards,
         repeats=1 if augment else rounds,
         world=session.world,
         modes=modes,
@@ -302,7 +313,9 @@ def corrections(
         return TrainingTask(name, images, device, epochs, f"--{name}-lr", state)
 
     steps = {  # in the order of the module docstring
-        "resolve": lambda: resolve(session, model, modes, state.part("resolve"), args.rel_damp),
+        "resolve": lambda: resolve(
+            session, model, modes, state.part("resolve"), args.rel_damp, args.shards
+        ),
         "gap": lambda: global_adaprune(*models, task("gap", args.gap_epochs), args.gap_lr),
         "bnt": lambda: batchnorm_tune(
             model, session.calibration(not args.noaug, args.nrounds), device, args.bnt_batches
@@ -336,6 +349,7 @@ def run(args: argparse.Namespace) -> None:
     model, modes = load_model(session, args, left_dense)
     contents = {"compressed model": content_hash(model.state_dict())}
     if args.resolve:
+        args.shards = shards_of(args.shards, session.world)
         contents["levels"] = bytes_hash(f"{name} {modes[name]}".encode() for name in sorted(modes))
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)

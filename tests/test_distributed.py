@@ -12,6 +12,8 @@ import torch
 
 import database
 import main_trueobs
+import post_proc
+from modelutils import find_layers, get_model
 from obc.solver.distributed import ALONE, World, deal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +89,8 @@ def test_alone_nothing_is_done():
         ("nmprune", "--swaps"),
         ("struct", *GRID),
         ("unstr", "--sparsity", "0.7"),
-        ("struct", "--sparsity", "0.5"),
+        ("quant", "--wbits", "3", "--abits", "4", "--sequential"),
+        ("struct", "--sparsity", "0.5", "--sequential"),
     ],
     ids=" ".join,
 )
@@ -108,6 +111,26 @@ def test_two_processes_write_what_one_writes(mode, tmp_path):
         other = Path(str(path).replace("/one", "/two"))
         one, two = (torch.load(name, weights_only=True) for name in (path, other))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@gloo
+def test_two_processes_solve_a_profile_anew_as_one_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for sparsity in ("0.6", "0.8"):
+        words = ["unstr", "--order", "magnitude", "--sparsity", sparsity, *QUICK]
+        save = ["--save", f"models_unstr/rn8_{sparsity[2]}000.pth"]
+        assert main_trueobs.main(["rn8", "digits", *words, *save]) == 0
+    layers = find_layers(get_model("rn8", "digits"))
+    lines = [f"{('6000', '8000')[i % 2]} {name}\n" for i, name in enumerate(layers)]
+    Path("profile.txt").write_text("".join(lines))
+    words = ["rn8", "digits", "profile.txt", "--database", "unstr"]
+    words += ["--resolve", "--remask", "--bnt", *QUICK]
+    done = torchrun(tmp_path, "post_proc.py", *words, "--save", "two.pth")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+    assert post_proc.main([*words, "--shards", "2", "--save", "one.pth"]) == 0
+    one, two = (torch.load(f"{x}.pth", weights_only=True) for x in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 LEAVING = """

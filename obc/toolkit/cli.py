@@ -200,6 +200,16 @@ def add_damping_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_shards_option(group: argparse._ArgumentGroup) -> None:
+    """Add --shards (`session.shards_of`)."""
+    group.add_argument(
+        "--shards",
+        metavar="N",
+        type=positive_int,
+        help="sum Hessians as N processes of torchrun would (default: the number of processes)",
+    )
+
+
 def add_resume_options(parser: Parser) -> None:
     """Add the options of commands that resume (`resume.py`) and repeat a run (`records.py`)."""
     add = parser.group(RUN).add_argument

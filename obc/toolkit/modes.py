@@ -99,13 +99,17 @@ class Mode(ABC):
         "gives it, to return what the dense network does",
         first=True,
     )
+    shift_dense: bool = option(
+        False, "with --sequential: layers that are left dense make up for those before them, too"
+    )
 
     def __post_init__(self) -> None:
         if self.order not in ("obs", self.baseline):
             raise UserError(
                 f"--order {self.order} is not for {self.name}: choose obs or {self.baseline}"
             )
-
+        if self.shift_dense and not self.sequential:
+            raise UserError("--shift-dense needs --sequential")
         if self.search and self.order != "obs":
             raise UserError(
                 f"--{self.search_name} improves on --order obs: leave out --order {self.order}"
@@ -273,9 +277,14 @@ class QuantMode(Mode):
 
     @property
     def nothing_to_solve(self) -> str:
-        if self.wbits < NO_QUANTISATION:
+        if self.wbits < NO_QUANTISATION or self.shift_dense:
             return ""
         return f"weights left as they are (--wbits 32); activations: {self.abits} bits"
+
+    def misfit(self, layer: LayerView) -> str:
+        if reason := super().misfit(layer):
+            return reason
+        return "weights left as they are (--wbits 32)" if self.wbits == NO_QUANTISATION else ""
 
     def activation_grids(
         self, dense: nn.Module, batches: Batches, device: torch.device

@@ -123,6 +123,13 @@ class Invocation:
         return cls(parser.prog, arguments, options, defaults, args.restart, args.repeat)
 
 
+def shards_of(asked: int | None, world: World) -> int:
+    """Into how many shards the images are divided: sums depend on it, by rounding."""
+    if asked and world.size not in (1, asked):
+        raise UserError(f"--shards {asked}: there are {world.size} processes")
+    return asked or world.size
+
+
 @dataclass(frozen=True)
 class Session:
     """Device, data and dense model of one run."""
