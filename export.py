@@ -38,7 +38,7 @@ from obc.toolkit.profiles import read_profile
 from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 from obc.toolkit.stitching import add_file_options, stitched
 
-SUFFIXES = (".onnx", ".pt2", ".safetensors")
+EXPORT_SUFFIXES = (".onnx", ".pt2", ".safetensors")
 ONNX_ONLY = ("int8_sums", "measure")  # options
 
 
@@ -59,8 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(args: argparse.Namespace) -> None:
     """Checks beyond argparse's; raises UserError before any work is done."""
     suffix = Path(args.to).suffix
-    if suffix not in SUFFIXES:
-        raise UserError(f"--to {args.to}: name a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+    if suffix not in EXPORT_SUFFIXES:
+        *others, last = EXPORT_SUFFIXES
+        raise UserError(f"--to {args.to}: name a {', '.join(others)} or {last} file")
     for option in ONNX_ONLY:
         if getattr(args, option) and suffix != ".onnx":
             raise UserError(f"--{option.replace('_', '-')} needs --to FILE.onnx")

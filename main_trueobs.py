@@ -65,7 +65,7 @@ from obc.toolkit.session import (
     shards_of,
 )
 
-LAYERS = "layers by name (globs)"  # title of a group of options
+LAYERS_BY_NAME = "layers by name (globs)"  # title of a group of options
 REPORTS = {
     "layers": "a list of the layers, and what each mode would do",
     "dense": "the accuracy of the dense model",
@@ -82,7 +82,12 @@ def build_parser() -> cli.Parser:
         usage="main_trueobs.py MODEL DATASET MODE [options]",
         description=__doc__.splitlines()[0],
     )
-    for title in (cli.FIRST, LAYERS, *(x.owners for x in mode_options().values()), cli.INPUTS):
+    for title in (
+        cli.FIRST,
+        LAYERS_BY_NAME,
+        *(x.owners for x in mode_options().values()),
+        cli.INPUTS,
+    ):
         parser.group(title)  # in this order
     cli.add_common_options(parser)
     texts = {name: mode.text for name, mode in MODES.items()} | REPORTS
@@ -99,7 +104,7 @@ def build_parser() -> cli.Parser:
     for option in mode_options().values():
         group = parser.group(cli.FIRST if option.first else option.owners)
         group.add_argument(option.flag, **option.arguments())
-    add_layer_options(parser.group(LAYERS))
+    add_layer_options(parser.group(LAYERS_BY_NAME))
     add = parser.group(cli.INPUTS).add_argument
     add("--load", metavar="FILE", help="compressed checkpoint to start from (zeros stay zero)")
     add = parser.group(cli.RUN).add_argument

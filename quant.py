@@ -137,16 +137,13 @@ def fit_weight_grid(
 def symmetric_loss(
     weight: Tensor,  # (rows, d)
     bits: int,
-) -> float:
+) -> Tensor:  # ()
     """The squared error of rounding to symmetric grids / to asymmetric ones, on a few rows."""
-    chosen = torch.linspace(0, len(weight) - 1, min(ROWS_COMPARED, len(weight))).round().long()
-    rows = weight[chosen.to(weight.device)]
-    errors = (
-        (fit_weight_grid(rows, bits, symmetric)(rows) - rows).square().sum()
-        for symmetric in (True, False)
+    rows = weight[:: -(-len(weight) // ROWS_COMPARED)]
+    symmetric, asymmetric = (
+        (fit_weight_grid(rows, bits, kind)(rows) - rows).square().sum() for kind in (True, False)
     )
-    ours, other = map(float, errors)
-    return ours / other if other else 1.0
+    return torch.where(asymmetric > 0, symmetric / asymmetric, 1.0)
 
 
 def fit_activation_grid(x: Tensor, bits: int, symmetric: bool = False, search: bool = True) -> Grid:

@@ -17,7 +17,6 @@ that groups of M and blocks run along the input channels.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +35,7 @@ from obc.solver.elimination import (
     Unstructured,
     eliminate,
 )
+from obc.solver.errors import log
 from obc.solver.hessian import Gram
 from obc.solver.inverse import Inverse, alive_inputs, damped_inverse, identity, without
 from obc.solver.layers import view
@@ -46,8 +46,6 @@ from obc.solver.refinement import never_worse, row_errors
 from obc.solver.swaps import MOST_COLUMNS, swapped
 from obc.solver.threads import Wait, at_once, one_thread
 from quant import Grid
-
-log = logging.getLogger("trueobs")
 
 RuleOfRows = Callable[[Tensor], PivotRule]  # row numbers (R,) -> the rule for a batch of them
 RowChoice = Callable[[Tensor], Tensor]  # `Snapshot.pruned` -> `Snapshot.apart`
@@ -112,6 +110,7 @@ class TrueOBS:
         self.Losses: Tensor | None = None  # its (rows, steps), in order of removal
         self.damping = 0.0  # what the last inverse needed, × mean(diag H); the worst group's
         self.rank_deficit = 0
+        self.nearest_rows = 0  # that the last `quantize` rounded to nearest, which was better
         self._scaled: Tensor | None = None  # H, made from the Gram matrix once it is asked for
         self._scaled_by = 0  # images in it
         self._removal: RemovalOrder | None = None
@@ -299,9 +298,8 @@ class TrueOBS:
         quantised = grid(trace.weights[:, 0].to(grid.scale.dtype))  # onto the grid to the last bit
         if self.order == "obs":
             nearest = grid(snapshot.W.to(grid.scale.dtype))
-            quantised, count = never_worse(quantised, nearest, snapshot.W, snapshot.H)
-            if count:
-                log.info("rounding to nearest is better in %d of %d rows: used", count, self.rows)
+            rows = quantised, nearest, snapshot.W, snapshot.H
+            quantised, self.nearest_rows = never_worse(*rows)
         if refine:
             rows, moved = self.world.rows(self.rows), quantised.to(dtype)
             tensors = moved, snapshot.W, snapshot.group, scale, low, high

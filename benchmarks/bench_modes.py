@@ -46,11 +46,11 @@ from obc.solver.elimination import NM, Blocks, PivotRule, Quantise, Trace, Unstr
 from obc.toolkit import cli
 from quant import Grid, fit_weight_grid
 
-BITS, ZEROS, GROUP, BLOCK_SIZE = 4, 2, 4, 4
+WEIGHT_BITS, ZEROS, GROUP, BLOCK_SIZE = 4, 2, 4, 4
 GOALS = {"unstructured": None, "quantise": 1.3, "2:4": 0.6, "4-blocks": 2.0}  # × unstructured
 LIMIT_GOAL = 1.8  # × Cholesky
 NEAR_TIE = 1e-2  # relative; a choice this much worse than the best may be rounding
-TINY = 1e-8  # × the median score of the first step: below that, scores are rounding
+NEGLIGIBLE_SCORE = 1e-8  # × the median score of the first step: below that, scores are rounding
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def follow(mode: str, problem: RandomProblem, grid: Grid, order: Tensor) -> floa
         p = order[:, k]
         if k % unit == 0:
             scores = score(A, w, gone)
-            tiny = tiny or TINY / NEAR_TIE * float(scores.abs().median())
+            tiny = tiny or NEGLIGIBLE_SCORE / NEAR_TIE * float(scores.abs().median())
             least = scores.amin(1)
             excess = (scores[row, p // unit] - least) / (least.abs() + tiny)
             worst = max(worst, float(excess.max()))
@@ -198,7 +198,7 @@ def checked(
 
 def measure_modes(d: int, device: torch.device, args: argparse.Namespace) -> ModeFigures:
     problem = random_problem(d, args.rows, device, args.seed)
-    grid = fit_weight_grid(problem.W[:, 0], BITS)
+    grid = fit_weight_grid(problem.W[:, 0], WEIGHT_BITS)
     traces: dict[str, Trace] = {}
 
     def work(mode: str) -> Callable[[], None]:
@@ -222,7 +222,7 @@ def measure_limit(d: int, device: torch.device, args: argparse.Namespace) -> Lim
     rows = args.limit_rows
     problem = random_problem(d, rows, device, args.seed)
     matrices = problem.inverse.matrix.repeat(rows, 1, 1)
-    grid, traces = fit_weight_grid(problem.W[:, 0], BITS), {}
+    grid, traces = fit_weight_grid(problem.W[:, 0], WEIGHT_BITS), {}
     works = {
         "engine": lambda: traces.update(last=engine("unstructured", problem, grid)),
         "cholesky": lambda: torch.linalg.cholesky(matrices),

@@ -60,7 +60,7 @@ from obc.toolkit.modes import UnstrMode
 from quant import fit_weight_grid
 from trueobs import TrueOBS
 
-BITS = 4
+WEIGHT_BITS = 4
 CPU_GOALS = {("rn18", "unstr"): (20.0, 6.0), ("rn50", "unstr"): (30.0, None)}  # minutes, GB
 GPU_GOALS = {("rn50", "unstr"): (1.0, None), ("rn50", "quant"): (1.0, None)}
 STATIONARY = 1e-3  # gradient on kept weights, relative to the gradient elsewhere
@@ -162,7 +162,7 @@ def run_solver(solver: TrueOBS, mode: str, levels: list[float], file: LevelFile 
             seconds_of(lambda part=part: file.write(*part), device)
             for part in solver.level_parts(levels)
         )
-    solver.quantizer = fit_weight_grid(solver.layer.weight.detach().flatten(1), BITS)
+    solver.quantizer = fit_weight_grid(solver.layer.weight.detach().flatten(1), WEIGHT_BITS)
     solver.quantize()
     return 0.0
 
@@ -299,7 +299,7 @@ def measure_network(
     layers = []
     for name, like in shapes.items():
         layers.append(bench.layer(name, like))
-        cli.print_result(layer_row(layers[-1]))
+        cli.print_result(table_row(layers[-1]))
     finish_s, grid = 0.0, bench.sparsities
     if grid:
         finish_s = seconds_of(
@@ -318,7 +318,7 @@ SUMMARY_HEADER = """
 |---|---|---|---|---|---|---|---|"""
 
 
-def layer_row(layer: LayerFigures) -> str:
+def table_row(layer: LayerFigures) -> str:
     return (
         f"| {layer.name} | {layer.rows} × {layer.columns} | {layer.rows_timed} "
         f"| {layer.seconds:.3g} | {layer.write_s:.3g} | {layer.peak_bytes / 1e9:.2f} "

@@ -56,7 +56,7 @@ from pruning_vs_quantization.magnitude_pruning import MASK
 
 WEIGHT_STEP, INPUT_STEP = "weight_step", "input_step"
 FIRST_LAST_BITS = 8
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # and classes derived from them, such as timm's
+TUNED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)  # and classes derived from them, such as timm's
 FOLDABLE = (nn.Conv2d, nn.Linear)
 
 
@@ -159,7 +159,7 @@ def bits_per_weight(model: nn.Module) -> float:
 
 class _LayerTracer(InPlaceTracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (*FOLDABLE, *NORMS)) or super().is_leaf_module(module, name)
+        return isinstance(module, (*FOLDABLE, *TUNED_NORMS)) or super().is_leaf_module(module, name)
 
 
 def layers_before_norms(model: nn.Module) -> dict[str, str]:
@@ -172,7 +172,7 @@ def layers_before_norms(model: nn.Module) -> dict[str, str]:
     pairs = {}
     for call in calls:
         layer, norm = call.args[0] if call.args else None, modules[call.target]
-        if not isinstance(norm, NORMS) or not norm.affine or norm.running_mean is None:
+        if not isinstance(norm, TUNED_NORMS) or not norm.affine or norm.running_mean is None:
             continue
         if layer not in calls or not isinstance(modules[layer.target], FOLDABLE):
             continue
@@ -197,7 +197,7 @@ def folded(plain: nn.Module) -> nn.Module | None:
     for layer, norm in pairs.items():
         fold(model.get_submodule(layer), model.get_submodule(norm))
     for name, module in model.named_modules():
-        if isinstance(module, NORMS) and name not in pairs.values():
+        if isinstance(module, TUNED_NORMS) and name not in pairs.values():
             log.info("%s not folded: it does not follow a layer of its own", name)
     return model
 

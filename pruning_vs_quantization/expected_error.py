@@ -28,11 +28,11 @@ kurtosis, E[x⁴]/E[x²]² − 3, which is 0 for a Gaussian.
 
 Without truncation a Student-t has no variance for ν ≤ 2 and no kurtosis for ν ≤ 4. Here ν sets how
 heavy the tails are, and r cuts off a fraction `tail` of the untruncated density, both sides
-together. TAIL = 0.65 % is a fit, not a derivation: it puts the points where pruning starts to win,
-with 2^b levels, at an excess kurtosis of 6.1, 11.1 and 17.9 for 2, 3 and 4 bits, where the paper
-has them "near 6, 11, 18"; from 0.5 % to 0.8 % all three are within 1 of that. Other readings miss
-it: ν = 2 with r varied gives 5.9, 13.0, 25.4, a cut at 10 standard deviations 9.8, 14.7, 20.7, no
-truncation an infinite kurtosis at 3 and 4 bits.
+together. TAIL_SHARE = 0.65 % is a fit, not a derivation: it puts the points where pruning starts to
+win, with 2^b levels, at an excess kurtosis of 6.1, 11.1 and 17.9 for 2, 3 and 4 bits, where the
+paper has them "near 6, 11, 18"; from 0.5 % to 0.8 % all three are within 1 of that. Other readings
+miss it: ν = 2 with r varied gives 5.9, 13.0, 25.4, a cut at 10 standard deviations 9.8, 14.7, 20.7,
+no truncation an infinite kurtosis at 3 and 4 bits.
 
 **Tensors.** Weights rounded to FP16 are a histogram: there are 63,487 different finite numbers. One
 pass over the weights, on their device, counts them; everything else is computed from the counts,
@@ -82,7 +82,7 @@ from torch import Tensor
 from pruning_vs_quantization.plots import study_package
 from pruning_vs_quantization.proof import Integers, Reals
 
-TAIL = 0.0065
+TAIL_SHARE = 0.0065
 NEGLIGIBLE = 1e-13  # an unbounded density reaches to where less probability than this lies beyond
 DENSE_BITS = 16  # of a weight that was not pruned
 TOLERANCE = 1e-7  # of the least error, relative
@@ -198,7 +198,7 @@ class StudentT(Density):
     end: float
 
     @classmethod
-    def with_tail(cls, degrees: float, tail: float = TAIL) -> StudentT:
+    def with_tail(cls, degrees: float, tail: float = TAIL_SHARE) -> StudentT:
         """Cut off where a fraction `tail` of the untruncated density lies beyond."""
         stats = study_package("scipy.stats")
         return cls(degrees, float(stats.t.isf(tail / 2, degrees)))

@@ -27,7 +27,7 @@ from obc.solver.errors import UserError
 from obc.solver.progress import progress
 from obc.toolkit import cli
 from pruning_vs_quantization import expected_error, plots, study_files
-from pruning_vs_quantization.expected_error import TAIL, Density, StudentT
+from pruning_vs_quantization.expected_error import TAIL_SHARE, Density, StudentT
 
 CURVE_DEGREES = np.geomspace(30, 1.2, 25).tolist()  # of freedom: light tails to heavy ones
 
@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     study_files.add_grid_options(parser)
     text = "fraction of a Student-t density that is cut off"
-    parser.add_argument("--tail", metavar="F", type=cli.fraction, default=TAIL, help=text)
+    parser.add_argument("--tail", metavar="F", type=cli.fraction, default=TAIL_SHARE, help=text)
     text, natural = "check against this many numbers drawn from each density", cli.nonnegative_int
     parser.add_argument("--samples", metavar="N", type=natural, default=0, help=text)
     study_files.add_study_options(parser, "expected_sqnr", device=False)

@@ -33,7 +33,7 @@ from pruning_vs_quantization.plots import PRUNING_COLOUR, QUANTISATION_COLOUR
 from pruning_vs_quantization.study_files import TextTable, read_result
 
 QUANTISED, PRUNED, OBQ, EXACT_METHOD = "quantised", "pruned", "OBQ", "ExactOBS"
-CLASSES = {"imagenet": 1000, "cifar10": 10, "digits": 10}
+CLASSES_OF = {"imagenet": 1000, "cifar10": 10, "digits": 10}
 SHARED = ("weights", "image_size", "augment", "batch_size", "max_epochs", "images_dir")  # settings
 SHARED_FIGURES = ("training_images", "test_images")
 TITLE_WIDTH = 70  # characters that fit above the plot
@@ -103,7 +103,7 @@ def run_result(settings: dict[str, Any], figures: dict[str, Any]) -> Result | No
         figures["bits_per_weight"],
         f"{epochs} epoch{'s' * (epochs > 1)} of {figures['training_images']} images in batches "
         f"of {settings['batch_size']}, learning rate {settings['learning_rate']:g}",
-        figures.get("classes") or CLASSES.get(settings["dataset"]),
+        figures.get("classes") or CLASSES_OF.get(settings["dataset"]),
         shared | {name: figures.get(name) for name in SHARED_FIGURES},
         figures.get("dense_top1"),
     )

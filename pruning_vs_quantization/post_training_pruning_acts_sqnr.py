@@ -24,12 +24,12 @@ import functools
 from obc.toolkit import cli
 from pruning_vs_quantization import layer_study
 
-COMMANDS = ("prune-bounds-data-opt", "pruning-bounds-data-opt", "quant-bounds-data-opt")
+PRUNING_WORDS = ("prune-bounds-data-opt", "pruning-bounds-data-opt", "quant-bounds-data-opt")
 
 
 def build_parser() -> argparse.ArgumentParser:
     text = __doc__.splitlines()[0]
-    return layer_study.layer_study_parser("post_training_pruning_acts_sqnr", text, COMMANDS)
+    return layer_study.layer_study_parser("post_training_pruning_acts_sqnr", text, PRUNING_WORDS)
 
 
 def main(argv: list[str] | None = None) -> int:

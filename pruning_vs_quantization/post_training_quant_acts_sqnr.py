@@ -22,12 +22,12 @@ import functools
 from obc.toolkit import cli
 from pruning_vs_quantization import layer_study
 
-COMMANDS = ("quant-bounds-data-opt",)
+QUANT_WORDS = ("quant-bounds-data-opt",)
 
 
 def build_parser() -> argparse.ArgumentParser:
     text = __doc__.splitlines()[0]
-    return layer_study.layer_study_parser("post_training_quant_acts_sqnr", text, COMMANDS)
+    return layer_study.layer_study_parser("post_training_quant_acts_sqnr", text, QUANT_WORDS)
 
 
 def main(argv: list[str] | None = None) -> int:

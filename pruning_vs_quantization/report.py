@@ -75,7 +75,7 @@ LayerPair = tuple[dict[str, Any], dict[str, Any]]  # a layer's summaries, quanti
 class Section:
     """What one part says about one network."""
 
-    part: str  # of PARTS
+    part: str  # of REPORT_PARTS
     subject: str  # the network, or a density
     unit: str
     gaps: dict[float, float]  # bits → quantisation − pruning
@@ -179,7 +179,7 @@ def layer_outputs_section(folder: Path, model: str | None) -> Iterator[Section]:
     """Part 3: layers that both studies have covered."""
     networks: dict[tuple[str, str], dict[tuple[str, int], dict[str, tuple]]] = {}
     for path in sorted(folder.iterdir()):
-        if PARTS["layer outputs"].files.fullmatch(path.name):
+        if REPORT_PARTS["layer outputs"].files.fullmatch(path.name):
             settings, figures = study_files.read_result(path)
             if is_model(settings["model"], model) and figures["summary"]:
                 layers = networks.setdefault((settings["model"], settings["dataset"]), {})
@@ -318,7 +318,7 @@ class Part:
 
 
 STUDY = "python -m pruning_vs_quantization"
-PARTS = {  # in the order of the answer's weight
+REPORT_PARTS = {  # in the order of the answer's weight
     "densities": Part(
         re.compile(r"expected_sqnr\.json"), densities_section, f"{STUDY}.expected_sqnr"
     ),
@@ -343,11 +343,11 @@ PARTS = {  # in the order of the answer's weight
 
 def result_folders(folders: list[Path]) -> dict[str, list[Path]]:
     """Where the results of each part are: in these folders and all below that are not hidden."""
-    places: dict[str, set[Path]] = {part: set() for part in PARTS}
+    places: dict[str, set[Path]] = {part: set() for part in REPORT_PARTS}
     for folder in folders:
         for where, below, names in os.walk(folder):
             below[:] = [name for name in below if not name.startswith(".")]
-            for part, how in PARTS.items():
+            for part, how in REPORT_PARTS.items():
                 if any(map(how.files.fullmatch, names)):
                     places[part].add(Path(where))
     return {part: sorted(of_part) for part, of_part in places.items()}
@@ -362,7 +362,7 @@ def study_sections(folders: list[Path], model: str | None) -> list[Section]:
     for part, places in result_folders(folders).items():
         for folder in places:
             try:
-                for section in PARTS[part].sections(folder, model):
+                for section in REPORT_PARTS[part].sections(folder, model):
                     if (part, section.subject) in sections:  # with other settings
                         section.subject += f", {folder}"
                     sections[part, section.subject] = section
@@ -447,7 +447,7 @@ def summary_table(sections: list[Section]) -> TextTable:
 def parts_not_run(sections: list[Section]) -> list[tuple[str, str]]:
     """The parts without results, and the commands to run for them."""
     done = {section.part for section in sections}
-    return [(part, how.command) for part, how in PARTS.items() if part not in done]
+    return [(part, how.command) for part, how in REPORT_PARTS.items() if part not in done]
 
 
 def text_columns(table: TextTable) -> list[bool]:
@@ -512,7 +512,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{where}: results of {some}; pass --model MODEL, or --model all")
     if not sections or (args.model not in (None, "all") and not names):
         whose = f" for {args.model}" if args.model else ""
-        command = PARTS["weights"].command
+        command = REPORT_PARTS["weights"].command
         raise UserError(f"{where}: no results of the study{whose}; begin with {command}")
     title, out = page_title(sections), args.out or folders[0]
     pages = {"report.md": markdown_page, "report.html": html_page}

@@ -99,9 +99,9 @@ def learning_rate_schedule(text: str) -> LearningRateSchedule:
 
 COUNT = {"type": cli.positive_int, "metavar": "N"}
 RATE = {"type": cli.positive_float, "metavar": "F"}
-WEIGHT = {"type": cli.nonnegative_float, "metavar": "F"}
+WEIGHT_OPTION = {"type": cli.nonnegative_float, "metavar": "F"}
 SHARE = {"type": cli.fraction, "metavar": "S"}
-BITS = {"type": cli.number(int, lambda x: 2 <= x <= 16, "2 to 16"), "metavar": "B"}
+BITS_OPTION = {"type": cli.number(int, lambda x: 2 <= x <= 16, "2 to 16"), "metavar": "B"}
 
 
 GROUPS = {  # first option of each -> title on the help page
@@ -172,7 +172,7 @@ class TrainingOptions:
         metavar="SCHEDULE",
     )
     momentum: float = option(0.9, "momentum of SGD", type=cli.fraction, metavar="F")
-    weight_decay: float = option(1e-4, "weight decay of the optimiser", **WEIGHT)
+    weight_decay: float = option(1e-4, "weight decay of the optimiser", **WEIGHT_OPTION)
     reestimate_bn_stats: bool = option(
         False, "collect the running statistics of batch norms again before each evaluation"
     )
@@ -182,8 +182,8 @@ class TrainingOptions:
 
     weight_quant: bool = option(True, "quantise weights; first and last layer: 8 bits")
     act_quant: bool = option(True, "quantise the inputs of layers; first and last layer: 8 bits")
-    n_bits: int = option(4, "bits of weights, 2 to 16", **BITS)
-    n_bits_act: int | None = option(None, "bits of inputs (default: as --n-bits)", **BITS)
+    n_bits: int = option(4, "bits of weights, 2 to 16", **BITS_OPTION)
+    n_bits_act: int | None = option(None, "bits of inputs (default: as --n-bits)", **BITS_OPTION)
     per_channel: bool = option(False, "a step for each output channel, not for each layer")
     weight_quant_method: str = option(
         "MSE",
@@ -198,7 +198,7 @@ class TrainingOptions:
         1e-5, "its initial learning rate; it follows the same schedule", **RATE
     )
     quant_weight_decay: float = option(
-        0.0, "weight decay of the steps, whichever optimiser they have", **WEIGHT
+        0.0, "weight decay of the steps, whichever optimiser they have", **WEIGHT_OPTION
     )
 
     prune_method: str = option(
@@ -234,13 +234,15 @@ class TrainingOptions:
     )
 
     oscillations_dampen_weight: float = option(
-        0.0, "weight in the loss of latent weights' squared distance to the grid; 0: none", **WEIGHT
+        0.0,
+        "weight in the loss of latent weights' squared distance to the grid; 0: none",
+        **WEIGHT_OPTION,
     )
     oscillations_dampen_weight_final: float | None = option(
-        None, "its final value, reached along a cosine (default: the same)", **WEIGHT
+        None, "its final value, reached along a cosine (default: the same)", **WEIGHT_OPTION
     )
     oscillations_freeze_threshold: float = option(
-        0.0, "oscillations per step above which a weight is frozen; 0: never", **WEIGHT
+        0.0, "oscillations per step above which a weight is frozen; 0: never", **WEIGHT_OPTION
     )
     oscillations_freeze_threshold_final: float | None = option(
         None, "its final value, reached along a cosine (default: the same)", **RATE

@@ -191,10 +191,10 @@ from obc.solver import errors
 from obc.toolkit import compress
 
 class Failing(trueobs.TrueOBS):
-    def quantize(self):
+    def quantize(self, *searches):
         if errors.rank() == 1:
             raise errors.UserError("this one fails")
-        super().quantize()
+        super().quantize(*searches)
 
 compress.TrueOBS = Failing
 sys.exit(main_trueobs.main())

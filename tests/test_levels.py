@@ -11,10 +11,17 @@ from torch import Tensor
 from obc.solver import levels
 from obc.solver.elimination import Unstructured, eliminate
 from obc.solver.inverse import Inverse, damped_inverse
-from obc.solver.levels import BLOCK, LeadingBlocks, factorise, first_counts, gathered, weights_at
+from obc.solver.levels import (
+    FACTOR_COLUMNS,
+    LeadingBlocks,
+    factorise,
+    first_counts,
+    gathered,
+    weights_at,
+)
 from obc.solver.threads import in_pieces, rows_of_a_piece
 
-SIZES = [1, 2, BLOCK - 1, 2 * BLOCK, 3 * BLOCK + 1]
+SIZES = [1, 2, FACTOR_COLUMNS - 1, 2 * FACTOR_COLUMNS, 3 * FACTOR_COLUMNS + 1]
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -92,7 +99,7 @@ def test_parts_of_a_matrix_in_another_order():
 
 
 def has_factor(A: Tensor) -> bool:
-    return factorise(A) if len(A) > 2 * BLOCK else not torch.linalg.cholesky_ex(A).info
+    return factorise(A) if len(A) > 2 * FACTOR_COLUMNS else not torch.linalg.cholesky_ex(A).info
 
 
 def barely_positive(order: Tensor) -> Tensor:  # (d,) -> (d, d) float32
@@ -108,7 +115,7 @@ def barely_positive(order: Tensor) -> Tensor:  # (d,) -> (d, d) float32
     raise AssertionError("no such matrix")
 
 
-@pytest.mark.parametrize("d", [2 * BLOCK, 562])
+@pytest.mark.parametrize("d", [2 * FACTOR_COLUMNS, 562])
 def test_float64_where_float32_does_not_carry(d):
     order, counts = orders(1, d), torch.tensor([[d]])
     bad = barely_positive(order[0])

@@ -60,7 +60,7 @@ def test_swaps_are_those_of_brute_force(name: str, n: int, m: int, sparse: float
     order, counts = it.innermost, []
     for (w, H), before, after in zip(it.permuted(), plain.weights(), it.weights(), strict=True):
         kept = before[order] != 0
-        wanted, count = swaps_oracle(w, H, kept, m, swaps.LEAST_GAIN)
+        wanted, count = swaps_oracle(w, H, kept, m, swaps.LEAST_SWAP_GAIN)
         counts.append(count)
         assert_close(after[order], wanted, 1e-7)
     assert max(counts) > 1
@@ -113,7 +113,7 @@ def test_moves_of_codes_are_those_of_brute_force(
         start = np.round(min(rivals, key=lambda w_hat: squared_error(w, w_hat, H)) / step)
         zero = int(grid.zero[r])
         limits = -zero, int(grid.maxq) - zero
-        wanted = codes_oracle(start, step, *limits, w, H, codes.NEIGHBOURS, codes.LEAST_GAIN)
+        wanted = codes_oracle(start, step, *limits, w, H, codes.NEIGHBOURS, codes.LEAST_MOVE_GAIN)
         assert_close(after, step * wanted)
         moved += int((wanted != start).sum())
     assert moved or it.W.shape[1] < 10  # where few columns interact, OBQ is hard to improve on

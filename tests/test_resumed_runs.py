@@ -246,12 +246,12 @@ def test_asked_to_end_it_says_so(work, warm, tmp_path):
 @pytest.fixture
 def edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Fingerprints are of a copy of our code; a function that adds lines to a file of the copy."""
-    code, copy = fingerprints.ROOT, tmp_path / "code"
+    code, copy = fingerprints.CODE_ROOT, tmp_path / "code"
     for pattern in ("*.py", "obc/**/*.py"):
         for path in code.glob(pattern):
             (copy / path.relative_to(code)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy / path.relative_to(code))
-    monkeypatch.setattr(fingerprints, "ROOT", copy)
+    monkeypatch.setattr(fingerprints, "CODE_ROOT", copy)
 
     def edited(name: str, addition: str) -> None:
         (copy / name).write_text((code / name).read_text() + addition)

@@ -63,7 +63,7 @@ def test_a_hash_depends_on_the_contents_and_nothing_else():
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Callable[..., str]:
     """Write files into a tree of code; the hash that the results of its module `one` have."""
-    monkeypatch.setattr(fingerprints, "ROOT", tmp_path)
+    monkeypatch.setattr(fingerprints, "CODE_ROOT", tmp_path)
     monkeypatch.setattr(fingerprints, "OUR_NAMES", {"one", "two", "sub", "other", "obc"})
 
     def write(**texts: str) -> str:

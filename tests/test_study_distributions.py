@@ -12,7 +12,7 @@ import pytest
 from obc.solver.errors import UserError
 from pruning_vs_quantization import expected_sqnr, report, study_files
 from pruning_vs_quantization.expected_error import (
-    TAIL,
+    TAIL_SHARE,
     Gaussian,
     Laplace,
     StudentT,
@@ -198,7 +198,7 @@ def test_gaussian_table():
 
 @pytest.mark.parametrize(("bits", "kurtosis"), [(2, 6), (3, 11), (4, 18)])
 def test_kurtosis_from_which_pruning_wins(bits, kurtosis):
-    even = break_even(bits, 4.0, 1.3, TAIL)
+    even = break_even(bits, 4.0, 1.3, TAIL_SHARE)
     assert even.kurtosis == pytest.approx(kurtosis, abs=1)
     assert advantage_db(even, bits) == pytest.approx(0, abs=1e-4)
     lighter = StudentT.with_tail(1.1 * even.degrees)
@@ -209,7 +209,7 @@ def test_kurtosis_from_which_pruning_wins(bits, kurtosis):
 
 @pytest.mark.parametrize("name", ["Gaussian", "Laplace", "Student-t, ν = 1.5"])
 def test_ten_million_numbers_agree(name):
-    density = expected_sqnr.compared_densities(TAIL)[name]
+    density = expected_sqnr.compared_densities(TAIL_SHARE)[name]
     values = density.sample(10**7, np.random.default_rng(0))
     for bits in (8, 2):
         codes = integer_codes(bits)

@@ -29,7 +29,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from obc.solver.errors import log
 
-ROUNDING = 1e-3  # of the spread of the outputs: 300 × what folding does to ResNets and MobileNets
+TWIN_TOLERANCE = (
+    1e-3  # of the spread of the outputs: 300 × what folding does to ResNets and MobileNets
+)
 IMAGES_COMPARED = 16
 logged: set[str] = set()  # lines of this command; a search evaluates hundreds of models
 IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor setitem".split()
@@ -211,14 +213,14 @@ def whole(model: nn.Module, reason: str) -> UntracedModel:
 
 
 def equal_but_for_rounding(outputs: object, plain: object) -> bool:
-    """Whether two outputs of a model differ by less than `ROUNDING` of the second one's spread."""
+    """Whether two outputs of a model differ by less than `TWIN_TOLERANCE` × the second's spread."""
     if not (isinstance(outputs, Tensor) and isinstance(plain, Tensor)):
         return False
     if outputs.shape != plain.shape or outputs.dtype != plain.dtype:
         return False
     outputs, plain = outputs.double(), plain.double()
     finite = plain[plain.isfinite()]
-    tolerance = ROUNDING * float(finite.std(correction=0)) if len(finite) else 0.0
+    tolerance = TWIN_TOLERANCE * float(finite.std(correction=0)) if len(finite) else 0.0
     return torch.allclose(outputs, plain, rtol=0, atol=tolerance, equal_nan=True)
 
 

@@ -35,8 +35,8 @@ from obc.solver.threads import in_pieces
 
 NEIGHBOURS = 16
 SWEEPS = 50  # at most
-LEAST_GAIN = 1e-5  # × E
-ROWS_TOGETHER = 8
+LEAST_MOVE_GAIN = 1e-5  # × E
+ROWS_MOVED = 8
 COLUMNS_TOGETHER = 128  # whose neighbours are looked for
 
 
@@ -65,7 +65,7 @@ def refined_codes(
             rows = slice(first + piece.start, first + piece.stop)  # noqa: B023  # used at once
             delta, codes = (W[rows] - quantised[rows]).double(), all_codes[rows]
             gradient = delta @ own_H  # noqa: B023
-            least_gain = (LEAST_GAIN * (delta * gradient).sum(1) / 2).to(W.dtype)
+            least_gain = (LEAST_MOVE_GAIN * (delta * gradient).sum(1) / 2).to(W.dtype)
             g, limits = gradient.to(W.dtype), (x[rows, 0] for x in (scale, low, high))
             state = codes, g, matrix, near, H_near, frozen[rows], *limits, least_gain  # noqa: B023
             if compiled:
@@ -74,7 +74,7 @@ def refined_codes(
                 refine_in_torch(*state)
 
         if compiled:
-            in_pieces(work, size, ROWS_TOGETHER)
+            in_pieces(work, size, ROWS_MOVED)
         else:
             work(slice(0, size))
     return all_codes

@@ -48,7 +48,7 @@ from obc.solver.errors import UserError
 PROOF = "obc_proof"  # a layer's attribute, which its copies have, too
 LEFT_DENSE = "obc_left_dense"  # the same, if somebody decided so: the reason
 PADDING_MODES = ("constant", "reflect", "replicate", "circular")
-ROUNDING = 1e-4  # relative difference between two ways to compute a layer's output
+PROOF_TOLERANCE = 1e-4  # relative difference between two ways to compute a layer's output
 PROOF_INPUTS = 4  # that the search for a padding uses
 
 Pads = tuple[tuple[int, int, str], ...]  # before, after and mode, for every axis of the input
@@ -381,7 +381,7 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two results are equal up to rounding."""
     if ours.shape != theirs.shape:
         return False
-    return bool((ours - theirs).abs().max() <= ROUNDING * theirs.abs().max())
+    return bool((ours - theirs).abs().max() <= PROOF_TOLERANCE * theirs.abs().max())
 
 
 def padded_axes(x: Tensor, pads: Sequence[tuple[int, int, str]]) -> Tensor:

@@ -41,7 +41,7 @@ from obc.solver.inverse import Inverse
 from obc.solver.refinement import refined, times
 from obc.solver.threads import in_pieces, one_thread
 
-BLOCK = 96  # columns of a factor that are computed at a time
+FACTOR_COLUMNS = 96  # columns of a factor that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class LeadingBlocks:
             S = gathered(matrices, system, self.order, precision)
             if diagonal is not None:
                 S.diagonal(dim1=1, dim2=2).copy_(diagonal[system].gather(1, self.order))
-            if S.device.type == "cpu" and self.size > 2 * BLOCK:
+            if S.device.type == "cpu" and self.size > 2 * FACTOR_COLUMNS:
                 self.L, failed = S, not all([factorise(matrix) for matrix in S])
             else:
                 self.L, info = torch.linalg.cholesky_ex(S)
@@ -305,12 +305,12 @@ def engine_for(matrix: Tensor) -> ModuleType | None:
 def factorise(S: Tensor) -> bool:  # (k, k)
     """Replace S = L Lᵀ by L, on and below the diagonal; false if there is no such L.
 
-    A left-looking Cholesky, BLOCK columns at a time: almost all of the work is products of panels.
+    A left-looking Cholesky, FACTOR_COLUMNS columns at a time: most work is products of panels.
 
         L_≥J,J L_JJᵀ  =  S_≥J,J − L_≥J,<J L_J,<Jᵀ
     """
-    for first in range(0, len(S), BLOCK):
-        last = min(first + BLOCK, len(S))
+    for first in range(0, len(S), FACTOR_COLUMNS):
+        last = min(first + FACTOR_COLUMNS, len(S))
         panel, width = S[first:, first:last], last - first
         panel.addmm_(S[first:, :first], S[first:last, :first].T, alpha=-1)
         corner, info = torch.linalg.cholesky_ex(panel[:width])

@@ -25,7 +25,7 @@ from obc.solver.threads import in_pieces
 SCALES = tuple(0.6 + 0.05 * i for i in range(17))  # × the step; 1 is among them
 SHIFTS = (0, -1, 1)  # of the zero point of an asymmetric grid
 BLOCK = 32  # columns between two products
-ROWS_TOGETHER = 16
+ROWS_FITTED = 16
 
 
 def best_ranges(
@@ -59,10 +59,10 @@ def best_ranges(
             chosen[piece] = errors.argmin(1)  # noqa: B023
 
         if W.device.type == "cpu":
-            in_pieces(work, size, ROWS_TOGETHER)
+            in_pieces(work, size, ROWS_FITTED)
         else:
-            for start in range(0, size, ROWS_TOGETHER):
-                work(slice(start, start + ROWS_TOGETHER))
+            for start in range(0, size, ROWS_FITTED):
+                work(slice(start, start + ROWS_FITTED))
     return scales.gather(1, best[:, None]), zeros.gather(1, best[:, None])
 
 

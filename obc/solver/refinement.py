@@ -33,7 +33,7 @@ ROWS_TOGETHER = 64
 CG_STEPS = 12  # of conjugate gradients
 CONVERGED = 1e-4  # × E: a further step that can be expected to gain less is not worth it
 NEGLIGIBLE_ERROR = 1e-10  # × w H wᵀ: an E this small needs no step
-RESOLVED = 4 * torch.finfo(torch.float32).eps  # × Σ p_i² H_ii: less curvature is noise
+RESOLVED_CURVATURE = 4 * torch.finfo(torch.float32).eps  # × Σ p_i² H_ii: less curvature is noise
 
 
 def refined(
@@ -66,7 +66,7 @@ def refined(
         )
         image = times(direction, H, system) * free
         curvature = dot(direction, image)
-        resolved = curvature > RESOLVED * dot(direction * diagonal, direction)
+        resolved = curvature > RESOLVED_CURVATURE * dot(direction * diagonal, direction)
         step = torch.where(resolved & active, energy / curvature, 0.0)
         current, residual = current + step * direction, residual - step * image
         error = error - step * energy

@@ -36,9 +36,9 @@ from obc.solver.threads import in_pieces
 
 MOST_COLUMNS = 1152  # of a row: d³ operations are too many for what more columns gain
 MATRICES = 5  # of d×d, while a row is in work
-LEAST_GAIN = 1e-4  # × E: less is not worth a swap
+LEAST_SWAP_GAIN = 1e-4  # × E: less is not worth a swap
 SWAPS_PER_COLUMN = 0.25  # at most
-RESOLVED = 100  # × ε H_pp: less of h_p is rounding
+RESOLVED_GRADIENT = 100  # × ε H_pp: less of h_p is rounding
 
 
 def swapped(
@@ -55,7 +55,7 @@ def swapped(
     added = damping * H.diagonal(dim1=1, dim2=2).mean(1)
     damped, systems = H.to(W.dtype, copy=True), system.tolist()
     damped.diagonal(dim1=1, dim2=2).add_(added[:, None])
-    floor = RESOLVED * torch.finfo(W.dtype).eps * damped.diagonal(dim1=1, dim2=2)
+    floor = RESOLVED_GRADIENT * torch.finfo(W.dtype).eps * damped.diagonal(dim1=1, dim2=2)
     limit = max(1, int(SWAPS_PER_COLUMN * W.shape[1]))
     together = max(1, memory // (MATRICES * W.shape[1] ** 2 * W.element_size()))  # rows
 
@@ -65,7 +65,7 @@ def swapped(
         delta = W[row].double() - result[row]
         g = delta @ H[systems[row]]
         r = torch.where(kept[row], pruned[row], g.to(W.dtype))
-        return order, T, r[order], LEAST_GAIN * (delta @ g).to(W.dtype) / 2
+        return order, T, r[order], LEAST_SWAP_GAIN * (delta @ g).to(W.dtype) / 2
 
     def finish(row: int, now_kept: Tensor) -> None:
         S, P, w = now_kept.nonzero()[:, 0], (~now_kept).nonzero()[:, 0], W[row].double()

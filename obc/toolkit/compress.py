@@ -67,6 +67,7 @@ class LayerReport:
     relative_error: float = 0.0  # the same, relative to Σ wHwᵀ/2
     damping: float = 0.0  # × mean(diag H)
     rank_deficit: int = 0
+    nearest_rows: int = 0  # that are better off rounded to nearest
     patches: int = 0  # columns of inputs that its Hessian has seen, repeated ones counted once
 
     def line(self) -> str:
@@ -82,6 +83,8 @@ class LayerReport:
             text += f"  damping {self.damping:g}"
         if self.rank_deficit:
             text += f"  rank deficit {self.rank_deficit}"
+        if self.nearest_rows:
+            text += f"  rounded to nearest: {self.nearest_rows} rows"
         return text
 
 
@@ -115,6 +118,7 @@ def compress_layer(
         energy = solver.squared_error(torch.zeros_like(before), before)
         report.relative_error = report.squared_error / energy if energy else 0.0
         report.damping, report.rank_deficit = solver.damping, solver.rank_deficit
+        report.nearest_rows = solver.nearest_rows
     solver.free()
     on_cpu = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
     return Entry(on_cpu, {"report": asdict(report), "levels": levels_hash})

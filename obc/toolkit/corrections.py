@@ -56,7 +56,7 @@ from obc.solver.progress import progress
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # of 1, 2 and 3 dimensions
 InstanceNorm = nn.modules.instancenorm._InstanceNorm
-COLUMNS = 8  # of a norm's output, in which it is compared with its bias alone
+COMPARED_COLUMNS = 8  # of a norm's output, in which it is compared with its bias alone
 MOMENTUM = 0.1
 CONSTANT = 1e-6  # σ/√(μ² + σ²) below which a channel is constant: float32 has 7 digits
 
@@ -328,7 +328,7 @@ def _follows_columns(norm: nn.Module, x: Tensor, y: Tensor, output: Tensor, axis
     width = norm.weight.ndim
     axes, last = tuple(range(axis, axis + width)), tuple(range(-width, 0))
     ours, theirs = (z.movedim(axes, last).reshape(-1, *norm.weight.shape) for z in (y, output))
-    for place in torch.linspace(0, len(ours) - 1, COLUMNS).long().tolist():
+    for place in torch.linspace(0, len(ours) - 1, COMPARED_COLUMNS).long().tolist():
         with _only_bias(norm, ours[place]):
             alone = norm.forward(x[:1] if x.ndim > width else x)
         after = alone.ndim - axis - width

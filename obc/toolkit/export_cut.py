@@ -37,7 +37,7 @@ BY_CHANNEL = """relu relu6 hardtanh clamp clamp_min leaky_relu elu gelu silu har
     sigmoid tanh dropout feature_dropout alpha_dropout max_pool1d max_pool2d avg_pool1d avg_pool2d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d contiguous clone detach
 """.split()
-SAME = 1e-5  # relative difference of outputs, which are summed in another order
+CUT_TOLERANCE = 1e-5  # relative difference of outputs, which are summed in another order
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def cut_channels(model: nn.Module, images: Tensor) -> tuple[nn.Module, Cut]:
     try:
         expected, outputs = (_outputs(network, images) for network in (model, smaller))
         worst = float((outputs - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-        reason = "" if worst < SAME else f"outputs change by {worst:.1g}"
+        reason = "" if worst < CUT_TOLERANCE else f"outputs change by {worst:.1g}"
     except Exception as error:
         reason = str(error).splitlines()[0]
     if reason:

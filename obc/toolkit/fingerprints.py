@@ -30,8 +30,8 @@ from torch import Tensor
 from obc.inputs.names import without_shells
 
 HASH_BYTES = 16
-ROOT = Path(__file__).resolve().parents[2]  # of all our modules
-OUR_NAMES = {  # which an installed package shares ROOT with others
+CODE_ROOT = Path(__file__).resolve().parents[2]  # of all our modules
+OUR_NAMES = {  # which an installed package shares CODE_ROOT with others
     *("obc", "pruning_vs_quantization", "datautils", "modelutils", "quant", "trueobs"),
     *("main_trueobs", "database", "spdy", "post_proc", "export"),
 }
@@ -115,14 +115,14 @@ def parsed(path: Path) -> tuple[bytes, frozenset[str]]:
 
 def hessian_code() -> str:
     """A hash of the code that Hessians depend on."""
-    paths = sorted(path for pattern in HESSIAN_CODE for path in ROOT.glob(pattern))
+    paths = sorted(path for pattern in HESSIAN_CODE for path in CODE_ROOT.glob(pattern))
     return bytes_hash(parsed(path)[0] for path in paths)
 
 
 def result_code(module: str) -> str:
     """A hash of the code that the results of a module (a.b) depend on: what it imports."""
-    excluded = {ROOT / name for name in WITHOUT_NUMBERS}
-    paths, unread = set(), {module_file(module), *ROOT.glob(SOLVER_CODE)}
+    excluded = {CODE_ROOT / name for name in WITHOUT_NUMBERS}
+    paths, unread = set(), {module_file(module), *CODE_ROOT.glob(SOLVER_CODE)}
     while unread := {path for path in unread - paths - excluded if path.is_file()}:
         paths |= unread
         names = {name for path in unread for name in parsed(path)[1]}
@@ -132,7 +132,7 @@ def result_code(module: str) -> str:
 
 def module_file(name: str) -> Path:
     """The file of a module, if it is one of ours."""
-    return ROOT.joinpath(*name.split(".")).with_suffix(".py")
+    return CODE_ROOT.joinpath(*name.split(".")).with_suffix(".py")
 
 
 # -- fingerprints ----------------------------------------------------------------------------------

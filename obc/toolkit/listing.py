@@ -26,7 +26,7 @@ from obc.toolkit.modes import MODES, Mode, QuantMode, mode_options
 from obc.toolkit.planning import why_dense
 from obc.toolkit.selection import select_layers
 
-COLUMNS = ("layer", "kind", "shape", "columns", "patches", "MFLOP", "dense bits")
+LISTED = ("layer", "kind", "shape", "columns", "patches", "MFLOP", "dense bits")
 
 
 @dataclass
@@ -49,7 +49,7 @@ def listing(
     modes |= {"quant": select_layers(model, modes["quant"], options, image_shape)}
     layers = {name: model.get_submodule(name) for name in calls}
     named = bool({*changed_options(options)} & {"wbits", "abits", "bits", "first_last"})
-    rows, reasons = [(*COLUMNS, *modes)], {}
+    rows, reasons = [(*LISTED, *modes)], {}
     for name, layer in layers.items():
         seen, call, words, dense_in = view(layer), calls[name], [], {}
         for mode in modes.values():
@@ -124,7 +124,7 @@ def aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [
-            cell.ljust(width) if index < 3 or index >= len(COLUMNS) else cell.rjust(width)
+            cell.ljust(width) if index < 3 or index >= len(LISTED) else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()

@@ -310,15 +310,15 @@ class QuantMode(Mode):
                 f"--refine at {self.wbits} bits lowers the error of every layer, but may not help "
                 "the network, where errors of layers add up: use it with --sequential"
             )
-        times = {}  # the squared error of an asymmetric grid
+        ratios = {}  # the squared error on a symmetric grid / on an asymmetric one
         for name, layer in layers.items() if not self.wasym else ():
             seen, bits = view(layer), self.for_layer(name).wbits
             if bits <= SYMMETRIC_BITS and not self.misfit(seen):
-                times[name] = quant.symmetric_loss(seen.matrix.detach(), bits)
-        if worse := {name: x for name, x in times.items() if x >= MUCH_WORSE}:
+                ratios[name] = quant.symmetric_loss(seen.matrix.detach(), bits).cpu()
+        if worse := {name: float(x) for name, x in ratios.items() if x >= MUCH_WORSE}:
             worst = max(worse, key=worse.__getitem__)
             lines.append(
-                f"symmetric grids of few bits round {len(worse)} of {len(times)} layers with at "
+                f"symmetric grids of few bits round {len(worse)} of {len(ratios)} layers with at "
                 f"least {MUCH_WORSE} times the squared error of asymmetric ones "
                 f"({worst}: {worse[worst]:.2g} times): try --wasym"
             )

@@ -31,7 +31,7 @@ from obc.toolkit.profiles import Table, as_number
 from obc.toolkit.records import read_record
 
 PROFILE_NAME = re.compile(rf".*_({'|'.join(KINDS)})_([\d.e+-]+)x_(dp|spdy|uniform)")
-ROUNDING = 1e-9  # of a target
+TARGET_TOLERANCE = 1e-9  # of a target
 
 
 def level_marks(db: Database) -> dict[str, str]:
@@ -154,7 +154,7 @@ def report_cost(
     reached = dense / cost if cost else math.inf
     if not target or math.isnan(target):
         log.info("%s: reached %.4f (%s)", profile.path, reached, constr)
-    elif cost <= dense / target * (1 + ROUNDING):
+    elif cost <= dense / target * (1 + TARGET_TOLERANCE):
         log.info("%s: target %.10g, reached %.4f (%s)", profile.path, target, reached, constr)
     else:
         log.warning(

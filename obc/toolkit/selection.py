@@ -28,9 +28,8 @@ from torch import nn
 from modelutils import find_layers, first_and_last
 from obc.solver.errors import UserError
 from obc.solver.layers import leave_dense, view
+from obc.toolkit.costs import DENSE
 from obc.toolkit.modes import Mode, mode_options
-
-DENSE = "dense"
 
 
 def ends_type(text: str) -> str:
