@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -33,6 +34,7 @@ from torch import nn
 import quant
 from modelutils import find_layers, other_weights
 from obc.inputs import files
+from obc.inputs.attention import layer_names, torch_names
 from obc.inputs.batches import Batches
 from obc.solver.errors import UserError, log
 from obc.solver.layers import view
@@ -62,7 +64,6 @@ from obc.toolkit.session import (
     dense_files,
     load_compressed,
     model_without_images,
-    shards_of,
 )
 
 LAYERS_BY_NAME = "layers by name (globs)"  # title of a group of options
@@ -199,7 +200,7 @@ def compress_model(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     session = Session.of(common_options(args))
     world = session.world
-    args.shards = shards_of(args.shards, world)
+    args.shards = session.shard_count(args.shards)
     mode = select_layers(session.model, mode, vars(args), session.image_shape)
     dense, compressed = session.model, start_model(session, args.load, mode)
     origin = origin_marks(dense)
@@ -245,6 +246,7 @@ def compress_model(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 **(asdict(evaluation) if evaluation else {"top1": None}),
+                preprocessing=session.data.preprocessing.record(),
                 dense_top1_calibration=dense_top1,
                 layers=layers,
             )
@@ -363,8 +365,9 @@ def write_database(
     """Write the checkpoints of all levels; layers that were left dense are in them as they are."""
     reports = compression.reports
     made = {name: compression.level_file(name) for name in reports if not reports[name].dense}
-    state = compression.compressed.state_dict()
-    levels = write_levels(folder, tag, compression.mode.sparsities, state, made, origin)
+    model = compression.compressed
+    state, named = layer_names(model.state_dict(), model), partial(torch_names, model=model)
+    levels = write_levels(folder, tag, compression.mode.sparsities, state, made, origin, named)
     cli.print_result(f"{len(levels)} levels in {folder}")
 
 
@@ -372,10 +375,10 @@ def report_other_weights(model: nn.Module) -> None:
     """Log which weights are in no layer that can be compressed, and so stay dense."""
     if others := other_weights(model):
         share = sum(others.values()) / sum(p.numel() for p in model.parameters())
-        first, more = next(iter(others)), f" and {len(others) - 1} more" if len(others) > 1 else ""
+        first, more = list(others)[:3], f" and {len(others) - 3} more" if len(others) > 3 else ""
         log.info(
             "left dense, in no layer to compress: %s%s (%.2g %% of all parameters)",
-            first,
+            ", ".join(first),
             more,
             100 * share,
         )

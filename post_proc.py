@@ -54,14 +54,7 @@ from obc.toolkit.resolving import ResolveMode, modes_of
 from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.selection import skipped
 from obc.toolkit.sequential import SequentialCompression
-from obc.toolkit.session import (
-    Invocation,
-    Session,
-    common_options,
-    dense_files,
-    load_compressed,
-    shards_of,
-)
+from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 from obc.toolkit.stitching import add_file_options, stitched
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
@@ -238,7 +231,7 @@ def resolve(
     modes: Mapping[str, Mode],
     state: RunState,  # finished layers
     rel_damp: float,
-    shards: int | None,
+    shards: int,
 ) -> None:
     """Solve all layers of a stitched model anew, in order of execution."""
     augment, rounds = not session.options.noaug, session.options.nrounds
@@ -342,6 +335,8 @@ def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     session = Session.of(common_options(args))
     data = session.data
+    if args.resolve:
+        args.shards = session.shard_count(args.shards)
     left_dense = skipped(list(find_layers(session.model)), args.skip or ())
     if args.skip_firstlast:
         ends = first_and_last(session.model, statistics_images(data, 1, args.workers))
@@ -349,7 +344,6 @@ def run(args: argparse.Namespace) -> None:
     model, modes = load_model(session, args, left_dense)
     contents = {"compressed model": content_hash(model.state_dict())}
     if args.resolve:
-        args.shards = shards_of(args.shards, session.world)
         contents["levels"] = bytes_hash(f"{name} {modes[name]}".encode() for name in sorted(modes))
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
@@ -376,6 +370,7 @@ def run(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 **asdict(evaluation),
+                preprocessing=session.data.preprocessing.record(),
                 dense_top1_calibration=dense_top1,
                 corrections=[vars(report) for report in reports],
                 layers=[entry.figures["report"] for entry in entries if entry],

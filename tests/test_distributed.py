@@ -13,8 +13,9 @@ import torch
 import database
 import main_trueobs
 import post_proc
-from modelutils import find_layers, get_model
+from obc.inputs.checkpoints import load_checkpoint
 from obc.solver.distributed import ALONE, World, deal
+from obc.toolkit.profiles import write_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--nsamples", "64", "--batchsize", "16", "--noaug", "--device", "cpu"]
@@ -114,22 +115,17 @@ def test_two_processes_write_what_one_writes(mode, tmp_path):
 
 
 @gloo
-def test_two_processes_solve_a_profile_anew_as_one_does(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for sparsity in ("0.6", "0.8"):
-        words = ["unstr", "--order", "magnitude", "--sparsity", sparsity, *QUICK]
-        save = ["--save", f"models_unstr/rn8_{sparsity[2]}000.pth"]
-        assert main_trueobs.main(["rn8", "digits", *words, *save]) == 0
-    layers = find_layers(get_model("rn8", "digits"))
-    lines = [f"{('6000', '8000')[i % 2]} {name}\n" for i, name in enumerate(layers)]
-    Path("profile.txt").write_text("".join(lines))
-    words = ["rn8", "digits", "profile.txt", "--database", "unstr"]
-    words += ["--resolve", "--remask", "--bnt", *QUICK]
-    done = torchrun(tmp_path, "post_proc.py", *words, "--save", "two.pth")
+def test_two_processes_resolve_what_one_resolves(tmp_path):
+    levels = ["--sparse-dir", str(tmp_path / "models_unstr"), *GRID]
+    assert main_trueobs.main(["rn8", "digits", "unstr", *QUICK, *levels]) == 0
+    profile = tmp_path / "profile.txt"
+    write_profile(profile, {"layer1.0.conv1": "6400", "layer3.0.conv2": "8000", "linear": "4000"})
+    words = ["rn8", "digits", str(profile), "--database", "unstr", "--prefix", str(tmp_path)]
+    words += ["--resolve", *QUICK]
+    done = torchrun(tmp_path, "post_proc.py", *words, "--save", str(tmp_path / "two.pth"))
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 2
-    assert post_proc.main([*words, "--shards", "2", "--save", "one.pth"]) == 0
-    one, two = (torch.load(f"{x}.pth", weights_only=True) for x in ("one", "two"))
+    assert post_proc.main([*words, "--save", str(tmp_path / "one.pth"), "--shards", "2"]) == 0
+    one, two = (load_checkpoint(tmp_path / f"{name}.pth") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 

@@ -202,7 +202,7 @@ class Compression:
         """The file of a layer's levels, of a mode that yields them."""
         if self.levels_folder is None:
             return None
-        return level_file(self.levels_folder, name, self.layers[name].weight)
+        return level_file(self.levels_folder, name, self.layers[name])
 
     def _resume(self) -> None:
         """Take over what an interrupted run has finished."""

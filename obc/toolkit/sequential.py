@@ -442,7 +442,7 @@ class SequentialCompression(Compression):
         H, B, C = sums.statistics()
         start = mode.start(layer, self.dense.get_submodule(name))
         shifted = shifted_weights(start, H, B)
-        layer.weight.data.copy_(view(layer).shaped(shifted))
+        view(layer).write(shifted)
         memory = plan.memory - self.walk.boundary.size - B.nbytes
         world, owner = plan.sharing(name, self.world), plan.owners[name]
         solver = TrueOBS(layer, self.rel_damp, memory, world, mode.order)
@@ -451,9 +451,8 @@ class SequentialCompression(Compression):
         entry = None
         if owner in (None, self.world.rank):
             entry = compress_layer(name, solver, mode, None, self.repeats)
-        if owner is not None:
-            if (entry := self.world.share(entry)).tensors:
-                quant.put_layer(layer, entry.tensors)
+        if owner is not None and (entry := self.world.share(entry)).tensors:
+            quant.put_layer(layer, entry.tensors)
         error, report = output_error(view(layer).matrix, H, B, C), entry.figures["report"]
         report["squared_error"], report["relative_error"] = error, 2 * error / C if C else 0.0
         if report["dense"]:
