@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -210,9 +211,10 @@ def choose(
     marks: dict[str, str],
     evaluator: Evaluator | None,  # None: no search
     seed: int,
+    figures: dict[str, Any],  # for the record
 ) -> None:
     """Make a profile, by a search if there is an evaluator; write and report it."""
-    started, choice, figures = time.perf_counter(), problem.solve(), {}
+    started, choice = time.perf_counter(), problem.solve()
     kept = RunState()  # only a search has something to resume
     if evaluator is not None:
         kept = open_state(state_folder(path), marks, invocation.restart, evaluator.world)
@@ -222,7 +224,7 @@ def choose(
             dp_picks = picks_key(choice.levels)
             state = run_search(problem, evaluator, kept, seed)
             choice = problem.solve(state.coefficients)
-            figures = {
+            figures |= {
                 "loss": state.loss,
                 "dp_loss": state.losses[dp_picks],
                 "candidates": state.candidates,
@@ -239,7 +241,8 @@ def choose(
             dp_loss = math.nan if figures["dp_loss"] is None else figures["dp_loss"]
             cli.print_result(f"calibration loss {figures['loss']:.6f} (--dp: {dp_loss:.6f})")
         profile = problem.profile(picks)
-        table = zip(profile.items(), problem.costs, problem.errors, picks, strict=True)
+        costs = problem.layer_costs(picks)
+        table = zip(profile.items(), costs, problem.errors, picks, strict=True)
         write_run(
             path.with_suffix(".json"),
             invocation.command,
@@ -248,7 +251,7 @@ def choose(
             fingerprint=marks,
             seconds=time.perf_counter() - started,
             layers=[
-                {"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
+                {"name": layer, "level": level, "cost": cost, "error": error[pick]}
                 for (layer, level), cost, error, pick in table
             ],
         )
@@ -273,6 +276,8 @@ def run(args: argparse.Namespace) -> None:
             f"{scores_path}: no such file; make it with python database.py {args.model} "
             f"{args.dataset} {args.database} {args.errors}"
         )
+    if args.timings and Path(args.timings).exists():
+        origins.check_marks(profiles.read_scores(args.timings), db, "; measure them again")
     costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
     scores = profiles.read_scores(scores_path)
     origins.check_scores(scores, db)
@@ -294,8 +299,9 @@ def run(args: argparse.Namespace) -> None:
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks, invocation.defaults)
+        figures = {"preprocessing": session.data.preprocessing.record()}
         evaluator = None if args.dp else Evaluator(session, db, correction)
-        choose(path, problem, db, invocation, marks, evaluator, args.seed)
+        choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)
     session.world.leave()
 
 
