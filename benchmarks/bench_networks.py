@@ -213,13 +213,13 @@ class NetworkBench:
     def warm_up(self) -> None:
         small = nn.Linear(64, 64).to(self.device)
         solver = solver_for(small, hessian_for(small, self.device, 0), 1 << 28)
-        file = level_file(self.folder, "warm-up", small.weight)
+        file = level_file(self.folder, "warm-up", small)
         run_solver(solver, self.args.mode, self.sparsities, file)
 
     def layer(self, name: str, like: nn.Module) -> LayerFigures:
         layer = real_layer(like, self.args.rows_fraction, self.device, self.args.seed)
         dense, H = layer.weight.detach().clone(), hessian_for(layer, self.device, self.args.seed)
-        levels, file = self.sparsities, level_file(self.folder, name, dense)
+        levels, file = self.sparsities, level_file(self.folder, name, layer)
         self.files[name] = file
         self.peak.reset()
         times, writing = [], []

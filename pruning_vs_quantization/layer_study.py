@@ -42,7 +42,7 @@ from obc.toolkit import cli
 from obc.toolkit.calibrate import prove_layers
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import model_tag
-from obc.toolkit.session import Session, common_options
+from obc.toolkit.session import IMAGE_OPTIONS, Session, common_options
 from pruning_vs_quantization import layer_problem, plots, study_files
 from pruning_vs_quantization.expected_error import size_text, sqnr_db
 from pruning_vs_quantization.layer_problem import Chunk
@@ -66,6 +66,7 @@ HEURISTICS = {  # by kind: name in the files → heading; the last one is the to
         "exact_obs": "ExactOBS",
     },
 }
+FIXED = ("nrounds", "memory", "weights_key", "labels", *IMAGE_OPTIONS)  # common options: no choice
 STYLES = {  # by kind: colour, marker, shift from the layer's place
     "quantisation": (plots.QUANTISATION_COLOUR, "s", -0.12),
     "pruning": (plots.PRUNING_COLOUR, "D", 0.12),
@@ -351,6 +352,5 @@ def layer_study_parser(
     add("--node-limit", metavar="N", type=cli.positive_int, help="the same in nodes")
     add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
     study_files.add_study_options(parser, "layer_outputs")
-    # the common options that are fixed here
-    parser.set_defaults(kind=kind, nrounds=None, noaug=True, memory=None, weights_key=None)
+    parser.set_defaults(kind=kind, noaug=True, **dict.fromkeys(FIXED))
     return parser

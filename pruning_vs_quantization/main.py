@@ -231,8 +231,12 @@ def dense_network(
         hub.setLevel(level)
 
 
+def run(args: argparse.Namespace) -> None:
+    args.run(args)
+
+
 def main(argv: list[str] | None = None) -> int:
-    return cli.command(build_parser, lambda args: args.run(args), argv)
+    return cli.command(build_parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from torch import Tensor  # noqa: E402
 from datautils import test_batches  # noqa: E402
 from modelutils import BatchFigures, Evaluation  # noqa: E402
 from obc.inputs import files  # noqa: E402
-from obc.inputs.batches import MEAN, STD  # noqa: E402
+from obc.inputs.preprocessing import MEAN, STD  # noqa: E402
 from obc.toolkit import cli, export_measure, export_onnx  # noqa: E402
 from obc.toolkit.leveldb import model_tag  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402

@@ -98,6 +98,7 @@ def test_documented_commands_parse(words, capsys):
     module, *words = words[1:] if words[0] == "-m" else words
     name = module.removesuffix(".py")
     script = name if "." in name else f"pruning_vs_quantization.{name}"
+    script = "recipes.__main__" if name == "recipes" else script
     check_parses(script, words, capsys)
 
 

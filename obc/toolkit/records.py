@@ -20,8 +20,8 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
     dense_top1_calibration  number in percent: the dense model's, on the calibration images
 
 and further figures of the command. A layer of main_trueobs.py and of post_proc.py: name, shape,
-result, dense, seconds, squared_error, relative_error, damping, rank_deficit, nearest_rows, patches;
-with --check also checked_error, fresh_error.
+result, dense, shifted, seconds, squared_error, relative_error, damping, rank_deficit, nearest_rows,
+patches; with --check also checked_error, fresh_error.
 A layer of spdy.py: name, level, cost, error.
 
 `COMMAND --repeat RECORD` takes the arguments from a record; options after it replace those, such as
