@@ -39,7 +39,7 @@ from torch import Tensor  # noqa: E402
 from datautils import test_batches  # noqa: E402
 from modelutils import BatchFigures, Evaluation  # noqa: E402
 from obc.inputs import files  # noqa: E402
-from obc.inputs.preprocessing import MEAN, STD  # noqa: E402
+from obc.inputs.preprocessing import Preprocessing  # noqa: E402
 from obc.toolkit import cli, export_measure, export_onnx  # noqa: E402
 from obc.toolkit.leveldb import model_tag  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
@@ -154,12 +154,12 @@ class Demo:
             for name, path in paths.items()
         }
         counts: dict[str, list[BatchFigures]] = {name: [] for name in paths}
-        shown, times = [], {}
+        shown, times, made = [], {}, self.session.data.preprocessing
         for images, labels in test_batches(self.session.data):
             logits = {name: torch.from_numpy(run(images.numpy())) for name, run in runners.items()}
             for name, found in counts.items():
                 found.append(BatchFigures.of(logits[name], labels, logits[DENSE]))
-            shown += images_apart(images, labels, logits[DENSE], logits[HARD])
+            shown += images_apart(images, labels, logits[DENSE], logits[HARD], made)
             shown = sorted(shown, key=lambda image: -image["kl"])[:HARDEST]
             times = times or export_measure.medians(runners, images[:BATCH].numpy())
         figures = [
@@ -190,10 +190,11 @@ class Demo:
 
 
 def images_apart(
-    images: Tensor,  # (n, 3, s, s)
+    images: Tensor,  # (n, channels, s, s)
     labels: Tensor,  # (n,)
     dense: Tensor,  # (n, classes) logits
     compressed: Tensor,  # the same
+    made: Preprocessing,  # how images are made
 ) -> list[dict[str, Any]]:
     """The images on which two networks are farthest apart, the farthest first."""
     dense, compressed = (logits.double().log_softmax(1) for logits in (dense, compressed))
@@ -201,7 +202,7 @@ def images_apart(
     return [
         {
             "kl": float(distances[index]),
-            "png": png(images[index]),
+            "png": png(images[index], made),
             "label": int(labels[index]),
             "dense": guess(dense[index]),
             "compressed": guess(compressed[index]),
@@ -216,11 +217,15 @@ def guess(log_probabilities: Tensor) -> dict[str, float]:
     return {"class": best, "percent": 100 * math.exp(log_probabilities[best])}
 
 
-def png(image: Tensor) -> str:  # (3, s, s), normalised
+def png(
+    image: Tensor,  # (channels, s, s), as the network sees it
+    made: Preprocessing,  # how it was made
+) -> str:
     """An image as a PNG in base64."""
-    pixels = image.permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)
+    pixels = image.permute(1, 2, 0) * torch.tensor(made.std) + torch.tensor(made.mean)
+    pixels = (255 * pixels).round().clamp(0, 255).byte().expand(-1, -1, 3)
     file = io.BytesIO()
-    Image.fromarray((255 * pixels).round().clamp(0, 255).byte().numpy()).save(file, format="PNG")
+    Image.fromarray(pixels.numpy()).save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from obc.inputs.preprocessing import Preprocessing
 from recipes import demo, picture
 
 NETWORKS = [
@@ -68,7 +69,7 @@ def test_images_apart_are_those_of_the_largest_kl():
     changed = dense.clone()
     changed[7] = -dense[7]
     changed[3] = -5 * dense[3]
-    found = demo.images_apart(images, torch.arange(40), dense, changed)
+    found = demo.images_apart(images, torch.arange(40), dense, changed, Preprocessing(4, 4))
     assert len(found) == demo.HARDEST and [one["label"] for one in found[:2]] == [3, 7]
     p, q = dense[3].double().softmax(0), changed[3].double().softmax(0)
     assert found[0]["kl"] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-6)
