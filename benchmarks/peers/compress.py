@@ -77,7 +77,7 @@ def learn_rounding(network: nn.Module, loader: list[tuple[Tensor, None]]) -> Non
     from brevitas_examples.imagenet_classification.ptq import learned_round_utils as utils
 
     options = Namespace(
-        learned_round="hard_sigmoid_round",
+        learned_round="hard_sigmoid",
         learned_round_loss="regularised_mse",
         learned_round_iters=LEARNED_ROUND_STEPS,
         learned_round_lr=1e-2,
