@@ -48,7 +48,7 @@ def test_obc_recipes_run_in_order(tmp_path, monkeypatch, capsys):
 
 # -- recipes/ --------------------------------------------------------------------------------------
 
-SCRIPTS = ("block8", "mixed", "nm", "quantisation", "unstructured")
+SCRIPTS = ("block8", "deploy", "mixed", "nm", "quantisation", "unstructured")
 
 
 def run_recipe(name: str, *words: str, python: Path, **settings: object):
@@ -83,6 +83,9 @@ def check_picture(path: Path) -> None:
 def notes(tmp_path, monkeypatch) -> Path:
     """A replacement for Python that only writes down its arguments, and fails if told to."""
     monkeypatch.chdir(tmp_path)
+    timings = tmp_path / "results" / "scores" / "rn18_struct_8w8a_timings.txt"
+    timings.parent.mkdir(parents=True)
+    timings.write_text("conv1\n3.0 dense\n1.0 0000\n")
     python = tmp_path / "python"
     python.write_text("""#!/bin/sh
 printf '%s\\0' "$@" '' >> notes
@@ -240,6 +243,24 @@ def test_a_recipe_without_arguments_prints_its_usage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run_recipe("nm", "rn8", python=Path("python"))
     assert done.returncode == 2 and done.stderr.startswith("usage: ") and not os.listdir()
+
+
+@pytest.mark.slow
+def test_deployed_networks_are_measured_and_targets_out_of_reach_skipped(
+    warm, tmp_path, monkeypatch
+):
+    for name in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="needs requirements-export.txt")
+    monkeypatch.chdir(tmp_path)
+    settings = {"GRID": "--max-sparsity 0.5 --delta-sparse 0.5", "TARGETS": "0.9 99"}
+    done = run_recipe("deploy", "rn8", "digits", *QUICK, python=warm.python, **settings)
+    assert done.returncode == 0, done.stderr
+    dense, *rows = table(done.stdout)
+    ways = ("solved anew", "exported")
+    assert [row[1] for row in rows] == [f"{x}, {way}" for x in ("uniform", "DP") for way in ways]
+    assert all(float(row[3]) > 90 and float(row[2].removesuffix("×")) > 0 for row in rows)
+    assert done.stderr.count("skipped") == 2 and "cannot be reached" in done.stderr
+    check_picture(Path("results") / "deploy_accuracy.png")
 
 
 @pytest.mark.slow
