@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prefix", metavar="DIR", default=".", help="where models_unstr/ etc. are")
     parser.add_argument("--profile", metavar="FILE", help="profile to stitch (stitch)")
     parser.add_argument("--score_path", metavar="DIR", default="scores", help="folder of scores")
+    parser.add_argument(
+        "--plan", action="store_true", help="loss: print how long it will take, then stop"
+    )
     group = parser.add_argument_group("timings")
     add = group.add_argument
     add("--runtime", choices=list(timings.TIMED), default="ort", help="what runs the network")
@@ -67,11 +70,10 @@ def write_errors(
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
     records.check_repeat(invocation.repeat, marks, invocation.defaults)
-    figures = {}
-    if action in MEASURES:
-        figures["dense_top1_calibration"] = session.dense_top1()
+    figures = {"preprocessing": session.data.preprocessing.record()}
     with open_state(state_folder(path), marks, invocation.restart, world) as state:
         if action in MEASURES:
+            figures["dense_top1_calibration"] = session.dense_top1()
             batches = session.calibration().shard(world.rank, world.size)
             notes = Notes(state)
             with notes:
@@ -126,7 +128,6 @@ def evaluate_levels(
     model = copy.deepcopy(session.model)
     contents = {"database": db.hash, "test images": images_hash(session.data.test)}
     marks = session.fingerprint(invocation, contents)
-    session.dense_top1()
     folder = Path(prefix) / f".{db.model}_{db.kind}_eval.partial"
     try:
         state = open_state(folder, marks, invocation.restart, session.world)
@@ -138,6 +139,7 @@ def evaluate_levels(
         )
         state = RunState(None, session.world)
     with state:
+        session.dense_top1()
         notes = Notes(state)
         if notes.known:
             log.info("resuming: %d of %d levels are done", len(notes.known), len(db.levels))
@@ -174,6 +176,8 @@ def check_timing_options(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.action == "stitch") != bool(args.profile):
         raise UserError("--profile FILE goes with stitch, and stitch needs it")
+    if args.plan and args.action != "loss":
+        raise UserError("--plan goes with loss, the one action that can take long")
     check_timing_options(args)
     profile = read_profile(args.profile) if args.profile else None
     db = Database.open(args.kind, model_tag(args.model), args.prefix)
@@ -182,6 +186,9 @@ def run(args: argparse.Namespace) -> None:
     invocation = Invocation.of(build_parser(), args)
     if args.action == "eval":
         evaluate_levels(db, session, invocation, args.prefix)
+    elif args.plan:
+        batches = session.calibration()
+        cli.print_result(sensitivity.loss_plan(session.model, db, batches, session.device))
     elif profile is not None:
         model = stitched(session, db, profile)
         session.dense_top1()

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -33,8 +34,8 @@ from torch import nn
 import quant
 from modelutils import find_layers, other_weights
 from obc.inputs import files
+from obc.inputs.attention import layer_names, torch_names
 from obc.inputs.batches import Batches
-from obc.solver.distributed import World
 from obc.solver.errors import UserError, log
 from obc.solver.layers import view
 from obc.toolkit import cli, records
@@ -115,12 +116,7 @@ def build_parser() -> cli.Parser:
         action="store_true",
         help="measure the squared error of every layer again, on calibration and on fresh images",
     )
-    add(
-        "--shards",
-        metavar="N",
-        type=cli.positive_int,
-        help="sum Hessians as N processes of torchrun would (default: the number of processes)",
-    )
+    cli.add_shards_option(parser.group(cli.RUN))
     cli.add_resume_options(parser)
     return parser
 
@@ -180,19 +176,6 @@ def check_inputs_stay(args: argparse.Namespace, mode: Mode) -> None:
             files.check_keeps("--sparse-dir: level", folder / f"{tag}_{name}.pth", inputs)
 
 
-def check_shards(mode: Mode, args: argparse.Namespace, world: World) -> None:
-    """Fill in --shards; raise a UserError for what several processes cannot do."""
-    if args.shards and world.size not in (1, args.shards):
-        raise UserError(f"--shards {args.shards}: there are {world.size} processes")
-    args.shards = args.shards or world.size  # sums depend on it, by rounding
-    if not mode.sequential:
-        return
-    if args.shards > 1:
-        raise UserError("--sequential runs in one process: leave out torchrun and --shards")
-    if args.cache:
-        raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
-
-
 def output_files(
     save: str | None, sparse_dir: str | None, tag: str
 ) -> tuple[Path | None, Path | None]:
@@ -212,10 +195,12 @@ def run(args: argparse.Namespace) -> None:
 def compress_model(args: argparse.Namespace) -> None:
     """Compress a model, layer by layer; save it, and measure it if it is one."""
     mode = check_options(args)
+    if mode.sequential and args.cache:
+        raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
     started = time.perf_counter()
     session = Session.of(common_options(args))
     world = session.world
-    check_shards(mode, args, world)
+    args.shards = session.shard_count(args.shards)
     mode = select_layers(session.model, mode, vars(args), session.image_shape)
     dense, compressed = session.model, start_model(session, args.load, mode)
     origin = origin_marks(dense)
@@ -261,6 +246,7 @@ def compress_model(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 **(asdict(evaluation) if evaluation else {"top1": None}),
+                preprocessing=session.data.preprocessing.record(),
                 dense_top1_calibration=dense_top1,
                 layers=layers,
             )
@@ -379,8 +365,9 @@ def write_database(
     """Write the checkpoints of all levels; layers that were left dense are in them as they are."""
     reports = compression.reports
     made = {name: compression.level_file(name) for name in reports if not reports[name].dense}
-    state = compression.compressed.state_dict()
-    levels = write_levels(folder, tag, compression.mode.sparsities, state, made, origin)
+    model = compression.compressed
+    state, named = layer_names(model.state_dict(), model), partial(torch_names, model=model)
+    levels = write_levels(folder, tag, compression.mode.sparsities, state, made, origin, named)
     cli.print_result(f"{len(levels)} levels in {folder}")
 
 
@@ -388,10 +375,10 @@ def report_other_weights(model: nn.Module) -> None:
     """Log which weights are in no layer that can be compressed, and so stay dense."""
     if others := other_weights(model):
         share = sum(others.values()) / sum(p.numel() for p in model.parameters())
-        first, more = next(iter(others)), f" and {len(others) - 1} more" if len(others) > 1 else ""
+        first, more = list(others)[:3], f" and {len(others) - 3} more" if len(others) > 3 else ""
         log.info(
             "left dense, in no layer to compress: %s%s (%.2g %% of all parameters)",
-            first,
+            ", ".join(first),
             more,
             100 * share,
         )

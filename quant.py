@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.solver.layers import view
 from obc.solver.threads import in_pieces
 
 SHRINK_FACTORS = tuple((100 - i) / 100 for i in range(80))  # 1.00, 0.99, … 0.21
@@ -204,7 +205,7 @@ def restore_grids(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if kind in setters and attribute == "scale":
             layer = model.get_submodule(layer_name)
             buffers = [state[f"{name}.{buffer}"] for buffer in ("scale", "zero", "maxq")]
-            check_grid(name, len(layer.weight) if kind == WEIGHT_GRID else None, *buffers)
+            check_grid(name, view(layer).rows if kind == WEIGHT_GRID else None, *buffers)
             to, to_gpu = layer.weight.device, layer.weight.device.type != "cpu"
             buffers = [x.to(to, non_blocking=to_gpu, copy=True) for x in buffers]
             setters[kind](layer, Grid(*buffers))

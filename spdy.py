@@ -220,6 +220,7 @@ def choose(
         kept = open_state(state_folder(path), marks, invocation.restart, evaluator.world)
     with kept:
         if evaluator is not None:
+            dense_top1 = evaluator.session.dense_top1(evaluator.batches)
             dp_picks = picks_key(choice.levels)
             state = run_search(problem, evaluator, kept, seed)
             choice = problem.solve(state.coefficients)
@@ -230,6 +231,7 @@ def choose(
                 "evaluations": len(state.losses),
                 "coefficients": state.coefficients,
                 "history": state.history,
+                "dense_top1_calibration": dense_top1,
             }
         picks = choice.levels
         figures |= print_choice(problem, picks)
@@ -282,8 +284,9 @@ def run(args: argparse.Namespace) -> None:
     problem = profile_problem(db.levels, costs, scores, scores_path, args.target, args.dpbuckets)
     correction = "statcorr" if args.statcorr else "none" if args.nobatchnorm else "averages"
     if args.score:
-        session.dense_top1()
-        score(args.score, problem, Evaluator(session, db, correction))
+        evaluator = Evaluator(session, db, correction)
+        session.dense_top1(evaluator.batches)
+        score(args.score, problem, evaluator)
     else:
         problem.solve()  # reports a target that cannot be reached before any image is read
         tables = {"scores": problem.errors, "costs": problem.costs}
@@ -296,7 +299,7 @@ def run(args: argparse.Namespace) -> None:
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks, invocation.defaults)
-        figures = {} if args.dp else {"dense_top1_calibration": session.dense_top1()}
+        figures = {"preprocessing": session.data.preprocessing.record()}
         evaluator = None if args.dp else Evaluator(session, db, correction)
         choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)
     session.world.leave()

@@ -162,7 +162,8 @@ class TrueOBS:
 
     def squared_error(self, weight: Tensor, reference: Tensor) -> float:
         """Σ_rows (w − ŵ) H (w − ŵ)ᵀ / 2: mean over images of the squared change of the outputs."""
-        errors = row_errors(weight.flatten(1), reference.flatten(1), self._hessian())
+        W, dense = (self.view.rows_first(x).flatten(1) for x in (weight, reference))
+        errors = row_errors(W, dense, self._hessian())
         return max(0.0, float(errors.sum()))  # rounding can make it negative
 
     def free(self) -> None:
@@ -190,7 +191,7 @@ class TrueOBS:
         return Snapshot(W, pruned, apart, H, group, inverse, innermost)
 
     def _as_layer(self, W: Tensor, innermost: bool = False) -> Tensor:
-        """(…, R, d) -> (…, R, *layer.weight.shape[1:]), in the layer's dtype. Never NaN."""
+        """(…, R, d) -> (…, R, *view.shape[1:]), in the layer's dtype. Never NaN."""
         if not torch.isfinite(W).all():
             raise ArithmeticError("the elimination produced NaN or infinity; try --rel-damp 1e-2")
         if innermost:
@@ -308,7 +309,7 @@ class TrueOBS:
             self.world.fill_rows(moved)
             moved = grid(moved.to(grid.scale.dtype))  # onto the grid to the last bit
             quantised, _ = never_worse(quantised, moved, snapshot.W, snapshot.H)
-        self.layer.weight.data.copy_(self._as_layer(quantised))
+        self.view.write(self._as_layer(quantised))
 
     def _fitted_grid(self, snapshot: Snapshot, grid: Grid) -> Grid:
         """A grid like this one, its ranges chosen by the Hessian."""
@@ -345,7 +346,7 @@ class TrueOBS:
             self.world.fill_rows(weights)
         if swaps:
             weights = self._swapped(snapshot, weights, m)
-        self.layer.weight.data.copy_(self._as_layer(weights, innermost=True))
+        self.view.write(self._as_layer(weights, innermost=True))
 
     def _swapped(self, snapshot: Snapshot, weights: Tensor, size: int) -> Tensor:
         """N:M weights after swaps, where these are better."""
@@ -386,17 +387,17 @@ class TrueOBS:
 
         All rows share one threshold. Rows of other processes are zero.
         """
-        levels = self.layer.weight.new_zeros(len(sparsities), *self.layer.weight.shape)
+        levels = self.layer.weight.new_zeros(len(sparsities), *self.view.shape)
         for rows, weights in self.level_parts(sparsities):
             levels[:, rows] = weights
-        return list(levels)
+        return [self.view.own_form(level) for level in levels]
 
     prune_blocked = prune_unstr
 
     def level_parts(self, sparsities: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
         """The prepared weights at each sparsity, a few rows of the layer at a time.
 
-        Yields their numbers (R,) and (levels, R, *weight.shape[1:]): for callers that cannot hold
+        Yields their numbers (R,) and (levels, R, *view.shape[1:]): for callers that cannot hold
         all levels of a layer in memory.
         """
         if (removal := self._removal) is None:

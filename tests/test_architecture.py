@@ -23,8 +23,9 @@ FOLDERS = {  # folder -> its rank; a file imports from its own folder and from l
     "obc": 5,  # `python -m obc`
     "assets": 5,
     "pruning_vs_quantization": 5,
-    "recipes": 5,
+    "recipes": 6,  # make tables of the study, too
     "benchmarks": 6,  # may time the study
+    "benchmarks/peers": 7,
 }
 LIBRARIES = {"quant", "trueobs", "modelutils", "datautils"}
 COMMANDS = {"main_trueobs", "database", "spdy", "post_proc", "export"}

@@ -51,6 +51,12 @@ LAYERS = {  # a layer, and the shape of its input
         nn.Conv3d(4, 4, (3, 2, 2), 1, "same", groups=4, padding_mode="circular"),
         (2, 4, 4, 3, 5),
     ),
+    "transposed": (nn.ConvTranspose2d(6, 4, (3, 2), (2, 1), (1, 0)), (2, 6, 4, 5)),
+    "transposed, groups": (
+        nn.ConvTranspose2d(6, 4, (4, 3), (3, 2), (2, 0), (1, 1), groups=2, dilation=(1, 2)),
+        (3, 6, 3, 4),
+    ),
+    "transposed, cropped": (nn.ConvTranspose2d(4, 8, 2, 3, 2, 2, groups=4), (2, 4, 5, 4)),
 }
 Case = tuple[nn.Module, Tensor]
 
@@ -120,19 +126,22 @@ def test_the_same_layer_of_another_size(case: Case) -> None:
 def test_innermost_columns_are_the_weight_with_its_channels_last(case: Case) -> None:
     layer, _ = case
     seen = view(layer)
-    wanted = layer.weight.movedim(1, -1).flatten(1)
+    weight = seen.rows_first(layer.weight)
+    wanted = weight.movedim(1, -1).flatten(1)
     assert torch.equal(seen.matrix[:, seen.innermost], wanted)
-    assert torch.equal(layer.weight.flatten(1)[:, innermost_order(layer.weight.shape)], wanted)
-    assert torch.equal(seen.shaped(seen.matrix), layer.weight)
+    assert torch.equal(weight.flatten(1)[:, innermost_order(weight.shape)], wanted)
+    assert torch.equal(seen.own_form(seen.shaped(seen.matrix)), layer.weight)
     assert seen.divides_by(seen.channels) and not seen.divides_by(seen.channels + 1)
 
 
 def test_a_number_a_row(case: Case) -> None:
     layer, _ = case
-    factors = inputs(view(layer).rows)
-    scaled = along_rows(factors, layer.weight) * layer.weight
+    factors, weight = inputs(view(layer).rows), view(layer).rows_first(layer.weight)
+    scaled = along_rows(factors, weight) * weight
     assert torch.equal(scaled.flatten(1), factors[:, None] * view(layer).matrix)
-    assert torch.equal(along_rows(factors[:, None], layer.weight) * layer.weight, scaled)
+    assert torch.equal(along_rows(factors[:, None], weight) * weight, scaled)
+    view(layer).write(scaled.flatten(1))
+    assert torch.equal(view(layer).matrix, scaled.flatten(1))
 
 
 def test_what_is_compressible() -> None:
@@ -142,7 +151,7 @@ def test_what_is_compressible() -> None:
     others = [
         nn.Embedding(3, 4),
         nn.ConvTranspose1d(3, 4, 2),
-        nn.ConvTranspose2d(3, 4, 2),
+        nn.ConvTranspose3d(3, 4, 2),
         nn.ReLU(),
     ]
     model = nn.Sequential(nn.Linear(2, 2), Scaled(3, 4, 2), *others, nn.Conv2d(3, 3, 1))
@@ -177,14 +186,20 @@ def test_hooks_see_calls_and_end_with_their_block() -> None:
 
 def columns_oracle(layer: nn.Module, x: Tensor) -> Tensor:  # (groups, positions, d)
     """What the weights of a group's first row are multiplied with: its outputs' derivative."""
-    rows = layer.weight.shape[0] // getattr(layer, "groups", 1)
+    groups, W = getattr(layer, "groups", 1), layer.weight
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    rows = W.shape[1] if transposed else W.shape[0] // groups  # of a group
 
     def outputs(weight: Tensor) -> Tensor:  # (groups, positions)
         y = torch.func.functional_call(layer, {"weight": weight}, (x,))
         return y.movedim(view(layer).channel_axis, 0)[::rows].flatten(1)
 
-    jacobian = torch.func.jacrev(outputs)(layer.weight)  # (groups, positions, *weight.shape)
-    first = jacobian[:, :, ::rows].diagonal(dim1=0, dim2=2)  # (positions, …, groups)
+    jacobian = torch.func.jacrev(outputs)(W)  # (groups, positions, *weight.shape)
+    if transposed:  # (inputs, rows of a group, kh, kw), and the kernel is mirrored
+        jacobian = jacobian.unflatten(2, (groups, -1))[:, :, :, :, 0].flip(-2, -1)
+    else:
+        jacobian = jacobian[:, :, ::rows]
+    first = jacobian.diagonal(dim1=0, dim2=2)  # (positions, …, groups)
     return first.movedim(-1, 0).flatten(2)
 
 
@@ -203,18 +218,23 @@ def test_hessian_and_cross_products_are_the_definitions(case: Case) -> None:
     torch.testing.assert_close(cross.take(), Y @ columns)
 
 
+@pytest.mark.parametrize("kind", ["3-D", "transposed"])
 @pytest.mark.parametrize("mode", ["quant", "nmprune", "unstr", "blocked", "struct"])
-def test_every_mode_of_a_3d_convolution_is_that_of_a_linear_layer(mode: str) -> None:
+def test_every_mode_of_a_kind_is_that_of_a_linear_layer(mode: str, kind: str) -> None:
     """With the Hessian by definition and, for N:M and blocks, the channels put innermost."""
-    layer = nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), (1, 1, 0), bias=False).double()
+    if kind == "3-D":
+        layer, x = nn.Conv3d(4, 6, (2, 3, 1), (1, 2, 1), (1, 1, 0)), inputs(6, 4, 4, 5, 3)
+    else:
+        layer, x = nn.ConvTranspose2d(4, 6, (2, 3), (1, 2), 1, (0, 1)), inputs(9, 4, 5, 6)
+    layer = layer.double().requires_grad_(False)
     layer.weight.data.copy_(inputs(*layer.weight.shape, seed=1))
-    x, dense = inputs(6, 4, 4, 5, 3), layer.weight.detach().clone()
+    dense = view(layer).matrix.clone()
     columns = columns_oracle(layer, x)[0]
     order = torch.arange(24)
     if mode in ("nmprune", "blocked"):  # (depth, height, width, channel)
         order = order.view(4, 6).T.flatten()
     layer, flat = layer.float(), nn.Linear(24, 6, bias=False)  # H is in float64 all the same
-    flat.weight.data.copy_(dense.flatten(1)[:, order])
+    flat.weight.data.copy_(dense[:, order])
     theirs, ours = TrueOBS(flat), TrueOBS(layer)
     theirs.set_hessian((2 / len(x) * columns.T @ columns)[None, order[:, None], order], len(x))
     ours.add_batch(x)
@@ -223,8 +243,8 @@ def test_every_mode_of_a_3d_convolution_is_that_of_a_linear_layer(mode: str) -> 
     else:
         results = weights_of(ours, mode), weights_of(theirs, mode)
     for weight, other in zip(*results, strict=True):
-        torch.testing.assert_close(weight.flatten(1)[:, order], other)
-    assert not torch.equal(results[0][-1].double(), dense)
+        torch.testing.assert_close(ours.view.rows_first(weight).flatten(1)[:, order], other)
+    assert not torch.equal(ours.view.rows_first(results[0][-1]).flatten(1).double(), dense)
 
 
 # --------------------------------------------------------------------------------- the 1-D Hessian
@@ -356,12 +376,13 @@ class Signals(nn.Module):
         self.norm = nn.BatchNorm1d(8)
         self.second = nn.Conv1d(8, 16, 3, padding=2, dilation=2, groups=2, padding_mode="circular")
         self.third = nn.Conv1d(16, 16, 3, padding="same", padding_mode="reflect", bias=False)
-        self.last = nn.Linear(16, 10)
+        self.up = nn.ConvTranspose2d(16, 8, (1, 4), (1, 2), (0, 1), groups=2, bias=False)
+        self.last = nn.Linear(8, 10)
 
     def forward(self, images):
         x = torch.relu(self.norm(self.first(images.flatten(2))))
         x = torch.relu(self.third(torch.relu(self.second(x))))
-        return self.last(x.mean(2))
+        return self.last(torch.relu(self.up(x[:, :, None])).mean((2, 3)))
 
 def signals():
     torch.manual_seed(0)
@@ -394,7 +415,13 @@ def compressed(network: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-LAYER_SHAPES = {"first": [8, 3, 5], "second": [16, 4, 3], "third": [16, 16, 3], "last": [10, 16]}
+LAYER_SHAPES = {
+    "first": [8, 3, 5],
+    "second": [16, 4, 3],
+    "third": [16, 16, 3],
+    "up": [16, 4, 1, 4],
+    "last": [10, 8],
+}
 
 
 def test_errors_of_all_modes_hold_when_measured(compressed: Path) -> None:
@@ -416,9 +443,11 @@ def test_errors_of_all_modes_hold_when_measured(compressed: Path) -> None:
 
 def test_groups_run_along_the_channels(compressed: Path) -> None:
     state = torch.load(compressed / "models_nm/signals_24.pth", weights_only=True)
-    for layer in ("second", "third", "last"):
-        weight = state[f"{layer}.weight"].movedim(1, -1)
-        assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all()
+    up = state["up.weight"].unflatten(0, (2, 8)).transpose(1, 2)  # (group, row, channel, 1, 4)
+    weights = [state[f"{layer}.weight"] for layer in ("second", "third", "last")]
+    for weight in (*weights, up.flatten(0, 1)):
+        groups = weight.movedim(1, -1).reshape(-1, 4)
+        assert ((groups == 0).sum(1) == 2).all()
     state = torch.load(compressed / "models_struct/signals_5000.pth", weights_only=True)
     gone = (state["third.weight"] == 0).transpose(0, 1).flatten(1).all(1)
     assert int(gone.sum()) == 8  # whole input channels
@@ -438,5 +467,5 @@ def test_scores_a_profile_and_a_stitched_model(kind: str, network: str, compress
     for corrections in ("--bnt", "--statcorr", "--gap --gap-epochs 1"):
         assert post_proc.main([*words, *corrections.split(), "--save", str(path)]) == 0
         state = torch.load(path, weights_only=True)
-        assert list(state["third.weight"].shape) == LAYER_SHAPES["third"]
+        assert {name: list(state[f"{name}.weight"].shape) for name in LAYER_SHAPES} == LAYER_SHAPES
         assert all(torch.isfinite(tensor).all() for tensor in state.values())

@@ -578,7 +578,8 @@ def test_what_is_in_no_layer_is_told(caplog):
         main_trueobs.report_other_weights(model)
         main_trueobs.report_other_weights(model[0])
     assert caplog.messages == [
-        "left dense, in no layer to compress: 1.weight and 1 more (49 % of all parameters)"
+        "left dense, in no layer to compress: 1.weight (ConvTranspose1d), 2.weight (Embedding) "
+        "(49 % of all parameters)"
     ]
 
 

@@ -32,6 +32,7 @@ from modelutils import (
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.files import save_checkpoint
 from obc.solver.errors import UserError
+from obc.solver.layers import view
 
 CPU = torch.device("cpu")
 
@@ -282,7 +283,19 @@ def test_what_is_in_no_layer_is_counted():
             self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(8, 2))
             self.other = nn.ConvTranspose1d(8, 8, 3)
 
-    assert other_weights(Net()) == {"positions": 40, "other.weight": 192}
+    counts = other_weights(Net())
+    assert list(counts.items()) == [
+        ("other.weight (ConvTranspose1d)", 192),
+        ("positions (Net)", 40),
+    ]
+
+
+def test_a_layer_that_shares_its_weight_with_an_embedding_is_left_dense():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 5))
+    model[2].weight = model[0].weight
+    check_layers(model, "mine")
+    reasons = [view(layer).left_dense for layer in find_layers(model).values()]
+    assert reasons == ["", "its weight is also that of 0 (Embedding)"]
 
 
 # -------------------------------------------------------------------------- checkpoints
@@ -422,7 +435,7 @@ def test_find_layers_takes_convolutions_and_linear_layers_only():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1),
         nn.BatchNorm2d(4),
-        nn.ConvTranspose2d(4, 4, 1),
+        nn.ConvTranspose1d(4, 4, 1),
         nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.Linear(1, 2)),
     )
     assert list(find_layers(model)) == ["0", "3.0", "3.1"]

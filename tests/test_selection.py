@@ -327,7 +327,7 @@ def test_layers_lists_what_the_model_does(network: str, capsys) -> None:
     weights, total = 216 + 576 + 256 + 160 + 16, sum(p.numel() for p in model.parameters())
     share = f"{100 * weights / total:.3g} % of all parameters"
     assert any(x.startswith(f"5 layers, {weights:,} weights ({share})") for x in reasons)
-    assert reasons[-1].startswith("in no layer: table, 256 (")
+    assert reasons[-1].startswith("in no layer: table (Net), 256 (")
 
 
 def test_layers_shows_bits(network: str, capsys) -> None:

@@ -32,6 +32,7 @@ FLAT_PLACES = {  # by number of the block: place in torchvision's MobileNet-V2 -
     "": {"0.0": 0, "0.1": 1, "1.0": 3, "1.1": 4, "2": 6, "3": 7},
     "1": {"0.0": 0, "0.1": 1, "1": 3, "2": 4},  # the first block does not expand
 }
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # of attention, whose weights torch keeps in one
 MAX_PLACES = 20  # tried in one dictionary of a file
 
 
@@ -213,9 +214,23 @@ def _below(
             if name is None and addition in additions:
                 weight = ours.get(squeeze(f"{owner}.weight" if owner else "weight"))
                 name = weight and f"{weight.removesuffix('weight')}{addition}.{rest}"
+                if name is None:
+                    name = _of_attention(owner, ours, squeeze, f"{addition}.{rest}")
             if name is not None or rest not in COUNTERS:
                 below[key] = own, name
     return below
+
+
+def _of_attention(
+    owner: str, ours: Mapping[str, str], squeeze: Callable[[str], str], rest: str
+) -> str | None:
+    """The name of an addition to a projection, whose weight torch keeps in its attention."""
+    attention, _, projection = owner.rpartition(".")
+    start = f"{attention}." if attention else ""
+    for weight in (f"{projection}_weight", "in_proj_weight"):
+        if projection in PROJECTIONS and (name := ours.get(squeeze(f"{start}{weight}"))):
+            return f"{name.removesuffix(weight)}{projection}.{rest}"
+    return None
 
 
 def _reading(

@@ -4,10 +4,11 @@ Every layer that can be compressed multiplies the rows of a weight matrix with c
 input: a convolution with patches, a linear layer with the input itself. All kinds are described as
 convolutions of an image, so that whatever needs a layer's geometry is written once:
 
-    Linear     an image of one pixel for every vector of the input
-    Conv1d     an image of one row
-    Conv2d     the image itself
-    Conv3d     an image for every depth of the output, whose channels are the channels' kd planes
+    Linear           an image of one pixel for every vector of the input
+    Conv1d           an image of one row
+    Conv2d           the image itself
+    Conv3d           an image for every depth of the output, whose channels are the channels' planes
+    ConvTranspose2d  the image with stride − 1 zeros between its pixels; the kernel is mirrored
 
     symbol   variable        shape                meaning
     W        matrix          (rows, columns)      one row an output channel
@@ -71,14 +72,20 @@ class LayerView(ABC):
     groups = 1
     kernel = stride = dilation = (1, 1)
     channel_axis = -1  # of the layer's input
+    rows_are_first = True  # whether the weight's first axis is that of the output channels
     deed = ""  # what the layer does, in words
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
         self.proof: Proof = vars(layer).get(PROOF) or Proof()
-        self.rows, self.channels = layer.weight.shape[:2]
-        self.columns = layer.weight[0].numel()
+        self.rows, self.channels = self.shape[:2]
+        self.columns = math.prod(self.shape[1:])
         self.taps = self.columns // self.channels
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight with its output channels first: (rows, channels, …)."""
+        return self.layer.weight.shape
 
     @property
     def left_dense(self) -> str:
@@ -113,19 +120,31 @@ class LayerView(ABC):
 
     # -- weights -----------------------------------------------------------------------------------
 
+    def rows_first(self, weight: Tensor) -> Tensor:  # (rows, channels, …)
+        """A weight in the layer's own form, its output channels along the first axis."""
+        return weight
+
+    def own_form(self, weight: Tensor) -> Tensor:  # (rows, channels, …)
+        """The reverse of `rows_first`."""
+        return weight
+
     @property
     def matrix(self) -> Tensor:  # (rows, columns)
-        """The layer's weights; shares their memory."""
-        return self.layer.weight.detach().flatten(1)
+        """The layer's weights, to read: they may be a copy."""
+        return self.rows_first(self.layer.weight.detach()).flatten(1)
 
-    def shaped(self, W: Tensor) -> Tensor:  # (…, R, columns) -> (…, R, *weight.shape[1:])
-        """Rows of a weight matrix in the shape of the layer's weight."""
-        return W.reshape(*W.shape[:-1], *self.layer.weight.shape[1:])
+    def shaped(self, W: Tensor) -> Tensor:  # (…, R, columns) -> (…, R, *shape[1:])
+        """Rows of a weight matrix in the shape of the layer's weight, rows first."""
+        return W.reshape(*W.shape[:-1], *self.shape[1:])
+
+    def write(self, W: Tensor) -> None:  # (rows, columns) or (rows, channels, …)
+        """Put weights into the layer, in place."""
+        self.layer.weight.data.copy_(self.own_form(W.reshape(self.shape)))
 
     @property
     def innermost(self) -> Tensor:  # (columns,) int64
         """The columns in the order (kh, kw, channel), for N:M and blocks along the channels."""
-        return innermost_order(self.layer.weight.shape)
+        return innermost_order(self.shape)
 
     def divides_by(self, size: int) -> bool:
         """Whether the channels of every kernel position are whole groups of N:M, or blocks."""
@@ -304,11 +323,75 @@ class ConvView(LayerView):
         return layer
 
 
+@final
+class ConvTransposeView(LayerView):
+    """nn.ConvTranspose2d: inputs (n, G·C, height, width), or without n.
+
+    With a stride s, p pixels of padding and o of output padding, s − 1 zeros are put between the
+    pixels, d(k − 1) − p around them, and o more behind. Then it is a convolution with stride 1 and
+    the mirrored kernel.
+    """
+
+    deed = "convolve its input, transposed, with its weight"
+    channel_axis = -3
+    rows_are_first = False
+
+    def __init__(self, layer: nn.ConvTranspose2d) -> None:
+        self.groups, self.kernel, self.dilation = layer.groups, layer.kernel_size, layer.dilation
+        super().__init__(layer)
+
+    @property
+    def shape(self) -> torch.Size:
+        inputs, rows, *kernel = self.layer.weight.shape
+        return torch.Size((self.groups * rows, inputs // self.groups, *kernel))
+
+    def rows_first(self, weight: Tensor) -> Tensor:
+        weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return weight.flip(-2, -1)
+
+    def own_form(self, weight: Tensor) -> Tensor:
+        weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return weight.flip(-2, -1)
+
+    def image(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        n, channels, *sizes = x.shape if x.ndim == 4 else (1, *x.shape)
+        spread = x.new_zeros(
+            n, channels, *(s * (m - 1) + 1 for s, m in zip(layer.stride, sizes, strict=True))
+        )
+        spread[:, :, :: layer.stride[0], :: layer.stride[1]] = x
+        sides = []  # before and after, of the last axis first
+        for axis in (1, 0):
+            before = self.dilation[axis] * (self.kernel[axis] - 1) - layer.padding[axis]
+            sides += [before, before + layer.output_padding[axis]]
+        return F.pad(spread, sides)
+
+    def call(self, x: Tensor, weight: Tensor) -> Tensor:
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
+        geometry = [getattr(self.layer, name) for name in names]
+        return F.conv_transpose2d(x, weight, None, *geometry)
+
+    def flops(self, output: Tensor) -> int:
+        """Every pixel of the input is multiplied with every weight of its group."""
+        layer, pixels = self.layer, math.prod(output.shape[:-3])
+        for axis, size in enumerate(output.shape[-2:]):
+            span = self.dilation[axis] * (self.kernel[axis] - 1) + 1 + layer.output_padding[axis]
+            pixels *= (size + 2 * layer.padding[axis] - span) // layer.stride[axis] + 1
+        return 2 * pixels * layer.weight.numel()
+
+    def resized(self, rows: int, channels: int, groups: int = 1) -> nn.Module:
+        names = ("kernel_size", "stride", "padding", "output_padding", "dilation")
+        options = {name: getattr(self.layer, name) for name in names}
+        options |= {"groups": groups, "bias": False, "device": self.layer.weight.device}
+        return skip_init(nn.ConvTranspose2d, channels * groups, rows, **options)
+
+
 VIEWS: dict[type[nn.Module], type[LayerView]] = {
     nn.Linear: LinearView,
     nn.Conv1d: ConvView,
     nn.Conv2d: ConvView,
     nn.Conv3d: ConvView,
+    nn.ConvTranspose2d: ConvTransposeView,
 }
 
 

@@ -36,7 +36,7 @@ from obc.solver.errors import UserError
 from obc.solver.layers import forward_hooks, view
 from obc.solver.search import Costs
 from obc.toolkit.cut_costs import CutShares, cost_tables, seconds_table, uniform
-from obc.toolkit.leveldb import FULL_BITS, KINDS, Database, grid_bits, unit_cost
+from obc.toolkit.leveldb import FULL_BITS, KINDS, Database, grid_bits
 from obc.toolkit.profiles import read_scores
 from quant import ACTIVATION_GRID, WEIGHT_GRID
 
@@ -81,10 +81,7 @@ def layer_costs(
         }
         return joint_costs(db, dense, cost_tables(shares, work, widths))
     levels = {
-        name: {
-            level: work[name] * unit_cost(db.layer(name, level), db.kind, constr)
-            for level in db.levels
-        }
+        name: {level: work[name] * db.unit_cost(name, level, constr) for level in db.levels}
         for name in db.layers
     }
     return Costs(dense, levels)
@@ -138,8 +135,7 @@ def profile_cost(
         left = (work[x] * widths[x] * shares.left(x, profile) for x in db.layers)
         return math.fsum(dense.values()), math.fsum(left)
     costs = dense | {
-        layer: work[layer] * unit_cost(db.layer(layer, level), db.kind, constr)
-        for layer, level in profile.items()
+        layer: work[layer] * db.unit_cost(layer, level, constr) for layer, level in profile.items()
     }
     return math.fsum(dense.values()), math.fsum(costs.values())
 

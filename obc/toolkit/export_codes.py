@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from modelutils import find_layers
+from obc.inputs.attention import layer_names
+from obc.solver.layers import view
 from quant import WEIGHT_GRID, Grid
 
 WIDTHS = (2, 4, 8, 16)  # bits that a code may take in a file
@@ -45,7 +47,7 @@ class Codes:
 
 
 class OffGrid(ValueError):
-    """A layer has a grid, but its weights are not on it."""
+    """A layer has a grid, but its weights are not on it, or cannot be written as codes."""
 
 
 def weight_codes(layer: nn.Module) -> Codes | None:
@@ -53,6 +55,8 @@ def weight_codes(layer: nn.Module) -> Codes | None:
     grid = layer._modules.get(WEIGHT_GRID)
     if not isinstance(grid, Grid):
         return None
+    if not view(layer).rows_are_first:
+        raise OffGrid(f"codes of a {type(layer).__name__} have no place in the file yet")
     W = layer.weight.detach().flatten(1)
     codes = torch.round(W / grid.scale) + grid.zero
     inside = bool(((codes >= 0) & (codes <= grid.maxq)).all())
@@ -78,8 +82,8 @@ def pack(
 
 
 def packed_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The model's state dict with packed codes, and why which quantised layers are not packed."""
-    state, left = dict(model.state_dict()), dict[str, str]()
+    """The model's tensors by layer, packed; and why which quantised layers are not packed."""
+    state, left = layer_names(model.state_dict(), model), dict[str, str]()
     for name, layer in find_layers(model).items():
         try:
             codes = weight_codes(layer)

@@ -69,7 +69,8 @@ def cut_channels(model: nn.Module, images: Tensor) -> tuple[nn.Module, Cut]:
         module = smaller.get_submodule(name)
         if not outputs.all() and name in graph.layers:
             channels[name] = len(outputs), int(outputs.sum())
-        _slice(module, inputs, outputs)
+        if not (inputs.all() and outputs.all()):  # channels may be on another axis
+            _slice(module, inputs, outputs)
     if not channels:
         return nothing
     try:

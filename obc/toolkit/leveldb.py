@@ -48,11 +48,12 @@ import torch
 from torch import Tensor, nn
 
 import quant
+from obc.inputs.attention import SplitAttention, layer_names
 from obc.inputs.checkpoints import check_finite, checkpoint_marks, load_checkpoint
 from obc.inputs.files import save_checkpoint, sync_folder
 from obc.inputs.names import named_like
 from obc.solver.errors import UserError, log
-from obc.solver.layers import compressible, innermost_order
+from obc.solver.layers import LayerView, compressible, innermost_order, view
 from obc.toolkit.fingerprints import bytes_hash, content_hash, weights_hash
 from obc.toolkit.modes import (
     BlockedMode,
@@ -173,8 +174,14 @@ def stray_levels(folder: Path, model: str, names: Sequence[str]) -> list[Path]:
 class LevelFile:
     """A layer's weights at all levels, in a file; see the module docstring."""
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.path, self.shape, self.dtype = path, tuple(shape), dtype
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],  # of a weight, rows first
+        dtype: torch.dtype,
+        own_form: Callable[[Tensor], Tensor] = lambda weight: weight,  # of such a weight
+    ) -> None:
+        self.path, self.shape, self.dtype, self.own_form = path, tuple(shape), dtype, own_form
         self.row_bytes = math.prod(self.shape[1:]) * torch.finfo(dtype).bits // 8
 
     def write(
@@ -201,12 +208,12 @@ class LevelFile:
         finally:
             os.close(file)
 
-    def read(self, level: int) -> Tensor:  # (*shape)
-        """All rows at a level."""
+    def read(self, level: int) -> Tensor:
+        """The weight at a level, in the layer's own form."""
         numbers = torch.empty(0, dtype=self.dtype).numpy().dtype
         place = level * self.shape[0] * self.row_bytes
         content = np.fromfile(self.path, numbers, math.prod(self.shape), offset=place)
-        return torch.from_numpy(content).view(self.shape)
+        return self.own_form(torch.from_numpy(content).view(self.shape))
 
     def hash(self) -> str:
         """A hash of the contents, which are forced to disk; empty if there is no file."""
@@ -218,9 +225,10 @@ class LevelFile:
             return ""
 
 
-def level_file(folder: Path, layer: str, weight: Tensor) -> LevelFile:
-    """The file of a layer's levels; shape and precision are those of the weight."""
-    return LevelFile(entry_file(folder, layer, ".levels"), weight.shape, weight.dtype)
+def level_file(folder: Path, name: str, layer: nn.Module) -> LevelFile:
+    """The file of a layer's levels; shape and precision are those of its weight."""
+    seen, path = view(layer), entry_file(folder, name, ".levels")
+    return LevelFile(path, seen.shape, layer.weight.dtype, seen.own_form)
 
 
 def write_levels(
@@ -230,13 +238,14 @@ def write_levels(
     tensors: Mapping[str, Tensor],  # everything that is not in `layers`
     layers: Mapping[str, LevelFile],
     marks: Mapping[str, str] | None = None,
+    named: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,  # as they are in files
 ) -> list[Path]:
     """Write the checkpoints of all levels, one at a time; they appear when all are complete."""
     names = [f"{model}_{level}.pth" for level in level_names(sparsities)]
     hidden = next(iter(layers.values())).path.parent / "levels"
     for index, name in enumerate(names):
         weights = {f"{layer}.weight": file.read(index) for layer, file in layers.items()}
-        save_checkpoint({**tensors, **weights}, hidden / name, marks)
+        save_checkpoint(named({**tensors, **weights}), hidden / name, marks)
     for name in names:  # all at once, as far as a file system can
         os.replace(hidden / name, folder / name)
     sync_folder(folder)
@@ -260,6 +269,7 @@ class Database:
         self.finite: set[tuple[str, str]] = set()  # layers and levels that were checked
         self.hashes: dict[tuple[str, str], str] = {}  # of layers and levels
         self.dense_hash = ""  # of the dense weights, once they are checked
+        self.views: dict[str, LayerView] = {}  # of the model's layers, once it is known
         self.layers = _layers(states)
         if not self.layers:
             raise UserError(f"no layers in the {kind} database of {model}")
@@ -302,7 +312,7 @@ class Database:
         first = self.states[levels[0]]
         by_weights = sorted(self.layers, key=lambda name: -first[f"{name}.weight"].numel())
         for name in by_weights if len(levels) > 1 else ():
-            left = {x: unit_cost(self.layer(name, x), self.kind, "bops") for x in levels}
+            left = {x: self.unit_cost(name, x, "bops") for x in levels}
             if len(set(left.values())) > 1:
                 return sorted(levels, key=left.__getitem__, reverse=True)
         return levels
@@ -319,6 +329,17 @@ class Database:
             check_finite(tensors, f"{self.kind} database of {self.model}, level {level}")
             self.finite.add((layer, level))
         return {key.removeprefix(start): tensor for key, tensor in tensors.items()}
+
+    def unit_cost(self, layer: str, level: str, constr: str) -> float:
+        """What a level leaves of each of a layer's weights (params, bits) or FLOPs (flops, bops).
+
+        Patterns along the channels of kinds of layers whose weights are not rows first are seen
+        only after `check`.
+        """
+        tensors = self.layer(layer, level)
+        if (seen := self.views.get(layer)) is not None:
+            tensors["weight"] = seen.rows_first(tensors["weight"])
+        return unit_cost(tensors, self.kind, constr)
 
     @cached_property
     def hash(self) -> str:
@@ -354,6 +375,8 @@ class Database:
         """Take the names of the model where files have prefixes (`module.`) or lack them."""
         names = list(model.state_dict())
         states = {level: named_like(state, names, GRIDS) for level, state in self.states.items()}
+        if any(isinstance(module, SplitAttention) for module in model.modules()):
+            states = {level: layer_names(state, model) for level, state in states.items()}
         if any(states[level] is not self.states[level] for level in states):
             self.states, self.layers = states, _layers(states)
 
@@ -371,8 +394,9 @@ class Database:
         for name in self.layers:
             weight = self.states[self.levels[0]][f"{name}.weight"]
             check_layer(name, layers.get(name), weight, self.kind)
-        dense = model.state_dict()
-        self.dense_hash = weights_hash(dense)
+            self.views[name] = view(layers[name])
+        dense = layer_names(model.state_dict(), model)
+        self.dense_hash = weights_hash(model.state_dict())
         for level in self.levels:
             path = self.files.get(level, f"level {level}")
             mark = checkpoint_marks(path).get(DENSE_WEIGHTS) if level in self.files else None

@@ -16,6 +16,7 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
     top1         number in percent, or null (main_trueobs.py, post_proc.py)
     kl           number: mean KL(dense ‖ compressed) over the test images, in nats
     agreement    number: percent of the test images that both models give the same class
+    preprocessing  object: how images became the network's input (obc/inputs/preprocessing.py)
     dense_top1_calibration  number in percent: the dense model's, on the calibration images
 
 and further figures of the command. A layer of main_trueobs.py and of post_proc.py: name, shape,

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ import quant
 from datautils import (
     DATASETS,
     DEFAULT_CLASSES,
-    DEFAULT_SIZES,
+    PHOTOGRAPHS,
     ArrayImages,
     ImageData,
     ImageSet,
     calibration_batches,
+    default_preprocessing,
     load_data,
     test_batches,
 )
@@ -53,10 +54,14 @@ from modelutils import (
     find_layers,
     get_model,
     load_state,
+    own_preprocessing,
 )
-from obc.inputs.batches import ImageBatches
+from obc.inputs.attention import split_attention
+from obc.inputs.batches import Batches, ImageBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
+from obc.inputs.preprocessing import MODES, Preprocessing
+from obc.inputs.timm_models import TIMM
 from obc.inputs.tracing import equal_but_for_rounding
 from obc.inputs.usercode import files_imported
 from obc.solver.distributed import ALONE, World, join, resolve_device
@@ -67,10 +72,12 @@ from obc.toolkit.fingerprints import (
     chosen_options,
     content_hash,
     hessian_code,
+    installed_versions,
     result_code,
     surroundings,
 )
 
+IMAGE_OPTIONS = ("resize", "crop", "interpolation", "mean", "std")
 RARELY = 20  # calls until something random that rarely happens is seen
 DENSE_IMAGES = 1024  # the most that the dense model's top-1 is measured on
 
@@ -95,6 +102,12 @@ class CommonOptions:
     device: str
     memory: float | None  # GB
     weights_key: str | None = None  # a place in the file of weights
+    labels: str | None = None  # file of the test images' labels
+    resize: int | None = None  # pixels; this and the next: None if the network decides
+    crop: str | None = None
+    interpolation: str | None = None
+    mean: str | None = None  # as cli.channels takes it
+    std: str | None = None
 
 
 def common_options(args: argparse.Namespace) -> CommonOptions:
@@ -147,13 +160,17 @@ class Session:
             seed=options.seed,
             skip_bad_images=options.skip_bad_images,
             class_file=options.classes,
+            label_file=options.labels,
         )
         torch.manual_seed(options.seed)  # for a model of the user's own that starts at random
         classes = len(data.classes)
         model = get_model(
             options.model, options.dataset, options.weights, classes, options.weights_key
         ).to(device)
+        data = data.seen_through(preprocessing(options, model))
         check_model(model, options.model, data)
+        split_attention(model, partial(run_on_noise, model, data.preprocessing.image_shape))
+        log.info("images: %s", data.preprocessing)
         return cls(options, device, data, model, world)
 
     @property
@@ -161,9 +178,18 @@ class Session:
         """The dense weights, as the user knows them."""
         return self.options.weights or f"the weights of {self.options.model}"
 
+    def shard_count(self, asked: int | None) -> int:
+        """How many shards of the images are summed apart: --shards, or one for each process.
+
+        Sums depend on it, by rounding. Raises UserError where several processes are not as many.
+        """
+        if asked and self.world.size not in (1, asked):
+            raise UserError(f"--shards {asked}: there are {self.world.size} processes")
+        return asked or self.world.size
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (3, self.data.image_size, self.data.image_size)
+        return self.data.preprocessing.image_shape
 
     def calibration(self, augment: bool = False, nrounds: int = 1) -> ImageBatches:
         """Passes over the calibration images, not augmented by default."""
@@ -185,11 +211,16 @@ class Session:
         """Everything that the result is a function of, by name (`fingerprints.py`)."""
         marks = dict(invocation.options) if invocation else {}
         code = result_code(Path(invocation.command).stem) if invocation else hessian_code()
-        marks["--image-size"] = str(self.data.image_size)
+        made = self.data.preprocessing
+        marks["--image-size"] = str(made.size)
+        if made != default_preprocessing(self.data.name, made.size):  # as all were, once
+            marks["preprocessing"] = str(made)
         if ".py:" in self.options.model:
             file = Path(self.options.model.rpartition(":")[0])
             code_files = [file, *files_imported(file)]
             marks["code of the model"] = bytes_hash(path.read_bytes() for path in code_files)
+        if self.options.model.startswith(TIMM):
+            marks |= installed_versions(["timm"])
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks["calibration images"] = images_hash(self.data.calibration)
         if invocation and self.options.classes:
@@ -216,12 +247,13 @@ class Session:
         scores = None if model is self.model else self.dense_scores
         return evaluate(model, self.test_shard(), self.device, scores, self.world)
 
-    def dense_top1(self) -> float:
-        """The dense model's top-1 on the calibration images, logged (`dense_top1`)."""
-        options = self.options
-        return dense_top1(
-            self.model, self.data, self.device, options.batchsize, options.workers, self.world
-        )
+    def dense_top1(self, batches: Batches | None = None) -> float:
+        """The dense model's top-1 on the calibration images, logged (`dense_top1`).
+
+        `batches`: this process's share of all of them, if they are in memory already.
+        """
+        loading = self.options.batchsize, self.options.workers
+        return dense_top1(self.model, self.data, self.device, *loading, self.world, batches)
 
 
 def dense_top1(
@@ -231,19 +263,22 @@ def dense_top1(
     batchsize: int,
     workers: int | None,
     world: World = ALONE,
+    batches: Batches | None = None,  # this process's share of all images; None: load some
 ) -> float:  # percent
-    """Top-1 of the dense model on the calibration images (at most DENSE_IMAGES), not augmented.
+    """Top-1 of the dense model on the calibration images, not augmented: DENSE_IMAGES at most, or
+    `batches`.
 
     Logs it, since it shows whether labels and pixels are what the model was trained on, and warns
     if guessing would do about as well. No global generator is advanced.
     """
-    images = replace(data.calibration, chosen=data.calibration.chosen[:DENSE_IMAGES])
-    batches = calibration_batches(
-        replace(data, calibration=images), batchsize=batchsize, workers=workers
-    )
+    images = data.calibration
+    if batches is None:
+        images = replace(images, chosen=images.chosen[:DENSE_IMAGES])
+        some = replace(data, calibration=images)
+        loaded = calibration_batches(some, batchsize=batchsize, workers=workers)
+        batches = loaded.shard(world.rank, world.size)
     with undisturbed(device):
-        shard = batches.shard(world.rank, world.size)
-        top1 = evaluate(model, shard, device, world=world).top1
+        top1 = evaluate(model, batches, device, world=world).top1
     total, count = len(data.calibration), len(images)
     which = str(count) if count == total else f"{count} of {total}"
     log.info("dense: top-1 %.2f on %s calibration images", top1, which)
@@ -288,10 +323,12 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def images_hash(images: ImageSet) -> str:
-    """A hash of the chosen images as they are stored, with their order, labels and view."""
+    """A hash of the chosen images as they are stored, with their order, labels and size."""
 
     def pieces() -> Iterator[bytes]:
-        yield f"{images.view} {[images.source.labels[index] for index in images.chosen]}".encode()
+        made = images.preprocessing  # the first line names what a view once was: hashes stay
+        view = f"View(size={made.size}, crops={images.view.photographs}, flips={images.view.flips})"
+        yield f"{view} {[images.source.labels[index] for index in images.chosen]}".encode()
         for index in images.chosen:
             if isinstance(images.source, ArrayImages):
                 yield images.source.pixels[index].tobytes()
@@ -308,11 +345,21 @@ def dense_files(model: str, dataset: str, weights: str | None) -> dict[str, str 
     return {"--weights": weights, "the model's code": code, "the shipped weights": shipped}
 
 
+def preprocessing(options: CommonOptions, model: nn.Module) -> Preprocessing:
+    """How images are made for a model: as it says, but for the options."""
+    made = default_preprocessing(options.dataset)
+    told = own_preprocessing(options.model, options.dataset in PHOTOGRAPHS, model)
+    given = {name: getattr(options, name) for name in IMAGE_OPTIONS}
+    given["size"] = options.image_size
+    return made.changed(options.model, told).changed("options", given)
+
+
 def check_model(model: nn.Module, name: str, data: ImageData) -> None:
     """Raise a UserError, before hours are spent, unless the model can be compressed and run."""
-    size, classes = data.image_size, len(data.classes)
+    classes = len(data.classes)
     check_network(model, name)
-    images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    images = torch.zeros(2, *data.preprocessing.image_shape, device=device)
     outputs = first_outputs(model, name, images)
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
         raise UserError(f"{name} does not return class scores of shape (images, classes)")
@@ -336,8 +383,16 @@ def first_outputs(model: nn.Module, name: str, images: Tensor) -> object:
         with evaluating(model):
             return model(images)
     except FailedForward as error:
-        hint = advice(model, images.shape[-1], str(error))
+        hint = advice(model, images, str(error))
         raise UserError(f"{name}: {error}{hint}") from None
+
+
+def run_on_noise(model: nn.Module, image_shape: tuple[int, int, int]) -> object:
+    """What a model returns for two images of noise."""
+    noise = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    device = next(model.parameters()).device
+    with undisturbed(device), evaluating(model):
+        return model(noise.to(device))
 
 
 def model_without_images(options: CommonOptions) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -355,30 +410,31 @@ def model_without_images(options: CommonOptions) -> tuple[nn.Module, tuple[int, 
         DEFAULT_CLASSES.get(options.dataset) if options.weights in (None, RANDOM) else None,
         options.weights_key,
     ).to(resolve_device(options.device))
-    size = options.image_size or DEFAULT_SIZES[options.dataset]
+    image_shape = preprocessing(options, model).image_shape
     check_network(model, options.model)
-    images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
+    images = torch.zeros(2, *image_shape, device=next(model.parameters()).device)
     first_outputs(model, options.model, images)
-    return model, (3, size, size)
+    split_attention(model, partial(run_on_noise, model, image_shape))
+    return model, image_shape
 
 
 def advice(
     model: nn.Module,
-    size: int,  # pixels of the images that it fails on
+    images: Tensor,  # (n, c, s, s) that it fails on
     reason: str,
 ) -> str:
     """What to do about a model that fails, if other images would do: to follow the reason."""
     with evaluating(model):
-        accepted = accepted_input(model, size, reason)
+        accepted = accepted_input(model, size := images.shape[-1], reason, images.shape[1])
     if accepted is None:
         return ""
     channels, other_size = accepted
     texts = []
-    if channels != 3:
-        texts.append(
-            f"it takes {channels} channel{'s' if channels > 1 else ''}, but images have 3: "
-            "let its forward convert them"
-        )
+    if channels != (present := images.shape[1]):
+        what = f"it takes {channels} channel{'s' if channels > 1 else ''}, images have {present}"
+        values = "one value each" if channels == 1 else f"{channels} values each"
+        how = f"pass --mean and --std with {values}, or " if channels in MODES else ""
+        texts.append(f"{what}: {how}let its forward convert them")
     if other_size != size:
         texts.append(f"it takes {other_size}×{other_size} pixels: pass --image-size {other_size}")
     return f"; {'; '.join(texts)}"

@@ -58,7 +58,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from modelutils import eval_mode, find_layers, placed
 from obc.inputs.failures import foreign_code
 from obc.solver.errors import UserError, log
-from obc.solver.layers import forward_hooks
+from obc.solver.layers import forward_hooks, view
 from obc.solver.progress import progress
 from obc.toolkit.resume import RunState
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
@@ -249,13 +249,16 @@ class ConstrainedParameter:
     latent: Tensor
     mask: Tensor | None = None
     grid: Grid | None = None
+    layer: nn.Module | None = None  # that it is the weight of
 
     def value(self) -> Tensor:
         """Q(M ⊙ V), of the parameter's shape."""
         value = self.latent if self.mask is None else self.latent * self.mask
         if self.grid is None:
             return value
-        return round_straight_through(value.flatten(1), self.grid).view_as(value)
+        seen = view(self.layer)
+        rows = round_straight_through(seen.rows_first(value).flatten(1), self.grid)
+        return seen.own_form(rows.view(seen.shape))
 
 
 def constrained_parameters(
@@ -268,8 +271,9 @@ def constrained_parameters(
         if chosen(parameter):
             latent = parameter.detach().clone().requires_grad_()
             mask = parameter.detach() != 0 if name in layers else None
-            grid = getattr(layers.get(name), WEIGHT_GRID, None)
-            parameters[name] = ConstrainedParameter(latent, mask, grid)
+            layer = layers.get(name)
+            grid = getattr(layer, WEIGHT_GRID, None)
+            parameters[name] = ConstrainedParameter(latent, mask, grid, layer)
     return parameters
 
 
