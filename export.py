@@ -7,8 +7,10 @@ written:
     .pt2          a program of torch.export, which loads without this toolkit
     .safetensors  a checkpoint with packed codes                                export_codes.py
 
-Channels that nothing reads are cut first (export_cut.py), except in a checkpoint. --measure runs
-the ONNX file in the runtimes that are installed (export_measure.py).
+Channels that nothing reads are cut first (export_cut.py), except in a checkpoint. Where ONNX
+Runtime is installed, a graph is checked against the network on calibration images, layer by layer
+(export_check.py). --measure runs the ONNX file in the runtimes that are installed
+(export_measure.py).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import nn
 from datautils import test_batches
 from obc.inputs import files
 from obc.solver.errors import UserError, log
-from obc.toolkit import cli, export_measure, export_onnx, export_sums, records
+from obc.toolkit import cli, export_check, export_measure, export_onnx, export_sums, records
 from obc.toolkit.export_codes import packed_state
 from obc.toolkit.export_cut import Cut, cut_channels
 from obc.toolkit.fingerprints import content_hash
@@ -51,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--to", metavar="FILE", required=True, help="what to write: .onnx, .pt2 or .safetensors")
     add("--no-cut", action="store_true", help="keep channels that no layer reads")
     add("--int8-sums", action="store_true", help="round residual sums, too: another network")
-    add("--strict", action="store_true", help="refuse to leave a quantised layer in float32")
+    add("--strict", action="store_true", help="refuse a layer left in float32, or a wrong graph")
     add("--measure", action="store_true", help="size, latency and outputs in installed runtimes")
     return parser
 
@@ -114,8 +116,12 @@ def write_onnx(
     graph, layers = export_onnx.quantised_graph(model, session.image_shape)
     check_left({x.name: x.left for x in layers if x.left}, args.strict)
     figures: dict[str, Any] = {"layers": export_onnx.as_records(layers), "rounded_sums": 0}
+    images = next(iter(session.calibration()))[0]
+    if export_check.can_check() and (wrong := export_check.wrong_place(model, graph, images)):
+        if args.strict:
+            raise UserError(f"--strict: the exported graph is wrong: {wrong}")
+        log.warning("the exported graph is wrong: %s", wrong)
     if args.int8_sums:
-        images = next(iter(session.calibration()))[0]
         figures["rounded_sums"] = export_sums.round_sums(graph, images)
         log.info("rounded %d operands of sums, too", figures["rounded_sums"])
     return export_onnx.contents(graph), figures

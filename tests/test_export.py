@@ -20,7 +20,7 @@ import quant
 from modelutils import find_layers, get_model
 from obc.inputs.files import save_checkpoint
 from obc.solver.errors import UserError
-from obc.toolkit import export_measure, export_onnx
+from obc.toolkit import export_check, export_measure, export_onnx
 from obc.toolkit.export_codes import OffGrid, pack, packed_state, weight_codes
 from obc.toolkit.export_cut import cut_channels
 
@@ -108,6 +108,35 @@ def test_every_kind_of_layer_computes_the_same(
     with torch.no_grad():
         expected = model(x)
     assert torch.allclose(in_onnx_runtime(model, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("input_bits", [32, 8, 4])
+def test_a_wrong_graph_is_named_where_it_first_differs(input_bits: int) -> None:
+    for name in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason="needs requirements-export.txt")
+    torch.manual_seed(7)
+    model, x = quantised(random_norms(EveryKind()), 8, input_bits, True), torch.randn(8, *SHAPE)
+    graph, _ = export_onnx.quantised_graph(model, SHAPE)
+    found = export_check.differences(model, graph, x)
+    assert list(found) == [*find_layers(model), "the outputs"] and found["conv"] < 1e-6
+    assert export_check.wrong_place(model, graph, x) == ""
+    assert len(graph.graph.outputs) == 1  # the graph is as it was
+    scale = graph.graph.initializers["grouped.weight.scale"]
+    scale.const_value = export_onnx.package("onnx_ir").Tensor(-scale.const_value.numpy())
+    wrong = export_check.wrong_place(model, graph, x)
+    assert wrong.startswith("the input of one_d differs by ") and wrong.endswith("after grouped")
+
+
+def test_strict_refuses_a_wrong_graph(checkpoint, command, tmp_path, monkeypatch) -> None:
+    for name in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason="needs requirements-export.txt")
+    fold_bias = export_onnx._fold_bias
+    monkeypatch.setattr(export_onnx, "_fold_bias", lambda *words: -fold_bias(*words))
+    status, _, err = command(checkpoint, "--to", tmp_path / "x.onnx", "--strict")
+    assert status == 2 and not (tmp_path / "x.onnx").exists()
+    assert "wrong: the input of layer1.0.conv1 differs by" in err and "after conv1" in err
+    status, _, err = command(checkpoint, "--to", tmp_path / "x.onnx")
+    assert status == 0 and "warning: the exported graph is wrong" in err
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
