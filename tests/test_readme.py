@@ -113,7 +113,7 @@ def test_a_checkpoint_in_plain_pytorch_is_the_model_that_we_evaluate(tmp_path, m
     attach_activation_grids(model, activation_grids(model, images, 4, False, False))
     files.save_checkpoint(model.state_dict(), tmp_path / "rn18_4w4a.pth")
     monkeypatch.chdir(tmp_path)
-    block = python_of("using.md")[1]
+    block = python_of("using.md")[2]
     names: dict = {}
     exec(compile(block, "using.md", "exec"), names)
     load_compressed(dense, "rn18_4w4a.pth")
