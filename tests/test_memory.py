@@ -112,7 +112,7 @@ def test_boundaries_keep_to_the_budget():
 def test_too_little_memory_is_one_line(capsys):
     words = ["rn8", "digits", "nmprune", "--memory", "0.001", "--noaug", "--device", "cpu"]
     assert main_trueobs.main(words) == 2
-    _, top1, line = capsys.readouterr().err.splitlines()  # first, how images are prepared
+    top1, line = capsys.readouterr().err.splitlines()
     assert top1.startswith("dense: ")
     assert line.startswith("error: 0.001 GB is too little for layer3.0.conv2; it needs at least")
 
