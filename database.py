@@ -27,7 +27,7 @@ from obc.toolkit import cli, origins, records, sensitivity
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores
 from obc.toolkit.resume import Notes, RunState, open_state, state_folder
-from obc.toolkit.session import Invocation, Session, common_options, images_hash
+from obc.toolkit.session import Invocation, Session, common_options
 from obc.toolkit.stitching import stitched
 
 MEASURES = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}
@@ -60,13 +60,15 @@ def write_errors(
     records.check_repeat(invocation.repeat, marks, invocation.defaults)
     figures = {}
     if action in MEASURES:
-        figures["dense_top1_calibration"] = session.dense_top1()
+        figures = session.dense_figures()
     with open_state(state_folder(path), marks, invocation.restart, world) as state:
         if action in MEASURES:
             batches = session.calibration().shard(world.rank, world.size)
             notes = Notes(state)
             with notes:
-                scores = MEASURES[action](session.model, db, batches, session.device, notes)
+                known = (session.model, db, batches, session.device, notes)
+                task = {"task": session.task} if action == "loss" else {}
+                scores = MEASURES[action](*known, **task)
         else:
             scores = sensitivity.quadratic_prior(db)
         records.write_run(
@@ -87,9 +89,9 @@ def evaluate_levels(
 ) -> None:
     """Evaluate the model with all layers at the same level, for every level."""
     model = copy.deepcopy(session.model)
-    contents = {"database": db.hash, "test images": images_hash(session.data.test)}
+    contents = {"database": db.hash} | session.task.test_marks()
     marks = session.fingerprint(invocation, contents)
-    session.dense_top1()
+    session.dense_figures()
     folder = Path(prefix) / f".{db.model}_{db.kind}_eval.partial"
     try:
         state = open_state(folder, marks, invocation.restart, session.world)
@@ -110,12 +112,10 @@ def evaluate_levels(
                     db.stitch(model, dict.fromkeys(db.layers, level))
                     notes.add(level, note := asdict(session.evaluation(model)))
                 evaluation = Evaluation(**note)
-                cli.print_result(
-                    f"{level} {evaluation.top1:.2f}  KL {evaluation.kl:.3g}  "
-                    f"agreement {evaluation.agreement:.2f}"
-                )
+                texts = f"{level} {evaluation.line.removeprefix('top-1 ')}", evaluation.closeness
+                cli.print_result("  ".join(filter(None, texts)))
         state.finish()
-    cli.print_result(f"top-1 {evaluation.top1:.2f}")
+    cli.print_result(evaluation.line)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         evaluate_levels(db, session, invocation, args.prefix)
     elif profile is not None:
         model = stitched(session, db, profile)
-        session.dense_top1()
+        session.dense_figures()
         cli.print_result(str(session.evaluation(model)))
     else:
         path = score_file(args.score_path, db.model, db.kind, args.action)

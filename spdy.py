@@ -86,7 +86,8 @@ class Evaluator:
         model = copy.deepcopy(self.session.model)
         self.db.stitch(model, profile)
         self.correct(model)
-        return mean_loss(model, self.batches, self.session.device, self.world)
+        session = self.session
+        return mean_loss(model, self.batches, session.device, self.world, session.task)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -273,13 +274,13 @@ def run(args: argparse.Namespace) -> None:
             f"{scores_path}: no such file; make it with python database.py {args.model} "
             f"{args.dataset} {args.database} {args.errors}"
         )
-    costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
+    costs = layer_costs(db, session.model, session.task.example, args.constr, args.timings)
     scores = profiles.read_scores(scores_path)
     origins.check_scores(scores, db)
     problem = profile_problem(db.levels, costs, scores, scores_path, args.target, args.dpbuckets)
     correction = "statcorr" if args.statcorr else "none" if args.nobatchnorm else "averages"
     if args.score:
-        session.dense_top1()
+        session.dense_figures()
         score(args.score, problem, Evaluator(session, db, correction))
     else:
         problem.solve()  # reports a target that cannot be reached before any image is read
@@ -293,7 +294,7 @@ def run(args: argparse.Namespace) -> None:
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks, invocation.defaults)
-        figures = {} if args.dp else {"dense_top1_calibration": session.dense_top1()}
+        figures = {} if args.dp else session.dense_figures()
         evaluator = None if args.dp else Evaluator(session, db, correction)
         choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)
     session.world.leave()

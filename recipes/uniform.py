@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     db = Database.open(args.kind, tag, args.prefix)
     session = Session.of(common_options(args))
     db.check(session.model, session.weights_name)
-    costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
+    costs = layer_costs(db, session.model, session.task.example, args.constr, args.timings)
     dense = sum(costs.dense.values())
     total = {level: sum(costs.levels[n][level] for n in db.layers) for level in db.levels}
     allowed = [level for level in db.levels if total[level] * args.target <= dense]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scripts import ROOT, check_parses
 
+import main_trueobs
 import quant
 from modelutils import find_layers
 from obc.inputs import files
@@ -89,9 +90,33 @@ def python_of(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S)
 
 
+TAGGER = """
+import torch
+
+class Tagger(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.tags = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 5)
+
+    def forward(self, words):
+        return self.tags(self.words(words)).transpose(1, 2)
+
+def tagger():
+    return Tagger()
+"""
+
+
 def test_python_of_using_runs(tmp_path, monkeypatch, capsys):
-    network, _, one_layer = python_of("using.md")
-    (tmp_path / "net.py").write_text(network)
+    network, task, _, one_layer = python_of("using.md")
+    (tmp_path / "net.py").write_text(TAGGER)
+    (tmp_path / "task.py").write_text(task)
+    words = ["quant", "--wbits", "4", "--only", "tags", "--nsamples", "32"]
+    assert (
+        main_trueobs.main([f"{tmp_path}/net.py:tagger", f"{tmp_path}/task.py:tagging", *words]) == 0
+    )
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("accuracy 0.")
+    assert "on 32 calibration examples" in printed.err
     names: dict = {}
     exec(compile(network, "net.py", "exec"), names)
     assert names["network"]()(torch.randn(1, 3, 8, 8)).shape == (1, 16 * 6 * 6)
@@ -113,7 +138,7 @@ def test_a_checkpoint_in_plain_pytorch_is_the_model_that_we_evaluate(tmp_path, m
     attach_activation_grids(model, activation_grids(model, images, 4, False, False))
     files.save_checkpoint(model.state_dict(), tmp_path / "rn18_4w4a.pth")
     monkeypatch.chdir(tmp_path)
-    block = python_of("using.md")[1]
+    block = python_of("using.md")[2]
     names: dict = {}
     exec(compile(block, "using.md", "exec"), names)
     load_compressed(dense, "rn18_4w4a.pth")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from obc.inputs.images import BadImage, leave_interrupts
+from obc.inputs.tasks import Inputs
 from obc.solver.errors import UserError, log
 
 MEAN = (0.485, 0.456, 0.406)
@@ -27,10 +28,19 @@ STD = (0.229, 0.224, 0.225)
 
 
 class Batches(Protocol):
-    """Pairs of images (n, 3, s, s) float32, normalised, and labels (n,) int64."""
+    """Pairs of a network's inputs and the batch that they are of, for the loss (`tasks.py`).
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    Of images: (n, 3, s, s) float32, normalised, and labels (n,) int64.
+    """
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Any]]: ...
     def __len__(self) -> int: ...
+
+
+class ShardedBatches(Batches, Protocol):
+    """`Batches` that several processes can share: `ImageBatches`, `TaskBatches`."""
+
+    def shard(self, number: int, count: int) -> ShardedBatches: ...
 
 
 class Pixels(Protocol):
