@@ -5,6 +5,7 @@ model at many levels of compression; a profile names a level for each layer. The
 their files and their levels are described in `obc/toolkit/leveldb.py`.
 
     loss, squared, spdy    write what each level of each layer costs in accuracy (sensitivity.py)
+    timings                writes how many seconds it takes in a runtime (timings.py)
     stitch                 the accuracy of the model that --profile describes
     eval                   the accuracy with all layers at the same level, for every level
 """
@@ -17,18 +18,20 @@ import argparse
 import copy
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from modelutils import Evaluation
 from obc.inputs import files
 from obc.solver.errors import UserError, log
-from obc.toolkit import cli, origins, records, sensitivity
+from obc.toolkit import cli, export_onnx, origins, records, sensitivity, timings
+from obc.toolkit.export_measure import RUNTIMES
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores
 from obc.toolkit.resume import Notes, RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options
 from obc.toolkit.stitching import stitched
+from obc.toolkit.timings import TIMED, TimingOptions
 
 MEASURES = {"loss": sensitivity.losses, "squared": sensitivity.squared_errors}
 
@@ -41,12 +44,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "action",
         metavar="ACTION",
-        choices=[*MEASURES, "spdy", "stitch", "eval"],
-        help="loss, squared, spdy: write scores; stitch, eval: measure accuracy",
+        choices=[*MEASURES, "spdy", "timings", "stitch", "eval"],
+        help="loss, squared, spdy, timings: write scores or seconds; stitch, eval: accuracy",
     )
     parser.add_argument("--prefix", metavar="DIR", default=".", help="where models_unstr/ etc. are")
     parser.add_argument("--profile", metavar="FILE", help="profile to stitch (stitch)")
     parser.add_argument("--score_path", metavar="DIR", default="scores", help="folder of scores")
+    parser.add_argument(
+        "--plan", action="store_true", help="loss: print how long it will take, then stop"
+    )
+    group = parser.add_argument_group("timings")
+    add = group.add_argument
+    add("--runtime", choices=list(timings.TIMED), default="ort", help="what runs the network")
+    add("--batch", metavar="N", type=cli.positive_int, default=1, help="images at a time")
+    add("--threads", metavar="N", type=cli.positive_int, default=1, help="threads of the runtime")
+    add("--int8-sums", action="store_true", help="residual sums rounded, too, as in export.py")
     return parser
 
 
@@ -58,11 +70,10 @@ def write_errors(
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
     records.check_repeat(invocation.repeat, marks, invocation.defaults)
-    figures = {}
-    if action in MEASURES:
-        figures = session.dense_figures()
+    figures = session.task.record()
     with open_state(state_folder(path), marks, invocation.restart, world) as state:
         if action in MEASURES:
+            figures |= session.dense_figures()
             batches = session.calibration().shard(world.rank, world.size)
             notes = Notes(state)
             with notes:
@@ -84,6 +95,34 @@ def write_errors(
     cli.print_result(f"{len(scores)} layers at {len(db.levels)} levels: {path}")
 
 
+def write_timings(
+    db: Database, session: Session, invocation: Invocation, options: TimingOptions, path: Path
+) -> None:
+    """Measure seconds per layer and level and write them for spdy.py --timings."""
+    started = time.perf_counter()
+    files.check_writable(path)
+    marks = session.fingerprint(invocation, {"database": db.hash})
+    records.check_repeat(invocation.repeat, marks, invocation.defaults)
+    images = session.image_data and next(iter(session.calibration()))[0]
+    model = copy.deepcopy(session.model).cpu()
+    with open_state(state_folder(path), marks, invocation.restart, session.world) as state:
+        notes = Notes(state)
+        with notes:
+            seconds, wholes = timings.measure(db, model, images, options, notes)
+        records.write_run(
+            path.with_suffix(".json"),
+            invocation.command,
+            invocation.arguments,
+            fingerprint=marks,
+            seconds=time.perf_counter() - started,
+            runtime=timings.runtime_version(options.runtime),
+            levels=wholes,
+        )
+        write_scores(path, seconds, {"database": db.kind})
+        state.finish()
+    cli.print_result(f"{len(seconds)} layers at {len(db.levels)} levels: {path}")
+
+
 def evaluate_levels(
     db: Database, session: Session, invocation: Invocation, prefix: str | Path
 ) -> None:
@@ -91,7 +130,6 @@ def evaluate_levels(
     model = copy.deepcopy(session.model)
     contents = {"database": db.hash} | session.task.test_marks()
     marks = session.fingerprint(invocation, contents)
-    session.dense_figures()
     folder = Path(prefix) / f".{db.model}_{db.kind}_eval.partial"
     try:
         state = open_state(folder, marks, invocation.restart, session.world)
@@ -103,6 +141,7 @@ def evaluate_levels(
         )
         state = RunState(None, session.world)
     with state:
+        session.dense_figures()
         notes = Notes(state)
         if notes.known:
             log.info("resuming: %d of %d levels are done", len(notes.known), len(db.levels))
@@ -118,9 +157,28 @@ def evaluate_levels(
     cli.print_result(evaluation.line)
 
 
+def timing_options(args: argparse.Namespace) -> TimingOptions:
+    return TimingOptions(**{item.name: getattr(args, item.name) for item in fields(TimingOptions)})
+
+
+def check_timing_options(args: argparse.Namespace) -> None:
+    """Raise a UserError for options of timings elsewhere, or if their packages are missing."""
+    if args.action == "timings":
+        for name in ("onnx", "onnx_ir", "onnxscript", RUNTIMES[TIMED[args.runtime]][0]):
+            export_onnx.package(name)
+        if args.int8_sums:
+            export_onnx.package("onnxruntime")
+    for item in fields(TimingOptions) if args.action != "timings" else ():
+        if getattr(args, item.name) != item.default:
+            raise UserError(f"--{item.name.replace('_', '-')} belongs to timings")
+
+
 def run(args: argparse.Namespace) -> None:
     if (args.action == "stitch") != bool(args.profile):
         raise UserError("--profile FILE goes with stitch, and stitch needs it")
+    if args.plan and args.action != "loss":
+        raise UserError("--plan goes with loss, the one action that can take long")
+    check_timing_options(args)
     profile = read_profile(args.profile) if args.profile else None
     db = Database.open(args.kind, model_tag(args.model), args.prefix)
     session = Session.of(common_options(args))
@@ -128,10 +186,18 @@ def run(args: argparse.Namespace) -> None:
     invocation = Invocation.of(build_parser(), args)
     if args.action == "eval":
         evaluate_levels(db, session, invocation, args.prefix)
+    elif args.plan:
+        batches = session.calibration()
+        cli.print_result(
+            sensitivity.loss_plan(session.model, db, batches, session.device, session.task)
+        )
     elif profile is not None:
         model = stitched(session, db, profile)
         session.dense_figures()
         cli.print_result(str(session.evaluation(model)))
+    elif args.action == "timings":
+        path = score_file(args.score_path, db.model, db.kind, args.action)
+        write_timings(db, session, invocation, timing_options(args), path)
     else:
         path = score_file(args.score_path, db.model, db.kind, args.action)
         write_errors(db, session, invocation, args.action, path)

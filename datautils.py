@@ -3,19 +3,20 @@
     load_data("digits") ─▶ ImageData ─┬─ calibration_batches ─▶ (images, labels), nrounds passes
                                       └─ test_batches ────────▶ (images, labels)
 
-images: (n, 3, s, s) float32, RGB in [0, 1] minus MEAN over STD, per channel;  labels: (n,) int64.
+images: (n, c, s, s) float32, in [0, 1] minus mean over std, per channel;  labels: (n,) int64.
 
 | kind     | images come from             | plain view                | augmented view            |
 |----------|------------------------------|---------------------------|---------------------------|
 | imagenet | train/<class>/, val/<class>/ | shorter side to s·256/224,| random resized crop, flip |
-| folder   |                              | centre crop               |                           |
+| folder   | (another default path)       | centre crop               |                           |
 | cifar10  | torchvision's files, or      | side to s                 | random shift, flip        |
 |          | train/ and val/ or test/     |                           |                           |
 | digits   | assets/digits.npz, 8×8       | side to s                 | random shift              |
 
-Resizing is bilinear with antialiasing; an image that has the right size already is not changed. A
-shift is zero padding before normalisation and a random crop back to s×s. The padding is s/8 pixels:
-the usual 4 for CIFAR's 32, and in proportion for other sizes.
+This holds for networks that do not say otherwise: the plain view is the network's `Preprocessing`.
+Resizing has antialiasing; an image that has the right size already is not changed. A shift is zero
+padding before normalisation and a random crop back to s×s. The padding is s/8 pixels: the usual 4
+for CIFAR's 32, and in proportion for other sizes.
 
 Everything random depends on the seed alone. The calibration subset is a seeded choice from the
 sorted list of files, in random order, so that every batch mixes classes. The augmentation of image
@@ -41,7 +42,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from obc.inputs.batches import ImageBatches, Passes, log_skipped, normalise
+from obc.inputs.batches import ImageBatches, Passes, log_skipped
 from obc.inputs.images import (
     BadImage,
     FileImages,
@@ -50,11 +51,14 @@ from obc.inputs.images import (
     log_deep_images,
     subfolders,
 )
+from obc.inputs.labels import read_labels
+from obc.inputs.preprocessing import MODES, Preprocessing
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
 
 DATASETS = ("imagenet", "cifar10", "digits", "folder")
 DEFAULT_SIZES = {"imagenet": 224, "folder": 224, "cifar10": 32, "digits": 16}  # pixels
+PHOTOGRAPHS = ("imagenet", "folder")  # of any shape; the others' images are small and square
 DEFAULT_CLASSES = {"cifar10": 10, "digits": 10}  # of the others, as many as folders
 DEFAULT_PATHS = {"imagenet": "../imagenet", "cifar10": "../cifar10"}
 DIGITS_FILE = Path(__file__).resolve().parent / "assets" / "digits.npz"
@@ -91,26 +95,34 @@ Images = FileImages | ArrayImages
 class View:
     """How an image becomes a network's input of s×s pixels."""
 
-    size: int  # s
-    crops: bool  # a crop of a photograph (imagenet, folder), not a whole small image, resized
+    preprocessing: Preprocessing
+    photographs: bool  # augmented by random crops, not by shifts
     flips: bool  # whether a mirrored image still belongs to its class
+
+    @property
+    def size(self) -> int:  # s
+        return self.preprocessing.size
 
     def plain(self, image: Image.Image) -> Image.Image:
         """The view for testing, and for calibration without augmentation."""
-        if self.crops:
-            functional = torchvision.transforms.functional  # bilinear by default
-            image = functional.resize(image, round(self.size * 256 / 224))
-            return functional.center_crop(image, self.size)
-        if image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        made = self.preprocessing
+        if made.crop == "center":
+            functional = torchvision.transforms.functional
+            mode = torchvision.transforms.InterpolationMode(made.interpolation)
+            image = functional.resize(image, made.resize, mode)
+            return functional.center_crop(image, made.size)
+        if image.size != (made.size, made.size):
+            resampling = Image.Resampling[made.interpolation.upper()]
+            image = image.resize((made.size, made.size), resampling)
         return image
 
     def augmented(self, image: Image.Image) -> Image.Image:
         """A random view; draws from PyTorch's global generator, as torchvision's transforms do."""
-        if self.crops:
+        if self.photographs:
             transforms, square = torchvision.transforms, [self.size, self.size]
             box = transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
-            image = transforms.functional.resized_crop(image, *box, square)
+            mode = transforms.InterpolationMode(self.preprocessing.interpolation)
+            image = transforms.functional.resized_crop(image, *box, square, mode)
         else:
             padding = self.size // 8
             left, upper = torch.randint(-padding, padding + 1, (2,)).tolist()
@@ -123,7 +135,7 @@ class View:
 
 @dataclass(frozen=True)
 class ImageSet(Dataset):
-    """The chosen images of a source: pairs (image (3, s, s) float32 in the plain view, label)."""
+    """The chosen images of a source: pairs (image (c, s, s) float32 in the plain view, label)."""
 
     source: Images
     view: View
@@ -132,23 +144,30 @@ class ImageSet(Dataset):
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.view.preprocessing
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         pixels, label = self.pixels(index)
-        return normalise(pixels[None])[0], label
+        return self.preprocessing.normalise(pixels[None])[0], label
 
     def pixels(
         self,
         index: int,
         seed: tuple[int, ...] | None = None,  # None: the plain view
-    ) -> tuple[np.ndarray, int]:  # (s, s, 3) uint8, label
+    ) -> tuple[np.ndarray, int]:  # (s, s, c) uint8, label
         """An image before normalisation: plain, or augmented in a way that `seed` alone decides."""
         image, label = self.source[self.chosen[index]]
+        image = image.convert(MODES[self.preprocessing.channels])
         if seed is None:
-            return np.array(self.view.plain(image)), label
-        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):  # leaves the global generator as it was
-            torch.default_generator.manual_seed(int(state[0]))
-            return np.array(self.view.augmented(image)), label
+            image = self.view.plain(image)
+        else:
+            state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+            with torch.random.fork_rng(devices=[]):  # leaves the global generator as it was
+                torch.default_generator.manual_seed(int(state[0]))
+                image = self.view.augmented(image)
+        return np.array(image).reshape(self.view.size, self.view.size, -1), label
 
 
 @dataclass(frozen=True)
@@ -157,14 +176,37 @@ class ImageData:
 
     name: str
     classes: list[str]  # in the order of their numbers
-    image_size: int
     calibration: ImageSet
     test: ImageSet
     workers: int  # decoding processes that pay off
     skip_bad_images: bool = False
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.test.preprocessing
+
+    @property
+    def image_size(self) -> int:
+        return self.preprocessing.size
+
+    def seen_through(self, preprocessing: Preprocessing) -> ImageData:
+        """The same images, made another way."""
+        calibration, test = (
+            replace(images, view=replace(images.view, preprocessing=preprocessing))
+            for images in (self.calibration, self.test)
+        )
+        return replace(self, calibration=calibration, test=test)
+
 
 # ---------------------------------------------------------------------------------- by name
+
+
+def default_preprocessing(dataset: str, size: int | None = None) -> Preprocessing:
+    """Of a network that does not say how its images are made; None: the dataset's size."""
+    size = DEFAULT_SIZES[dataset] if size is None else size
+    if dataset in PHOTOGRAPHS:
+        return Preprocessing(size, resize=round(size * 256 / 224))
+    return Preprocessing(size, resize=size, crop="squash")
 
 
 def load_data(
@@ -176,6 +218,7 @@ def load_data(
     seed: int = 0,
     skip_bad_images: bool = False,  # else they are a UserError
     class_file: str | os.PathLike[str] | None = None,  # names in the network's order of outputs
+    label_file: str | os.PathLike[str] | None = None,  # of test images that are in one folder
 ) -> ImageData:
     """The dataset `name`. Raises UserError for an unknown name, for missing or empty folders, for
     classes that are not in `class_file`, and for damaged image files (as far as
@@ -183,6 +226,8 @@ def load_data(
     """
     if name not in DATASETS:
         raise UserError(f"unknown dataset {name}; choose from {', '.join(DATASETS)}")
+    if label_file is not None and name not in PHOTOGRAPHS:
+        raise UserError(f"--labels is for the datasets imagenet and folder, not for {name}")
     if name == "digits":
         if datapath is not None:
             log.warning("--datapath %s is not used: digits is embedded", datapath)
@@ -192,7 +237,7 @@ def load_data(
         if name == "cifar10" and (batches := _cifar_batches(root)) is not None:
             train, test, classes = _cifar_arrays(batches)
         else:
-            train, test, classes = _folders(name, root)
+            train, test, classes = _folders(name, root, label_file is not None)
     if class_file is not None:
         names = read_classes(class_file, classes)
         numbers = [names.index(name) for name in classes]
@@ -208,10 +253,11 @@ def load_data(
             "pass --classes FILE",
             shown,
         )
-    size = DEFAULT_SIZES[name] if image_size is None else image_size
-    large = name in ("imagenet", "folder")
-    view = View(size, crops=large, flips=name != "digits")
-    workers = min(MAX_WORKERS, os.cpu_count() or 1) if large else 0
+    if label_file is not None:
+        test = replace(test, labels=read_labels(label_file, test.files, classes))
+    photographs = name in PHOTOGRAPHS
+    view = View(default_preprocessing(name, image_size), photographs, flips=name != "digits")
+    workers = min(MAX_WORKERS, os.cpu_count() or 1) if photographs else 0
     if nsamples > len(train):
         counts = (name, len(train), nsamples)
         log.warning("%s has %d training images: calibrating on all of them, not on %d", *counts)
@@ -221,7 +267,7 @@ def load_data(
     calibration, tested = (
         ImageSet(source, view, readable[which]) for which, (source, _) in chosen.items()
     )
-    return ImageData(name, classes, size, calibration, tested, workers, skip_bad_images)
+    return ImageData(name, classes, calibration, tested, workers, skip_bad_images)
 
 
 def _readable(
@@ -337,7 +383,11 @@ def _cifar_flaw(root: Path) -> str | None:
     return f"{path}: {'is damaged: its MD5 is another' if exists else 'is missing'}{more}"
 
 
-def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
+def _folders(
+    name: str,
+    root: Path,
+    flat: bool,  # val/ has no class folders: its labels, all 0 here, are in a file
+) -> tuple[FileImages, FileImages, list[str]]:
     """train/<class>/ and val/<class>/ (for cifar10 also test/<class>/) below `root`."""
     test_names = ("val", "test") if name == "cifar10" else ("val",)
     test_folder = next((root / x for x in test_names if (root / x).is_dir()), None)
@@ -347,6 +397,10 @@ def _folders(name: str, root: Path) -> tuple[FileImages, FileImages, list[str]]:
             f"{root}: needs train/<class>/ and {'/<class>/ or '.join(test_names)}/<class>/ "
             f"with images; {f'unpack {CIFAR_ARCHIVE}, or ' if packed else ''}pass --datapath DIR"
         )
+    if flat:
+        present = subfolders(root / "train")
+        train = list_images(root / "train", present, classes := sorted(present))
+        return train, list_images(root, {test_folder.name}, [test_folder.name]), classes
     listed = {folder: subfolders(folder) for folder in (root / "train", test_folder)}
     train_classes, test_classes = listed.values()
     classes = sorted(train_classes | test_classes)

@@ -182,6 +182,7 @@ def run(args: argparse.Namespace) -> None:
         invocation.arguments,
         fingerprint=marks,
         seconds=time.perf_counter() - started,
+        preprocessing=session.image_data.preprocessing.record(),
         cut={name: list(sizes) for name, sizes in cut.channels.items()},
         **figures,
     )

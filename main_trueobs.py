@@ -36,7 +36,6 @@ from modelutils import find_layers, other_weights
 from obc.inputs import files
 from obc.inputs.attention import layer_names, torch_names
 from obc.inputs.batches import Batches
-from obc.solver.distributed import World
 from obc.solver.errors import UserError, log
 from obc.solver.layers import view
 from obc.toolkit import cli, records
@@ -118,12 +117,7 @@ def build_parser() -> cli.Parser:
         action="store_true",
         help="measure the squared error of every layer again, on calibration and on fresh images",
     )
-    add(
-        "--shards",
-        metavar="N",
-        type=cli.positive_int,
-        help="sum Hessians as N processes of torchrun would (default: the number of processes)",
-    )
+    cli.add_shards_option(parser.group(cli.RUN))
     cli.add_resume_options(parser)
     return parser
 
@@ -183,19 +177,6 @@ def check_inputs_stay(args: argparse.Namespace, mode: Mode) -> None:
             files.check_keeps("--sparse-dir: level", folder / f"{tag}_{name}.pth", inputs)
 
 
-def check_shards(mode: Mode, args: argparse.Namespace, world: World) -> None:
-    """Fill in --shards; raise a UserError for what several processes cannot do."""
-    if args.shards and world.size not in (1, args.shards):
-        raise UserError(f"--shards {args.shards}: there are {world.size} processes")
-    args.shards = args.shards or world.size  # sums depend on it, by rounding
-    if not mode.sequential:
-        return
-    if args.shards > 1:
-        raise UserError("--sequential runs in one process: leave out torchrun and --shards")
-    if args.cache:
-        raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
-
-
 def output_files(
     save: str | None, sparse_dir: str | None, tag: str
 ) -> tuple[Path | None, Path | None]:
@@ -215,10 +196,12 @@ def run(args: argparse.Namespace) -> None:
 def compress_model(args: argparse.Namespace) -> None:
     """Compress a model, layer by layer; save it, and measure it if it is one."""
     mode = check_options(args)
+    if mode.sequential and args.cache:
+        raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
     started = time.perf_counter()
     session = Session.of(common_options(args))
     world = session.world
-    check_shards(mode, args, world)
+    args.shards = session.shard_count(args.shards)
     mode = select_layers(session.model, mode, vars(args), session.task.example)
     dense, compressed = session.model, start_model(session, args.load, mode)
     origin = origin_marks(dense)
@@ -264,6 +247,7 @@ def compress_model(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 **(evaluation.record() if evaluation else {"top1": None}),
+                **session.task.record(),
                 **dense_figures,
                 layers=layers,
             )

@@ -8,6 +8,7 @@ MODEL is one of
 
 * rn18 rn34 rn50 rn101 rn152, torchvision's ResNets, or any other torchvision classification model;
 * rn8 rn20 rn32 rn44 rn56 rn110, the CIFAR ResNets (`cifar_resnets.py`);
+* timm:NAME, a network of timm's (`timm_models.py`);
 * path/to/file.py:function, the user's own model: the function is called without arguments
   (`usercode.py`).
 
@@ -34,6 +35,7 @@ from obc.inputs.checkpoints import fitting_weights, load_checkpoint, load_state 
 from obc.inputs.cifar_resnets import CifarResNet
 from obc.inputs.failures import foreign_code
 from obc.inputs.tasks import Arguments, Inputs, Task, call, on_device, task_code
+from obc.inputs.timm_models import TIMM, timm_model, timm_preprocessing
 from obc.inputs.tracing import TracedModel, UntracedModel, resumable
 from obc.inputs.usercode import user_module
 from obc.inputs.vision import make_importable, torchvision
@@ -73,7 +75,7 @@ def get_model(
         model = _from_file(name)
         if weights not in (None, RANDOM):
             load_state(model, _dense_weights(weights, model, weights_key), weights)
-    elif name in CIFAR_BLOCKS or _torchvision_name(name) is not None:
+    elif name in CIFAR_BLOCKS or name.startswith(TIMM) or _torchvision_name(name) is not None:
         path = SHIPPED_WEIGHTS.get((name, dataset)) if weights is None else weights
         if path == RANDOM:
             model = _build(name, **({"num_classes": classes} if classes else {}))
@@ -104,6 +106,8 @@ def _build(name: str, auxiliary: bool = False, **options: int) -> nn.Module:
     """The model `name`, not trained; GoogLeNet and Inception with auxiliary classifiers or not."""
     if name in CIFAR_BLOCKS:
         return CifarResNet(CIFAR_BLOCKS[name], classes=options.get("num_classes", 10))
+    if name.startswith(TIMM):
+        return timm_model(name, classes=options.get("num_classes"))
     full = _torchvision_name(name)
     if full in AUXILIARY_CLASSIFIERS:  # as torchvision's pretrained ones are
         options |= {"transform_input": True, "init_weights": False, "aux_logits": auxiliary}
@@ -141,21 +145,52 @@ def check_classes(subject: str, trained: int, dataset: str, classes: int | None)
         )
 
 
-def _pretrained(name: str, dataset: str, classes: int | None) -> nn.Module:
-    """The model with torchvision's own weights: IMAGENET1K_V1, or else its default ones."""
+def _torchvision_weights(name: str) -> Any:
+    """torchvision's weights: IMAGENET1K_V1, or else its default ones; None if it has none."""
     full = _torchvision_name(name)
     known = full and torchvision.models.get_model_weights(full)
-    weights = getattr(known, "IMAGENET1K_V1", None) or getattr(known, "DEFAULT", None)
+    return getattr(known, "IMAGENET1K_V1", None) or getattr(known, "DEFAULT", None)
+
+
+def _pretrained(name: str, dataset: str, classes: int | None) -> nn.Module:
+    """The model with the weights that torchvision or timm has for it."""
+    if name.startswith(TIMM):
+        model = timm_model(name, pretrained=True)
+        check_classes(f"{name}: the weights to download have", model.num_classes, dataset, classes)
+        return model
+    weights = _torchvision_weights(name)
     if weights is None:
         raise UserError(f"{name} on {dataset} has no weights to download; pass --weights FILE")
     trained_classes = len(weights.meta["categories"])
     check_classes(f"{name}: the weights to download have", trained_classes, dataset, classes)
     try:
-        return torchvision.models.get_model(full, weights=weights)
+        return torchvision.models.get_model(_torchvision_name(name), weights=weights)
     except (OSError, RuntimeError) as error:  # no network, no such page, another file than expected
         raise UserError(
             f"{name}: its weights cannot be downloaded ({error}); pass --weights FILE"
         ) from None
+
+
+def own_preprocessing(name: str, photographs: bool, model: nn.Module) -> dict[str, Any]:
+    """What a model says about the images it takes (`preprocessing.py`); {} if it says nothing.
+
+    Sizes and crops of torchvision's and timm's weights are for photographs.
+    """
+    if ".py:" in name:
+        told = getattr(model, "preprocessing", None) or {}
+        if not isinstance(told, Mapping):
+            raise UserError(f"{name}: its attribute preprocessing must be a dict; got {told!r}")
+        return dict(told)
+    if name.startswith(TIMM):
+        told = timm_preprocessing(model)
+    elif (weights := _torchvision_weights(name)) is not None:
+        made = weights.transforms()
+        (size,), (resize,) = made.crop_size, made.resize_size
+        told = {"size": size, "resize": resize, "interpolation": made.interpolation.value}
+        told |= {"mean": tuple(made.mean), "std": tuple(made.std)}
+    else:
+        return {}
+    return told if photographs else {key: told[key] for key in ("mean", "std")}
 
 
 def _from_file(name: str) -> nn.Module:

@@ -73,6 +73,7 @@ DEPENDENT = {  # option: the option that it requires
     "resolve": "database",
     "remask": "resolve",
     "rel_damp": "resolve",
+    "shards": "resolve",
 }
 
 
@@ -103,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--remask", action="store_true", help="… with zeros chosen anew, as many as at the level")
     cli.add_damping_option(group)
+    cli.add_shards_option(group)
     add_correction_options(parser)
     return parser
 
@@ -197,6 +199,7 @@ def resolve(
     modes: Mapping[str, Mode],
     state: RunState,  # finished layers
     rel_damp: float,
+    shards: int,
 ) -> None:
     """Solve all layers of a stitched model anew, in order of execution."""
     augment, rounds = not session.options.noaug, session.options.nrounds
@@ -210,6 +213,7 @@ def resolve(
         RunState(),
         rel_damp=rel_damp,
         memory_gb=session.options.memory,
+        shards=shards,
         repeats=1 if augment else rounds,
         world=session.world,
         modes=modes,
@@ -273,7 +277,9 @@ def corrections(
         return session.task if uses_loss else None
 
     steps = {  # in the order of the module docstring
-        "resolve": lambda: resolve(session, model, modes, state.part("resolve"), args.rel_damp),
+        "resolve": lambda: resolve(
+            session, model, modes, state.part("resolve"), args.rel_damp, args.shards
+        ),
         "gap": lambda: global_adaprune(*models, task("gap", args.gap_epochs), args.gap_lr),
         "bnt": lambda: batchnorm_tune(
             model, session.calibration(not args.noaug, args.nrounds), device, args.bnt_batches
@@ -305,6 +311,8 @@ def run(args: argparse.Namespace) -> None:
     args.nrounds = default_rounds(args)
     started = time.perf_counter()
     session = Session.of(common_options(args))
+    if args.resolve:
+        args.shards = session.shard_count(args.shards)
     left_dense = skipped(list(find_layers(session.model)), args.skip or ())
     if args.skip_firstlast:
         ends = first_and_last(session.model, session.task.one_batch(1))
@@ -338,6 +346,7 @@ def run(args: argparse.Namespace) -> None:
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
                 **evaluation.record(),
+                **session.task.record(),
                 **dense_figures,
                 corrections=[vars(report) for report in reports],
                 layers=[entry.figures["report"] for entry in entries if entry],

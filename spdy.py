@@ -221,6 +221,7 @@ def choose(
         kept = open_state(state_folder(path), marks, invocation.restart, evaluator.world)
     with kept:
         if evaluator is not None:
+            figures |= evaluator.session.dense_figures(evaluator.batches)
             dp_picks = picks_key(choice.levels)
             state = run_search(problem, evaluator, kept, seed)
             choice = problem.solve(state.coefficients)
@@ -240,7 +241,8 @@ def choose(
             dp_loss = math.nan if figures["dp_loss"] is None else figures["dp_loss"]
             cli.print_result(f"calibration loss {figures['loss']:.6f} (--dp: {dp_loss:.6f})")
         profile = problem.profile(picks)
-        table = zip(profile.items(), problem.costs, problem.errors, picks, strict=True)
+        costs = problem.layer_costs(picks)
+        table = zip(profile.items(), costs, problem.errors, picks, strict=True)
         write_run(
             path.with_suffix(".json"),
             invocation.command,
@@ -249,7 +251,7 @@ def choose(
             fingerprint=marks,
             seconds=time.perf_counter() - started,
             layers=[
-                {"name": layer, "level": level, "cost": cost[pick], "error": error[pick]}
+                {"name": layer, "level": level, "cost": cost, "error": error[pick]}
                 for (layer, level), cost, error, pick in table
             ],
         )
@@ -274,14 +276,17 @@ def run(args: argparse.Namespace) -> None:
             f"{scores_path}: no such file; make it with python database.py {args.model} "
             f"{args.dataset} {args.database} {args.errors}"
         )
+    if args.timings and Path(args.timings).exists():
+        origins.check_marks(profiles.read_scores(args.timings), db, "; measure them again")
     costs = layer_costs(db, session.model, session.task.example, args.constr, args.timings)
     scores = profiles.read_scores(scores_path)
     origins.check_scores(scores, db)
     problem = profile_problem(db.levels, costs, scores, scores_path, args.target, args.dpbuckets)
     correction = "statcorr" if args.statcorr else "none" if args.nobatchnorm else "averages"
     if args.score:
-        session.dense_figures()
-        score(args.score, problem, Evaluator(session, db, correction))
+        evaluator = Evaluator(session, db, correction)
+        session.dense_figures(evaluator.batches)
+        score(args.score, problem, evaluator)
     else:
         problem.solve()  # reports a target that cannot be reached before any image is read
         tables = {"scores": problem.errors, "costs": problem.costs}
@@ -294,7 +299,7 @@ def run(args: argparse.Namespace) -> None:
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks, invocation.defaults)
-        figures = {} if args.dp else session.dense_figures()
+        figures = session.task.record()
         evaluator = None if args.dp else Evaluator(session, db, correction)
         choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)
     session.world.leave()

@@ -180,40 +180,20 @@ def comma_separated(results: list[dict[str, Any]]) -> list[str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="bench_bounds.py", description=__doc__.splitlines()[0])
     add, positive = parser.add_argument, cli.positive_int
-    add(
-        "--data",
-        metavar="DIR",
-        type=Path,
-        default=Path("../shared/data"),
-        help="where the networks' weights are",
-    )
+    text = "where the networks' weights are"
+    add("--data", metavar="DIR", type=Path, default=Path("../shared/data"), help=text)
     add("--images", metavar="DIR", required=True, help="CIFAR-10: train/ and val/")
     add("--networks", choices=list(NETWORKS), nargs="+", default=list(NETWORKS), help="which")
     add("--bits", metavar="B", type=positive, nargs="+", default=[8, 4, 3, 2], help="bit widths")
     add("--channels", metavar="N", type=positive, default=2, help="output channels of each layer")
     add("--chunks", metavar="N", type=positive, default=3, help="chunks of each channel")
-    add(
-        "--time-limit",
-        metavar="S",
-        type=cli.positive_float,
-        default=10.0,
-        help="seconds on one core for a search",
-    )
-    add(
-        "--relax-every",
-        metavar="N",
-        type=positive,
-        default=1,
-        help="solve the relaxation of every N-th subproblem",
-    )
+    text = "seconds on one core for a search"
+    add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
+    text = "solve the relaxation of every N-th subproblem"
+    add("--relax-every", metavar="N", type=positive, default=1, help=text)
     add("--nsamples", metavar="N", type=positive, default=64, help="images")
-    add(
-        "--seed",
-        metavar="N",
-        type=cli.nonnegative_int,
-        default=0,
-        help="seed of the choice of images",
-    )
+    text = "seed of the choice of images"
+    add("--seed", metavar="N", type=cli.nonnegative_int, default=0, help=text)
     add("--out", metavar="FILE", help="record of every subproblem, machine and versions, as JSON")
     return parser
 
@@ -233,13 +213,8 @@ def run(args: argparse.Namespace) -> None:
                     results.append({"network": network, "layer": name, **record})
     cli.print_result(bounds_table(results))
     if args.out:
-        record = {
-            "command": "benchmarks/bench_bounds.py",
-            "arguments": vars(args),
-            "environment": records.environment(),
-            "results": comma_separated(results),
-        }
-        records.write_record(args.out, record)
+        content = comma_separated(results)
+        records.write_run(args.out, "benchmarks/bench_bounds.py", vars(args), results=content)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -140,15 +140,8 @@ def run(args: argparse.Namespace) -> None:
         f"| {world.size} | {len(layers)} | {divided} | {seconds} | {100 * median(spreads):.1f} % |"
     )
     if args.out:
-        record = {
-            "command": "benchmarks/bench_distributed.py",
-            "arguments": vars(args),
-            "environment": records.environment(),
-            "seconds": times,
-            "spread": spreads,
-            "owners": plan.owners,
-        }
-        records.write_record(args.out, record)
+        figures = {"seconds": times, "spread": spreads, "owners": plan.owners}
+        records.write_run(args.out, "benchmarks/bench_distributed.py", vars(args), **figures)
     world.leave()
 
 

@@ -264,19 +264,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--images", metavar="N", type=positive, default=128, help="number of images")
     add("--batchsize", metavar="N", type=positive, default=128, help="images per batch")
-    add(
-        "--image-size",
-        metavar="N",
-        type=positive,
-        help="pixels (default: the dataset's; 64 without one)",
-    )
-    add(
-        "--plain-share",
-        metavar="F",
-        type=cli.positive_float,
-        default=0.05,
-        help="share of all pairs of layer and level that the plain way is timed on",
-    )
+    text = "pixels (default: the dataset's; 64 without one)"
+    add("--image-size", metavar="N", type=positive, help=text)
+    text = "share of all pairs of layer and level that the plain way is timed on"
+    add("--plain-share", metavar="F", type=cli.positive_float, default=0.05, help=text)
     return parser
 
 

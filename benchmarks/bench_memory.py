@@ -15,7 +15,7 @@ import argparse
 import multiprocessing
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,9 +24,10 @@ from torch import nn
 if not __package__:  # run by its path, not with -m
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import timing
 from obc.solver.memory import layer_needs
 from obc.solver.threads import give_back_freed_memory
-from obc.toolkit import cli, records
+from obc.toolkit import cli
 from obc.toolkit.leveldb import LevelFile
 from trueobs import TrueOBS
 
@@ -104,14 +105,7 @@ def run(args: argparse.Namespace) -> None:
             f"| {it.rows} | {it.columns} | {it.budget:.0f} | {it.peak:.0f} "
             f"| {it.peak / it.budget:.2f} |"
         )
-    if args.out:
-        record = {
-            "command": "benchmarks/bench_memory.py",
-            "arguments": vars(args),
-            "environment": records.environment(),
-            "results": [asdict(result) for result in results],
-        }
-        records.write_record(args.out, record)
+    timing.finish(args, "bench_memory.py", results)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -262,23 +262,11 @@ def limit_row(result: LimitFigures) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = timing.build_parser("bench_modes.py", __doc__.splitlines()[0])
     add, positive = parser.add_argument, cli.positive_int
-    add(
-        "--columns",
-        metavar="D",
-        type=positive,
-        nargs="*",
-        default=[576, 1152, 2304],
-        help="columns of the layers; none: skip the modes",
-    )
+    text = "columns of the layers; none: skip the modes"
+    add("--columns", metavar="D", type=positive, nargs="*", default=[576, 1152, 2304], help=text)
     add("--rows", metavar="R", type=positive, default=16, help="rows in a batch")
-    add(
-        "--limit-columns",
-        metavar="D",
-        type=positive,
-        nargs="*",
-        default=[4608],
-        help="columns of the comparison with a Cholesky factorisation; none: skip it",
-    )
+    text = "columns of the comparison with a Cholesky factorisation; none: skip it"
+    add("--limit-columns", metavar="D", type=positive, nargs="*", default=[4608], help=text)
     add("--limit-rows", metavar="R", type=positive, default=16, help="rows in a batch there")
     add("--check-steps", metavar="N", type=positive, default=64, help="steps the textbook follows")
     add("--check-rows", metavar="N", type=positive, default=2, help="rows it checks")

@@ -348,26 +348,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="rn18, rn50, another of torchvision's, or rn8 … rn110")
     add("mode", metavar="MODE", choices=["unstr", "quant"], help="unstr or quant")
-    add(
-        "--rows-fraction",
-        metavar="F",
-        type=cli.positive_float,
-        default=1.0,
-        help="share of each layer's rows that is timed; the rest is extrapolated",
-    )
-    add(
-        "--memory",
-        metavar="GB",
-        type=cli.positive_float,
-        help="as for main_trueobs.py (default: from what is free)",
-    )
+    text = "share of each layer's rows that is timed; the rest is extrapolated"
+    add("--rows-fraction", metavar="F", type=cli.positive_float, default=1.0, help=text)
+    text = "as for main_trueobs.py (default: from what is free)"
+    add("--memory", metavar="GB", type=cli.positive_float, help=text)
     add("--scratch", metavar="DIR", help="where the temporary database goes (default: /tmp)")
-    add(
-        "--peak-tflops",
-        metavar="F",
-        type=cli.positive_float,
-        help="fp32 peak of the GPU (default: from its clock)",
-    )
+    text = "fp32 peak of the GPU (default: from its clock)"
+    add("--peak-tflops", metavar="F", type=cli.positive_float, help=text)
     add("--textbook", action="store_true", help="run bench_trueobs.py at d = 2304 as well")
     return parser
 

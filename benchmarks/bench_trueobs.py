@@ -232,30 +232,14 @@ def engine_row(result: EngineFigures) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = timing.build_parser("bench_trueobs.py", __doc__.splitlines()[0])
     add, positive = parser.add_argument, cli.positive_int
-    add(
-        "--columns",
-        metavar="D",
-        type=positive,
-        nargs="+",
-        default=[576, 1152, 2304],
-        help="columns of the layers",
-    )
+    text = "columns of the layers"
+    add("--columns", metavar="D", type=positive, nargs="+", default=[576, 1152, 2304], help=text)
     add("--rows", metavar="R", type=positive, default=32, help="rows in a batch, for both")
-    add(
-        "--points",
-        metavar="N",
-        type=positive,
-        default=4,
-        help="places in the trace where the textbook loop is timed",
-    )
+    text = "places in the trace where the textbook loop is timed"
+    add("--points", metavar="N", type=positive, default=4, help=text)
     add("--burst", metavar="N", type=positive, default=8, help="steps timed at each place")
-    add(
-        "--check-steps",
-        metavar="N",
-        type=positive,
-        default=256,
-        help=f"steps compared with float64, above {WHOLE_ROW} columns",
-    )
+    text = f"steps compared with float64, above {WHOLE_ROW} columns"
+    add("--check-steps", metavar="N", type=positive, default=256, help=text)
     return parser
 
 

@@ -38,13 +38,8 @@ def build_parser(prog: str, description: str, repeats: int = 5) -> argparse.Argu
     """A parser with the options that every benchmark has."""
     parser = cli.Parser(prog=prog, description=description)
     add = parser.add_argument
-    add(
-        "--repeats",
-        metavar="N",
-        type=cli.positive_int,
-        default=repeats,
-        help="timed runs after a warm-up",
-    )
+    text = "timed runs after a warm-up"
+    add("--repeats", metavar="N", type=cli.positive_int, default=repeats, help=text)
     add(
         "--seed", metavar="N", type=cli.nonnegative_int, default=0, help="seed of everything random"
     )
@@ -68,13 +63,8 @@ def finish(
 ) -> None:
     """Write the record; then raise UserError if an answer was wrong."""
     if args.out:
-        record = {
-            "command": f"benchmarks/{script}",
-            "arguments": vars(args),
-            "environment": records.environment(),
-            "results": [asdict(result) for result in results],
-        }
-        records.write_record(args.out, record)
+        content = [asdict(result) for result in results]
+        records.write_run(args.out, f"benchmarks/{script}", vars(args), results=content)
     if faults:
         raise errors.UserError(f"wrong answers, so these times are worthless: {'; '.join(faults)}")
 

@@ -7,12 +7,10 @@ weight W, and with Q'(x) in place of its input x, as far as the options ask for 
     Q'  `input_step`      the same, of the layer's input      ├ buffers and modules of the layer, so
     M   `pruning_mask`    (magnitude_pruning.py)              ┘ that a state dict is complete
 
-The optimiser updates W, which remains the layer's own parameter; the network is run with the values
-of Q(M ⊙ W) in its place (`torch.func.functional_call`), and gradients pass through.
-
-`deployed` makes the plain model: weights on their grids and zeros in place, with the grids stored
-as quant.py stores them. It is the one that is evaluated and saved, so that training and deployment
-cannot differ unnoticed.
+The optimiser updates W, the layer's own parameter; the network is run with Q(M ⊙ W) in its place
+(`torch.func.functional_call`). `deployed` makes the plain model: weights on their grids and zeros
+in place, with the grids stored as quant.py stores them. It is the one that is evaluated and saved,
+so that training and deployment cannot differ unnoticed.
 
 `folded` moves its batch norms into the layers before them, as on a device. With running mean m,
 variance v, weight γ and bias β,
@@ -21,13 +19,11 @@ variance v, weight γ and bias β,
 
 so the layer's weights become g w. Folding happens after training, to weights that are already on a
 grid, w = Δ q with whole numbers q from −z to 2^b − 1 − z. Codes are kept and steps take up the
-factors: Δ' = |g| Δ, per output channel even where the layer has a single Δ. That costs a device
-nothing: the factor that brings a channel's sum of integer products to the next layer's scale is
-needed anyway, as is the bias. Where g < 0, codes are reversed: code' = 2^b − 1 − code and
-z' = 2^b − 1 − z, so that g w = Δ' (code' − z') exactly. Where g = 0, the channel is its bias; its
-weights are 0 and its step is 1. (Folding before quantising would instead choose one Δ for the
-weights g w, whose channels differ far more in size than those of w. With a step per channel both
-are the same.)
+factors: Δ' = |g| Δ, per output channel even where the layer has a single Δ, which costs a device
+nothing: it rescales each channel's sum anyway. Where g < 0, codes are reversed:
+code' = 2^b − 1 − code and z' = 2^b − 1 − z, so that g w = Δ' (code' − z') exactly. Where g = 0, the
+channel is its bias; its weights are 0 and its step is 1. (Folding before quantising would choose
+one Δ for the weights g w, whose channels differ far more in size than those of w.)
 
 A folded model has the same layers and loads like any other checkpoint: the layer has the folded
 weight and grid, and of the batch norm only the bias remains, with m = 0, v = 1 − ε, γ = 1. Its
@@ -82,12 +78,13 @@ def quantise_inputs(model: nn.Module, grids: Mapping[str, quant.Grid]) -> None:
     for name, layer in find_layers(model).items():
         if name in grids:
             layer.add_module(INPUT_STEP, LearnedStep(grids[name]))
-            layer.register_forward_pre_hook(_round_by_learned_step)
+            layer.register_forward_pre_hook(round_input)
         else:
             log.info("%s: input not quantised: no image reached it", name)
 
 
-def _round_by_learned_step(layer: nn.Module, args: tuple) -> tuple:
+def round_input(layer: nn.Module, args: tuple) -> tuple:
+    """A forward pre-hook: the input rounded by the learned step."""
     return (getattr(layer, INPUT_STEP).quantise_input(args[0]), *args[1:])
 
 
@@ -123,13 +120,10 @@ def deployed(model: nn.Module, dense: nn.Module) -> nn.Module:
     plain.load_state_dict(state | effective_weights(model))
     layers = find_layers(model)
     for name, layer in find_layers(plain).items():
-        weight_step, input_step = (
-            getattr(layers[name], kind, None) for kind in (WEIGHT_STEP, INPUT_STEP)
-        )
-        if weight_step is not None:
-            quant.set_weight_grid(layer, weight_step.grid(len(layer.weight)))
-        if input_step is not None:
-            quant.set_activation_grid(layer, input_step.grid())
+        if (step := getattr(layers[name], WEIGHT_STEP, None)) is not None:
+            quant.set_weight_grid(layer, step.grid(len(layer.weight)))
+        if (step := getattr(layers[name], INPUT_STEP, None)) is not None:
+            quant.set_activation_grid(layer, step.grid())
     return plain
 
 
@@ -211,10 +205,12 @@ def fold(layer: nn.Module, norm: nn.Module) -> None:
     if grid is not None:
         shape = (-1, *[1] * (weight.ndim - 1))
         codes = torch.round(layer.weight / grid.scale.view(shape))
-        factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # g
-        grid = scaled_grid(grid, factor[:, None])
-        weight = codes * (factor.sign()[:, None] * grid.scale).view(shape)
-        quant.set_weight_grid(layer, grid)
+        factor = (norm.weight / torch.sqrt(norm.running_var + norm.eps))[:, None]  # g
+        scale = factor.abs() * grid.scale
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = torch.where(factor < 0, grid.maxq.to(grid.zero.dtype) - grid.zero, grid.zero)
+        weight = codes * (factor.sign() * scale).view(shape)
+        quant.set_weight_grid(layer, quant.Grid(scale, zero, grid.maxq.clone()))
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.zero_()
@@ -222,14 +218,3 @@ def fold(layer: nn.Module, norm: nn.Module) -> None:
     norm.bias.copy_(bias)
     norm.running_mean.zero_()
     norm.running_var.fill_(1 - norm.eps)
-
-
-def scaled_grid(
-    grid: quant.Grid,  # scale and zero (rows, 1)
-    factor: Tensor,  # (rows, 1), of any sign
-) -> quant.Grid:
-    """The grid of factor · w for weights w on a grid, as in the module docstring."""
-    scale = factor.abs() * grid.scale
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = torch.where(factor < 0, grid.maxq.to(grid.zero.dtype) - grid.zero, grid.zero)
-    return quant.Grid(scale, zero, grid.maxq.clone())

@@ -29,10 +29,9 @@ kurtosis, E[x⁴]/E[x²]² − 3, which is 0 for a Gaussian.
 Without truncation a Student-t has no variance for ν ≤ 2 and no kurtosis for ν ≤ 4. Here ν sets how
 heavy the tails are, and r cuts off a fraction `tail` of the untruncated density, both sides
 together. TAIL_SHARE = 0.65 % is a fit, not a derivation: it puts the points where pruning starts to
-win, with 2^b levels, at an excess kurtosis of 6.1, 11.1 and 17.9 for 2, 3 and 4 bits, where the
-paper has them "near 6, 11, 18"; from 0.5 % to 0.8 % all three are within 1 of that. Other readings
-miss it: ν = 2 with r varied gives 5.9, 13.0, 25.4, a cut at 10 standard deviations 9.8, 14.7, 20.7,
-no truncation an infinite kurtosis at 3 and 4 bits.
+win at an excess kurtosis of 6.1, 11.1 and 17.9 for 2, 3 and 4 bits, where the paper has them "near
+6, 11, 18"; from 0.5 % to 0.8 % all three are within 1 of that. Other readings miss it: ν = 2 with r
+varied gives 5.9, 13.0, 25.4, a cut at 10 standard deviations 9.8, 14.7, 20.7.
 
 **Tensors.** Weights rounded to FP16 are a histogram: there are 63,487 different finite numbers. One
 pass over the weights, on their device, counts them; everything else is computed from the counts,
@@ -227,9 +226,8 @@ class Histogram:
     def __init__(self, values: Reals, counts: Integers) -> None:
         self.values, self.counts = values, counts  # (m,) ascending and distinct; (m,)
         self.size = int(counts.sum())
-        self._sums = [
-            np.concatenate([[0.0], np.cumsum(counts * values**order)]) for order in (0, 1, 2)
-        ]
+        sums = (np.cumsum(counts * values**order) for order in (0, 1, 2))
+        self._sums = [np.concatenate([[0.0], each]) for each in sums]
 
     @classmethod
     def of(
@@ -352,8 +350,7 @@ def quantisation_error(
     """The expected squared error of rounding to the nearest of step·codes."""
     inner = step * np.append(codes - 0.5, codes[-1] + 0.5)
 
-    def errors(levels: Reals, ends: Reals) -> float:
-        """Σ ∫ (x − level)² p(x) dx between neighbouring ends."""
+    def errors(levels: Reals, ends: Reals) -> float:  # Σ ∫ (x − level)² p(x) dx between ends
         mass, mean, power = (np.diff(distribution.primitive(order, ends)) for order in (0, 1, 2))
         return float((power - 2 * levels * mean + levels**2 * mass).sum())
 

@@ -48,9 +48,8 @@ def density_figures(density: Density, bits: list[int], balanced: bool) -> dict[s
     figures: dict[str, Any] = {"kurtosis": density.kurtosis, "bits": {}}
     power = density.moment(2)
     for width in bits:
-        grid = expected_error.best_quantisation(
-            density, expected_error.integer_codes(width, balanced)
-        )
+        codes = expected_error.integer_codes(width, balanced)
+        grid = expected_error.best_quantisation(density, codes)
         figures["bits"][str(width)] = {
             "quant_sqnr": expected_error.sqnr_db(power, grid.error),
             "pruning_sqnr": expected_error.pruning_sqnr_db(density, width),
@@ -70,9 +69,8 @@ def kurtosis_figures(bits: list[int], balanced: bool, tail: float) -> dict[str, 
         figures[str(width)] = {"kurtosis": kurtoses, "advantage_db": gains, "crossing": None}
         lost = next((i for i, gain in enumerate(gains) if gain <= 0), 0)
         if lost > 0:
-            even = expected_error.break_even(
-                width, *CURVE_DEGREES[lost - 1 : lost + 1], tail, balanced
-            )
+            around = CURVE_DEGREES[lost - 1 : lost + 1]
+            even = expected_error.break_even(width, *around, tail, balanced)
             figures[str(width)] |= {"crossing": even.kurtosis, "crossing_degrees": even.degrees}
     return figures
 
@@ -88,9 +86,8 @@ def largest_disagreement_db(
         power = float(np.square(values).sum())
         for width, expected in figures["densities"][name]["bits"].items():
             step = expected["step"] * math.sqrt(density.moment(2))
-            quantised = expected_error.round_to_grid(
-                values, step, expected_error.integer_codes(int(width), balanced)
-            )
+            codes = expected_error.integer_codes(int(width), balanced)
+            quantised = expected_error.round_to_grid(values, step, codes)
             pruned = round(len(values) * expected_error.sparsity_of(int(width)))
             smallest = np.partition(abs(values), pruned)[:pruned]
             for errors, method in ((values - quantised, "quant_sqnr"), (smallest, "pruning_sqnr")):
@@ -117,16 +114,13 @@ def sqnr_table(figures: dict[str, Any], bits: list[int]) -> study_files.TextTabl
 def draw_sqnr(figures: dict[str, Any], bits: list[int]) -> Any:
     """SQNR against bits, a panel per density."""
     panels = figures["densities"]
-    figure, axes = plots.new_figure(
-        1, len(panels), width=2.1 * len(panels), height=3.0, sharey=True, squeeze=False
-    )
+    size = {"width": 2.1 * len(panels), "height": 3.0}
+    figure, axes = plots.new_figure(1, len(panels), **size, sharey=True, squeeze=False)
     for each, (name, density) in zip(axes[0], panels.items(), strict=True):
-        for label, key, colour, marker in (
-            ("quantisation", "quant_sqnr", plots.QUANTISATION_COLOUR, "o"),
-            ("pruning", "pruning_sqnr", plots.PRUNING_COLOUR, "s"),
-        ):
-            values = [density["bits"][str(width)][key] for width in bits]
-            each.plot(bits, values, color=colour, marker=marker, markersize=4, label=label)
+        for key, look in (("quant_sqnr", plots.QUANTISATION), ("pruning_sqnr", plots.PRUNING)):
+            each.plot(
+                bits, [density["bits"][str(width)][key] for width in bits], markersize=4, **look
+            )
         each.set_title(f"{name}\nexcess kurtosis {kurtosis_text(density, 1)}", fontsize=10)
         each.set_xticks(sorted(bits))
         each.set_xlabel("bits a weight")
@@ -141,12 +135,13 @@ def draw_kurtosis(figures: dict[str, Any], bits: list[int]) -> Any:
     axes.axhline(0, color=plots.NEUTRAL_COLOUR, linewidth=0.8)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for width in sorted(bits):
-        line, colour = figures["kurtosis"][str(width)], plots.bit_colour(width)
-        axes.plot(line["kurtosis"], line["advantage_db"], color=colour, label=f"{width} bits")
+        line, look = figures["kurtosis"][str(width)], plots.bit_look(width)
+        label = f"{width} bits"
+        axes.plot(line["kurtosis"], line["advantage_db"], color=look["color"], label=label)
         if (crossing := line["crossing"]) is not None:
-            axes.plot(crossing, 0, plots.bit_marker(width), color=colour)
-            label, place = f"{crossing:.1f}", {"xytext": (3, 6), "textcoords": "offset points"}
-            axes.annotate(label, (crossing, 0), **place, fontsize=9, bbox=box)
+            axes.plot(crossing, 0, **look)
+            place = {"xytext": (3, 6), "textcoords": "offset points"}
+            axes.annotate(f"{crossing:.1f}", (crossing, 0), **place, fontsize=9, bbox=box)
     axes.set_xscale("log")
     axes.set_xlim(0.3)
     axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
@@ -167,8 +162,7 @@ def run(args: argparse.Namespace) -> None:
     figures = study_files.finished(path, settings, args.restart)
     if figures is None:
         densities = {
-            name: density_figures(density, bits, balanced)
-            for name, density in compared_densities(tail).items()
+            name: density_figures(x, bits, balanced) for name, x in compared_densities(tail).items()
         }
         figures = {"densities": densities, "kurtosis": kurtosis_figures(bits, balanced, tail)}
         if args.samples:
@@ -179,10 +173,8 @@ def run(args: argparse.Namespace) -> None:
     for width in sorted(bits):
         line = figures["kurtosis"][str(width)]
         if line["crossing"] is not None:
-            cli.print_result(
-                f"{width} bits: pruning wins from an excess kurtosis of "
-                f"{line['crossing']:.2f} (ν = {line['crossing_degrees']:.2f})"
-            )
+            text = f"{width} bits: pruning wins from an excess kurtosis of {line['crossing']:.2f}"
+            cli.print_result(f"{text} (ν = {line['crossing_degrees']:.2f})")
     if "largest_disagreement_db" in figures:
         largest = figures["largest_disagreement_db"]
         cli.print_result(f"largest disagreement with {args.samples} samples: {largest:.4f} dB")

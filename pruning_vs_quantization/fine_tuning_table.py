@@ -16,21 +16,25 @@ of this, or of the conditions that both sides have to share, is missing.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import statistics
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from obc.solver.errors import UserError, log
+from obc.toolkit import cli
+from obc.toolkit.leveldb import model_tag
 from obc.toolkit.profiles import Table, read_lines
+from obc.toolkit.records import write_record
 from pruning_vs_quantization import plots
 from pruning_vs_quantization.expected_error import DENSE_BITS, sparsity_percent
-from pruning_vs_quantization.plots import PRUNING_COLOUR, QUANTISATION_COLOUR
 from pruning_vs_quantization.study_files import TextTable, read_result
+from pruning_vs_quantization.training_options import network_name
 
 QUANTISED, PRUNED, OBQ, EXACT_METHOD = "quantised", "pruned", "OBQ", "ExactOBS"
 CLASSES_OF = {"imagenet": 1000, "cifar10": 10, "digits": 10}
@@ -43,11 +47,11 @@ TABLE_COLUMNS = {  # method: heading
     OBQ: "OBQ, BN tuning",
     EXACT_METHOD: "ExactOBS, BN tuning",
 }
-METHOD_STYLES = {  # method: colour, line, marker
-    QUANTISED: (QUANTISATION_COLOUR, "-", "o"),
-    PRUNED: (PRUNING_COLOUR, "-", "s"),
-    OBQ: (QUANTISATION_COLOUR, ":", "o"),
-    EXACT_METHOD: (PRUNING_COLOUR, ":", "s"),
+METHOD_LOOKS = {
+    QUANTISED: plots.QUANTISATION | {"linestyle": "-"},
+    PRUNED: plots.PRUNING | {"linestyle": "-"},
+    OBQ: plots.QUANTISATION | {"linestyle": ":"},
+    EXACT_METHOD: plots.PRUNING | {"linestyle": ":"},
 }
 
 
@@ -79,10 +83,8 @@ def trained_results(folder: Path, architecture: str, dataset: str) -> list[Resul
         else:
             results.append(result)
     if not results:
-        raise UserError(
-            f"{folder}: contains no trained {architecture} on {dataset}; run "
-            "train-compressed first, or name another --out"
-        )
+        text = f"{folder}: contains no trained {architecture} on {dataset}; run train-compressed"
+        raise UserError(f"{text} first, or name another --out")
     return results
 
 
@@ -157,14 +159,11 @@ def untrained_results(path: Path) -> list[Result]:
         try:
             results.append(Result(words[0], float(words[1]), float(words[-1])))
         except (ValueError, IndexError):
-            raise UserError(
-                f"{path}, line {number}: expected method, bits, reached, top-1; "
-                "did an earlier command fail?"
-            ) from None
+            text = "expected method, bits, reached, top-1; did an earlier command fail?"
+            raise UserError(f"{path}, line {number}: {text}") from None
         if words[0] not in (OBQ, EXACT_METHOD):
-            raise UserError(
-                f"{path}, line {number}: {words[0]} is neither {OBQ} nor {EXACT_METHOD}"
-            )
+            text = f"{words[0]} is neither {OBQ} nor {EXACT_METHOD}"
+            raise UserError(f"{path}, line {number}: {text}")
     return results
 
 
@@ -178,33 +177,28 @@ def accuracy_table(results: list[Result]) -> TextTable:
     rows = []
     if dense := dense_accuracies(results):
         methods = {one.method for one in results}
-        cells = [_accuracy(dense) if method in methods else "–" for method in TABLE_COLUMNS]
+        cells = [accuracy_text(dense if method in methods else []) for method in TABLE_COLUMNS]
         rows.append(["dense", "0 %", *cells, "–", "–"])
     for bits in sorted({result.bits for result in results}, reverse=True):
         row = [result for result in results if result.bits == bits]
         cells = [
-            _accuracy([one.top1 for one in row if one.method == method]) for method in TABLE_COLUMNS
+            accuracy_text([x.top1 for x in row if x.method == method]) for method in TABLE_COLUMNS
         ]
         seeds = sorted({one.seed for one in row if one.seed is not None})
-        minutes = [one.seconds / 60 for one in row if one.seconds is not None]
-        cells += [" ".join(map(str, seeds)) or "–", _range(minutes)]
+        minutes = sorted(one.seconds / 60 for one in row if one.seconds is not None)
+        ends = dict.fromkeys(f"{minutes[i]:.1f}" for i in (0, -1) if minutes)
+        cells += [" ".join(map(str, seeds)) or "–", " … ".join(ends) or "–"]
         rows.append([f"{bits:g}", sparsity_percent(bits), *cells])
     head = ["bits", "sparsity", *TABLE_COLUMNS.values(), "seeds", "minutes per run"]
     return TextTable(head, rows)
 
 
-def _accuracy(values: list[float]) -> str:
+def accuracy_text(values: list[float]) -> str:
+    """The mean, and the range of several; a dash for none."""
     if not values:
         return "–"
     text = f"{sum(values) / len(values):.2f}"
     return text if len(values) == 1 else f"{text} ({min(values):.2f} … {max(values):.2f})"
-
-
-def _range(values: list[float]) -> str:
-    if not values:
-        return "–"
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
-    return low if low == high else f"{low} … {high}"
 
 
 def draw_accuracies(results: list[Result], title: str) -> Any:
@@ -213,15 +207,14 @@ def draw_accuracies(results: list[Result], title: str) -> Any:
     for top1 in dense_accuracies(results):
         look = {"color": plots.NEUTRAL_COLOUR, "linestyle": "--", "linewidth": 1}
         axes.axhline(top1, **look, label=f"dense: {top1:.2f}")
-    for method, (colour, line, marker) in METHOD_STYLES.items():
+    for method, look in METHOD_LOOKS.items():
         points: dict[float, list[float]] = {}
         for one in sorted(results, key=lambda result: result.bits):
             if one.method == method:
                 points.setdefault(one.bits, []).append(one.top1)
         if points:
             means = [statistics.fmean(values) for values in points.values()]
-            look = {"color": colour, "linestyle": line, "marker": marker}
-            axes.plot(list(points), means, **look, label=TABLE_COLUMNS[method])
+            axes.plot(list(points), means, **look | {"label": TABLE_COLUMNS[method]})
     sizes = sorted({result.bits for result in results})
     axes.set_xticks(sizes, [f"{bits:g}\n{sparsity_percent(bits)}" for bits in sizes])
     axes.set_xlabel("bits per weight, and the sparsity of FP16 weights of that size")
@@ -230,3 +223,17 @@ def draw_accuracies(results: list[Result], title: str) -> Any:
     axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
     plots.draw_legend(axes)
     return figure
+
+
+def make_table(args: argparse.Namespace) -> None:
+    """The command `main table`: print the table; save it and the plot in --out."""
+    results = trained_results(args.out, args.architecture, args.dataset)
+    if args.untrained is not None:
+        results += untrained_results(args.untrained)
+    name = model_tag(network_name(args.architecture))
+    stem, training = args.out / f"table_{name}_{args.dataset}", conditions(results)
+    record = {"architecture": args.architecture, "dataset": args.dataset, "conditions": training}
+    record["results"] = [asdict(one) for one in results]
+    write_record(stem.with_name(f"{stem.name}.json"), record)
+    plots.save_figure(draw_accuracies(results, f"{name} on {args.dataset}, {training}"), stem)
+    cli.print_result(f"{accuracy_table(results).markdown()}\n\n{training}")

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,16 +187,15 @@ def second_moments(
     """G of every chunk, over all calibration images."""
     layers = {name: model.get_submodule(name) for name in chunks}
     moments = {
-        name: [ChunkMoments(layers[name], chunk) for chunk in sorted(set(chunks[name]))]
-        for name in chunks
+        name: [ChunkMoments(layers[name], chunk) for chunk in sorted(set(of_layer))]
+        for name, of_layer in chunks.items()
     }
-
-    count = 0
 
     def add(name: str, inputs: Tensor) -> None:
         for each in moments[name]:
             each.add(inputs)
 
+    count = 0
     with evaluating(model), watching(layers, add):
         for images, _ in progress("inputs of the layers", batches):
             model(placed(images, device))
@@ -227,13 +227,15 @@ class SubproblemRecord:
         cls,
         problem: QuantisationProblem | PruningProblem,
         signal: float,
-        solutions: Mapping[str, Reals],
-    ) -> SubproblemRecord:
-        """The errors of all heuristics, and the best of their solutions."""
+        heuristics: Mapping[str, Callable[[Any], Reals]],
+    ) -> tuple[SubproblemRecord, list[Reals]]:
+        """The errors of all heuristics with the best of their solutions; and all of these."""
+        solutions = {name: solve(problem) for name, solve in heuristics.items()}
         errors = {name: problem.error(solution) for name, solution in solutions.items()}
         best = min(errors, key=errors.__getitem__)
-        solution = solutions[best]
-        return cls(len(solution), signal, errors, errors[best], solution=solution.tolist())
+        codes = solutions[best].tolist()
+        record = cls(len(codes), signal, errors, errors[best], solution=codes)
+        return record, list(solutions.values())
 
     def improve(self, error: float, solution: Reals, lower: float = 0.0) -> None:
         """Take a solution if it is better, and a proven bound.
@@ -246,14 +248,14 @@ class SubproblemRecord:
             raise ArithmeticError(f"a bound of {lower!r} is above an error of {self.error!r}")
         self.lower = min(max(self.lower, lower), self.error)
 
+    def add_relaxation(self, problem: Any, lower: float, heuristic: str, solution: Reals) -> None:
+        """Take a relaxation's bound, and the solution that a heuristic derived from it."""
+        self.errors[heuristic], self.relaxation = problem.error(solution), lower
+        self.improve(self.errors[heuristic], solution, lower)
+
     def add_search(self, result: ProvenSolution) -> None:
         self.improve(result.error, result.solution, result.lower)
         self.finished, self.nodes, self.seconds = result.finished, result.nodes, result.seconds
-
-    def add_relaxation(self, lower: float, heuristic: str, error: float, solution: Reals) -> None:
-        """Take a relaxation's bound, and the solution that a heuristic derived from it."""
-        self.errors[heuristic], self.relaxation = error, lower
-        self.improve(error, solution, lower)
 
     def as_json(self) -> dict[str, object]:
         """With `proven`: whether the best solution is proven to be optimal."""
@@ -273,15 +275,13 @@ def quantised(
     """Every quantiser on one subproblem."""
     codes = integer_codes(bits, balanced)
     problem = QuantisationProblem.of(G, w, step, int(codes[0]), int(codes[-1]))
-    solutions = {name: solve(problem) for name, solve in QUANTISERS.items()}
-    record = SubproblemRecord.of_heuristics(problem, float(w @ G @ w), solutions)
-    best = quantisation_bounds.descend(problem, np.stack(list(solutions.values())))
+    record, solutions = SubproblemRecord.of_heuristics(problem, float(w @ G @ w), QUANTISERS)
+    best = quantisation_bounds.descend(problem, np.stack(solutions))
     record.improve(problem.error(best), best)
     if method != "exact":
         relaxation = quantisation_bounds.relax_codes(problem)
         drawn = quantisation_bounds.randomised_rounding(problem, relaxation, SAMPLES, generator)
-        error = problem.error(drawn)
-        record.add_relaxation(relaxation.lower, "randomised_rounding", error, drawn)
+        record.add_relaxation(problem, relaxation.lower, "randomised_rounding", drawn)
     if method != "sdp":
         record.add_search(closest(problem, np.array(record.solution), limits))
     return record
@@ -290,14 +290,12 @@ def quantised(
 def pruned(G: Reals, w: Reals, bits: int, method: str, limits: SearchLimits) -> SubproblemRecord:
     """Every pruner on one subproblem, at the size of `bits` bits a weight."""
     problem = PruningProblem.of(G, w, sparsity_of(bits))
-    solutions = {name: solve(problem) for name, solve in PRUNERS.items()}
-    record = SubproblemRecord.of_heuristics(problem, float(w @ problem.G @ w), solutions)
+    record, _ = SubproblemRecord.of_heuristics(problem, float(w @ problem.G @ w), PRUNERS)
     record.ridge = problem.ridge
     if method != "exact":
         relaxation = pruning_bounds.relax_subset(problem)
         rounded = problem.refitted(problem.largest(relaxation.share))
-        error = problem.error(rounded)
-        record.add_relaxation(relaxation.lower, "relaxation_rounded", error, rounded)
+        record.add_relaxation(problem, relaxation.lower, "relaxation_rounded", rounded)
     if method != "sdp":
         record.add_search(pruning_bounds.best_subset(problem, np.array(record.solution), limits))
     return record

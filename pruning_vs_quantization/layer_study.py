@@ -1,16 +1,15 @@
 """Layer by layer: part 3 of the study, behind both post_training_*_acts_sqnr commands.
 
-Kuzmin et al. (arXiv 2307.02973), section 5.1: for real inputs of real layers, how well can b-bit
-weights do at best, and how well weights of sparsity 1 − b/16? Subproblems are those of
-layer_problem.py, one for each selected output channel and chunk of inputs. A layer at a bit width
-is one result file,
+Kuzmin et al. (arXiv 2307.02973), section 5.1, with the subproblems of layer_problem.py, one for
+each selected output channel and chunk of inputs. A layer at a bit width is one result file, and is
+skipped if it exists:
 
     <out>/<model>_<layer>_<b>_bits_<quantisation|pruning>.json
         subproblems   a record each (layer_problem.SubproblemRecord), with row and columns
         summary       of the layer (`layer_summary`)
 
-and is skipped if it exists. SQNRs are those of the chunks together: 10·log₁₀ of the sum of the
-signals over the sum of the errors, so that sums of proven bounds bound the whole:
+SQNRs are those of the chunks together: 10·log₁₀ of the sum of the signals over the sum of the
+errors, so that sums of proven bounds bound the whole:
 
     sqnr_best = that of the best known solutions  ≤  the optimum's  ≤  sqnr_limit, of the bounds
 
@@ -18,10 +17,8 @@ The gap of a heuristic is what an optimal solution would gain over it, in dB: at
 error / best error, at most error / bound; if all subproblems are proven, the two are the same.
 
 The picture is Fig. 4 of the paper with both sides proven: for each layer, from the first on top to
-the last, an interval from the SQNR of the best known solutions to the limit that no solution can
-exceed, for quantising and for pruning at the same size, a panel per bit width. Where everything is
-proven optimal the two ends coincide. The toolkit's own answers are the small circles. It shows all
-results in the folder, of both studies.
+the last, an interval from sqnr_best to sqnr_limit, for quantising and for pruning, a panel per bit
+width; the toolkit's own answers are small circles. It shows all results in the folder.
 """
 
 from __future__ import annotations
@@ -75,40 +72,24 @@ STYLES = {  # by kind: colour, marker, shift from the layer's place
 }
 
 
-def layer_settings(kind: str, args: argparse.Namespace, session: Session) -> dict[str, Any]:
-    """Everything that a layer's figures depend on, apart from its name and the bit width."""
-    names = [name for name in SETTINGS if kind == "quantisation" or name not in OF_GRIDS]
-    return {name: getattr(args, name) for name in names} | {
-        "image_size": session.data.image_size,
-        "calibration_seed": args.seed,
-        "weights": content_hash(session.model.state_dict()),
-    }
-
-
-def layer_places(args: argparse.Namespace, layer: nn.Module) -> list[tuple[int, Chunk]]:
-    """Which rows and chunks of a layer are studied."""
-    counts = args.num_output_channels, args.num_chunks
-    return layer_problem.rows_and_chunks(layer, args.opt_dim, *counts)
-
-
 # -- a layer ---------------------------------------------------------------------------------------
 
 
 def layer_figures(
-    kind: str,
     args: argparse.Namespace,
     name: str,
     layer: nn.Module,
     bits: int,
+    places: list[tuple[int, Chunk]],  # rows and chunks
     moments: Mapping[Chunk, Reals],
 ) -> dict[str, Any]:
     """Every subproblem of a layer at a bit width, and their summary."""
-    limits = SearchLimits(args.time_limit, args.node_limit or math.inf)
+    kind, limits = args.kind, SearchLimits(args.time_limit, args.node_limit or math.inf)
     if kind == "quantisation":
         grid = args.balanced, args.per_channel, args.range_search_method
         steps = layer_problem.grid_steps(layer.weight, bits, *grid)
     records, silent = [], 0
-    every = layer_problem.subproblems(layer, layer_places(args, layer), moments)
+    every = layer_problem.subproblems(layer, places, moments)
     for sub in progress(f"{name}, {bits} bits", every):
         if not sub.signal > 0:
             silent += 1
@@ -122,26 +103,20 @@ def layer_figures(
         place = {"row": sub.row, "start": sub.chunk.start, "stop": sub.chunk.stop}
         records.append(place | record.as_json())
         if args.verbose_solvers:
-            log.info("%s", solver_line(name, bits, records[-1]))
+            line = (
+                f"{name}, {bits} bits, channel {sub.row}, inputs {sub.chunk.start}–{sub.chunk.stop}"
+                f": error {record.error:.6g}, proven above {record.lower:.6g}"
+            )
+            if record.relaxation is not None:
+                line += f" (relaxation {record.relaxation:.6g})"
+            if record.nodes:
+                line += f" {record.nodes} nodes in {record.seconds:.3f} s"
+            log.info("%s", line + ("" if records[-1]["proven"] else ", not proven optimal"))
     if silent:
         skipped = "%s: %d of %d chunks skipped, their output is always zero"
         log.info(skipped, name, silent, len(every))
     figures = {"kind": kind, "layer": name, "bits": bits, "summary": layer_summary(records, kind)}
     return figures | {"silent": silent, "subproblems": records}
-
-
-def solver_line(name: str, bits: int, record: Mapping[str, Any]) -> str:
-    """One subproblem's solvers on one line."""
-    inputs = f"inputs {record['start']}–{record['stop']}"
-    line = (
-        f"{name}, {bits} bits, channel {record['row']}, {inputs}: "
-        f"error {record['error']:.6g}, proven above {record['lower']:.6g}"
-    )
-    if record["relaxation"] is not None:
-        line += f" (relaxation {record['relaxation']:.6g})"
-    if record["nodes"]:
-        line += f" {record['nodes']} nodes in {record['seconds']:.3f} s"
-    return line + ("" if record["proven"] else ", not proven optimal")
 
 
 def layer_summary(records: list[dict[str, Any]], kind: str) -> dict[str, Any] | None:
@@ -170,26 +145,17 @@ def layer_summary(records: list[dict[str, Any]], kind: str) -> dict[str, Any] | 
     }
 
 
-def layer_table_head(kind: str) -> str:
-    """The head of the Markdown table; SQNRs and gaps in dB."""
-    *_, own = names = HEURISTICS[kind].values()
-    gaps = [f"{own} below optimum: mean", "worst"]
-    return study_files.markdown_head(
-        ["layer", "bits", "proven optimal", *names, "best found", "limit", *gaps]
-    )
-
-
 def layer_row(figures: Mapping[str, Any]) -> str:
     """A layer at a bit width."""
     layer, names = figures["summary"], HEURISTICS[figures["kind"]]
-    start = f"| {figures['layer']} | {figures['bits']} |"
+    start = [figures["layer"], f"{figures['bits']}"]
     if layer is None:
-        return f"{start} no output" + " |" * (len(names) + 5)
+        return study_files.markdown_row([*start, "no output"]) + " |" * (len(names) + 4)
     unproven = "≥ " if layer["proven"] < layer["subproblems"] else ""
     sqnrs = [*(layer["sqnr"][name] for name in names), layer["sqnr_best"], layer["sqnr_limit"]]
     gaps = [unproven + decibel_text(layer[key]) for key in ("own_gap_mean", "own_gap_worst")]
-    cells = [f"{layer['proven']} of {layer['subproblems']}", *map(decibel_text, sqnrs), *gaps]
-    return f"{start} {' | '.join(cells)} |"
+    cells = [*start, f"{layer['proven']} of {layer['subproblems']}", *map(decibel_text, sqnrs)]
+    return study_files.markdown_row([*cells, *gaps])
 
 
 def decibel_text(value: float | None) -> str:
@@ -200,13 +166,9 @@ def decibel_text(value: float | None) -> str:
 # -- the picture -----------------------------------------------------------------------------------
 
 
-def draw_layers(
-    folder: Path,
-    stem: str,  # of the result files and of the picture
-    model: str,
-    layers: list[str],  # of the model, in their order
-) -> None:
-    """Draw <stem>_layer_outputs.png and .pdf of all results in a folder."""
+def draw_layers(folder: Path, model: str, layers: list[str]) -> None:
+    """Draw <model>_layer_outputs.png and .pdf of all results in a folder; layers in their order."""
+    stem = model_tag(model)
     results: dict[int, dict[str, dict[str, Any]]] = {}  # bits → kind → layer → summary
     for path in sorted(folder.glob(f"{stem}_*_bits_*.json")):
         settings, figures = study_files.read_result(path)
@@ -230,7 +192,7 @@ def draw_layers(
         axes.set_title(size_text(bits), fontsize=10)
     panels[0, 0].set_yticks(range(len(names)), names, fontsize=8)
     panels[0, 0].set_ylim(len(names) - 0.3, -0.7)  # the first layer on top, a single one centred
-    labels = {  # a panel need not have all kinds of marks
+    labels = {  # of each kind of mark once
         label: handle
         for axes in panels[0]
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -243,30 +205,40 @@ def draw_layers(
 def draw_intervals(axes: Any, kind: str, summaries: Mapping[int, Mapping[str, Any]]) -> None:
     """Intervals of one study, a little above or below each layer's place."""
     colour, marker, shift = STYLES[kind]
-    label = f"{kind}: best to proven limit"
-    for number, (place, layer) in enumerate(summaries.items()):
-        if layer["sqnr_best"] is None:  # no error at all
+    for place, layer in summaries.items():
+        y, best, limit = place + shift, layer["sqnr_best"], layer["sqnr_limit"]
+        if best is None:  # no error at all
             continue
-        y, own = place + shift, layer["sqnr"][layer["own"]]
-        labels = [label, HEURISTICS[kind][layer["own"]]] if number == 0 else [None, None]
-        look = {"color": colour, "label": labels[0]}
-        axes.plot(layer["sqnr_best"], y, marker, markersize=5, **look)
-        if layer["sqnr_limit"] is not None:
-            axes.hlines(y, layer["sqnr_best"], layer["sqnr_limit"], color=colour, linewidth=2)
-        if own is not None:
-            look = {"color": colour, "label": labels[1], "fillstyle": "none"}
+        look = {"color": colour, "label": f"{kind}: best to proven limit"}
+        axes.plot(best, y, marker, markersize=5, **look)
+        if limit is not None:
+            axes.hlines(y, best, limit, color=colour, linewidth=2)
+        if (own := layer["sqnr"][layer["own"]]) is not None:
+            look = {"color": colour, "label": HEURISTICS[kind][layer["own"]], "fillstyle": "none"}
             axes.plot(own, y, "o", markersize=4.5, **look)
 
 
 # -- the command -----------------------------------------------------------------------------------
 
 
-def run_layer_study(kind: str, args: argparse.Namespace) -> None:
+def run_layer_study(args: argparse.Namespace) -> None:
     """Every layer at every bit width that has no result yet; table and picture of all."""
-    settle_options(args)
+    kind = args.kind
+    if args.image_net_dir is not None:
+        if args.dataset not in (None, "imagenet") or args.datapath is not None:
+            raise UserError(
+                "--image-net-dir DIR is --dataset imagenet --datapath DIR; give one or the other"
+            )
+        args.datapath = args.image_net_dir
+    args.dataset, args.bits = args.dataset or "imagenet", list(dict.fromkeys(args.bits))
     session = Session.of(common_options(args))
     layers = chosen_layers(session.model, args.model, args.layer_name or ())
-    settings = layer_settings(kind, args, session)
+    names = [name for name in SETTINGS if kind == "quantisation" or name not in OF_GRIDS]
+    settings = {name: getattr(args, name) for name in names} | {
+        "image_size": session.data.image_size,
+        "calibration_seed": args.seed,
+        "weights": content_hash(session.model.state_dict()),
+    }
     work, figures = {}, {}
     for name, bits in ((name, bits) for name in layers for bits in args.bits):
         path = args.out / f"{model_tag(args.model)}_{name}_{bits}_bits_{kind}.json"
@@ -282,22 +254,27 @@ def run_layer_study(kind: str, args: argparse.Namespace) -> None:
     figures = {key: done for key, done in figures.items() if key[0] not in flaws}
     if not figures:
         raise UserError(f"no layer can be studied: {flaw}")
-    chunks = {
-        name: [chunk for _, chunk in layer_places(args, layer)]
-        for name, layer in layers.items()
+    counts = args.opt_dim, args.num_output_channels, args.num_chunks
+    places = {
+        name: layer_problem.rows_and_chunks(layers[name], *counts)
+        for name in layers
         if name in pending - flaws.keys()
     }
-    if chunks:
+    if places:
         session.dense_top1()
+    chunks = {name: [chunk for _, chunk in of_layer] for name, of_layer in places.items()}
     images = session.calibration() if chunks else ()
     moments = layer_problem.second_moments(session.model, chunks, images, session.device)
-    cli.print_result(layer_table_head(kind))
+    *_, own = names = HEURISTICS[kind].values()
+    head = ["layer", "bits", "proven optimal", *names, "best found", "limit"]
+    cli.print_result(study_files.markdown_head([*head, f"{own} below optimum: mean", "worst"]))
     for (name, bits), done in figures.items():
         if done is None:
-            done = layer_figures(kind, args, name, layers[name], bits, moments[name])
+            inputs = layers[name], bits, places[name], moments[name]
+            done = layer_figures(args, name, *inputs)
             study_files.write_result(*work[name, bits], done)
         cli.print_result(layer_row(done))
-    draw_layers(args.out, model_tag(args.model), args.model, list(find_layers(session.model)))
+    draw_layers(args.out, args.model, list(find_layers(session.model)))
 
 
 def chosen_layers(
@@ -315,18 +292,6 @@ def chosen_layers(
     return {name: layers[name] for name in dict.fromkeys(names or layers)}
 
 
-def settle_options(args: argparse.Namespace) -> None:
-    """Merge options that mean the same; raise UserError where they contradict each other."""
-    if args.image_net_dir is not None:
-        if args.dataset not in (None, "imagenet") or args.datapath is not None:
-            raise UserError(
-                "--image-net-dir DIR is --dataset imagenet --datapath DIR; give one or the other"
-            )
-        args.datapath = args.image_net_dir
-    args.dataset = args.dataset or "imagenet"
-    args.bits = list(dict.fromkeys(args.bits))
-
-
 def range_method(text: str) -> str:
     """argparse type: one of RANGES, however it is spelled."""
     for known in layer_problem.RANGES:
@@ -335,31 +300,18 @@ def range_method(text: str) -> str:
     raise argparse.ArgumentTypeError(f"must be {' or '.join(layer_problem.RANGES)}; got {text}")
 
 
-def add_solver_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of bounds and searches."""
-    add = parser.add_argument_group("solvers").add_argument
-    add(
-        "--method",
-        choices=layer_problem.METHODS,
-        default="both",
-        help="certified semidefinite bound, exact search, or both",
-    )
-    text = "seconds for the search of a subproblem; after that its result is [proven bound, best]"
-    add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
-    add("--node-limit", metavar="N", type=cli.positive_int, help="the same in nodes")
-    add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
-
-
-def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argparse.ArgumentParser:
-    """The options of both commands, which are the same."""
+def layer_study_parser(
+    kind: str, prog: str, text: str, commands: tuple[str, ...]
+) -> argparse.ArgumentParser:
+    """The options of both commands, which are the same; the first line of `text` describes it."""
     example = (
         f"python -m pruning_vs_quantization.{prog} {commands[0]} --model-name rn8 "
         "--dataset digits --layer-name layer1.0.conv1 --n-bits 4 --opt-dim 16 --num-chunks 1"
     )
-    parser = cli.Parser(prog=prog, description=text, example=example)
+    parser = cli.Parser(prog=prog, description=text.splitlines()[0], example=example)
     positive, natural = cli.positive_int, cli.nonnegative_int
-    question = {"nargs": "?", "choices": commands, "default": commands[0]}
-    parser.add_argument("command", **question, help="the question (there is only one)")
+    text = "the question (there is only one)"
+    parser.add_argument("command", nargs="?", choices=commands, default=commands[0], help=text)
 
     add = parser.add_argument_group("network and images").add_argument
     text = "rn18, rn20, any torchvision classification model, or path/to/file.py:function"
@@ -378,16 +330,15 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     text = "processes that decode images (default: depends on the dataset)"
     add("--workers", metavar="N", type=natural, help=text)
 
-    group = parser.add_argument_group("subproblems")
-    add = group.add_argument
+    add = (group := parser.add_argument_group("subproblems")).add_argument
     add("--layer-name", metavar="NAME", action="append", help="a layer, or several (default: all)")
     study_files.add_grid_options(group)
     group.set_defaults(bits=[8, 4, 3, 2])
     same = {"type": study_files.bit_width, "nargs": 1, "dest": "bits", "default": argparse.SUPPRESS}
     add("--n-bits", metavar="B", **same, help="the same as --bits B")
     text = "range of the grid: of least squared error, or up to the largest weight"
-    ranges = {"type": range_method, "metavar": "MSE|minmax", "default": "MSE"}
-    add("--range-search-method", **ranges, help=text)
+    ranges = {"type": range_method, "metavar": "MSE|minmax", "default": "MSE", "help": text}
+    add("--range-search-method", **ranges)
     text = "a grid for each output channel (default: one for the layer)"
     add("--per-channel", action="store_true", help=text)
     text = "output channels of each layer, evenly spread; -1: all"
@@ -399,8 +350,14 @@ def layer_study_parser(prog: str, text: str, commands: tuple[str, ...]) -> argpa
     text = "chunks of each output channel, evenly spread; 0: all"
     add("--num-chunks", metavar="N", type=natural, default=8, help=text)
 
-    add_solver_options(parser)
+    add = parser.add_argument_group("solvers").add_argument
+    text = "certified semidefinite bound, exact search, or both"
+    add("--method", choices=layer_problem.METHODS, default="both", help=text)
+    text = "seconds for the search of a subproblem; after that its result is [proven bound, best]"
+    add("--time-limit", metavar="S", type=cli.positive_float, default=10.0, help=text)
+    add("--node-limit", metavar="N", type=cli.positive_int, help="the same in nodes")
+    add("--verbose-solvers", action="store_true", help="log a line for each subproblem")
     study_files.add_study_options(parser, "layer_outputs")
     # the common options that are fixed here
-    parser.set_defaults(nrounds=None, noaug=True, memory=None, weights_key=None)
+    parser.set_defaults(kind=kind, nrounds=None, noaug=True, memory=None, weights_key=None)
     return parser

@@ -90,43 +90,35 @@ class GradualPruning:
     def start(self, model: nn.Module) -> None:
         """Give each layer that is to be pruned a mask, and log the others."""
         for name, layer in find_layers(model).items():
-            if self.tile and layer.weight.shape[1] % self.tile:
-                log.info(
-                    "%s left dense: %d input channels are not a multiple of --tile-size %d",
-                    name,
-                    layer.weight.shape[1],
-                    self.tile,
-                )
+            channels = layer.weight.shape[1]
+            if self.tile and channels % self.tile:
+                text = "%s left dense: %d input channels are not a multiple of --tile-size %d"
+                log.info(text, name, channels, self.tile)
             else:
                 layer.register_buffer(MASK, torch.ones_like(layer.weight, dtype=torch.bool))
         self.update(model, 0)
 
     def is_due(self, step: int) -> bool:
         """Whether masks change when `step` steps have been done."""
-        since = step - self.schedule.first_step
-        return step == self.schedule.last_step or (
-            step < self.schedule.last_step and since >= 0 and since % self.every == 0
-        )
+        first, last = self.schedule.first_step, self.schedule.last_step
+        return step == last or (first <= step < last and (step - first) % self.every == 0)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """After `step` steps: reset masked weights to zero, and make new masks if they are due."""
         due = self.is_due(step)
         for name, layer in masked_layers(model).items():
-            mask = getattr(layer, MASK)
-            layer.weight.masked_fill_(
-                ~mask, 0
-            )  # moved by momentum; before looking for the smallest
-            if due:
-                sparsity = self.schedule.sparsity(step)
-                sparsity = min(sparsity, self.limit) if name in self.ends else sparsity
-                mask.copy_(self._mask(layer.weight, sparsity))
-                layer.weight.masked_fill_(~mask, 0)
-
-    def _mask(self, weight: Tensor, sparsity: float) -> Tensor:
-        if self.tile:
-            return tile_mask(weight, self.tile, round(sparsity * self.tile))
-        return magnitude_mask(weight, sparsity)
+            mask, weight = getattr(layer, MASK), layer.weight
+            weight.masked_fill_(~mask, 0)  # moved by momentum; before looking for the smallest
+            if not due:
+                continue
+            sparsity = self.schedule.sparsity(step)
+            sparsity = min(sparsity, self.limit) if name in self.ends else sparsity
+            if self.tile:
+                mask.copy_(tile_mask(weight, self.tile, round(sparsity * self.tile)))
+            else:
+                mask.copy_(magnitude_mask(weight, sparsity))
+            weight.masked_fill_(~mask, 0)
 
 
 def masked_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,8 +1,7 @@
 """Fine-tuning at equal size: `python -m pruning_vs_quantization.main train-compressed …`.
 
 Kuzmin et al. (arXiv 2307.02973), the fourth part of the study: starting from the same dense
-weights, networks are trained in quantised form or pruned during training. Which is better at equal
-size, b-bit weights or FP16 weights of sparsity 1 − b/16? The training itself is in training.py.
+weights, networks are trained in quantised form or pruned during training (training.py).
 
 A run leaves, under a name that says what was done (such as rn20_cifar10_w4_seed0), in --out:
 
@@ -31,11 +30,11 @@ if not __package__:  # started as a file in this folder, as the published README
 import argparse
 import copy
 import logging
+import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -50,24 +49,15 @@ from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli
 from obc.toolkit.fingerprints import content_hash, result_code, surroundings
-from obc.toolkit.leveldb import model_tag
-from obc.toolkit.records import write_record
 from obc.toolkit.resume import open_state, state_folder
 from obc.toolkit.session import advice, check_model, dense_top1, load_compressed
 from pruning_vs_quantization.compressed_model import folded
-from pruning_vs_quantization.fine_tuning_table import (
-    accuracy_table,
-    conditions,
-    draw_accuracies,
-    trained_results,
-    untrained_results,
-)
-from pruning_vs_quantization.plots import save_figure, study_package
+from pruning_vs_quantization.fine_tuning_table import make_table
+from pruning_vs_quantization.plots import study_package
 from pruning_vs_quantization.study_files import PLOTS_DATA, finished, write_result
-from pruning_vs_quantization.training import FineTuning, determinism
+from pruning_vs_quantization.training import FineTuning
 from pruning_vs_quantization.training_images import TrainingData
 from pruning_vs_quantization.training_options import (
-    TrainingOptions,
     add_training_options,
     network_name,
     training_device,
@@ -79,39 +69,36 @@ TIMM_NAMES = {"efficientnet_lite": "efficientnet_lite0"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    name = "pruning_vs_quantization.main"
-    examples = {
-        command: f"python -m {name} {command} --architecture rn8_quantized --dataset digits {more}"
-        for command, more in (
-            ("train-compressed", "--no-act-quant --n-bits 4 --max-epochs 2"),
-            ("table", "--out plots_data/fine_tuning"),
-            ("first-last", "rn8_w4.pth rn8_w8.pth --save rn8_ends.pth"),
-        )
-    }
-    text, example = __doc__.splitlines()[0], examples["train-compressed"]
-    parser = cli.Parser(prog=name, description=text, example=example)
+    name, network = "pruning_vs_quantization.main", "--architecture rn8_quantized --dataset digits"
+    options = "--no-act-quant --n-bits 4 --max-epochs 2"
+    example = f"python -m {name} train-compressed {network} {options}"
+    parser = cli.Parser(prog=name, description=__doc__.splitlines()[0], example=example)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add_command(command: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
-        words = {"help": text, "description": f"{text[0].upper()}{text[1:]}."}
-        added = commands.add_parser(command, **words, example=examples[command])
-        added.set_defaults(run=run)
+    def add_command(
+        command: str, work: Any, text: str, options: str, parents: Iterable[Any] = ()
+    ) -> argparse.ArgumentParser:
+        words = {"help": text, "description": f"{text[0].upper()}{text[1:]}.", "parents": parents}
+        words["example"] = f"python -m {name} {command} {network} {options}"
+        added = commands.add_parser(command, **words)
+        added.set_defaults(run=work)
         return added
 
-    train = add_command(
-        "train-compressed", train_compressed, "fine-tune a network, quantised or pruned"
-    )
-    add_training_options(train)
-    table = add_command("table", make_table, "compare the runs in a folder")
-    add_network(table)
+    text = "fine-tune a network, quantised or pruned"
+    add_training_options(add_command("train-compressed", train_compressed, text, options))
+    trained = argparse.ArgumentParser(add_help=False)
+    add = trained.add_argument
+    add("--architecture", metavar="NAME_quantized", required=True, help="of the networks")
+    add("--dataset", choices=DATASETS, default="imagenet", help="what they were trained on")
+    text, options = "compare the runs in a folder", "--out plots_data/fine_tuning"
+    add = add_command("table", make_table, text, options, [trained]).add_argument
     text = "lines with method, bits, reached, top-1 of networks without training"
-    table.add_argument("--untrained", metavar="FILE", type=Path, help=text)
+    add("--untrained", metavar="FILE", type=Path, help=text)
     text, default = "folder with the runs, and for the table", PLOTS_DATA / "fine_tuning"
-    table.add_argument("--out", metavar="DIR", type=Path, default=default, help=text)
-    ends = add_command(
-        "first-last", exchange_first_and_last, "take first and last layer from another network"
-    )
-    add_network(ends)
+    add("--out", metavar="DIR", type=Path, default=default, help=text)
+    text, options = "take first and last layer from another network", "rn8_w4.pth rn8_w8.pth"
+    options += " --save rn8_ends.pth"
+    ends = add_command("first-last", exchange_first_and_last, text, options, [trained])
     add = ends.add_argument
     add("strong", metavar="FILE", type=Path, help="checkpoint to change")
     add("mild", metavar="FILE", type=Path, help="checkpoint to take them from")
@@ -120,13 +107,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-size", metavar="N", type=cli.positive_int, help=text)
     add("--save", metavar="FILE", type=Path, required=True, help="where to save")
     return parser
-
-
-def add_network(parser: argparse.ArgumentParser) -> None:
-    """--architecture and --dataset, as in train-compressed."""
-    add = parser.add_argument
-    add("--architecture", metavar="NAME_quantized", required=True, help="of the networks")
-    add("--dataset", choices=DATASETS, default="imagenet", help="what they were trained on")
 
 
 def train_compressed(args: argparse.Namespace) -> None:
@@ -140,7 +120,14 @@ def train_compressed(args: argparse.Namespace) -> None:
     figures = finished(result, settings, args.restart)
     folder = state_folder(result)
     if figures is None:
-        images, dense = load_inputs(options, args.seed, device)
+        images = TrainingData.load(options, args.seed)
+        with seeded(args.seed, torch.device("cpu")):  # a user's own model may start at random
+            inputs = options.architecture, options.dataset, options.weights
+            dense = dense_network(*inputs, len(images.data.classes))
+        check_model(dense, options.architecture, images.data)
+        if device.type == "cpu":
+            dense = dense.to(memory_format=torch.channels_last)
+        dense = dense.to(device)
         marks = {f"--{name.replace('_', '-')}": str(x) for name, x in settings.items()}
         marks["dense weights"] = content_hash(dense.state_dict())
         marks |= surroundings(device, result_code("pruning_vs_quantization.training"))
@@ -148,68 +135,39 @@ def train_compressed(args: argparse.Namespace) -> None:
         dense_figure = dense_top1(dense, images.data, device, *loading)
         with open_state(folder, marks, args.restart) as state:
             run = FineTuning(options, dense, images, device)
-            with seeded(args.seed, device), determinism(options.deterministic):
+            with seeded(args.seed, device, options.deterministic):
                 plain = run.run(state)
             figures = run.figures() | {"dense_top1_calibration": dense_figure}
-            save_networks(stem, plain)
+            files.save_checkpoint(plain.state_dict(), stem.with_name(f"{stem.name}.pth"))
+            if (norms_folded := folded(plain)) is not None:
+                path = stem.with_name(f"{stem.name}_folded.pth")
+                files.save_checkpoint(norms_folded.state_dict(), path)
             write_result(result, settings, figures)
     shutil.rmtree(folder, ignore_errors=True)
     cli.print_result(f"top-1 {figures['top1']:.2f}")
 
 
-def load_inputs(
-    options: TrainingOptions, seed: int, device: torch.device
-) -> tuple[TrainingData, nn.Module]:
-    """Images, and the dense network on the device."""
-    images = TrainingData.load(options, seed)
-    classes = len(images.data.classes)
-    with seeded(seed, torch.device("cpu")):  # a model of the user's own may start at random
-        dense = dense_network(options.architecture, options.dataset, options.weights, classes)
-    check_model(dense, options.architecture, images.data)
-    if device.type == "cpu":
-        dense = dense.to(memory_format=torch.channels_last)
-    return images, dense.to(device)
-
-
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, PyTorch's and Python's global generators start from a seed."""
-    before = random.getstate()
+def seeded(seed: int, device: torch.device, deterministic: bool = False) -> Iterator[None]:
+    """Inside, PyTorch's and Python's global generators start from a seed.
+
+    If asked for, only algorithms are used that give the same bits every time.
+    """
+    state, cudnn = random.getstate(), torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         random.seed(seed)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            cudnn.benchmark = False
         try:
             yield
         finally:
-            random.setstate(before)
-
-
-def save_networks(stem: Path, plain: nn.Module) -> None:
-    """Write <stem>.pth, and <stem>_folded.pth if the network can be folded."""
-    files.save_checkpoint(plain.state_dict(), stem.with_name(f"{stem.name}.pth"))
-    without_norms = folded(plain)
-    if without_norms is not None:
-        path = stem.with_name(f"{stem.name}_folded.pth")
-        files.save_checkpoint(without_norms.state_dict(), path)
-
-
-def make_table(args: argparse.Namespace) -> None:
-    """Print the table; save it and the plot in --out."""
-    results = trained_results(args.out, args.architecture, args.dataset)
-    if args.untrained is not None:
-        results += untrained_results(args.untrained)
-    name = model_tag(network_name(args.architecture))
-    stem, text = args.out / f"table_{name}_{args.dataset}", accuracy_table(results).markdown()
-    record = {
-        "architecture": args.architecture,
-        "dataset": args.dataset,
-        "conditions": conditions(results),
-        "results": [asdict(one) for one in results],
-    }
-    write_record(stem.with_name(f"{stem.name}.json"), record)
-    title = f"{name} on {args.dataset}, {record['conditions']}"
-    save_figure(draw_accuracies(results, title), stem)
-    cli.print_result(f"{text}\n\n{record['conditions']}")
+            random.setstate(state)
+            torch.use_deterministic_algorithms(before[0])
+            cudnn.benchmark = before[1]
 
 
 def exchange_first_and_last(args: argparse.Namespace) -> None:
@@ -253,37 +211,28 @@ def dense_network(
         return get_model(name, dataset, weights, classes)
     torchvision.ops  # noqa: B018  timm imports torchvision, which vision.py has to load first
     timm = study_package("timm")
-    if weights is None:
-        return _downloaded(timm, name).float().eval()
-    state = fitting_weights(weights, timm.create_model(TIMM_NAMES[name]))
-    weights_classes = len(state["classifier.weight"])
-    check_classes(f"{weights}: these weights have", weights_classes, dataset, classes)
-    model = timm.create_model(TIMM_NAMES[name], num_classes=weights_classes)
-    load_state(model, state, weights)
-    return model.float().eval()
-
-
-def _downloaded(timm, name: str) -> nn.Module:
+    if weights is not None:
+        state = fitting_weights(weights, timm.create_model(TIMM_NAMES[name]))
+        weights_classes = len(state["classifier.weight"])
+        check_classes(f"{weights}: these weights have", weights_classes, dataset, classes)
+        model = timm.create_model(TIMM_NAMES[name], num_classes=weights_classes)
+        load_state(model, state, weights)
+        return model.float().eval()
     hub = logging.getLogger("huggingface_hub")  # logs every attempt; we report the last error
     level = hub.level
     hub.setLevel(logging.CRITICAL)
     try:
-        return timm.create_model(TIMM_NAMES[name], pretrained=True)
+        return timm.create_model(TIMM_NAMES[name], pretrained=True).float().eval()
     except (OSError, RuntimeError) as error:  # no network, no such page
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{name}: its weights cannot be downloaded ({reason}); pass --weights FILE"
-        ) from None
+        text = f"{name}: its weights cannot be downloaded ({reason}); pass --weights FILE"
+        raise UserError(text) from None
     finally:
         hub.setLevel(level)
 
 
-def run(args: argparse.Namespace) -> None:
-    args.run(args)
-
-
 def main(argv: list[str] | None = None) -> int:
-    return cli.command(build_parser, run, argv)
+    return cli.command(build_parser, lambda args: args.run(args), argv)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
 Reads every <model>_<b>_bits_mse.json in FOLDER (`quant_pruning_weights_sqnr.py`, or any other with
 the same fields) and draws
 
-    weights_sqnr       pruning on y against quantisation on x, a colour per bit width; below the
-                       diagonal, on which both lose the same, quantisation wins
+    weights_sqnr       pruning on y against quantisation on x, a colour per bit width
     weights_kurtosis   both against the kurtosis of the tensor, a panel per bit width
 
 Tensors without a finite SQNR are counted, not drawn.
@@ -36,6 +35,9 @@ FILE_NAME = re.compile(r"(?P<model>.+)_(?P<bits>\d+)_bits_mse\.json")
 GAUSSIAN_KURTOSIS = 3
 MOST_PANELS = 4  # side by side
 MANY_DOTS = 1000  # are drawn smaller and fainter
+DOT_LOOK = {"linestyle": "none", "markersize": 7, "markeredgecolor": "white", "alpha": 0.8}
+MANY_DOTS_LOOK = {"linestyle": "none", "markersize": 4, "markeredgewidth": 0, "alpha": 0.4}
+SIDES = {"quantised": plots.QUANTISATION, "pruned": plots.PRUNING}
 
 
 @dataclass(frozen=True)
@@ -83,37 +85,21 @@ def tensors_by_bits(tensors: list[TensorResult]) -> dict[int, list[TensorResult]
     return {bits: [tensor for tensor in tensors if tensor.bits == bits] for bits in widths}
 
 
-def pruning_wins(tensors: list[TensorResult]) -> str:
-    """On how many tensors pruning loses less."""
-    return f"{sum(tensor.gap < 0 for tensor in tensors)} of {len(tensors)}"
-
-
 def networks_text(tensors: list[TensorResult]) -> str:
     """The network, or how many there are."""
     models = {tensor.model for tensor in tensors}
     return next(iter(models)) if len(models) == 1 else f"{len(models)} models"
 
 
-def dot_look(count: int) -> dict[str, Any]:
-    """How a dot looks among so many."""
-    if count >= MANY_DOTS:
-        return {"linestyle": "none", "markersize": 4, "markeredgewidth": 0, "alpha": 0.4}
-    return {"linestyle": "none", "markersize": 7, "markeredgecolor": "white", "alpha": 0.8}
-
-
 def draw_tensors(tensors: list[TensorResult], title: str, corrected: bool = False) -> Any:
     """Pruning against quantisation; both axes have the same scale."""
     figure, axes = plots.new_figure(width=6.0, height=6.2)
+    look = MANY_DOTS_LOOK if len(tensors) >= MANY_DOTS else DOT_LOOK
     for bits, of_bits in tensors_by_bits(tensors).items():
-        axes.plot(
-            [tensor.quantised for tensor in of_bits],
-            [tensor.pruned for tensor in of_bits],
-            marker=plots.bit_marker(bits),
-            color=plots.bit_colour(bits),
-            label=f"{size_text(bits)}: {pruning_wins(of_bits)}",
-            **dot_look(len(tensors)),
-        )
-    values = [sqnr for tensor in tensors for sqnr in (tensor.quantised, tensor.pruned)]
+        quantised, pruned = ([getattr(x, side) for x in of_bits] for side in SIDES)
+        label = f"{size_text(bits)}: {sum(x.gap < 0 for x in of_bits)} of {len(of_bits)}"
+        axes.plot(quantised, pruned, label=label, **plots.bit_look(bits), **look)
+    values = [getattr(tensor, side) for tensor in tensors for side in SIDES]
     limits = min(0.0, 1.04 * min(values)), 1.04 * max(0.0, max(values)) or 1.0
     axes.plot(limits, limits, color=plots.NEUTRAL_COLOUR, linewidth=0.8)
     axes.set(xlim=limits, ylim=limits, aspect="equal", title=title)
@@ -131,14 +117,11 @@ def draw_tensor_kurtosis(tensors: list[TensorResult], title: str) -> Any:
     rows = math.ceil(len(by_bits) / columns)
     size = {"width": max(4.5, 2.9 * columns), "height": 0.6 + 2.7 * rows}
     figure, panels = plots.new_figure(rows, columns, **size, sharex=True, squeeze=False)
+    look = MANY_DOTS_LOOK if len(tensors) >= MANY_DOTS else DOT_LOOK
     for axes, (bits, of_bits) in zip(panels.flat, by_bits.items(), strict=False):
         kurtoses = [tensor.kurtosis + GAUSSIAN_KURTOSIS for tensor in of_bits]
-        for side, name, colour, marker in (
-            ("quantised", "quantisation", plots.QUANTISATION_COLOUR, "o"),
-            ("pruned", "pruning", plots.PRUNING_COLOUR, "s"),
-        ):
-            look = {"marker": marker, "color": colour, "label": name, **dot_look(len(tensors))}
-            axes.plot(kurtoses, [getattr(tensor, side) for tensor in of_bits], **look)
+        for side, of_side in SIDES.items():
+            axes.plot(kurtoses, [getattr(tensor, side) for tensor in of_bits], **of_side, **look)
         axes.set_xscale("log")
         plots.plain_log_ticks(axes.xaxis)
         axes.set_title(size_text(bits), fontsize=10)
@@ -167,7 +150,8 @@ def run(args: argparse.Namespace) -> None:
     if any(tensor.kurtosis is not None for tensor in tensors):
         plots.save_figure(draw_tensor_kurtosis(tensors, title), out / f"weights_kurtosis{end}")
     for bits, of_bits in tensors_by_bits(tensors).items():
-        cli.print_result(f"{bits} bits: pruning better in {pruning_wins(of_bits)} tensors")
+        wins = f"{sum(tensor.gap < 0 for tensor in of_bits)} of {len(of_bits)}"
+        cli.print_result(f"{bits} bits: pruning better in {wins} tensors")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,10 +1,5 @@
 """Pictures of the study in one restrained style, saved as PNG and PDF, whole or not at all.
 
-    figure, axes = new_figure()
-    axes.plot(…, color=bit_colour(4))
-    axes.set(xlabel="pruning SQNR (dB)", ylabel="quantisation SQNR (dB)")
-    save_figure(figure, out / "weights_sqnr")               .png and .pdf
-
 Bit widths are an ordered quantity, so their colours are steps of an ordered map (viridis), which
 colour-blind readers and grey printers can tell apart; markers distinguish them as well. Figures are
 made without pyplot: no window, no global state.
@@ -27,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 QUANTISATION_COLOUR, PRUNING_COLOUR = "#0072b2", "#d55e00"  # blue, vermilion: Okabe and Ito (2008)
+QUANTISATION = {"color": QUANTISATION_COLOUR, "marker": "o", "label": "quantisation"}
+PRUNING = {"color": PRUNING_COLOUR, "marker": "s", "label": "pruning"}
 NEUTRAL_COLOUR = "#5a5a5a"  # diagonals, baselines
 MARKERS = "ov^sDPX*"
 DPI = 150
@@ -59,15 +56,12 @@ def new_figure(
     return figure, axes
 
 
-def bit_colour(bits: int) -> tuple[float, float, float, float]:
-    """The colour of a bit width, red green blue alpha: dark for few bits, light for many."""
+def bit_look(bits: int) -> dict[str, Any]:
+    """Colour and marker of a bit width: dark for few bits, light for many."""
     share = (bits - LOWEST_BITS) / (HIGHEST_BITS - LOWEST_BITS)
-    return study_package("matplotlib").colormaps["viridis"](0.8 * min(max(share, 0.0), 1.0))
-
-
-def bit_marker(bits: int) -> str:
-    """The marker of a bit width."""
-    return MARKERS[(bits - LOWEST_BITS) % len(MARKERS)]
+    colours = study_package("matplotlib").colormaps["viridis"]
+    marker = MARKERS[(bits - LOWEST_BITS) % len(MARKERS)]
+    return {"color": colours(0.8 * min(max(share, 0.0), 1.0)), "marker": marker}
 
 
 def plain_log_ticks(axis: Axis) -> None:
@@ -92,11 +86,6 @@ def save_figure(figure: Figure, stem: Path) -> None:
         with files.atomic_write(stem.with_name(f"{stem.name}.{kind}")) as file:
             figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     log.info("picture: %s.png and .pdf", stem)
-
-
-def png_width(png: bytes) -> int:
-    """The width at which a browser shows a picture in its size in inches."""
-    return int.from_bytes(png[16:20], "big") * 96 // DPI
 
 
 def png_bytes(figure: Figure) -> bytes:

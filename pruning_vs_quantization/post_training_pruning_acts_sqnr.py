@@ -19,22 +19,19 @@ if not __package__:  # started as a file in this folder, as the published README
     import pruning_vs_quantization  # noqa: F401
 
 import argparse
-import functools
 
 from obc.toolkit import cli
 from pruning_vs_quantization import layer_study
 
-PRUNING_WORDS = ("prune-bounds-data-opt", "pruning-bounds-data-opt", "quant-bounds-data-opt")
-
 
 def build_parser() -> argparse.ArgumentParser:
-    text = __doc__.splitlines()[0]
-    return layer_study.layer_study_parser("post_training_pruning_acts_sqnr", text, PRUNING_WORDS)
+    words = ("prune-bounds-data-opt", "pruning-bounds-data-opt", "quant-bounds-data-opt")
+    prog = "post_training_pruning_acts_sqnr"
+    return layer_study.layer_study_parser("pruning", prog, __doc__, words)
 
 
 def main(argv: list[str] | None = None) -> int:
-    run = functools.partial(layer_study.run_layer_study, "pruning")
-    return cli.command(build_parser, run, argv)
+    return cli.command(build_parser, layer_study.run_layer_study, argv)
 
 
 if __name__ == "__main__":

@@ -17,22 +17,19 @@ if not __package__:  # started as a file in this folder, as the published README
     import pruning_vs_quantization  # noqa: F401
 
 import argparse
-import functools
 
 from obc.toolkit import cli
 from pruning_vs_quantization import layer_study
 
-QUANT_WORDS = ("quant-bounds-data-opt",)
-
 
 def build_parser() -> argparse.ArgumentParser:
-    text = __doc__.splitlines()[0]
-    return layer_study.layer_study_parser("post_training_quant_acts_sqnr", text, QUANT_WORDS)
+    words = ("quant-bounds-data-opt",)
+    prog = "post_training_quant_acts_sqnr"
+    return layer_study.layer_study_parser("quantisation", prog, __doc__, words)
 
 
 def main(argv: list[str] | None = None) -> int:
-    run = functools.partial(layer_study.run_layer_study, "quantisation")
-    return cli.command(build_parser, run, argv)
+    return cli.command(build_parser, layer_study.run_layer_study, argv)
 
 
 if __name__ == "__main__":

@@ -201,10 +201,7 @@ class SubsetRelaxation:
 
 @lru_cache(maxsize=8)
 def subset_program(n: int) -> tuple[Any, dict[str, Any], Any, Any, Any]:
-    """The relaxation for n unknowns, compiled once: program, parameters, Z, s and [V ŵ; ŵᵀ 1] ⪰ 0.
-
-    Z is [V ŵ; ŵᵀ 1].
-    """
+    """The relaxation for n unknowns: program, parameters, Z = [V ŵ; ŵᵀ 1], s, and Z ⪰ 0."""
     cp = study_package("cvxpy")
     G, Gw = cp.Parameter((n, n), symmetric=True), cp.Parameter(n)
     keep = cp.Parameter(nonneg=True)
@@ -295,10 +292,29 @@ def best_subset(problem: PruningProblem, start: Reals, limits: SearchLimits) -> 
     `start` are any weights with so many nonzeros; the better they are, the shorter the search.
     """
     live = np.flatnonzero(problem.live())
-    if len(live) <= problem.keep:
+    n, remove = len(live), len(live) - problem.keep
+    if remove <= 0:
         return ProvenSolution(problem.refitted(problem.live()), 0.0, 0.0)
     error, solution = problem.error(start), start
-    path, condition = subset_root(problem, live, error)
+    G, scale = unit_diagonal(problem.G[np.ix_(live, live)])
+    eigenvalues = np.linalg.eigvalsh(G)
+    smallest = eigenvalues[-1] / SINGULAR_PIVOT
+    condition = float(eigenvalues[-1] / max(eigenvalues[0], smallest / 2))
+    A = np.linalg.inv(G + max(0.0, smallest - float(eigenvalues[0])) * np.eye(n))
+    w = problem.w[live] * scale
+    cost = w**2 / np.diagonal(A)
+    order = np.argsort(-cost)
+    floats = {"A": (remove, n, n), "w": (remove, n), "cost": (remove, n), "loss": remove}
+    integers = {"column": (remove, n), "candidates": remove, "next": remove, "removed": remove}
+    path = SubsetPath(
+        **{name: np.zeros(shape) for name, shape in floats.items()},
+        **{name: np.zeros(shape, dtype=np.int64) for name, shape in integers.items()},
+        best=np.full(remove, -1),
+        threshold=np.array([error * (1 - TIE)]),
+        level=np.zeros(1, dtype=np.int64),
+    )
+    path.A[0], path.w[0] = A[np.ix_(order, order)], w[order]
+    path.cost[0], path.column[0], path.candidates[0] = cost[order], order, n
     finished, nodes, seconds = run_in_slices(lambda count: search_subsets(path, count), limits)
     if path.best[0] >= 0:
         keep = problem.live()
@@ -309,44 +325,8 @@ def best_subset(problem: PruningProblem, start: Reals, limits: SearchLimits) -> 
     least = float(path.threshold[0])
     if not finished:
         least = min(least, least_open_loss(path))
-    certain = 1 - 8 * len(live) * EPS * condition if condition <= SINGULAR_PIVOT else 0.0
-    lower = min(least * certain, error)
-    return ProvenSolution(solution, error, lower, finished, nodes, seconds)
-
-
-def subset_root(
-    problem: PruningProblem,
-    live: Integers,  # (n,) columns that are not dead
-    error: float,  # of the best known weights
-) -> tuple[SubsetPath, float]:  # and the condition number of G, scaled
-    """The path at the root."""
-    n, remove = len(live), len(live) - problem.keep
-    G, scale = unit_diagonal(problem.G[np.ix_(live, live)])
-    w = problem.w[live] * scale
-    eigenvalues = np.linalg.eigvalsh(G)
-    smallest = eigenvalues[-1] / SINGULAR_PIVOT
-    condition = float(eigenvalues[-1] / max(eigenvalues[0], smallest / 2))
-    ridge = max(0.0, smallest - float(eigenvalues[0]))
-    A = np.linalg.inv(G + ridge * np.eye(n))
-    levels = np.zeros(remove, dtype=np.int64)
-    path = SubsetPath(
-        A=np.empty((remove, n, n)),
-        w=np.empty((remove, n)),
-        cost=np.empty((remove, n)),
-        column=np.empty((remove, n), dtype=np.int64),
-        candidates=levels.copy(),
-        next=levels.copy(),
-        loss=np.zeros(remove),
-        removed=levels.copy(),
-        best=levels - 1,
-        threshold=np.array([error * (1 - TIE)]),
-        level=levels[:1].copy(),
-    )
-    cost = w**2 / np.diagonal(A)
-    order = np.argsort(-cost)
-    path.A[0], path.w[0] = A[np.ix_(order, order)], w[order]
-    path.cost[0], path.column[0], path.candidates[0] = cost[order], order, n
-    return path, condition
+    certain = 1 - 8 * n * EPS * condition if condition <= SINGULAR_PIVOT else 0.0
+    return ProvenSolution(solution, error, min(least * certain, error), finished, nodes, seconds)
 
 
 @compiled

@@ -4,13 +4,11 @@
     python -m pruning_vs_quantization.quant_pruning_weights_sqnr --models rn20 --weights rn20.pth
 
 Without arguments: every Conv2d and Linear tensor of torchvision's pretrained classification,
-detection, segmentation and video models. Weights are downloaded once; a model whose weights are
-unavailable is reported and skipped.
+detection, segmentation and video models; one whose weights are unavailable is reported and skipped.
 
 Kuzmin et al. (arXiv 2307.02973), section 3: b bits a weight against 16-bit weights of which a
-fraction of b/16 is kept. The reference is the tensor rounded to FP16: that is what a pruned tensor
-stores, so the weights it keeps have no error, and the rounding to FP16 itself, from which both
-methods start, counts for neither. With w the n weights and ŵ what they become
+fraction of b/16 is kept. The reference is the tensor rounded to FP16, as a pruned tensor stores it.
+With w the n weights and ŵ what they become
 
     SQNR = 10·log₁₀(Σw² / Σ(w − ŵ)²) dB       mse = Σ(w − ŵ)² / n
 
@@ -18,9 +16,8 @@ methods start, counts for neither. With w the n weights and ŵ what they become
                 (`expected_error.best_step`: branch and bound, proven to 10⁻⁷)
     pruned      ŵ = the ⌊n·b/16⌋ largest magnitudes as they are, the others 0
     corrected   a fraction z of the quantised weights is 0, which a sparse format need not store
-                either; what is left are (1 − z)·n weights of b bits, the size of (1 − z)·b/16 FP16
-                weights per weight: ⌊n·(1 − z)·b/16⌋ magnitudes are kept. Storing the positions of
-                the zeros costs both the same and is not counted, as in the paper
+                either: ⌊n·(1 − z)·b/16⌋ magnitudes are kept. Storing the positions of the zeros
+                costs both the same and is not counted, as in the paper
 
 The folder --out receives
 
@@ -46,7 +43,6 @@ import os
 import socket
 import statistics
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -121,15 +117,16 @@ def model_figures(
 ) -> dict[int, dict[str, dict[str, Any]]]:  # bits → layer → figures
     """Both methods on each Conv2d and Linear tensor. Raises UserError for unusable weights."""
     figures: dict[int, dict[str, dict[str, Any]]] = {width: {} for width in bits}
-    for name, layer in find_layers(model).items():
+    layers = find_layers(model)
+    if not layers:
+        raise UserError("has no Conv2d or Linear layer")
+    for name, layer in layers.items():
         try:
             histogram = Histogram.of(layer.weight.to(device))
         except ValueError as error:
             raise UserError(f"{name} {error}") from None
         for width in bits:
             figures[width][name] = tensor_figures(histogram, width, balanced)
-    if not figures[bits[0]]:
-        raise UserError("has no Conv2d or Linear layer")
     return figures
 
 
@@ -149,41 +146,27 @@ def pretrained_weights(name: str) -> Any:
     return getattr(known, "IMAGENET1K_V1", None) or known.DEFAULT
 
 
-class Downloads:
-    """Remembers which servers did not answer: without a network a whole zoo fails at once."""
+def check_download(url: str, silent: dict[str, str]) -> None:
+    """Raise a UserError unless `url` has been downloaded before, or its server answers.
 
-    def __init__(self) -> None:
-        self.silent: dict[str, str] = {}  # host → why
-
-    def check(self, url: str) -> None:
-        """Raise a UserError unless `url` has been downloaded before, or its server answers."""
-        name, host = Path(urlsplit(url).path).name, urlsplit(url).hostname
-        if (Path(torch.hub.get_dir()) / "checkpoints" / name).exists():
+    `silent` has the servers that did not, and why: without a network a whole zoo fails at once.
+    """
+    name, host = Path(urlsplit(url).path).name, urlsplit(url).hostname
+    if (Path(torch.hub.get_dir()) / "checkpoints" / name).exists():
+        return
+    if host not in silent:
+        try:
+            request = Request(url, method="HEAD")
+            urlopen(request, timeout=ANSWER_SECONDS).close()  # nosec B310  # torchvision's own
             return
-        if host not in self.silent:
-            try:
-                request = Request(url, method="HEAD")
-                urlopen(request, timeout=ANSWER_SECONDS).close()  # nosec B310  # torchvision's own
-                return
-            except HTTPError as error:
-                raise UserError(f"{url}: {error.code} {error.reason}") from None
-            except OSError as error:
-                self.silent[host] = str(getattr(error, "reason", error))
-        raise UserError(f"{host} does not answer ({self.silent[host]})")
+        except HTTPError as error:
+            raise UserError(f"{url}: {error.code} {error.reason}") from None
+        except OSError as error:
+            silent[host] = str(getattr(error, "reason", error))
+    raise UserError(f"{host} does not answer ({silent[host]})")
 
 
-@contextmanager
-def stalled_downloads_end() -> Iterator[None]:
-    """Let a connection that is silent for STALL_SECONDS raise TimeoutError."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def zoo_model(name: str, weights: str | None, downloads: Downloads) -> nn.Module:
+def zoo_model(name: str, weights: str | None, silent: dict[str, str]) -> nn.Module:
     """The model with its weights, on the CPU. Raises UserError if they are unavailable."""
     full = TORCHVISION_ALIASES.get(name, name)
     names = zoo_names() if ".py:" not in name and name not in CIFAR_BLOCKS else {}
@@ -197,12 +180,15 @@ def zoo_model(name: str, weights: str | None, downloads: Downloads) -> nn.Module
         load_state(model, fitting_weights(weights, model), weights)
         return model
     chosen = pretrained_weights(name)
-    downloads.check(chosen.url)
+    check_download(chosen.url, silent)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALL_SECONDS)  # or a connection that is silent would never end
     try:
-        with stalled_downloads_end():
-            return torchvision.models.get_model(full, weights=chosen)
+        return torchvision.models.get_model(full, weights=chosen)
     except (OSError, RuntimeError) as error:
         raise UserError(f"its weights cannot be downloaded ({error})") from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def weights_identity(name: str, weights: str | None) -> str:
@@ -239,10 +225,8 @@ def chosen_models(names: list[str], weights: str | None) -> list[str]:
     tags = [model_tag(name) for name in models]
     for name, tag in zip(models, tags, strict=True):
         if tags.count(tag) > 1:
-            raise UserError(
-                f"{name}: another model's files would be called {tag} too; "
-                "run them with different --out"
-            )
+            text = f"{name}: another model's files would be called {tag} too"
+            raise UserError(f"{text}; run them with different --out")
     return models
 
 
@@ -270,14 +254,13 @@ class WeightResults:
             study_files.read_json(self.path(model, width))  # names the file if it is broken
         return [width for width in bits if width not in done]
 
-    def write(
-        self, model: str, settings: Mapping[str, Any], figures: dict[int, dict[str, Any]]
-    ) -> None:
+    def write(self, model: str, settings: dict[str, Any], figures: dict[int, Any]) -> None:
         """Write a model's results, after removing those with other settings."""
-        if self.models.get(model_tag(model)) != settings:
-            for path in self.folder.glob(f"{model_tag(model)}_[0-9]_bits_mse.json"):
+        tag = model_tag(model)
+        if self.models.get(tag) != settings:
+            for path in self.folder.glob(f"{tag}_[0-9]_bits_mse.json"):
                 path.unlink()
-            self.models[model_tag(model)] = dict(settings)
+            self.models[tag] = settings
             sidecar = {"models": self.models, "environment": records.environment()}
             records.write_record(self.sidecar, sidecar)
         for width, layers in figures.items():
@@ -294,42 +277,34 @@ class WeightResults:
             yield [model, f"{width}", f"{len(layers)}", *medians, f"{better}"]
 
 
-def log_coverage(name: str, model: nn.Module) -> None:
-    """Say what is compared and what is not, such as Conv3d and the projections of attention."""
-    weights = [layer.weight.numel() for layer in find_layers(model).values()]
-    others = sum(parameter.numel() for parameter in model.parameters()) - sum(weights)
-    log.info(
-        "%s: %d tensors of %s weights; not compared, not being the weight of a Conv2d or Linear: "
-        "%s parameters",
-        *(name, len(weights), f"{sum(weights):,}", f"{others:,}"),
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     device, models = resolve_device(args.device), chosen_models(args.models or [], args.weights)
     bits = sorted(set(args.bits), reverse=True)
-    results, downloads = WeightResults(args.out), Downloads()
+    results, silent = WeightResults(args.out), {}
     skipped: dict[str, list[str]] = {}  # reason → models
-    settings = {}
+    settings, missing = {}, {}
     for name in models:
         weights = weights_identity(name, args.weights)
         settings[name] = {"model": name, "weights": weights, "balanced": args.balanced}
-    missing = {
-        name: bits if args.restart else results.missing(name, settings[name], bits)
-        for name in models
-    }
+        missing[name] = bits if args.restart else results.missing(name, settings[name], bits)
     cli.print_result(study_files.markdown_head(COLUMNS))
     for name in progress("models", models):
         if missing[name]:
             try:
-                model = zoo_model(name, args.weights, downloads)
+                model = zoo_model(name, args.weights, silent)
                 figures = model_figures(model, missing[name], args.balanced, device)
             except UserError as error:
                 if len(models) == 1:
                     raise UserError(f"{name}: {error}") from None
                 skipped.setdefault(str(error), []).append(name)
                 continue
-            log_coverage(name, model)
+            compared = [layer.weight.numel() for layer in find_layers(model).values()]
+            others = sum(map(torch.numel, model.parameters())) - sum(compared)  # Conv3d, attention
+            log.info(
+                "%s: %d tensors of %s weights; not compared, not being the weight of a Conv2d or "
+                "Linear: %s parameters",
+                *(name, len(compared), f"{sum(compared):,}", f"{others:,}"),
+            )
             results.write(name, settings[name], figures)
         else:
             log.info("%s: done already", name)
@@ -350,10 +325,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         example="python -m pruning_vs_quantization.quant_pruning_weights_sqnr --models rn8",
     )
-    text = (
-        "torchvision's names, rn18, rn20, …, or path/to/file.py:function "
-        "(default: torchvision's whole zoo)"
-    )
+    text = "torchvision's names, rn18, rn20, …, or path/to/file.py:function"
+    text += " (default: torchvision's whole zoo)"
     parser.add_argument("--models", metavar="MODEL", nargs="+", help=text)
     text = "weights of the one model in --models (default: torchvision's, or the shipped ones)"
     parser.add_argument("--weights", metavar="FILE", help=text)

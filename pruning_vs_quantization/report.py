@@ -2,9 +2,8 @@
 
     python -m pruning_vs_quantization.report [FOLDER …] [--model rn20]
 
-Gathers the results of the study's parts in FOLDER (plots_data) and the folders below it, whatever
-their names, and writes report.html, a page that embeds its pictures and needs no network
-(`report.html.jinja`), and report.md. Each part gives, by bit width, a gap
+Gathers the results of the study's parts in FOLDER and below into report.html, a page that needs no
+network, and report.md. Each part gives, by bit width, a gap
 
     quantisation − pruning at equal size      above 0: quantisation loses less
 
@@ -37,6 +36,7 @@ import operator
 import os
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +66,7 @@ QUESTION = (
 LEGEND = "Quantisation − pruning: above 0, quantisation loses less."
 EVEN = {"dB": 0.1, "points": 0.3}  # points: the standard error of a difference on 10,000 images
 CLOSEST = 5  # tensors that are named
+NUMERIC_CELL = re.compile(r"[+\-−≥ ]*[\d∞]")
 SAME_INPUTS = ("weights", "nsamples", "image_size", "calibration_seed", "opt_dim")
 SAME_INPUTS += ("num_output_channels", "num_chunks")  # settings of both sides of a layer
 LayerPair = tuple[dict[str, Any], dict[str, Any]]  # a layer's summaries, quantised and pruned
@@ -95,28 +96,22 @@ def network_tag(name: str) -> str:
     return model_tag(TORCHVISION_ALIASES.get(name, name))
 
 
-def is_model(name: str, requested: str | None) -> bool:
-    """Whether a result is of the requested model; None: of any."""
-    return requested is None or network_tag(name) == network_tag(requested)
-
-
 # -- the parts -------------------------------------------------------------------------------------
 
 
-def densities_section(folder: Path, model: str | None) -> Iterator[Section]:
+def densities_section(folder: Path, tag: str | None) -> Iterator[Section]:
     """Part 1, which concerns no model."""
     settings, figures = study_files.read_result(folder / "expected_sqnr.json")
     bits = settings["bits"]
-    gaussian = figures["densities"]["Gaussian"]["bits"].items()
-    crossings = [
+    crossings = ", ".join(
         f"{line['crossing']:.1f} at {width} bits"
         for width, line in sorted(figures["kurtosis"].items())
         if line["crossing"] is not None
-    ]
+    )
     text = "Closed-form expected errors, each grid with its range of least error. "
     if crossings:
         text += "Heavy tails favour pruning: on truncated Student-t densities it starts to win at "
-        text += f"an excess kurtosis of {', '.join(crossings)}."
+        text += f"an excess kurtosis of {crossings}."
     else:
         text += "Pruning does not win at any of the kurtoses considered."
     ahead = "How much quantisation is ahead, against kurtosis"
@@ -124,18 +119,25 @@ def densities_section(folder: Path, model: str | None) -> Iterator[Section]:
         ("Expected SQNR of densities", plots.png_bytes(expected_sqnr.draw_sqnr(figures, bits))),
         (ahead, plots.png_bytes(expected_sqnr.draw_kurtosis(figures, bits))),
     ]
-    gaps = {int(width): x["quant_sqnr"] - x["pruning_sqnr"] for width, x in gaussian}
+    gaussian = figures["densities"]["Gaussian"]["bits"]
+    gaps = {int(width): x["quant_sqnr"] - x["pruning_sqnr"] for width, x in gaussian.items()}
     tables = [expected_sqnr.sqnr_table(figures, bits)]
     subject = "a Gaussian" + ", balanced grids" * bool(settings.get("balanced"))
     yield Section("densities", subject, "dB", gaps, text, tables, pictures)
 
 
-def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
+def weights_section(folder: Path, tag: str | None) -> Iterator[Section]:
     """Part 2."""
-    every = [x for x in plot_weights_sqnr.read_tensors(folder)[0] if is_model(x.model, model)]
+    every, _ = plot_weights_sqnr.read_tensors(folder)
+    every = [x for x in every if tag in (None, network_tag(x.model))]
     if not every:
         return
     models, subject = sorted({x.model for x in every}), plot_weights_sqnr.networks_text(every)
+    text = (
+        f"Every Conv2d and Linear tensor of {', '.join(models)}, rounded to FP16; one grid per "
+        "tensor, with the range of least squared error, against magnitude pruning. The second "
+        "table names the tensors on which pruning comes closest."
+    )
     sizes, gaps = [], {}
     for bits, tensors in plot_weights_sqnr.tensors_by_bits(every).items():
         quantised, pruned, gaps[bits] = (
@@ -151,79 +153,63 @@ def weights_section(folder: Path, model: str | None) -> Iterator[Section]:
         for x in sorted(every, key=lambda tensor: tensor.gap)[:CLOSEST]
     ]
     head = ["bits", "sparsity", "tensors", "quantising, median dB", "pruning, median dB"]
-    drawn = {
-        "A dot per tensor; below the diagonal quantisation wins": plot_weights_sqnr.draw_tensors
-    }
+    tables = [TextTable([*head, "pruning better in"], sizes)]
+    head = ["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"]
+    tables.append(TextTable(head, closest))
+    caption = "A dot per tensor; below the diagonal quantisation wins"
+    drawn = {caption: plot_weights_sqnr.draw_tensors}
     if any(tensor.kurtosis is not None for tensor in every):
         drawn["Both against the kurtosis of the tensor"] = plot_weights_sqnr.draw_tensor_kurtosis
-    yield Section(
-        "weights",
-        subject,
-        "dB",
-        gaps,
-        f"Every Conv2d and Linear tensor of {', '.join(models)}, rounded to FP16; one grid per "
-        "tensor, with the range of least squared error, against magnitude pruning. The second "
-        "table names the tensors on which pruning comes closest.",
-        [
-            TextTable([*head, "pruning better in"], sizes),
-            TextTable(
-                ["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"], closest
-            ),
-        ],
-        [(caption, plots.png_bytes(draw(every, subject))) for caption, draw in drawn.items()],
-        models=models,
-    )
+    pictures = [(caption, plots.png_bytes(draw(every, subject))) for caption, draw in drawn.items()]
+    yield Section("weights", subject, "dB", gaps, text, tables, pictures, models=models)
 
 
-def layer_outputs_section(folder: Path, model: str | None) -> Iterator[Section]:
+def layer_outputs_section(folder: Path, tag: str | None) -> Iterator[Section]:
     """Part 3: layers that both studies have covered."""
-    networks: dict[tuple[str, str], dict[tuple[str, int], dict[str, tuple]]] = {}
+    networks: Any = defaultdict(lambda: defaultdict(dict))  # … → layer, bits → kind → a result
     for path in sorted(folder.iterdir()):
-        if REPORT_PARTS["layer outputs"].files.fullmatch(path.name):
+        if LAYER_FILES.fullmatch(path.name):
             settings, figures = study_files.read_result(path)
-            if is_model(settings["model"], model) and figures["summary"]:
-                layers = networks.setdefault((settings["model"], settings["dataset"]), {})
-                kinds = layers.setdefault((figures["layer"], figures["bits"]), {})
-                kinds[figures["kind"]] = figures["summary"], settings
+            if tag in (None, network_tag(settings["model"])) and figures["summary"]:
+                layers = networks[settings["model"], settings["dataset"]]
+                result = figures["summary"], settings
+                layers[figures["layer"], figures["bits"]][figures["kind"]] = result
     for (name, dataset), layers in networks.items():
-        pairs = {}
-        for key, kinds in sorted(layers.items(), key=lambda item: natural_order(*item[0])):
+        pairs: dict[tuple[str, int], LayerPair] = {}
+        for layer, bits in sorted(layers, key=natural_order):
+            kinds = layers[layer, bits]
             if len(kinds) < 2:
                 continue
             (quantised, settings), (pruned, others) = kinds["quantisation"], kinds["pruning"]
             if unlike := [x for x in SAME_INPUTS if settings.get(x) != others.get(x)]:
                 text = "%s of %s at %d bits left out: quantised and pruned with another %s"
-                log.warning(text, key[0], name, key[1], unlike[0])
+                log.warning(text, layer, name, bits, unlike[0])
             else:
-                pairs[key] = quantised, pruned
-        by_bits: dict[int, list[LayerPair]] = {}
-        for (_, bits), pair in sorted(pairs.items(), key=lambda item: -item[0][1]):
-            by_bits.setdefault(bits, []).append(pair)
-        pictures = sorted(folder.glob(f"{model_tag(name)}_layer_outputs.png"))
-        caption = "From the best known solution to the proven limit, by layer"
+                pairs[layer, bits] = quantised, pruned
+        if not pairs:
+            continue
+        by_bits = {
+            bits: [pair for (_, width), pair in pairs.items() if width == bits]
+            for bits in sorted({bits for _, bits in pairs}, reverse=True)
+        }
+        gaps = {bits: statistics.median(map(output_gap, x)) for bits, x in by_bits.items()}
         text = (
             "The best known solutions of the layers' least-squares problems on real inputs; no "
             "solution can exceed their limits. One side is proven better where its best exceeds "
             "the other's limit. Below optimum: the mean loss of the toolkit's own answer against "
             "the best one."
         )
-        if pairs:
-            yield Section(
-                "layer outputs",
-                f"{name} on {dataset}",
-                "dB",
-                {bits: statistics.median(map(output_gap, x)) for bits, x in by_bits.items()},
-                text,
-                [sizes_table(by_bits), layers_table(pairs)],
-                [(caption, path.read_bytes()) for path in pictures],
-                models=[name],
-            )
+        tables, subject = [sizes_table(by_bits), layers_table(pairs)], f"{name} on {dataset}"
+        caption = "From the best known solution to the proven limit, by layer"
+        drawn = folder / f"{model_tag(name)}_layer_outputs.png"
+        pictures = [(caption, drawn.read_bytes())] if drawn.exists() else []
+        yield Section("layer outputs", subject, "dB", gaps, text, tables, pictures, models=[name])
 
 
-def natural_order(layer: str, bits: int) -> tuple[list[str | int], int]:
+def natural_order(layer: tuple[str, int]) -> tuple[list[str | int], int]:
     """A key that sorts features.2 before features.10, and many bits before few."""
-    words = re.split(r"(\d+)", layer)  # text and numbers, in turns
-    return [int(word) if i % 2 else word for i, word in enumerate(words)], -bits
+    words = re.split(r"(\d+)", layer[0])  # text and numbers, in turns
+    return [int(word) if i % 2 else word for i, word in enumerate(words)], -layer[1]
 
 
 def finite_or_inf(summary: dict[str, Any], key: str) -> float:
@@ -239,52 +225,48 @@ def output_gap(pair: LayerPair) -> float:
 
 def sizes_table(by_bits: dict[int, list[LayerPair]]) -> TextTable:
     """A row per bit width."""
+    head = ["bits", "sparsity", "layers", "quantisation − pruning, median"]
+    head += ["quantisation proven better in", "pruning proven better in"]
+    head += ["OBQ below optimum", "ExactOBS below optimum"]
     rows = []
     for bits, pairs in by_bits.items():
         median = signed(statistics.median(map(output_gap, pairs)), "dB")
-        cells = [f"{bits}", sparsity_percent(bits), f"{len(pairs)}", median]
-        for one in (0, 1):
-            best, limit = (
-                [finite_or_inf(pair[side], key) for pair in pairs]
-                for side, key in ((one, "sqnr_best"), (1 - one, "sqnr_limit"))
-            )
-            cells.append(f"{sum(map(operator.gt, best, limit))}")
+        row = [f"{bits}", sparsity_percent(bits), f"{len(pairs)}", median]
+        for side in (0, 1):
+            best = (finite_or_inf(pair[side], "sqnr_best") for pair in pairs)
+            limits = (finite_or_inf(pair[1 - side], "sqnr_limit") for pair in pairs)
+            row.append(f"{sum(map(operator.gt, best, limits))}")
         for side in (0, 1):
             own = statistics.fmean(pair[side]["own_gap_mean"] or 0.0 for pair in pairs)
-            cells.append(f"{own:.2f} dB")
-        rows.append(cells)
-    head = ["bits", "sparsity", "layers", "quantisation − pruning, median"]
-    head += ["quantisation proven better in", "pruning proven better in"]
-    return TextTable([*head, "OBQ below optimum", "ExactOBS below optimum"], rows)
+            row.append(f"{own:.2f} dB")
+        rows.append(row)
+    return TextTable(head, rows)
 
 
 def layers_table(pairs: dict[tuple[str, int], LayerPair]) -> TextTable:
     """A row per layer and bit width; `best … limit` where the two differ."""
-
-    def interval(summary: dict[str, Any]) -> str:
-        ends = [decibel_text(summary[key]) for key in ("sqnr_best", "sqnr_limit")]
-        return " … ".join(dict.fromkeys(ends))
-
-    def own_gap(summary: dict[str, Any]) -> str:
-        more = "≥ " if summary["proven"] < summary["subproblems"] else ""
-        return more + decibel_text(summary["own_gap_mean"])
-
-    rows = []
-    for (layer, bits), pair in pairs.items():
-        proven, total = (sum(side[key] for side in pair) for key in ("proven", "subproblems"))
-        cells = [layer, f"{bits}", f"{proven} of {total}", *map(interval, pair)]
-        rows.append([*cells, signed(output_gap(pair), "dB"), *map(own_gap, pair)])
     head = ["layer", "bits", "proven optimal", "quantised, dB", "pruned, dB"]
     head += ["quantisation − pruning", "OBQ below optimum, dB", "ExactOBS below optimum, dB"]
+    rows = []
+    for (layer, bits), pair in pairs.items():
+        intervals, own_gaps = [], []
+        for side in pair:
+            ends = [decibel_text(side[key]) for key in ("sqnr_best", "sqnr_limit")]
+            intervals.append(" … ".join(dict.fromkeys(ends)))
+            more = "≥ " if side["proven"] < side["subproblems"] else ""
+            own_gaps.append(more + decibel_text(side["own_gap_mean"]))
+        proven, total = (sum(side[key] for side in pair) for key in ("proven", "subproblems"))
+        cells = [layer, f"{bits}", f"{proven} of {total}", *intervals]
+        rows.append([*cells, signed(output_gap(pair), "dB"), *own_gaps])
     return TextTable(head, rows, folded="Layer by layer")
 
 
-def fine_tuning_section(folder: Path, model: str | None) -> Iterator[Section]:
+def fine_tuning_section(folder: Path, tag: str | None) -> Iterator[Section]:
     """Part 4: the tables that `main table` has made."""
     for path in sorted(folder.glob("table_*.json")):
         record = study_files.read_json(path)
         name = record["architecture"].removesuffix("_quantized")
-        if not is_model(name, model):
+        if tag not in (None, network_tag(name)):
             continue
         results = [Result(**one) for one in record["results"]]
         gaps, doubts = {}, {}
@@ -300,77 +282,60 @@ def fine_tuning_section(folder: Path, model: str | None) -> Iterator[Section]:
                     doubts[bits] = why
         dense = "".join(f"dense {top1:.2f}; " for top1 in dense_accuracies(results))
         text = f"Top-1 in percent; {dense}{record['conditions']}."
-        picture, subject = path.with_suffix(".png"), f"{name} on {record['dataset']}"
-        pictures = [("Top-1 against size", picture.read_bytes())] if picture.exists() else []
-        tables = [accuracy_table(results)]
-        yield Section(
-            "fine-tuning", subject, "points", gaps, text, tables, pictures, doubts, [name]
-        )
+        drawn, subject = path.with_suffix(".png"), f"{name} on {record['dataset']}"
+        pictures = [("Top-1 against size", drawn.read_bytes())] if drawn.exists() else []
+        of_table = [accuracy_table(results)], pictures, doubts, [name]
+        yield Section("fine-tuning", subject, "points", gaps, text, *of_table)
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of the study."""
-
-    files: re.Pattern  # names of its results
-    sections: Callable[[Path, str | None], Iterator[Section]]  # of a model, or all, in a folder
-    command: str  # that makes them
-
-
-STUDY = "python -m pruning_vs_quantization"
-REPORT_PARTS = {  # in the order of the answer's weight
-    "densities": Part(
-        re.compile(r"expected_sqnr\.json"), densities_section, f"{STUDY}.expected_sqnr"
-    ),
-    "weights": Part(
+STUDY = "python -m pruning_vs_quantization."
+LAYER_FILES = re.compile(r".+_\d_bits_(quantisation|pruning)\.json")
+REPORT_PARTS: dict[str, tuple[str | re.Pattern, Callable[..., Iterator[Section]], str]] = {
+    # by rising weight in the answer: names of its files, its sections, the command that makes them
+    "densities": (r"expected_sqnr\.json", densities_section, "expected_sqnr"),
+    "weights": (
         plot_weights_sqnr.FILE_NAME,
         weights_section,
-        f"{STUDY}.quant_pruning_weights_sqnr --models MODEL",
+        "quant_pruning_weights_sqnr --models MODEL",
     ),
-    "layer outputs": Part(
-        re.compile(r".+_\d_bits_(quantisation|pruning)\.json"),
+    "layer outputs": (
+        LAYER_FILES,
         layer_outputs_section,
-        f"{STUDY}.post_training_quant_acts_sqnr "
-        "quant-bounds-data-opt … and post_training_pruning_acts_sqnr …",
+        "post_training_quant_acts_sqnr quant-bounds-data-opt … "
+        "and post_training_pruning_acts_sqnr …",
     ),
-    "fine-tuning": Part(
-        re.compile(r"table_.+\.json"),
+    "fine-tuning": (
+        r"table_.+\.json",
         fine_tuning_section,
-        f"{STUDY}.main train-compressed … and … table …",
+        "main train-compressed … and … table …",
     ),
 }
 
 
-def result_folders(folders: list[Path]) -> dict[str, list[Path]]:
-    """Where the results of each part are: in these folders and all below that are not hidden."""
+def study_sections(folders: list[Path], model: str | None) -> list[Section]:
+    """Everything on a model, or on any, in these folders and all below that are not hidden.
+
+    Raises UserError for files that are not results.
+    """
     places: dict[str, set[Path]] = {part: set() for part in REPORT_PARTS}
     for folder in folders:
         for where, below, names in os.walk(folder):
             below[:] = [name for name in below if not name.startswith(".")]
-            for part, how in REPORT_PARTS.items():
-                if any(map(how.files.fullmatch, names)):
+            for part, (pattern, _, _) in REPORT_PARTS.items():
+                if any(re.fullmatch(pattern, name) for name in names):
                     places[part].add(Path(where))
-    return {part: sorted(of_part) for part, of_part in places.items()}
-
-
-def study_sections(folders: list[Path], model: str | None) -> list[Section]:
-    """Everything that has been run on a model, or on any, in the order of the answer's weight.
-
-    Raises UserError for files that are not results.
-    """
     sections: dict[tuple[str, str], Section] = {}
-    for part, places in result_folders(folders).items():
-        for folder in places:
-            try:
-                for section in REPORT_PARTS[part].sections(folder, model):
-                    if (part, section.subject) in sections:  # with other settings
-                        section.subject += f", {folder}"
-                    sections[part, section.subject] = section
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(
-                    f"{folder}: a result of the part {part} is not as its command writes "
-                    f"it ({type(error).__name__}: {error}); run it again with --restart"
-                ) from None
+    for part, folder in ((part, x) for part, every in places.items() for x in sorted(every)):
+        try:
+            for section in REPORT_PARTS[part][1](folder, model and network_tag(model)):
+                if (part, section.subject) in sections:  # with other settings
+                    section.subject += f", {folder}"
+                sections[part, section.subject] = section
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{folder}: a result of the part {part} is not as its command writes "
+                f"it ({type(error).__name__}: {error}); run it again with --restart"
+            ) from None
     return list(sections.values())
 
 
@@ -417,13 +382,10 @@ def answer(sections: list[Section]) -> str:
     text = text.replace("neither is better", "neither is clearly better")
     dissent = []
     for section in sections[:-1]:
-        bits = [
-            b
-            for b in section.gaps
-            if b in last.gaps and better(section, b) not in ("", better(last, b))
-        ]
-        if bits:
-            dissent.append(f"{section.part}, {section.subject}, at {sizes(section, bits)}")
+        same = [bits for bits in section.gaps if bits in last.gaps]
+        other = [x for x in same if better(section, x) not in ("", better(last, x))]
+        if other:
+            dissent.append(f"{section.part}, {section.subject}, at {sizes(section, other)}")
     if dissent:
         return f"{text} Otherwise by {'; '.join(dissent)}."
     agree = bool(sections[:-1] and by_winner)
@@ -433,11 +395,10 @@ def answer(sections: list[Section]) -> str:
 def summary_table(sections: list[Section]) -> TextTable:
     """Quantisation − pruning, a row per size and a column per part."""
     sections = [section for section in sections if section.gaps]
-    rows = [
-        [f"{bits:g}", sparsity_percent(bits)]
-        + [signed(section.gaps.get(bits), section.unit) for section in sections]
-        for bits in sorted({bits for section in sections for bits in section.gaps}, reverse=True)
-    ]
+    rows = []
+    for bits in sorted({bits for section in sections for bits in section.gaps}, reverse=True):
+        gaps = (signed(section.gaps.get(bits), section.unit) for section in sections)
+        rows.append([f"{bits:g}", sparsity_percent(bits), *gaps])
     return TextTable(["bits", "sparsity", *(section.title for section in sections)], rows)
 
 
@@ -447,7 +408,7 @@ def summary_table(sections: list[Section]) -> TextTable:
 def parts_not_run(sections: list[Section]) -> list[tuple[str, str]]:
     """The parts without results, and the commands to run for them."""
     done = {section.part for section in sections}
-    return [(part, how.command) for part, how in REPORT_PARTS.items() if part not in done]
+    return [(part, STUDY + x) for part, (*_, x) in REPORT_PARTS.items() if part not in done]
 
 
 def text_columns(table: TextTable) -> list[bool]:
@@ -455,10 +416,7 @@ def text_columns(table: TextTable) -> list[bool]:
     columns = [
         [row[i] for row in table.rows if row[i] not in ("", "–")] for i in range(len(table.head))
     ]
-    return [
-        bool(column) and not any(cell.lstrip("+-−≥ ")[:1] in "0123456789∞" for cell in column)
-        for column in columns
-    ]
+    return [any(cells) and not any(map(NUMERIC_CELL.match, cells)) for cells in columns]
 
 
 def html_page(title: str, sections: list[Section]) -> str:
@@ -469,7 +427,7 @@ def html_page(title: str, sections: list[Section]) -> str:
         loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    environment.filters["width"] = plots.png_width
+    environment.filters["width"] = lambda png: int.from_bytes(png[16:20], "big") * 96 // plots.DPI
     return environment.get_template("report.html.jinja").render(
         title=title,
         question=QUESTION,
@@ -493,12 +451,6 @@ def markdown_page(title: str, sections: list[Section]) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def page_title(sections: list[Section]) -> str:
-    """The question, and the network if there is only one."""
-    one = len({network_tag(name) for section in sections for name in section.models}) == 1
-    return "Pruning or quantisation?" + (f" {sections[-1].subject}" if one else "")
-
-
 def run(args: argparse.Namespace) -> None:
     folders = args.folders or [study_files.PLOTS_DATA]
     for folder in folders:
@@ -512,11 +464,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{where}: results of {some}; pass --model MODEL, or --model all")
     if not sections or (args.model not in (None, "all") and not names):
         whose = f" for {args.model}" if args.model else ""
-        command = REPORT_PARTS["weights"].command
+        command = STUDY + REPORT_PARTS["weights"][2]
         raise UserError(f"{where}: no results of the study{whose}; begin with {command}")
-    title, out = page_title(sections), args.out or folders[0]
-    pages = {"report.md": markdown_page, "report.html": html_page}
-    for name, page in pages.items():
+    title, out = "Pruning or quantisation?", args.out or folders[0]
+    title += f" {sections[-1].subject}" if len(names) == 1 else ""
+    for name, page in (("report.md", markdown_page), ("report.html", html_page)):
         content = page(title, sections).encode()
         with files.atomic_write(out / name) as file:
             file.write(content)

@@ -5,11 +5,6 @@ that a run that was killed goes on where it stopped:
 
     {"settings": what was asked for, "figures": the results, "environment": on what machine}
 
-    figures = finished(path, settings, restart)            None: not done yet
-    if figures is None:
-        figures = …
-        write_result(path, settings, figures)
-
 Settings are the result's fingerprint (`obc/toolkit/fingerprints.py`): everything that the figures
 depend on and nothing else (no output folder, no number of threads). A file with other settings is
 never used, and never overwritten unless asked for. NaN and infinity, which JSON lacks, are null;
@@ -131,11 +126,8 @@ def check_same_settings(
     settings: Mapping[str, Any],
 ) -> None:
     """Raise a UserError that names the first setting in which two runs differ."""
-    old, new = (
-        {name: json.dumps(value, default=str) for name, value in each.items()}
-        for each in (earlier, settings)
-    )
-    if differing := difference(old, new):
+    sides = ({k: json.dumps(x, default=str) for k, x in s.items()} for s in (earlier, settings))
+    if differing := difference(*sides):
         raise UserError(f"{path}: {differing}; pass --restart to replace it, or another --out")
 
 

@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,32 +53,16 @@ def compressed_network(
     model = copy.deepcopy(dense)
     if options.weight_quant:
         bits = compressed.layer_bits(model, options.n_bits, ends)
-        method = options.weight_quant_method
-        compressed.quantise_weights(model, bits, options.per_channel, method)
+        starting = options.per_channel, options.weight_quant_method
+        compressed.quantise_weights(model, bits, *starting)
     if options.act_quant:
         bits = compressed.layer_bits(model, options.n_bits_act, ends)
-        method = options.act_quant_method
-        batches = images.plain(options.num_est_batches)
-        grids = input_grids(dense, find_layers(dense), bits, method, batches, device)
+        starting = options.act_quant_method, images.plain(options.num_est_batches)
+        grids = input_grids(dense, find_layers(dense), bits, *starting, device)
         compressed.quantise_inputs(model, grids)
     if options.oscillations_freeze_threshold:
         oscillations.start_tracking(model)
     return model
-
-
-def pruning_plan(
-    options: TrainingOptions,
-    ends: tuple[str, ...],  # the first and the last layer
-    steps_per_epoch: int,
-) -> GradualPruning | None:
-    """How to prune, if at all."""
-    if options.prune_method == "none":
-        return None
-    first = options.prune_epoch_start * steps_per_epoch
-    last = options.prune_last_epoch * steps_per_epoch
-    every = options.delta_t or max(1, min(STEPS_BETWEEN_MASKS, (last - first) // MASKS))
-    schedule = CubicSchedule(options.s_i, options.s_f, first, last)
-    return GradualPruning(schedule, every, options.first_last_sparsity, ends, options.tile_size)
 
 
 def make_optimizers(options: TrainingOptions, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -104,21 +85,6 @@ def make_optimizers(options: TrainingOptions, model: nn.Module) -> list[torch.op
     return [optimizer(options.optimizer, [*groups, step_group] if steps else groups)]
 
 
-@contextmanager
-def determinism(deterministic: bool) -> Iterator[None]:
-    """Inside, if so, only algorithms that give the same bits every time."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-
-
 # -- the run ---------------------------------------------------------------------------------------
 
 
@@ -132,9 +98,8 @@ class FineTuning:
         images: TrainingData,
         device: torch.device,
     ) -> None:
-        if options.reestimate_bn_stats and not any(
-            isinstance(m, BatchNorm) for m in dense.modules()
-        ):
+        norms = [module for module in dense.modules() if isinstance(module, BatchNorm)]
+        if options.reestimate_bn_stats and not norms:
             raise UserError(
                 "--reestimate-bn-stats: this model has no batch norm; pass --no-reestimate-bn-stats"
             )
@@ -144,8 +109,14 @@ class FineTuning:
         size = images.data.image_size
         ends = first_and_last(dense, torch.zeros(2, 3, size, size))
         self.model = compressed_network(options, dense, ends, images, device)
-        self.pruning = pruning_plan(options, ends, len(images))
-        if self.pruning:
+        self.pruning: GradualPruning | None = None
+        if options.prune_method != "none":
+            first = options.prune_epoch_start * len(images)
+            last = options.prune_last_epoch * len(images)
+            every = options.delta_t or max(1, min(STEPS_BETWEEN_MASKS, (last - first) // MASKS))
+            cubic = CubicSchedule(options.s_i, options.s_f, first, last)
+            limit, tile = options.first_last_sparsity, options.tile_size
+            self.pruning = GradualPruning(cubic, every, limit, ends, tile)
             self.pruning.start(self.model)
         self.optimizers = make_optimizers(options, self.model)
         schedule = options.learning_rate_schedule
@@ -159,14 +130,9 @@ class FineTuning:
 
     def run(self, state: RunState) -> nn.Module:
         """Train all epochs that are not in `state`; the plain network that was learned."""
+        epochs = self.options.max_epochs, "--learning-rate"
         task = TrainingTask(
-            "training",
-            self.images,
-            self.device,
-            self.options.max_epochs,
-            "--learning-rate",
-            state,
-            seconds_between_saves=0.0,
+            "training", self.images, self.device, *epochs, state, seconds_between_saves=0.0
         )
         self.dense_top1 = evaluate(self.dense, self.images.test_batches(), self.device).top1
         log.info("dense top-1 %.2f", self.dense_top1)
@@ -182,16 +148,11 @@ class FineTuning:
         )
         return self.learned or self.plain()
 
-    @property
-    def steps_done(self) -> int:
-        """Steps that are complete."""
-        return self.schedulers[0].last_epoch
-
     def annealed(self, option: str) -> float:
         """The present value of an option that has a final one, too."""
         first, last = (getattr(self.options, f"oscillations_{option}{x}") for x in ("", "_final"))
         steps = self.options.max_epochs * len(self.images)
-        return oscillations.annealed(first, last, self.steps_done / steps)
+        return oscillations.annealed(first, last, self.schedulers[0].last_epoch / steps)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:  # ()
         """The loss of a batch, as in the module docstring."""
@@ -209,7 +170,7 @@ class FineTuning:
             momentum = self.options.oscillations_freeze_ema_momentum
             oscillations.freeze(self.model, momentum, self.annealed("freeze_threshold"))
         if self.pruning:
-            self.pruning.update(self.model, self.steps_done + 1)
+            self.pruning.update(self.model, self.schedulers[0].last_epoch + 1)
 
     def evaluated(self, figures: dict[str, Any]) -> dict[str, Any]:
         """The figures of an epoch with accuracy, sparsity and time; logged."""
@@ -217,20 +178,20 @@ class FineTuning:
         self.learned = plain = self.plain()
         top1 = evaluate(plain, self.images.test_batches(), self.device).top1
         seconds = figures["training_s"] + time.perf_counter() - started
-        figures |= {
-            "top1": top1,
-            "sparsity": compressed.network_sparsity(plain),
-            "seconds": seconds,
-        }
+        sparsity = compressed.network_sparsity(plain)
+        figures |= {"top1": top1, "sparsity": sparsity, "seconds": seconds}
         if self.options.oscillations_freeze_threshold:
             figures["frozen"] = oscillations.frozen_share(self.model)
         line = (
             f"epoch {figures['epoch']} of {self.options.max_epochs}  {seconds:.1f} s  "
-            f"loss {figures['loss']:.4f}  top-1 {top1:.2f}  sparsity {figures['sparsity']:.4f}"
+            f"loss {figures['loss']:.4f}  top-1 {top1:.2f}  sparsity {sparsity:.4f}"
         )
         log.info(line + (f"  frozen {figures['frozen']:.4f}" if "frozen" in figures else ""))
         if self.options.tb_logging_dir is not None:
-            log_to_tensorboard(self.options.tb_logging_dir, figures)
+            epoch, writer = figures["epoch"], study_package("torch.utils.tensorboard").SummaryWriter
+            with writer(self.options.tb_logging_dir, purge_step=epoch) as log_file:  # later: void
+                for name in figures.keys() - {"epoch"}:
+                    log_file.add_scalar(name, figures[name], epoch)
         return figures
 
     def plain(self) -> nn.Module:
@@ -254,11 +215,3 @@ class FineTuning:
             "classes": len(self.images.data.classes),
             "epochs": self.history,
         }
-
-
-def log_to_tensorboard(folder: str, figures: dict[str, Any]) -> None:
-    """Add the figures of an epoch; earlier logs of this epoch and later ones are void."""
-    writer = study_package("torch.utils.tensorboard").SummaryWriter
-    with writer(folder, purge_step=figures["epoch"]) as log_file:
-        for name in figures.keys() - {"epoch"}:
-            log_file.add_scalar(name, figures[name], figures["epoch"])

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datautils import ImageData, ImageSet, calibration_batches, load_data, normalise, test_batches
+from datautils import ImageData, ImageSet, calibration_batches, load_data, test_batches
+from obc.inputs.preprocessing import Preprocessing
 from obc.solver.progress import progress
 from pruning_vs_quantization.training_options import TrainingOptions
 
@@ -36,7 +37,8 @@ LabelledImages = tuple[Tensor, Tensor]  # images (n, 3, s, s) float32, labels (n
 class DecodedImages:
     """Images in their plain view; iterable as normalised batches, always in the same order."""
 
-    pixels: np.ndarray  # (n, s, s, 3) uint8
+    preprocessing: Preprocessing
+    pixels: np.ndarray  # (n, s, s, c) uint8
     labels: Tensor  # (n,) int64
     batchsize: int
 
@@ -46,14 +48,14 @@ class DecodedImages:
 
         Raises UserError for an image that cannot be decoded.
         """
-        size, count = images.view.size, len(images)
-        if images.view.crops or count * size**2 * 3 > IN_MEMORY:
+        made, count = images.preprocessing, len(images)
+        if images.view.photographs or count * made.channels * made.size**2 > IN_MEMORY:
             return None
-        pixels = np.empty((count, size, size, 3), dtype=np.uint8)
+        pixels = np.empty((count, made.size, made.size, made.channels), dtype=np.uint8)
         labels = torch.empty(count, dtype=torch.int64)
         for index in progress("decoding", range(count)):
             pixels[index], labels[index] = images.pixels(index)
-        return cls(pixels, labels, batchsize)
+        return cls(made, pixels, labels, batchsize)
 
     def __len__(self) -> int:
         return math.ceil(len(self.pixels) / self.batchsize)
@@ -61,7 +63,7 @@ class DecodedImages:
     def __iter__(self) -> Iterator[LabelledImages]:
         for start in range(0, len(self.pixels), self.batchsize):
             batch = slice(start, start + self.batchsize)
-            yield normalise(self.pixels[batch]), self.labels[batch]
+            yield self.preprocessing.normalise(self.pixels[batch]), self.labels[batch]
 
 
 def shift_and_flip(
@@ -94,20 +96,14 @@ class TrainingData:
     @classmethod
     def load(cls, options: TrainingOptions, seed: int) -> TrainingData:
         """Raises UserError if datautils cannot load the dataset."""
-        data = load_data(
-            options.dataset,
-            datapath=options.images_dir,
-            image_size=options.image_size,
-            nsamples=1,
-            seed=seed,
-            class_file=options.classes,
-        )
+        where = {"datapath": options.images_dir, "class_file": options.classes}
+        size = {"image_size": options.image_size, "nsamples": 1}
+        data = load_data(options.dataset, **where, **size, seed=seed)
         total = len(data.calibration.source)
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = replace(data.calibration, chosen=order[: options.train_samples])
         data = replace(data, calibration=chosen)
-        size = options.batch_size
-        decoded = (DecodedImages.decode(images, size) for images in (chosen, data.test))
+        decoded = (DecodedImages.decode(x, options.batch_size) for x in (chosen, data.test))
         return cls(options, seed, data, *decoded)
 
     def __len__(self) -> int:
@@ -128,32 +124,27 @@ class TrainingData:
             pixels = self.train.pixels[batch.numpy()]
             if self.options.augment:
                 pixels = shift_and_flip(pixels, images.view.flips, generator)
-            yield normalise(pixels), self.train.labels[batch]
+            yield self.train.preprocessing.normalise(pixels), self.train.labels[batch]
 
     def plain(self, batches: int) -> Iterable[LabelledImages]:
         """The first training batches, not augmented; fewer if there are not that many."""
         count = batches * self.options.batch_size
         if self.train is not None:
-            first = self.train.pixels[:count], self.train.labels[:count]
-            return DecodedImages(*first, self.options.batch_size)
+            pixels, labels = self.train.pixels[:count], self.train.labels[:count]
+            return replace(self.train, pixels=pixels, labels=labels)
         images = self.data.calibration
         return self._streamed(replace(images, chosen=images.chosen[:count]))
 
     def _streamed(
         self, images: ImageSet, augment: bool = False, seed: int = 0
     ) -> Iterable[LabelledImages]:
-        return calibration_batches(
-            replace(self.data, calibration=images),
-            batchsize=self.options.batch_size,
-            augment=augment,
-            seed=seed,
-            workers=self.options.num_workers,
-        )
+        loading = {"batchsize": self.options.batch_size, "workers": self.options.num_workers}
+        data = replace(self.data, calibration=images)
+        return calibration_batches(data, augment=augment, seed=seed, **loading)
 
     def test_batches(self) -> Iterable[LabelledImages]:
         """All test images."""
         if self.test is not None:
             return self.test
-        return test_batches(
-            self.data, batchsize=self.options.batch_size, workers=self.options.num_workers
-        )
+        loading = {"batchsize": self.options.batch_size, "workers": self.options.num_workers}
+        return test_batches(self.data, **loading)

@@ -80,29 +80,29 @@ def learning_rate_schedule(text: str) -> LearningRateSchedule:
     epochs = ()
     try:
         if kind == "multistep":
-            epochs = tuple(int(word) for word in words.pop(0).split(",")) if words else ()
+            epochs = tuple(map(int, words.pop(0).split(","))) if words else ()
             words = words or ["0.1"]
         values = [float(word) for word in words]
-        counts = {"cosine": (0, 1), "multistep": (1,), "exponential": (1,), "constant": (0,)}
-        if len(values) not in counts.get(kind, ()):
-            raise ValueError
-        if not all(math.isfinite(value) and value > 0 for value in values):
-            raise ValueError
-        if kind == "multistep" and (
-            min(epochs, default=0) < 1 or list(epochs) != sorted({*epochs})
-        ):
-            raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {FORMS}; got {text}") from None
+        values = [math.nan]
+    counts = {"cosine": (0, 1), "multistep": (1,), "exponential": (1,), "constant": (0,)}
+    valid = len(values) in counts.get(kind, ()) and all(0 < x < math.inf for x in values)
+    if kind == "multistep":
+        valid = valid and min(epochs, default=0) >= 1 and list(epochs) == sorted({*epochs})
+    if not valid:
+        raise argparse.ArgumentTypeError(f"must be {FORMS}; got {text}")
     return LearningRateSchedule(kind, *(values or [None]), epochs)
 
 
+FILE, FOLDER = {"metavar": "FILE"}, {"metavar": "DIR"}
 COUNT = {"type": cli.positive_int, "metavar": "N"}
+EPOCHS = COUNT | {"metavar": "E"}
 RATE = {"type": cli.positive_float, "metavar": "F"}
 WEIGHT_OPTION = {"type": cli.nonnegative_float, "metavar": "F"}
 SHARE = {"type": cli.fraction, "metavar": "S"}
 BITS_OPTION = {"type": cli.number(int, lambda x: 2 <= x <= 16, "2 to 16"), "metavar": "B"}
-
+EMA_OPTION = {"type": cli.number(float, lambda x: 0 < x <= 1, "in (0, 1]"), "metavar": "F"}
+FINAL = "its final value, reached along a cosine (default: the same)"
 
 GROUPS = {  # first option of each -> title on the help page
     "architecture": "network and images",
@@ -129,18 +129,18 @@ class TrainingOptions:
     images_dir: str | None = option(
         None,
         "folder with train/ and val/ (default: ../imagenet, ../cifar10; digits needs none)",
-        metavar="DIR",
+        **FOLDER,
     )
     classes: str | None = option(
-        None, "class names, one a line, in the order of the network's outputs", metavar="FILE"
+        None, "class names, one a line, in the order of the network's outputs", **FILE
     )
     weights: str | None = option(
         None,
         "dense weights to start from (default: downloaded, or shipped with the toolkit)",
-        metavar="FILE",
+        **FILE,
     )
     model_dir: str | None = option(
-        None, "the same as --weights: the file, or a folder with this one file", metavar="DIR"
+        None, "the same as --weights: the file, or a folder with this one file", **FOLDER
     )
     image_size: int | None = option(
         None,
@@ -216,7 +216,7 @@ class TrainingOptions:
     prune_last_epoch: int | None = option(
         None,
         "epochs after which the last weights are removed (default: three quarters of --max-epochs)",
-        **COUNT | {"metavar": "E"},
+        **EPOCHS,
     )
     delta_t: int | None = option(
         None,
@@ -238,26 +238,19 @@ class TrainingOptions:
         "weight in the loss of latent weights' squared distance to the grid; 0: none",
         **WEIGHT_OPTION,
     )
-    oscillations_dampen_weight_final: float | None = option(
-        None, "its final value, reached along a cosine (default: the same)", **WEIGHT_OPTION
-    )
+    oscillations_dampen_weight_final: float | None = option(None, FINAL, **WEIGHT_OPTION)
     oscillations_freeze_threshold: float = option(
         0.0, "oscillations per step above which a weight is frozen; 0: never", **WEIGHT_OPTION
     )
-    oscillations_freeze_threshold_final: float | None = option(
-        None, "its final value, reached along a cosine (default: the same)", **RATE
-    )
+    oscillations_freeze_threshold_final: float | None = option(None, FINAL, **RATE)
     oscillations_freeze_ema_momentum: float = option(
-        0.01,
-        "momentum of the moving averages of frequency and code",
-        type=cli.number(float, lambda x: 0 < x <= 1, "in (0, 1]"),
-        metavar="F",
+        0.01, "momentum of the moving averages of frequency and code", **EMA_OPTION
     )
 
     cuda: bool | None = option(None, "as --device cuda; --no-cuda: as --device cpu")
     deterministic: bool = option(False, "only algorithms that give the same bits every time")
     tb_logging_dir: str | None = option(
-        None, "folder for TensorBoard logs (default: no logs)", metavar="DIR"
+        None, "folder for TensorBoard logs (default: no logs)", **FOLDER
     )
 
     def __post_init__(self) -> None:
@@ -269,10 +262,8 @@ class TrainingOptions:
             self.weights = weights_in(self.model_dir)
         floor = self.learning_rate_schedule.value
         if self.learning_rate_schedule.kind == "cosine" and (floor or 0) > self.learning_rate:
-            raise UserError(
-                f"--learning-rate-schedule: the cosine ends at {floor:g}, above "
-                f"--learning-rate {self.learning_rate:g}"
-            )
+            text = f"--learning-rate-schedule: the cosine ends at {floor:g}, above"
+            raise UserError(f"{text} --learning-rate {self.learning_rate:g}")
         if self.prune_method != "none":
             self._check_pruning()
         elif self.tile_size or self.zeros_per_tile or self.s_f is not None:
@@ -305,10 +296,8 @@ class TrainingOptions:
         if self.prune_last_epoch is None:
             self.prune_last_epoch = max(start + 1, 3 * epochs // 4)
         if not start < self.prune_last_epoch <= epochs:
-            raise UserError(
-                f"--prune-last-epoch {self.prune_last_epoch} must be above "
-                f"--prune-epoch-start {start} and at most --max-epochs {epochs}"
-            )
+            text = f"--prune-last-epoch {self.prune_last_epoch} must be above --prune-epoch-start"
+            raise UserError(f"{text} {start} and at most --max-epochs {epochs}")
 
     def settings(self) -> dict[str, Any]:
         """Everything that the results depend on, except the seed."""
@@ -319,17 +308,12 @@ class TrainingOptions:
 
     def run_name(self, seed: int) -> str:
         """The name of a run's files: network, dataset, compression, seed."""
-        words = [model_tag(network_name(self.architecture)), self.dataset]
-        if self.weight_quant:
-            words.append(f"w{self.n_bits}")
-        if self.act_quant:
-            words.append(f"a{self.n_bits_act}")
+        words = [f"w{self.n_bits}"] * self.weight_quant + [f"a{self.n_bits_act}"] * self.act_quant
         if self.prune_method != "none":
             pattern = f"{self.zeros_per_tile}of{self.tile_size}" if self.tile_size else ""
             words.append(f"zeros{pattern or f'{100 * self.s_f:.10g}'}")
-        if len(words) == 2:
-            words.append("dense")
-        return "_".join([*words, f"seed{seed}"])
+        network = model_tag(network_name(self.architecture))
+        return "_".join([network, self.dataset, *(words or ["dense"]), f"seed{seed}"])
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -350,8 +334,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 def training_options(args: argparse.Namespace) -> TrainingOptions:
     """From parsed arguments; raises UserError for contradictions."""
-    names = [field.name for field in dataclasses.fields(TrainingOptions)]
-    return TrainingOptions(**{name: getattr(args, name) for name in names})
+    fields = dataclasses.fields(TrainingOptions)
+    return TrainingOptions(**{field.name: getattr(args, field.name) for field in fields})
 
 
 def weights_in(model_dir: str) -> str:
@@ -360,8 +344,8 @@ def weights_in(model_dir: str) -> str:
         return model_dir
     files = sorted(name for name in os.listdir(model_dir) if name.endswith(WEIGHT_FILES))
     if len(files) != 1:
-        reason = f"contains {', '.join(files[:5])}" if files else "contains no weights"
-        raise UserError(f"--model-dir {model_dir}: {reason}; name the file itself")
+        names = ", ".join(files[:5]) or "no weights"
+        raise UserError(f"--model-dir {model_dir}: contains {names}; name the file itself")
     return os.path.join(model_dir, files[0])
 
 
@@ -372,10 +356,8 @@ def network_name(architecture: str) -> str:
     """
     name = architecture.removesuffix(SUFFIX)
     if not name or name == architecture:
-        raise UserError(
-            f"--architecture {architecture}: must be a model's name and {SUFFIX}, "
-            f"as in resnet18{SUFFIX}"
-        )
+        text = f"must be a model's name and {SUFFIX}, as in resnet18{SUFFIX}"
+        raise UserError(f"--architecture {architecture}: {text}")
     return name
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import obc.toolkit.starting  # noqa: E402, F401  # isort: skip
 
@@ -28,8 +29,8 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from obc.inputs import files
-from obc.solver import errors
+from obc.inputs import files  # noqa: E402
+from obc.solver import errors  # noqa: E402
 from obc.solver.errors import UserError  # noqa: E402
 from obc.toolkit import cli  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
@@ -167,7 +168,8 @@ def draw_errors(args: argparse.Namespace) -> None:
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_yticks(range(len(scores)), list(scores), fontsize=7)
     step = max(1, len(levels) // 12)
-    axes.set_xticks(range(0, len(levels), step), levels[::step], fontsize=7, rotation=90)
+    names = list(map(level_text, levels[::step]))
+    axes.set_xticks(range(0, len(levels), step), names, fontsize=7, rotation=90)
     axes.set(xlabel="level", title=f"error per layer and level: {args.model} on {args.dataset}")
     figure.colorbar(image, label=f"log10 of the change in loss\n(darkest: up to {LEAST_ERROR:g})")
     save(figure, args.results.with_name(f"{args.recipe}_errors.png"))
@@ -189,11 +191,23 @@ def draw_profiles(args: argparse.Namespace) -> None:
     axes.imshow(values, aspect="auto", cmap="YlOrRd", vmin=0, vmax=2 * max(1, len(levels) - 1))
     for row, profile in enumerate(profiles.values()):
         for column, layer in enumerate(layers):
-            axes.text(column, row, profile[layer], ha="center", va="center", fontsize=5)
+            text = level_text(profile[layer])
+            axes.text(column, row, text, ha="center", va="center", fontsize=5)
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     axes.set_yticks(range(len(profiles)), [profile_label(path) for path in profiles], fontsize=7)
     axes.set_title(f"chosen levels: {args.model} on {args.dataset}", fontsize=9)
     save(figure, args.results.with_name(f"{args.recipe}_profiles.png"))
+
+
+def level_text(level: str) -> str:
+    """A level's name for people: that of a sparsity in percent, others as they are.
+
+    >>> level_text("5904"), level_text("8w8a"), level_text("0000")
+    ('59.0 %', '8w8a', '0 %')
+    """
+    if not re.fullmatch(r"\d{4}", level):
+        return level
+    return f"{int(level) / 100:.1f} %" if int(level) else "0 %"
 
 
 def profile_label(path: Path) -> str:

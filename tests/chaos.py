@@ -3,9 +3,9 @@
     python tests/chaos.py --runs 100 --seed 0
 
 A run is the demo's pipeline on rn8 and digits in its own folder: an unstructured database, its
-losses, a profile by --dp and one by a search, the corrected model, and a network trained by the
-second study. One kind of trouble strikes at random moments, up to `TROUBLES` times, and the command
-that it hit is started again, as a user would:
+losses, a profile by --dp and one by a search, the corrected model, one quantised sequentially, and
+a network trained by the second study. One kind of trouble strikes at random moments, up to
+`TROUBLES` times, and the command that it hit is started again, as a user would:
 
     SIGKILL, SIGTERM, SIGINT   while a command is at work
     full                       a file system with too little room, which is then enlarged
@@ -71,6 +71,19 @@ PIPELINE = {  # command: script, words behind MODEL DATASET
         "5",
         "--save",
         "rn8_corrected.pth",
+    ),
+    "sequential": (
+        "main_trueobs.py",
+        "quant",
+        "--wbits",
+        "3",
+        "--abits",
+        "4",
+        "--sequential",
+        "--memory",
+        "0.03",
+        "--save",
+        "rn8_sequential.pth",
     ),
     "trained": (
         "-m",

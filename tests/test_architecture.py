@@ -24,8 +24,9 @@ FOLDERS = {  # folder -> its rank; a file imports from its own folder and from l
     "assets": 5,
     "examples": 5,
     "pruning_vs_quantization": 5,
-    "recipes": 5,
+    "recipes": 6,  # make tables of the study, too
     "benchmarks": 6,  # may time the study
+    "benchmarks/peers": 7,
 }
 LIBRARIES = {"quant", "trueobs", "modelutils", "datautils"}
 COMMANDS = {"main_trueobs", "database", "spdy", "post_proc", "export"}

@@ -201,6 +201,14 @@ def test_loss_and_squared_write_scores(prefix: Path, capsys: pytest.CaptureFixtu
     assert "8 layers at 6 levels" in capsys.readouterr().out
 
 
+def test_the_plan_of_losses_counts_passes(prefix: Path, capsys: pytest.CaptureFixture) -> None:
+    before = sorted(prefix.rglob("*"))
+    assert command(prefix, "unstr", "loss", "--plan") == 0
+    plan = capsys.readouterr().out  # 5 levels of 8 layers differ from the dense ones
+    assert "40 distinct levels of 8 layers on 1 batches, 40 passes" in plan and "about 00:0" in plan
+    assert sorted(prefix.rglob("*")) == before
+
+
 def test_stitch_and_eval_tell_the_accuracy(prefix: Path, capsys: pytest.CaptureFixture) -> None:
     assert command(prefix, "unstr", "eval") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -225,6 +233,7 @@ def test_mistakes_are_one_line(prefix: Path, capsys: pytest.CaptureFixture) -> N
     for words in (
         ["unstr", "stitch"],
         ["unstr", "loss", "--profile", "x"],
+        ["unstr", "squared", "--plan"],
         ["4block", "loss"],
         ["unstr", "stitch", "--profile", str(bad)],
     ):

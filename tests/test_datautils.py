@@ -16,7 +16,7 @@ from PIL import Image
 import datautils
 from datautils import calibration_batches, load_data
 from datautils import test_batches as batches_of_tests
-from obc.inputs.batches import MEAN, STD
+from obc.inputs.preprocessing import MEAN, STD, Preprocessing
 from obc.solver.errors import UserError
 
 
@@ -41,6 +41,10 @@ def folder(tmp_path: Path) -> Path:
 def gather(batches) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(labels)
+
+
+def small(size: int) -> Preprocessing:
+    return datautils.default_preprocessing("cifar10", size)
 
 
 def pixels_of(images: torch.Tensor) -> torch.Tensor:
@@ -159,7 +163,7 @@ def test_small_images_are_shifted_on_black_and_mirrored_unless_digits():
     mirrored = 0
     for flips in (True, False):
         source = datautils.ArrayImages(pixels[None], [0])
-        images = datautils.ImageSet(source, datautils.View(32, crops=False, flips=flips), [0])
+        images = datautils.ImageSet(source, datautils.View(small(32), False, flips), [0])
         for seed in range(40):
             view, _ = images.pixels(0, (seed,))
             shifts = {}
@@ -200,7 +204,7 @@ def test_other_sizes_are_resized_with_antialiasing():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     source = datautils.ArrayImages(pixels[None], [0])
     for size in (20, 64):
-        image, _ = datautils.ImageSet(source, datautils.View(size, False, True), [0])[0]
+        image, _ = datautils.ImageSet(source, datautils.View(small(size), False, True), [0])[0]
         exact = torchvision.transforms.functional.resize(
             torch.from_numpy(pixels).permute(2, 0, 1).float(), [size, size], antialias=True
         )

@@ -12,7 +12,10 @@ import torch
 
 import database
 import main_trueobs
+import post_proc
+from obc.inputs.checkpoints import load_checkpoint
 from obc.solver.distributed import ALONE, World, deal
+from obc.toolkit.profiles import write_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--nsamples", "64", "--batchsize", "16", "--noaug", "--device", "cpu"]
@@ -87,7 +90,8 @@ def test_alone_nothing_is_done():
         ("nmprune", "--swaps"),
         ("struct", *GRID),
         ("unstr", "--sparsity", "0.7"),
-        ("struct", "--sparsity", "0.5"),
+        ("quant", "--wbits", "3", "--abits", "4", "--sequential"),
+        ("struct", "--sparsity", "0.5", "--sequential"),
     ],
     ids=" ".join,
 )
@@ -108,6 +112,21 @@ def test_two_processes_write_what_one_writes(mode, tmp_path):
         other = Path(str(path).replace("/one", "/two"))
         one, two = (torch.load(name, weights_only=True) for name in (path, other))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@gloo
+def test_two_processes_resolve_what_one_resolves(tmp_path):
+    levels = ["--sparse-dir", str(tmp_path / "models_unstr"), *GRID]
+    assert main_trueobs.main(["rn8", "digits", "unstr", *QUICK, *levels]) == 0
+    profile = tmp_path / "profile.txt"
+    write_profile(profile, {"layer1.0.conv1": "6400", "layer3.0.conv2": "8000", "linear": "4000"})
+    words = ["rn8", "digits", str(profile), "--database", "unstr", "--prefix", str(tmp_path)]
+    words += ["--resolve", *QUICK]
+    done = torchrun(tmp_path, "post_proc.py", *words, "--save", str(tmp_path / "two.pth"))
+    assert done.returncode == 0, done.stderr
+    assert post_proc.main([*words, "--save", str(tmp_path / "one.pth"), "--shards", "2"]) == 0
+    one, two = (load_checkpoint(tmp_path / f"{name}.pth") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 LEAVING = """

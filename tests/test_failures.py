@@ -189,8 +189,8 @@ def inner(): return body(features=5)
 @pytest.mark.parametrize(
     ("function", "words", "size"),
     [
-        ("one", r"0 \(Conv2d\) .*it takes 1 channel, but images have 3", None),
-        ("twelve", r"it takes 12 channels, but images have 3", None),
+        ("one", r"0 \(Conv2d\) .*it takes 1 channel, images have 3: pass --mean", None),
+        ("twelve", r"it takes 12 channels, images have 3: let its", None),
         ("lenet", r"pass --image-size 32$", 32),
         ("sized", r"the model \(Sized\) .*AssertionError; .*pass --image-size 44$", 44),
         ("mnist", r"it takes 1 channel, .*; it takes 28×28 pixels: pass --image-size 28$", None),

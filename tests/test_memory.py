@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import multiprocessing
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import main_trueobs
 import trueobs
-from benchmarks.bench_memory import measure_memory
+from benchmarks.bench_memory import measure_memory, resident_mb
 from obc.solver.errors import UserError
 from obc.solver.memory import Needs, in_passes, layer_needs, most_at_a_time
 from obc.solver.threads import SpareBuffers
+from obc.toolkit import cli
 from obc.toolkit.leveldb import LevelFile
+from obc.toolkit.modes import QuantMode
+from obc.toolkit.resume import RunState
+from obc.toolkit.sequential import SequentialCompression
 
 
 def needs(sums: int, work: int = 1) -> Needs:
@@ -74,6 +82,31 @@ def test_levels_come_back(rows, tmp_path):
 def test_the_solver_keeps_to_its_budget():
     result = measure_memory(16, 2304, 1.0)
     assert result.peak <= 1.15 * result.budget
+
+
+def peak_of_walk(batches: int, memory_gb: float) -> float:
+    """Of both networks in order of execution, in MB over what was resident with the images."""
+    torch.set_num_threads(1)
+    cli.reuse_freed_memory()
+    mode = QuantMode(wbits=4, sequential=True)
+    for count, size in ((2, 8), (batches, 64)):  # the first loads and compiles everything
+        layers = [nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU()) for _ in range(3)]
+        dense = nn.Sequential(*layers, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+        images = [(torch.randn(8, 16, size, size), torch.zeros(8)) for _ in range(count)]
+        before = resident_mb("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        compressed, states = copy.deepcopy(dense), (RunState(), RunState())
+        walk = SequentialCompression(dense.eval(), compressed, mode, *states, memory_gb=memory_gb)
+        walk.run(images)
+    return resident_mb("VmHWM") - before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_boundaries_keep_to_the_budget():
+    """Two networks' activations at a boundary: 4.2 MB a batch, of which a few more are at work."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        peak = pool.apply(peak_of_walk, (24, 0.02))
+    assert peak <= 1.15 * 20 + 12 * 4.2 < 24 * 4.2
 
 
 def test_too_little_memory_is_one_line(capsys):

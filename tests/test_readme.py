@@ -14,7 +14,7 @@ from scripts import ROOT, check_parses
 
 import main_trueobs
 import quant
-from modelutils import find_layers
+from modelutils import find_layers, own_preprocessing
 from obc.inputs import files
 from obc.inputs.vision import make_importable, torchvision
 from obc.toolkit.calibrate import activation_grids, attach_activation_grids
@@ -107,19 +107,23 @@ def tagger():
 
 
 def test_python_of_using_runs(tmp_path, monkeypatch, capsys):
-    network, task, _, one_layer = python_of("using.md")
+    network, preprocessed, task, _, one_layer = python_of("using.md")
     (tmp_path / "net.py").write_text(TAGGER)
     (tmp_path / "task.py").write_text(task)
     words = ["quant", "--wbits", "4", "--only", "tags", "--nsamples", "32"]
-    assert (
-        main_trueobs.main([f"{tmp_path}/net.py:tagger", f"{tmp_path}/task.py:tagging", *words]) == 0
-    )
+    names = f"{tmp_path}/net.py:tagger", f"{tmp_path}/task.py:tagging"
+    assert main_trueobs.main([*names, *words]) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1].startswith("accuracy 0.")
     assert "on 32 calibration examples" in printed.err
+    (tmp_path / "net.py").write_text(network)
     names: dict = {}
     exec(compile(network, "net.py", "exec"), names)
-    assert names["network"]()(torch.randn(1, 3, 8, 8)).shape == (1, 16 * 6 * 6)
+    assert names["network"]()(torch.randn(1, 3, 8, 8)).shape == (1, 2)
+    names["EfficientNetLite0"] = names["network"]
+    exec(compile(preprocessed, "net.py", "exec"), names)
+    told = own_preprocessing("net.py:lite0", True, names["lite0"]())
+    assert (told["size"], told["interpolation"], told["mean"][2]) == (224, "bicubic", 127 / 255)
     exec(compile(one_layer, "using.md", "exec"), {})
     assert "0.5000" in capsys.readouterr().out
 

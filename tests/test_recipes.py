@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 from scripts import ROOT, check_parses, load_script
 
+from obc.solver.errors import UserError
+from obc.toolkit.records import write_run
+from recipes import recipe
+from recipes.__main__ import main
+
 QUICK = ["--nsamples", "128", "--batchsize", "32", "--noaug", "--device", "cpu"]
 
 CONTRACT = (ROOT / "docs" / "commands.md").read_text()
@@ -48,6 +53,7 @@ def test_obc_recipes_run_in_order(tmp_path, monkeypatch, capsys):
 
 # -- recipes/ --------------------------------------------------------------------------------------
 
+PROGRAMS = [path for path in (ROOT / "recipes").glob("*.py") if "def main(" in path.read_text()]
 SCRIPTS = ("block8", "mixed", "nm", "quantisation", "unstructured")
 
 
@@ -79,50 +85,105 @@ def check_picture(path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
+class Notes:
+    """Stands for the commands of a recipe: notes them down, leaves records, fails if told to."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []  # script and words
+        self.fails = "nothing"
+
+    def run_command(self, script: str, words: list[str], printed: bool = False) -> None:
+        self.commands.append([script, *words])
+        if script == self.fails:
+            raise UserError("as told")
+        if "--save" in words:
+            path = Path(words[words.index("--save") + 1])
+        elif script in ("spdy.py", "recipes.uniform"):
+            ending = (
+                "uniform" if script == "recipes.uniform" else "dp" if "--dp" in words else "spdy"
+            )
+            target = f"{100 * float(words[2]):g}x"
+            path = Path("results") / f"{words[0]}_{words[3]}_{target}_{ending}.txt"
+        else:
+            return
+        figures = {"top1": 90.0, "kl": 0.0123456, "agreement": 99.5, "reached": 2.00004}
+        write_run(path.with_suffix(".json"), script, {}, **figures)
+
+
 @pytest.fixture
-def notes(tmp_path, monkeypatch) -> Path:
-    """A replacement for Python that only writes down its arguments, and fails if told to."""
+def notes(tmp_path, monkeypatch) -> Notes:
+    """A recipe's commands are noted down, and not run; results/ is its folder."""
     monkeypatch.chdir(tmp_path)
-    python = tmp_path / "python"
-    python.write_text("""#!/bin/sh
-printf '%s\\0' "$@" '' >> notes
-case "$1" in *"${FAILS-nothing}") echo 'error: as told' >&2; exit 2;; esac
-echo 'profile made.txt'
-""")
-    python.chmod(0o755)
-    return python
-
-
-def noted() -> list[list[str]]:
-    """The commands of a recipe: script and words."""
-    commands = [note.split("\0") for note in Path("notes").read_text().split("\0\0")[:-1]]
-    return [[Path(script).relative_to(ROOT).as_posix(), *words] for script, *words in commands]
+    monkeypatch.setenv("OUT", "results")
+    notes = Notes()
+    monkeypatch.setattr(recipe, "run_command", notes.run_command)
+    monkeypatch.setattr(recipe.Recipe, "add_dense", lambda self: None)
+    monkeypatch.setattr(
+        recipe.Recipe,
+        "report",
+        lambda self, *words: notes.commands.append(
+            ["recipes/report.py", self.name, self.model, self.dataset, str(self.results)]
+            + list(map(str, words))
+        ),
+    )
+    return notes
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_command_of_a_recipe_parses(name, notes, capsys):
     """Without any common option."""
-    done = run_recipe(name, "rn18", "imagenet", python=notes)
-    assert (done.returncode, done.stdout) == (0, "profile made.txt\n"), done.stderr
-    for script, *words in noted():
+    assert main([name, "rn18", "imagenet"]) == 0
+    for script, *words in notes.commands:
         check_parses(script, words, capsys)
-    assert len(noted()) >= 5 and noted()[-1][0] == "recipes/report.py"
+    assert len(notes.commands) >= 5 and notes.commands[-1][0] == "recipes/report.py"
+
+
+def test_results_are_those_of_the_records(notes):
+    assert main(["unstructured", "rn18", "imagenet", "--targets", "2", "--no-search"]) == 0
+    assert Path("results/unstructured.tsv").read_text().splitlines() == [
+        f"{method}\t2\t2.0000\t90.00\t0.0123\t99.50"
+        for method in ("uniform", "uniform, solved anew", "DP", "DP, solved anew")
+    ]
 
 
 def test_norms_are_tuned_on_augmented_images_unless_told_otherwise(notes):
     options = ("--noaug", "--seed", "1")
-    for settings, noaug in (({}, [False, True]), ({"TUNE": "--noaug"}, [True, True])):
-        Path("notes").unlink(missing_ok=True)
-        done = run_recipe("mixed", "rn18", "imagenet", *options, python=notes, **settings)
-        assert done.returncode == 0
-        corrected = [words for script, *words in noted() if script == "post_proc.py"]
+    for more, noaug in (([], [False, True]), (["--tune-noaug"], [True, True])):
+        notes.commands.clear()
+        assert main(["mixed", "rn18", "imagenet", *options, *more]) == 0
+        corrected = [words for script, *words in notes.commands if script == "post_proc.py"]
         tuned = ["--bnt" in words for words in corrected]
-        assert tuned == ["--resolve" not in words for words in corrected]
+        assert tuned == ["--resolve" not in words for words in corrected] and any(tuned)
         for words, is_tuned in zip(corrected, tuned, strict=True):
             assert ("--noaug" in words) == noaug[not is_tuned] and words[-2:] == ["--seed", "1"]
-    Path("notes").unlink()
-    run_recipe("mixed", "rn18", "imagenet", python=notes, RESOLVE="0")
-    assert not any("--resolve" in words for words in noted())
+    notes.commands.clear()
+    assert main(["mixed", "rn18", "imagenet", "--no-resolve"]) == 0
+    assert not any("--resolve" in words for words in notes.commands)
+
+
+def test_the_environment_sets_what_options_set(notes, monkeypatch):
+    """As it did when the recipes were shell scripts; the command line counts more."""
+    for name, value in {"TARGETS": "7 9.5", "SEARCH": "0", "RESOLVE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GRID", "--min-sparsity 0.25 --delta-sparse 0.5")
+    monkeypatch.setenv("BITS", "3")  # of another recipe
+    assert main(["unstructured", "rn18", "imagenet", "--nsamples", "9"]) == 0
+    grid = notes.commands[0][notes.commands[0].index("--min-sparsity") :]
+    assert grid == ["--min-sparsity", "0.25", "--delta-sparse", "0.5", "--nsamples", "9"]
+    targets = [words[3] for words in notes.commands if words[0] == "spdy.py"]
+    assert targets == ["7", "9.5"]
+    assert not any("--resolve" in words for words in notes.commands)
+    notes.commands.clear()
+    assert main(["unstructured", "rn18", "imagenet", "--targets", "4"]) == 0
+    assert [words[3] for words in notes.commands if words[0] == "spdy.py"] == ["4"]
+
+
+def test_a_bad_word_in_the_environment_is_one_line(notes, monkeypatch, capsys):
+    monkeypatch.setenv("TARGETS", "two")
+    with pytest.raises(SystemExit) as stop:
+        main(["mixed", "rn18", "imagenet"])
+    assert stop.value.code == 2 and not notes.commands
+    assert capsys.readouterr().err == "error: --targets must be a number above 0; got two\n"
 
 
 @pytest.mark.parametrize(
@@ -133,15 +194,15 @@ def test_norms_are_tuned_on_augmented_images_unless_told_otherwise(notes):
         *(
             (name, script)
             for name in ("block8", "mixed", "unstructured")
-            for script in ("uniform.py", "spdy.py", "database.py")
+            for script in ("recipes.uniform", "spdy.py", "database.py")
         ),
     ],
 )
-def test_a_failing_command_stops_a_recipe(name, script, notes):
-    done = run_recipe(name, "rn18", "imagenet", python=notes, FAILS=script)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1] == "error: as told"
-    assert noted()[-1][0].endswith(script)  # no command follows it
+def test_a_failing_command_stops_a_recipe(name, script, notes, capsys):
+    notes.fails = script
+    assert main([name, "rn18", "imagenet"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: as told"
+    assert notes.commands[-1][0] == script  # no command follows it
 
 
 @pytest.mark.slow
@@ -236,10 +297,13 @@ def test_block8_at_measured_time(warm, tmp_path, monkeypatch):
     assert reached == ["8.00×"] * 2 + ["4.13×"] * 2  # 8 · 8 / (5 · 2.5 + 3)
 
 
-def test_a_recipe_without_arguments_prints_its_usage(tmp_path, monkeypatch):
+def test_a_recipe_without_arguments_says_what_it_needs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    done = run_recipe("nm", "rn8", python=Path("python"))
-    assert done.returncode == 2 and done.stderr.startswith("usage: ") and not os.listdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["nm", "rn8"])
+    assert stop.value.code == 2 and not os.listdir()
+    message = "error: the following arguments are required: DATASET\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.slow
@@ -265,12 +329,12 @@ def test_a_target_out_of_reach(warm, tmp_path, monkeypatch):
 @pytest.fixture
 def report(tmp_path, capsys):
     """Runs report.py on lines of results; status, standard output and error."""
-    main = load_script("recipes/report.py").main
+    report_main = load_script("recipes/report.py").main
 
     def run(text: str, recipe: str, model: str, dataset: str) -> tuple[int, str, str]:
         results = tmp_path / f"{recipe}.tsv"
         results.write_text(text)
-        return (main([recipe, model, dataset, str(results)]), *capsys.readouterr())
+        return (report_main([recipe, model, dataset, str(results)]), *capsys.readouterr())
 
     return run
 
@@ -326,7 +390,7 @@ def test_broken_results_are_one_line(text, message, report, tmp_path):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.py")), ids=lambda x: x.stem)
+@pytest.mark.parametrize("script", sorted(PROGRAMS), ids=lambda x: x.stem)
 def test_a_script_of_recipes_runs_from_any_folder(script, tmp_path):
     done = subprocess.run(
         [sys.executable, str(script), "--help"], cwd=tmp_path, text=True, capture_output=True

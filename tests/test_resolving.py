@@ -99,6 +99,7 @@ def same(one: State, other: State) -> bool:
     [
         ("unstr", "7500", UnstrMode, {"sparsity": 0.75}),
         ("4block", "5000", BlockedMode, {"sparsity": 0.5}),
+        ("struct", "5000", StructMode, {"sparsity": 0.5}),
         ("mixed", "4w3a", QuantMode, {"wbits": 4, "abits": 3}),
         ("mixed", "4w3a", QuantMode, {"wbits": 4, "abits": 3, "asym": True}),
         ("mixed", "3w32a", QuantMode, {"wbits": 3, "wasym": True}),

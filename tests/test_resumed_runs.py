@@ -31,6 +31,7 @@ SCRIPTS = {"main_trueobs": main_trueobs, "database": database, "post_proc": post
 LAYERS = 8  # of rn8
 NM = "main_trueobs nmprune --save nm.pth"
 QUANT = "main_trueobs quant --wbits 4 --abits 4 --load start.pth --save q.pth"
+SEQUENTIAL = "main_trueobs quant --wbits 3 --abits 4 --sequential --save s.pth"
 UNSTR = "main_trueobs unstr --delta-sparse 0.5 --sparse-dir models_unstr"
 STRUCT = "main_trueobs struct --delta-sparse 0.5 --sparse-dir models_struct"
 GAP = "post_proc start.pth --gap --gap-epochs 6 --finetune --bnt --save gap.pth"
@@ -111,7 +112,7 @@ def interrupted(module: object, name: str, after: int) -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [NM, QUANT, UNSTR, LOSS, GAP])
+@pytest.mark.parametrize("line", [NM, QUANT, SEQUENTIAL, UNSTR, LOSS, GAP])
 def test_a_run_that_is_killed_repeatedly_ends_the_same(line, work, warm, tmp_path):
     script, words = words_of(line)
     stderr, before = tmp_path / "stderr", contents(work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,29 @@ def test_losses_are_those_of_the_plain_way(kind: str) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_the_noise_of_losses_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of("residual")
+    db = levels_of(model)
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(29, 3, 8, 8, generator=generator).split(8)
+    labels = torch.randint(4, (29,), generator=generator).split(8)
+    batches = list(zip(inputs, labels, strict=True))  # the last one, of 5 images, tells less
+    with caplog.at_level("INFO", "trueobs"):
+        sensitivity.losses(model, db, batches, CPU)
+    each = [plain_losses(model, db, [batch]) for batch in batches]
+    errors, unknown = [], 0
+    for layer, sets in sensitivity.Measurement(model, db, None).levels.items():
+        for level in sets:
+            values = np.array([scores[layer][level] for scores in each])
+            errors.append(np.std(values[:3], ddof=1) / np.sqrt(3))
+            unknown += abs(np.average(values, weights=[8, 8, 8, 5])) < 2 * errors[-1]
+    message = caplog.messages[-1]
+    assert "over 29 images" in message
+    assert f"{unknown} of {len(errors)} changes" in message
+    assert f"{np.median(errors):.2g} nat" in message
+    assert ("--nsamples" in message) == (2 * unknown >= len(errors))
 
 
 def test_the_plain_way_is_traced_only_where_it_can_be() -> None:

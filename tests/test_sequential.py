@@ -20,7 +20,7 @@ import main_trueobs
 import quant
 from datautils import load_data
 from datautils import test_batches as batches_of_test
-from modelutils import get_model
+from modelutils import find_layers, get_model
 from obc.solver.errors import UserError
 from obc.solver.hessian import Gram
 from obc.solver.layers import view
@@ -28,7 +28,7 @@ from obc.solver.shift import RIDGE, Cross, output_error, shifted_weights
 from obc.toolkit import sequential
 from obc.toolkit.modes import Mode, NMPruneMode, QuantMode
 from obc.toolkit.resume import RunState
-from obc.toolkit.sequential import Boundary, SequentialCompression
+from obc.toolkit.sequential import Boundary, DoubleWalk, SequentialCompression
 from obc.toolkit.walks import Walk, WholeWalk
 from trueobs import TrueOBS
 
@@ -214,6 +214,36 @@ def test_targets_are_the_least_squares_of_the_dense_outputs(kind, prune):
     assert torch.equal(compressed.never.weight, start.never.weight)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_layers_left_dense_are_shifted_if_asked(asked, caplog):
+    dense, mode = model_of(), NMPruneMode(prunen=1, prunem=3, sequential=True, shift_dense=asked)
+    compressed = copy.deepcopy(dense)
+    compression = SequentialCompression(dense, compressed, mode, RunState(), RunState())
+    with caplog.at_level(logging.INFO):
+        reports = {report.name: report for report in compression.run(batches())}
+    expected = expected_targets(dense, dense, compressed)
+    left = [name for name in ORDER if reports[name].dense]
+    assert left == ["twice", "between", "grouped", "depthwise", "tokens"]
+    for name in left:
+        weight = compressed.get_submodule(name).weight.detach().flatten(1)
+        before = dense.get_submodule(name).weight.flatten(1)
+        target = expected[name] if asked else before.detach().numpy()
+        np.testing.assert_allclose(weight, target, atol=2e-4 * np.abs(target).max(), err_msg=name)
+        assert reports[name].shifted == asked != torch.equal(weight, before)
+    shifted = ", weights shifted" if asked else ""
+    assert f"between 8×8×1×1 left dense{shifted}: 8 input channels are not" in caplog.text
+    assert not reports["never"].shifted and torch.equal(compressed.never.weight, dense.never.weight)
+
+
+def test_dense_weights_make_up_for_rounded_inputs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    errors = []
+    for more in ([], ["--shift-dense"]):
+        run("quant", "--abits", "2", "--sequential", *more, "--save", "out.pth", "--restart")
+        errors.append(output_change(state_of(Path("out.pth"))))
+    assert errors[1] < 0.95 * errors[0]
+
+
 def test_errors_are_those_of_the_outputs():
     dense = model_of()
     compressed = copy.deepcopy(dense)
@@ -363,6 +393,35 @@ def test_walks_are_of_the_kind_that_the_model_allows(kind):
     with torch.inference_mode():
         walk = sequential.walk_of(model, batches()[0][0])
     assert isinstance(walk, WholeWalk if kind is Untraceable else Walk)
+
+
+class Shards(list):
+    """Batches that can be divided as `ImageBatches` can."""
+
+    def shard(self, number: int, count: int) -> Shards:
+        return Shards(self[number::count])
+
+
+@pytest.mark.parametrize("kind", [Unordered, Untraceable])
+def test_sums_of_shards_are_added_up(kind, tmp_path):
+    dense, images = model_of(kind), Shards(batches())
+    compressed = pruned(dense)
+
+    def all_sums(images: Shards, shards: int = 1) -> list[sequential.Sums]:
+        walk = DoubleWalk(dense, compressed, images, Boundary(3000, tmp_path), shards=shards)
+        names = walk.layers()
+        layers = (compressed.get_submodule(name) for name in names)
+        return list(map(walk.sums, names, layers, [*names[1:], None]))
+
+    divided = all_sums(images, shards=3)
+    apart = zip(*(all_sums(images.shard(number, 3)) for number in range(3)), strict=True)
+    for ours, whole, parts in zip(divided, all_sums(images), apart, strict=True):
+        for key in ("gram", "cross", "energy", "images", "patches"):
+            first, second, third = (getattr(part, key) for part in parts)
+            total = torch.as_tensor(getattr(ours, key))
+            assert torch.equal(total, torch.as_tensor(first + second + third))
+            expected = torch.as_tensor(getattr(whole, key))
+            torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
 class Sometimes(nn.Module):
@@ -603,7 +662,9 @@ def output_change(state: dict[str, Tensor]) -> float:
     """Mean squared change of the class scores on test images."""
     dense = get_model("rn8", "digits").eval()
     network = copy.deepcopy(dense)
-    network.load_state_dict(state)
+    for name, layer in find_layers(network).items():
+        tensors = {key: x for key, x in state.items() if key.startswith(f"{name}.")}
+        quant.put_layer(layer, {key.removeprefix(f"{name}."): x for key, x in tensors.items()})
     data = load_data("digits", nsamples=64, seed=0)
     with torch.no_grad():
         changes = [
@@ -657,11 +718,11 @@ def test_check_measures_the_same_errors(monkeypatch, tmp_path, caplog):
             "--sparsity is one level",
         ),
         (("blocked", "--sparsity", "0.5", "--sparse-dir", "db"), "blocked yields one model"),
-        (("nmprune", "--shards", "2"), "--sequential runs in one process"),
         (("nmprune", "--cache", "cache"), "--sequential has no use for --cache"),
+        (("nmprune", "--shift-dense", "--order", "obs"), "--shift-dense needs --sequential"),
     ],
 )
 def test_what_is_refused(words, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    run(*words, "--sequential", status=2)
+    run(*words, *["--sequential"] * ("--shift-dense" not in words), status=2)
     assert message in capsys.readouterr().err.strip()

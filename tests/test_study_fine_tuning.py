@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_recipes import ROOT, load_script
+from scripts import ROOT
 
-import main_trueobs
 import post_proc
 import quant
 from modelutils import find_layers, get_model, load_checkpoint
@@ -26,6 +24,8 @@ from pruning_vs_quantization import main
 from pruning_vs_quantization.fine_tuning_table import Result, no_verdict
 from pruning_vs_quantization.study_files import write_result
 from pruning_vs_quantization.training_options import training_options
+from recipes import fine_tuning, recipe
+from recipes.__main__ import main as recipes_main
 
 QUANTISE = """train-compressed --architecture resnet18_quantized --batch-size 256 --n-bits 4
     --images-dir DIR --learning-rate 1e-2 --learning-rate-schedule cosine:1e-4 --no-act-quant
@@ -505,80 +505,41 @@ def test_no_table(text, message, folder, capsys):
 
 # -- the recipe ------------------------------------------------------------------------------------
 
-# A stand-in for Python that takes notes, and leaves the files that the commands would.
-STAND_IN = r"""#!/bin/sh
-printf '%s\0' "$@" '' >> notes
-while [ $# -gt 0 ]; do
-    case $1 in
-        --save) file=${2%.pth}; echo '{
-  "top1": 91.5,
-  "seed": 0
-}' > "$file.json"; echo > "$2" ;;
-        --sparse-dir) mkdir -p "$2"; echo > "$2/rn8.json" ;;
-    esac
-    shift
-done
-echo 'top-1 90.00'
-"""
 COMMON = ["--nsamples", "128", "--batchsize", "32", "--noaug", "--device", "cpu", "--seed", "3"]
+TRAIN = "--max-epochs 1 --train-samples 128"
 
 
-def run_recipe(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    Path("python").write_text(STAND_IN)
-    Path("python").chmod(0o755)
-    environment = {
-        **os.environ,
-        "PYTHON": str(Path("python").resolve()),
-        "OUT": "results",
-        "BITS": "2",
-        "TRAIN": "--max-epochs 1 --train-samples 128",
-        **settings,
-    }
-    return subprocess.run(
-        [ROOT / "recipes" / "fine_tuning.sh", *words],
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
+@pytest.fixture
+def commands(monkeypatch) -> list[str]:
+    """The commands that the recipe runs, by name, as it runs them."""
+    names, run_command = [], recipe.run_command
+
+    def note(script: str, words: list[str], printed: bool = False) -> None:
+        names.append(words[0] if script == fine_tuning.STUDY else script)
+        run_command(script, words, printed)
+
+    monkeypatch.setattr(recipe, "run_command", note)
+    monkeypatch.setattr(fine_tuning, "run_command", note)
+    monkeypatch.setenv("OUT", "results")
+    return names
 
 
-def noted() -> list[list[str]]:
-    commands = [note.split("\0") for note in Path("notes").read_text().split("\0\0")[:-1]]
-    return [
-        words[1:] if words[0] == "-m" else [Path(words[0]).name, *words[1:]] for words in commands
-    ]
-
-
-def test_recipe_as_commands_that_work(folder, capsys):
-    """What the recipe would run, run here: all of it, on the shipped network."""
-    done = run_recipe("rn8", "digits", *COMMON)
-    assert done.returncode == 0, done.stderr
+def test_recipe_from_end_to_end(commands, capsys):
+    """All of it, on the shipped network; done again, it repeats no finished step."""
+    words = ["fine_tuning", "rn8", "digits", *COMMON, "--bits", "2", "--train", TRAIN]
+    assert recipes_main(words) == 0
+    made = [*["main_trueobs.py"] * 4, *["first-last", "post_proc.py"] * 2]
+    assert commands == [*made, *["train-compressed"] * 2, "table"]
     lines = Path("results/fine_tuning.tsv").read_text().splitlines()
-    assert lines == [f"{method}\t2\t2 bits\t91.5" for method in ("OBQ", "ExactOBS")]
-    commands = noted()
-    names = [
-        words[0] if words[0] != "pruning_vs_quantization.main" else words[1] for words in commands
+    assert [line.split("\t")[:3] for line in lines] == [
+        [method, "2", "2 bits"] for method in ("OBQ", "ExactOBS")
     ]
-    assert names == [
-        *["main_trueobs.py"] * 4,
-        *["first-last", "post_proc.py"] * 2,
-        *["train-compressed"] * 2,
-        "table",
-    ]
-    again = run_recipe("rn8", "digits", *COMMON)
-    assert again.returncode == 0 and again.stderr.count("done already") == 6
-    assert Path("results/fine_tuning.tsv").read_text().splitlines() == lines
-    for path in [*Path("results").rglob("*.pth"), *Path("results").rglob("*.json")]:
-        path.unlink()
-    mains = {
-        "main_trueobs.py": main_trueobs.main,
-        "post_proc.py": post_proc.main,
-        "pruning_vs_quantization.main": main.main,
-    }
-    for script, *words in commands:
-        assert mains[script](words) == 0, shlex.join([script, *words])
-    out = capsys.readouterr().out
-    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    for line, name in zip(lines, ("rn8_w2", "models_size2/rn8_8750"), strict=True):
+        record = json.loads(Path(f"results/{name}_bnt.json").read_text())
+        assert float(line.split("\t")[3]) == record["top1"] > 15
+    rows = [
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")
+    ][1:]
     assert [row[:2] for row in rows] == [["| dense", "0 %"], ["| 2", "87.5 %"]]
     assert set(rows[0][2:6]) == {"99.44"} and rows[1][6] == "3"
     assert float(rows[0][2]) > 90 and float(rows[0][3]) > 15
@@ -587,11 +548,15 @@ def test_recipe_as_commands_that_work(folder, capsys):
     assert exact["layer1.0.conv1.weight_quant.maxq"] == 3
     sparse = load_checkpoint("results/models_size2/rn8_8750_ends.pth")
     assert (sparse["conv1.weight"] == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    commands.clear()
+    assert recipes_main(words) == 0
+    assert commands == [*["train-compressed"] * 2, "table"]
+    assert Path("results/fine_tuning.tsv").read_text().splitlines() == lines
 
 
-def test_recipe_refuses_other_options(capsys):
-    assert run_recipe("rn8", "digits").returncode == 0
-    done = run_recipe("rn8", "digits", "--seed", "1")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: results: made with rn8 digits ; name another folder, OUT=…\n"
-    assert load_script("post_proc.py")  # the recipe's scripts are where it says
+def test_recipe_refuses_other_options(commands, capsys):
+    Path("results").mkdir()
+    Path("results/fine_tuning.options").write_text("rn8 digits \n")  # of the shell script
+    assert recipes_main(["fine_tuning", "rn8", "digits", "--seed", "1"]) == 2 and not commands
+    message = "error: results: made with rn8 digits; name another folder by --out\n"
+    assert capsys.readouterr().err == message

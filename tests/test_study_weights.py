@@ -318,11 +318,11 @@ def test_weights_that_were_downloaded_need_no_server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(weights_command, "urlopen", unreachable([], URLError("no route")))
     with pytest.raises(UserError, match="does not answer"):
-        weights_command.Downloads().check(url)
+        weights_command.check_download(url, {})
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / url.rpartition("/")[2]).touch()
-    weights_command.Downloads().check(url)
+    weights_command.check_download(url, {})
 
 
 def test_without_arguments_it_is_the_whole_zoo():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,17 +21,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from obc.inputs.images import BadImage, leave_interrupts
+from obc.inputs.preprocessing import Preprocessing
 from obc.inputs.tasks import Inputs
 from obc.solver.errors import UserError, log
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 class Batches(Protocol):
     """Pairs of a network's inputs and the batch that they are of, for the loss (`tasks.py`).
 
-    Of images: (n, 3, s, s) float32, normalised, and labels (n,) int64.
+    Of images: (n, c, s, s) float32, normalised, and labels (n,) int64.
     """
 
     def __iter__(self) -> Iterator[tuple[Inputs, Any]]: ...
@@ -46,19 +45,12 @@ class ShardedBatches(Batches, Protocol):
 class Pixels(Protocol):
     """Images before normalisation: `datautils.ImageSet`."""
 
+    @property
+    def preprocessing(self) -> Preprocessing: ...
+
     def __len__(self) -> int: ...
 
     def pixels(self, index: int, seed: tuple[int, ...] | None = None) -> tuple[np.ndarray, int]: ...
-
-
-def normalise(
-    pixels: np.ndarray,  # (n, s, s, 3) uint8
-) -> Tensor:  # (n, 3, s, s) float32
-    """Scale to [0, 1], then shift and scale by MEAN and STD."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    images = images.to(torch.float32, memory_format=torch.contiguous_format)
-    return images.div_(255).sub_(mean).div_(std)
 
 
 class Passes(Dataset):
@@ -84,11 +76,11 @@ class Passes(Dataset):
 
 
 def _collate(
-    items: list[tuple[np.ndarray, int] | BadImage],
+    preprocessing: Preprocessing, items: list[tuple[np.ndarray, int] | BadImage]
 ) -> tuple[Tensor | None, Tensor, list[BadImage]]:
     bad = [item for item in items if isinstance(item, BadImage)]
     good = [item for item in items if not isinstance(item, BadImage)]
-    images = normalise(np.stack([pixels for pixels, _ in good])) if good else None
+    images = preprocessing.normalise(np.stack([x for x, _ in good])) if good else None
     return images, torch.tensor([label for _, label in good]), bad
 
 
@@ -133,7 +125,7 @@ class ImageBatches:
                     self.passes,
                     batch_sampler=self._positions(),
                     num_workers=self.workers,
-                    collate_fn=_collate,
+                    collate_fn=partial(_collate, self.passes.images.preprocessing),
                     worker_init_fn=leave_interrupts,
                     generator=torch.Generator(),  # else every loop would advance the global one
                 )

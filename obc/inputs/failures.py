@@ -103,16 +103,17 @@ def _is_ours(frame: FrameType) -> bool:
 
 def accepted_input(
     model: nn.Module,
-    size: int,  # pixels; fails with 3 channels
+    size: int,  # pixels; it fails with these
     reason: str,  # what the model said
+    present: int = 3,  # channels that it fails with
 ) -> tuple[int, int] | None:
     """Channels and size of images that a model takes, found by trial; None if there are none."""
     first = next((x for x in model.parameters() if x.ndim == 4), None)
     own = [] if first is None else [first.shape[1]]
-    channels = [count for count in dict.fromkeys([1, *own]) if count != 3]
+    channels = [count for count in dict.fromkeys([1, 3, *own]) if count != present]
     sizes = [other for other in dict.fromkeys(_likely_sizes(model, reason)) if other != size]
     trials = [(count, size) for count in channels]
-    trials += [(count, other) for count in (3, *channels) for other in sizes]
+    trials += [(count, other) for count in (present, *channels) for other in sizes]
     end = time.monotonic() + SECONDS_OF_TRIALS
     device = next(model.parameters()).device
     for count, side in trials:

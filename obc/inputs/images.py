@@ -254,7 +254,7 @@ def list_images(folder: Path, present: set[str], classes: list[str]) -> FileImag
         what = "".join(f"; {name}/: {content}" for name, content in list(lacking.items())[:1])
         raise UserError(
             f"{folder}: no images in it; expected <class>/<image>, with a suffix that Pillow "
-            f"reads, such as .jpg or .png{what}"
+            f"reads, such as .jpg or .png{what}; images without class folders need --labels FILE"
         )
     if lacking:
         named = [f"{name} ({content})" for name, content in lacking.items()][:CLASSES_NAMED]

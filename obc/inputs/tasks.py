@@ -151,6 +151,10 @@ class Task:
                 content.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {"calibration batches": content.hexdigest()}
 
+    def record(self) -> dict[str, Any]:
+        """What records of runs say about the inputs."""
+        return {}
+
     def test_marks(self) -> dict[str, str]:
         """What an evaluation depends on besides."""
         return {}

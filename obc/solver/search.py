@@ -4,7 +4,8 @@ SPDY (Frantar & Alistarh, arXiv 2201.13096), as used by OBC (arXiv 2208.11580).
 
     minimise  Σ_i a_i · error_i(level_i)   where  Σ_i cost_i(level_i) ≤ Σ_i dense cost_i / TARGET
 
-The dynamic programme (`dp.py`) solves this, but errors do not quite add up over layers: the optimum
+The dynamic programme (`dp.py`, and `joint.py` where one layer's cost depends on another's level)
+solves this, but errors do not quite add up over layers: the optimum
 for a_i = 1 is not the profile of least loss. The search looks for the a in [0, 1]^L whose solution
 has the least loss according to the caller's evaluation:
 
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from obc.solver import dp
+from obc.solver import dp, joint
 from obc.solver.errors import UserError, log
 from obc.solver.progress import progress
 
@@ -42,10 +43,14 @@ TRIES = 100
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs in one unit, of each layer when dense and at each level."""
+    """Costs in one unit, of each layer when dense and with all layers at each level.
+
+    Where a layer's cost depends on the levels of others: these, itself first, and the table.
+    """
 
     dense: dict[str, float]
     levels: dict[str, dict[str, float]]
+    joint: dict[str, tuple[tuple[str, ...], np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,12 @@ class ProfileProblem:
     """The levels of every layer, their costs and errors, and the budget."""
 
     levels: dict[str, list[str]]  # layer → names
-    costs: list[np.ndarray]  # L × (levels,), any unit
+    costs: list[np.ndarray]  # L × (levels,), any unit; or an axis for each layer of its scope
     errors: list[np.ndarray]  # L × (levels,)
     dense: float  # cost of all layers, dense
     target: float
     buckets: int = dp.BUCKETS
+    scopes: list[tuple[int, ...]] | None = None  # whose levels a cost depends on; None: its own
 
     @property
     def budget(self) -> float:
@@ -71,10 +77,13 @@ class ProfileProblem:
         factors = np.ones(len(self.levels)) if coefficients is None else coefficients
         errors = [a * e for a, e in zip(factors, self.errors, strict=True)]
         try:
-            return dp.solve(self.costs, errors, self.budget, self.buckets)
+            if self.scopes is None:
+                return dp.solve(self.costs, errors, self.budget, self.buckets)
+            return joint.solve(self.scopes, self.costs, errors, self.budget, self.buckets)
         except dp.OverBudget as error:
             largest = math.floor(1e4 * self.dense / error.least) / 1e4
-            fixed = {x: c[0] for x, c in zip(self.levels, self.costs, strict=True) if len({*c}) < 2}
+            tables = zip(self.levels, self.costs, strict=True)
+            fixed = {layer: table.flat[0] for layer, table in tables if np.ptp(table) == 0}
             share = 100 * math.fsum(fixed.values()) / self.dense
             hint = f"; {share:.2g} % are layers that cost the same at all levels" if fixed else ""
             raise UserError(
@@ -108,7 +117,15 @@ class ProfileProblem:
 
     def cost(self, picks: Sequence[int]) -> float:
         """Total cost of a choice."""
-        return math.fsum(cost[pick] for cost, pick in zip(self.costs, picks, strict=True))
+        return math.fsum(self.layer_costs(picks))
+
+    def layer_costs(self, picks: Sequence[int]) -> list[float]:
+        """The cost of each layer in a choice."""
+        scopes = self.scopes or [(layer,) for layer in range(len(picks))]
+        return [
+            float(cost[tuple(picks[layer] for layer in scope)])
+            for cost, scope in zip(self.costs, scopes, strict=True)
+        ]
 
     def error(self, picks: Sequence[int]) -> float:
         """Total error of a choice, all coefficients one."""
@@ -146,7 +163,13 @@ def profile_problem(
     for errors in error_table:
         errors[~np.isfinite(errors)] = np.nan  # not even the coefficient 0 makes it finite
     names = {layer: list(levels) for layer in costs.dense}
-    return ProfileProblem(names, cost_table, error_table, dense, target, buckets)
+    scopes = None
+    if costs.joint:
+        numbers = {layer: number for number, layer in enumerate(costs.dense)}
+        scopes = [tuple(numbers[x] for x in costs.joint.get(n, ((n,),))[0]) for n in numbers]
+        for layer, (_, table) in costs.joint.items():
+            cost_table[numbers[layer]] = table
+    return ProfileProblem(names, cost_table, error_table, dense, target, buckets, scopes)
 
 
 # -- the search ------------------------------------------------------------------------------------

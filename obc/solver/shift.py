@@ -108,10 +108,11 @@ def shifted_weights(
             rows, columns = (support_of == number).nonzero()[:, 0], support.nonzero()[:, 0]
             system = h[columns[:, None], columns]
             system.diagonal().add_(damping)
-            factor, failed = torch.linalg.cholesky_ex(system)
+            failed = torch.zeros((), dtype=torch.int32, device=system.device)
+            torch.linalg.cholesky_ex(system.mT, out=(system.mT, failed))  # in place, symmetric
             if failed:
                 raise SingularHessian("its inputs are too large or not finite")
-            change = torch.cholesky_solve(gradient[rows[:, None], columns].mT, factor).mT
+            change = torch.cholesky_solve(gradient[rows[:, None], columns].mT, system.mT).mT
             w[rows[:, None], columns] += change
     return shifted.flatten(0, 1)
 

@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
+from obc.inputs.preprocessing import CROPS, INTERPOLATIONS, channel_values
 from obc.inputs.tracing import logged
 from obc.solver.errors import GRACE_S, UserError, log, one_line, printable, rank
 from obc.solver.threads import reuse_freed_memory
@@ -105,13 +106,22 @@ bits = number(int, lambda x: 1 <= x <= 16 or x == 32, "1 to 16, or 32 for none")
 seed = number(int, lambda x: 0 <= x < 2**63, "a whole number from 0 to 2^63 - 1")
 
 
+def channels(text: str) -> str:
+    """An argparse type for numbers by channel, which stay text: a record keeps it as it is."""
+    try:
+        channel_values(text, "")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from None
+    return text
+
+
 def add_common_options(parser: Parser) -> None:
     """Add MODEL, DATASET and the options that every command takes."""
     parser.add_argument(
         "model",
         metavar="MODEL",
         help="rn18 rn34 rn50 rn101 rn152, rn8 rn20 rn32 rn44 rn56 rn110, any other "
-        "torchvision classification model, or path/to/file.py:function",
+        "torchvision classification model, timm:NAME, or path/to/file.py:function",
     )
     parser.add_argument(
         "dataset",
@@ -128,8 +138,7 @@ def add_common_options(parser: Parser) -> None:
     add(
         "--datapath",
         metavar="DIR",
-        help="folder of the images, which are normalised by ImageNet's mean and standard deviation "
-        "(default: ../imagenet, ../cifar10; digits needs none)",
+        help="folder of the images (default: ../imagenet, ../cifar10; digits needs none)",
     )
     add("--nsamples", metavar="N", type=positive_int, default=1024, help="calibration images")
     add_input_options(parser)
@@ -152,12 +161,44 @@ def add_input_options(parser: Parser) -> None:
         "(default: the class folders, sorted as text)",
     )
     add(
+        "--labels",
+        metavar="FILE",
+        help="labels of the test images, if val/ has no class folders: lines `name label`, or a "
+        "label for each image in the order of their names",
+    )
+    add(
         "--image-size",
         metavar="N",
         type=positive_int,
-        help="side of the network's input in pixels "
-        "(default: imagenet and folder 224, cifar10 32, digits 16)",
+        help="side of the network's input in pixels (default: what the network says, or else "
+        "imagenet and folder 224, cifar10 32, digits 16)",
     )
+    add(
+        "--resize",
+        metavar="N",
+        type=positive_int,
+        help="shorter side in pixels, before the centre is cut out (default: what the network "
+        "says, or else 8/7 of the image size)",
+    )
+    add(
+        "--crop",
+        choices=CROPS,
+        help="how a test image becomes square: its centre, or the whole of it, squashed "
+        "(default: what the network says, or else center; cifar10 and digits squash)",
+    )
+    add(
+        "--interpolation",
+        choices=INTERPOLATIONS,
+        help="of resized images (default: what the network says, or else bilinear)",
+    )
+    for name, what in (("mean", "mean"), ("std", "standard deviation")):
+        add(
+            f"--{name}",
+            metavar="R,G,B",
+            type=channels,
+            help=f"{what} that pixels in [0, 1] are normalised by, as in 0.5,0.5,127/255; one "
+            "value for grey images (default: what the network says, or else ImageNet's)",
+        )
     add("--noaug", action="store_true", help="calibration images without augmentation")
     add(
         "--nrounds",
@@ -190,6 +231,16 @@ def add_run_options(parser: Parser) -> None:
         type=nonnegative_int,
         help="processes that decode images "
         "(default: 0 for cifar10 and digits, otherwise one per core, 8 at most)",
+    )
+
+
+def add_shards_option(group: argparse._ActionsContainer) -> None:
+    """Add --shards."""
+    group.add_argument(
+        "--shards",
+        metavar="N",
+        type=positive_int,
+        help="sum Hessians as N processes of torchrun would (default: the number of processes)",
     )
 
 

@@ -61,6 +61,7 @@ class LayerReport:
     shape: tuple[int, ...]
     result: str = ""  # e.g. "4 bits", "sparsity 0.5000"; if left dense, why
     dense: bool = False
+    shifted: bool = False  # left dense, with other weights (--shift-dense)
     seconds: float = 0.0
     squared_error: float = 0.0  # Σ (w−ŵ)H(w−ŵ)ᵀ/2
     relative_error: float = 0.0  # the same, relative to Σ wHwᵀ/2
@@ -72,7 +73,8 @@ class LayerReport:
     def line(self) -> str:
         shape = "×".join(map(str, self.shape))
         if self.dense:
-            return f"{self.name} {shape} left dense: {self.result}"
+            shifted = ", weights shifted" if self.shifted else ""
+            return f"{self.name} {shape} left dense{shifted}: {self.result}"
         text = (
             f"{self.name} {shape} {self.seconds:.2f} s  squared error {self.squared_error:.4g} "
             f"({100 * self.relative_error:.3g} %)  {self.result}"
@@ -171,7 +173,7 @@ class Compression:
             plan = make_plan(to_do, self.mode, self.memory_gb, self.world, self.modes)
             self._run(plan, batches)
         reports = [self.reports[name] for name in self.layers]
-        if all(report.dense for report in reports):
+        if all(report.dense and not report.shifted for report in reports):
             self.state.finish()
             raise UserError(f"no layer can be compressed; {reports[0].line()}")
         return reports

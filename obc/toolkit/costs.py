@@ -8,6 +8,9 @@ weights or of its activations, whichever are more (32 if it is not quantised):
     flops     F s             bops      F s · b      (dense 32; 8w8a 8; 4w4a 4; half of it with 2:4)
     timingsq  seconds, measured by the user, from a file (format below)
 
+In databases of cut channels s is the share of the layer that is left when channels are cut out, of
+this layer and of those next to it (`cut_costs.py`).
+
 A layer that was left dense has s = 1 at every level. Zeros that come from rounding do not count. In
 a `mixed` database s is 1/2 for a quantised layer that is 2:4 sparse along its input
 channels, else 1; in `4block_8w8a` it is the share of blocks of 4 that are not all zero. FLOPs count
@@ -24,6 +27,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
 from modelutils import Example, evaluating, example, find_layers
@@ -31,8 +35,10 @@ from obc.inputs.tasks import call
 from obc.solver.errors import UserError
 from obc.solver.layers import forward_hooks, view
 from obc.solver.search import Costs
-from obc.toolkit.leveldb import FULL_BITS, Database
+from obc.toolkit.cut_costs import CutShares, cost_tables, seconds_table, uniform
+from obc.toolkit.leveldb import FULL_BITS, KINDS, Database, grid_bits
 from obc.toolkit.profiles import read_scores
+from quant import ACTIVATION_GRID, WEIGHT_GRID
 
 CONSTRAINTS = ("params", "bits", "flops", "bops", "timingsq")
 DENSE = "dense"
@@ -61,14 +67,40 @@ def layer_costs(
 
     Raises UserError if timings are needed, but missing or incomplete.
     """
+    shares = CutShares(db, model, image_shape) if KINDS[db.kind].cuts else None
     if constr == "timingsq":
-        return timed_costs(db, timings)
+        return timed_costs(db, timings, shares)
     work, dense = work_and_costs(db, model, image_shape, constr)
+    if shares is not None:
+        widths = {
+            name: [bits_counted(db.layer(name, level), constr) for level in db.levels]
+            for name in db.layers
+        }
+        return joint_costs(db, dense, cost_tables(shares, work, widths))
     levels = {
         name: {level: work[name] * db.unit_cost(name, level, constr) for level in db.levels}
         for name in db.layers
     }
     return Costs(dense, levels)
+
+
+def joint_costs(
+    db: Database, dense: dict[str, float], tables: dict[str, tuple[tuple[str, ...], np.ndarray]]
+) -> Costs:
+    """Costs of which those of one level are taken from tables."""
+    levels = {
+        name: dict(zip(db.levels, uniform(table).tolist(), strict=True))
+        for name, (_, table) in tables.items()
+    }
+    return Costs(dense, levels, tables)
+
+
+def bits_counted(tensors: Mapping[str, Tensor], constr: str) -> int:
+    """The bits that a constraint multiplies weights or FLOPs by."""
+    weight_bits = grid_bits(tensors, WEIGHT_GRID)
+    if constr == "bits":
+        return weight_bits
+    return max(weight_bits, grid_bits(tensors, ACTIVATION_GRID)) if constr == "bops" else 1
 
 
 def work_and_costs(
@@ -92,14 +124,21 @@ def profile_cost(
 ) -> tuple[float, float]:  # of the dense layers, of the profile's
     """What a profile costs, as `layer_costs` counts; reads no other levels."""
     work, dense = work_and_costs(db, model, image_shape, constr)
+    if KINDS[db.kind].cuts:
+        shares = CutShares(db, model, image_shape)
+        widths = dict.fromkeys(db.layers, FULL_BITS if constr in ("bits", "bops") else 1) | {
+            layer: bits_counted(db.layer(layer, level), constr) for layer, level in profile.items()
+        }
+        left = (work[x] * widths[x] * shares.left(x, profile) for x in db.layers)
+        return math.fsum(dense.values()), math.fsum(left)
     costs = dense | {
         layer: work[layer] * db.unit_cost(layer, level, constr) for layer, level in profile.items()
     }
     return math.fsum(dense.values()), math.fsum(costs.values())
 
 
-def timed_costs(db: Database, path: str | Path | None) -> Costs:
-    """Seconds per layer and level, as measured by the user."""
+def timed_costs(db: Database, path: str | Path | None, shares: CutShares | None = None) -> Costs:
+    """Seconds per layer and level, as measured by the user; by shares where channels are cut."""
     if path is None or not Path(path).exists():
         raise UserError(f"--constr timingsq needs measured seconds in {path} (format: README)")
     seconds = read_scores(path, positive=True)
@@ -108,4 +147,10 @@ def timed_costs(db: Database, path: str | Path | None) -> Costs:
         if missing:
             raise UserError(f"{path}: no seconds of {name} at level {sorted(missing)[0]}")
     dense = {name: seconds[name][DENSE] for name in db.layers}
+    if shares is not None:
+        tables = {}
+        for name in db.layers:
+            measured = [seconds[name][level] for level in db.levels]
+            tables[name] = shares.scope(name), seconds_table(shares.table(name), measured)
+        return joint_costs(db, dense, tables)
     return Costs(dense, {n: {lv: seconds[n][lv] for lv in db.levels} for n in db.layers})

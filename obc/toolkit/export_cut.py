@@ -85,6 +85,28 @@ def cut_channels(model: nn.Module, images: Tensor) -> tuple[nn.Module, Cut]:
     return smaller, Cut(channels)
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Channels that could be cut: what computes, passes on, and reads them, and nothing else."""
+
+    producer: str
+    carriers: tuple[str, ...]  # depthwise layers on the way
+    consumers: dict[str, int]  # layer → its input features for each channel
+    channels: int
+
+    def read_by(self, consumer: str, weight: Tensor) -> Tensor:  # (channels,) bool
+        """Which channels a consumer with this weight reads."""
+        return weight.transpose(0, 1).flatten(1).any(1).view(self.channels, -1).any(1)
+
+
+def chains(model: nn.Module, images: Tensor) -> list[Chain]:
+    """All chains of a network, in order; none if it cannot be traced, as `cut_channels` says."""
+    try:
+        return _Graph(model, images).chains()
+    except Exception:  # the network's own code, in a tracer's hands
+        return []
+
+
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
     """What a network returns if it does not round: a sum in another order may round otherwise."""
     plain = _without_rounding(model)
@@ -142,6 +164,33 @@ class _Graph:
             return read.get(node, torch.ones(_channels(node), dtype=torch.bool))
 
         return {self.modules[node]: (mask(node.args[0]), mask(node)) for node in self.once}
+
+    def chains(self) -> list[Chain]:
+        """Layers whose channels only layers read that could ignore some of them."""
+        cuttable = self._cuttable()
+        origin: dict[fx.Node, fx.Node] = {}
+        for node, source in cuttable.items():
+            origin[node] = node if source is None else origin[source]
+        consumers: dict[fx.Node, dict[str, int]] = {node: {} for node in origin.values()}
+        carriers: dict[fx.Node, list[str]] = {node: [] for node in consumers}
+        read_whole = {origin[node] for node in self.results if node in origin}
+        for node in self.nodes:
+            for source in node.all_input_nodes:
+                if source not in origin:
+                    continue
+                start, first = origin[source], source is node.args[0]
+                if first and cuttable.get(node) is source:
+                    if _operator(node) in LAYERS:
+                        carriers[start].append(self.modules[node])
+                elif first and _operator(node) in LAYERS and _is_plain(node) and node in self.once:
+                    consumers[start][self.modules[node]] = _channels(source) // _channels(start)
+                else:
+                    read_whole.add(start)
+        return [
+            Chain(self.modules[x], tuple(carriers[x]), consumers[x], _channels(x))
+            for x in consumers
+            if consumers[x] and x not in read_whole
+        ]
 
     def _cuttable(self) -> dict[fx.Node, fx.Node | None]:
         """Calls whose channels are computed by one layer, each by itself.

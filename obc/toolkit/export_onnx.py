@@ -7,11 +7,13 @@ marks into the graph, whatever it renames or merges; each is then replaced:
     obc::Weight   codes ─▶ DequantizeLinear, a scale for each output channel
     obc::Input    x ─▶ (Clip) ─▶ QuantizeLinear ─▶ DequantizeLinear, with the checkpoint's own grid
 
-so that the graph rounds where the checkpoint rounds and nowhere else. Codes are stored as INT8,
-INT4 or INT2 if the grid is symmetric, W = Δ (q − 2^(b−1)), and as UINT8, UINT4 or UINT2 with zero
-points if it is not; 3 bits take 4, 5 to 7 take 8. Where a layer's input is rounded, 2 bits take 4:
-ONNX Runtime makes an integer convolution of that, and has none for INT2. Inputs are UINT8, or
-UINT16 above 8 bits, clipped to their grid first if it has fewer codes than the type.
+so that the graph rounds where the checkpoint rounds and nowhere else. Every layer's input has a
+mark, which disappears where it is not rounded; the node that reads it is given the layer's name.
+Codes are stored as INT8, INT4 or INT2 if the grid is symmetric, W = Δ (q − 2^(b−1)), and as UINT8,
+UINT4 or UINT2 with zero points if it is not; 3 bits take 4, 5 to 7 take 8. Where a layer's input is
+rounded, 2 bits take 4: ONNX Runtime makes an integer convolution of that, and has none for INT2.
+Inputs are UINT8, or UINT16 above 8 bits, clipped to their grid first if it has fewer codes than the
+type.
 
 A batch norm y ↦ f·y + … behind a layer that is called once goes into scale and bias: Δ becomes f·Δ,
 the codes stay. If f < 0, codes change sign instead of the scale: q − z = −((2^b − 1 − q) − (2^b − 1
@@ -28,6 +30,7 @@ import logging
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -42,7 +45,7 @@ from modelutils import evaluating, find_layers
 from obc.inputs.files import atomic_write
 from obc.solver.errors import UserError
 from obc.toolkit.export_codes import Codes, OffGrid, weight_codes
-from quant import ACTIVATION_GRID, Grid
+from quant import ACTIVATION_GRID, Grid, set_activation_grid
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -125,11 +128,10 @@ class _Mark(nn.Module):
 
 
 def _marked(model: nn.Module, quantised: Quantised) -> nn.Module:
-    """A copy of the model with a mark wherever a layer is quantised."""
+    """A copy of the model with a mark at every layer's input, and at its weight if quantised."""
     model = copy.deepcopy(model)
     for name, layer in find_layers(model).items():
-        if name in quantised.inputs:
-            layer._modules[ACTIVATION_GRID] = _Mark(INPUT, name)  # quant.py's hook calls it
+        set_activation_grid(layer, _Mark(INPUT, name))  # in place of a grid
         if name in quantised.codes:
             mark = _Mark(WEIGHT, name)
             parametrize.register_parametrization(layer, "weight", mark, unsafe=True)
@@ -280,11 +282,20 @@ def quantised_graph(
 
 
 def _quantise_inputs(editor: GraphEditor, marks: list[ir.Node], quantised: Quantised) -> None:
-    """Replace marks of inputs; layers that round one tensor to one grid share the rounded one."""
+    """Replace marks of inputs; layers that round one tensor to one grid share the rounded one.
+
+    The nodes that read a layer's input are named after the layer.
+    """
     rounded: dict[tuple, ir.Value] = {}
+    calls: Counter[str] = Counter()
     for mark in marks:
         name = mark.attributes["layer"].as_string()
-        grid = quantised.inputs[name]
+        for use in mark.outputs[0].uses():
+            use.node.name = f"{name}.{calls[name]}" if calls[name] else name
+            calls[name] += 1
+        if (grid := quantised.inputs.get(name)) is None:
+            editor.replace(mark.outputs[0], mark.inputs[0])
+            continue
         x, ends = mark.inputs[0], (float(grid.scale), int(grid.zero), int(grid.maxq))
         if (x, ends) not in rounded:
             place = f"{name}.input" if not rounded else f"{name}.input{len(rounded)}"

@@ -50,11 +50,20 @@ VARIABLES = (  # of the environment: they choose the kernels or the precision of
     *("ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"),
     *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
 )
-SURROUNDINGS = ("python", *VERSIONS, "device", "threads", *VARIABLES, "code")  # rounding only
+SURROUNDINGS = (
+    "python",
+    *VERSIONS,
+    "timm",
+    "device",
+    "threads",
+    *VARIABLES,
+    "code",
+)  # rounding only
 NOT_IN_A_RESULT = {  # options: where and how to work, or files whose contents are hashed
     *("help", "restart", "repeat", "check", "plan", "cache", "device", "workers", "memory"),
     *("weights", "datapath", "image_size", "skip_bad_images", "load", "save", "sparse_dir"),
-    *("prefix", "score_path", "profile", "file", "timings", "weights_key", "classes"),
+    *("prefix", "score_path", "profile", "file", "timings", "weights_key", "classes", "labels"),
+    *("resize", "crop", "interpolation", "mean", "std"),  # "preprocessing" has what they result in
 }
 
 

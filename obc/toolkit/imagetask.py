@@ -14,7 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from datautils import ArrayImages, ImageData, ImageSet, calibration_batches, test_batches
+from datautils import (
+    ArrayImages,
+    ImageData,
+    ImageSet,
+    calibration_batches,
+    default_preprocessing,
+    test_batches,
+)
 from modelutils import Classification, Example, evaluate
 from obc.inputs.batches import ImageBatches
 from obc.toolkit.fingerprints import bytes_hash
@@ -47,7 +54,7 @@ class ImageTask(Classification):
 
     @property
     def example(self) -> Example:
-        return (3, self.data.image_size, self.data.image_size)
+        return self.data.preprocessing.image_shape
 
     @property
     def count(self) -> int:
@@ -81,13 +88,19 @@ class ImageTask(Classification):
         return test_batches(self.data, batchsize=self.batchsize, workers=self.workers)
 
     def marks(self) -> dict[str, str]:
+        made = self.data.preprocessing
         marks = {
-            "--image-size": str(self.data.image_size),
+            "--image-size": str(made.size),
             "calibration images": images_hash(self.data.calibration),
         }
+        if made != default_preprocessing(self.data.name, made.size):  # as all were, once
+            marks["preprocessing"] = str(made)
         if self.classes_named:
             marks["--classes"] = bytes_hash(name.encode() for name in self.data.classes)
         return marks
+
+    def record(self) -> dict[str, object]:
+        return {"preprocessing": self.data.preprocessing.record()}
 
     def test_marks(self) -> dict[str, str]:
         return {"test images": images_hash(self.data.test)}
@@ -144,10 +157,12 @@ class CalibrationEpochs:
 
 
 def images_hash(images: ImageSet) -> str:
-    """A hash of the chosen images as they are stored, with their order, labels and view."""
+    """A hash of the chosen images as they are stored, with their order, labels and size."""
 
     def pieces() -> Iterator[bytes]:
-        yield f"{images.view} {[images.source.labels[index] for index in images.chosen]}".encode()
+        made = images.preprocessing  # the first line names what a view once was: hashes stay
+        view = f"View(size={made.size}, crops={images.view.photographs}, flips={images.view.flips})"
+        yield f"{view} {[images.source.labels[index] for index in images.chosen]}".encode()
         for index in images.chosen:
             if isinstance(images.source, ArrayImages):
                 yield images.source.pixels[index].tobytes()

@@ -8,6 +8,8 @@ together.
     unstr        models_unstr/<model>_<level>.pth                  sparsity × 10⁴, 0000 … 9900
     4block       models_4block/<model>_<level>.pth                 the same
     4block_8w8a  models_4block_8w8a/<model>_<level>.pth            the same
+    struct       models_struct/<model>_<level>.pth                 the same
+    struct_8w8a  models_struct_8w8a/<model>_<level>.pth            the same
     mixed        models_quant/<model>_<level>.pth and              8w8a, 4w4a, …
                  models_nm_quant/<model>_<level>.pth               24_8w8a, 24_4w4a, …
 
@@ -53,7 +55,14 @@ from obc.inputs.names import named_like
 from obc.solver.errors import UserError, log
 from obc.solver.layers import LayerView, compressible, innermost_order, view
 from obc.toolkit.fingerprints import bytes_hash, content_hash, weights_hash
-from obc.toolkit.modes import BlockedMode, NMPruneMode, PruningMode, UnstrMode, modes_serving
+from obc.toolkit.modes import (
+    BlockedMode,
+    NMPruneMode,
+    PruningMode,
+    StructMode,
+    UnstrMode,
+    modes_serving,
+)
 from obc.toolkit.resume import entry_file
 from quant import ACTIVATION_GRID, WEIGHT_GRID, put_layer
 
@@ -98,6 +107,7 @@ class Kind:
     constraint: str  # what a target of spdy.py limits by default
     pruning: type[PruningMode]  # how its levels are pruned, if they are
     quantised_share: Callable[[Tensor], float] = nonzero_share  # of a quantised weight left
+    cuts: bool = False  # whether what is pruned is cut out (`cut_costs.py`)
 
 
 KINDS = {
@@ -111,6 +121,8 @@ KINDS = {
     "4block": Kind(("models_4block",), SPARSITY, "flops", BlockedMode),
     "unstr": Kind(("models_unstr",), SPARSITY, "flops", UnstrMode),
     "4block_8w8a": Kind(("models_4block_8w8a",), SPARSITY, "bops", BlockedMode, share_of_blocks),
+    "struct": Kind(("models_struct",), SPARSITY, "flops", StructMode, cuts=True),
+    "struct_8w8a": Kind(("models_struct_8w8a",), SPARSITY, "bops", StructMode, cuts=True),
 }
 
 

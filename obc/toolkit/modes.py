@@ -99,12 +99,17 @@ class Mode(ABC):
         "gives it, to return what the dense network does",
         first=True,
     )
+    shift_dense: bool = option(
+        False, "with --sequential: layers that are left dense make up for those before them, too"
+    )
 
     def __post_init__(self) -> None:
         if self.order not in ("obs", self.baseline):
             raise UserError(
                 f"--order {self.order} is not for {self.name}: choose obs or {self.baseline}"
             )
+        if self.shift_dense and not self.sequential:
+            raise UserError("--shift-dense needs --sequential")
 
         if self.search and self.order != "obs":
             raise UserError(
@@ -225,7 +230,7 @@ class QuantMode(Mode):
     text = "OBQ: weights and, with --abits, activations on a grid"
     baseline = "nearest"
     search_name = "refine"
-    serves = ("mixed", "4block_8w8a")
+    serves = ("mixed", "4block_8w8a", "struct_8w8a")
 
     wbits: int = option(
         NO_QUANTISATION, "bits of weights, 1-16; 32: none", first=True, metavar="B", type=cli.bits
@@ -273,9 +278,12 @@ class QuantMode(Mode):
 
     @property
     def nothing_to_solve(self) -> str:
-        if self.wbits < NO_QUANTISATION:
+        if self.wbits < NO_QUANTISATION or self.shift_dense:
             return ""
         return f"weights left as they are (--wbits 32); activations: {self.abits} bits"
+
+    def misfit(self, layer: LayerView) -> str:
+        return super().misfit(layer) or ("--wbits 32" if self.wbits == NO_QUANTISATION else "")
 
     def activation_grids(
         self, dense: nn.Module, batches: Batches, device: torch.device
@@ -342,8 +350,8 @@ class NMPruneMode(PruningMode):
     channels_innermost = True
     divisor_name = "M"
 
-    prunen: int = option(2, "zeros per group", type=cli.nonnegative_int)
-    prunem: int = option(4, "weights per group", type=cli.positive_int)
+    prunen: int = option(2, "zeros per group", metavar="N", type=cli.nonnegative_int)
+    prunem: int = option(4, "weights per group", metavar="M", type=cli.positive_int)
     swaps: bool | None = option(
         None,
         "then let kept and pruned weights of a group change places while that lowers a row's "
@@ -496,7 +504,9 @@ class BlockedMode(LevelMode):
     divisor_name = "block size"
     default_grid = (0.0, 0.95, 0.1)
 
-    blocked_size: int = option(4, "weights per block", "--blocked_size", type=cli.positive_int)
+    blocked_size: int = option(
+        4, "weights per block", "--blocked_size", metavar="C", type=cli.positive_int
+    )
 
     @property
     def divisor(self) -> int:
@@ -521,6 +531,7 @@ class StructMode(LevelMode):
     name = "struct"
     text = "whole input channels, a database of levels"
     rows_divisible = False
+    serves = ("struct",)
     default_grid = (0.0, 0.9, 0.05)
 
     def gone(self, layer: LayerView) -> Tensor:

@@ -62,6 +62,8 @@ def make_plan(
     for names in passes:
         costs = {name: operations(layers[name]) for name in names}
         owners |= deal(costs, world.size, divisible=mode.rows_divisible)
+    if mode.sequential:  # one layer at a time
+        owners = {name: None if modes[name].rows_divisible else 0 for name in layers}
     return Plan(memory, needs, passes, owners)
 
 

@@ -18,6 +18,7 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
     agreement    number: percent of the test images that both models give the same class
     figures      object of numbers: what a task of the user's own measures, in the place of top1
     dense_loss_calibration  number: the dense model's loss, on the calibration data of such a task
+    preprocessing  object: how images became the network's input (obc/inputs/preprocessing.py)
     dense_top1_calibration  number in percent: the dense model's, on the calibration images
 
 and further figures of the command. A layer of main_trueobs.py and of post_proc.py: name, shape,

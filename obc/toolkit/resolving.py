@@ -12,8 +12,9 @@ bits for weights and inputs. It starts from the dense weights, and then
                  they are symmetric where those of the level are
 
 Zeros of a quantised level that come from rounding cannot be told from pruned ones. What counts as
-pruned: in an unstructured database every zero; in one of blocks, blocks that are all zero; with
-N:M, which the level's name says, every zero of a layer that has the pattern; otherwise none.
+pruned: in an unstructured database every zero; in one of blocks, blocks that are all zero; in one
+of channels, input channels that are all zero; with N:M, which the level's name says, every zero of
+a layer that has the pattern; otherwise none.
 
 A layer that the profile has at level 0000 is shifted as well. Those that it leaves out stay dense.
 """

@@ -11,18 +11,24 @@ when it reaches a layer, only the rest of the network is run for each of the lay
 the intermediate values still needed (`tracing.py`). On average that is half of a network, and only
 the values of one batch are in memory. Equal levels of a layer are run once, those equal to the
 dense layer not at all.
+
+Losses of few images are noisy: a change of the mean over B batches has the standard error s/√B,
+with s the standard deviation of the batches' own changes. Squared errors have no such noise.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from statistics import median, stdev
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from modelutils import CLASSIFICATION, evaluating, placed
 from obc.inputs.batches import Batches
@@ -45,6 +51,7 @@ from obc.toolkit.resume import Notes, RunState
 from quant import put_layer
 
 Scores = dict[str, dict[str, float]]  # layer → level → value
+ADVICE = "more images (--nsamples) or squared errors tell more"
 
 
 def distinct_levels(db: Database, layer: str, dense: nn.Module) -> dict[str, list[str]]:
@@ -137,13 +144,64 @@ def losses(
             measured.append((by_layer, len(images)))
             notes.collect(True)
     measured = measurement.end(measured)
-    images_seen = sum(count for _, count in measured)
+    counts = [count for _, count in measured]
 
-    def mean(layer: str, level: str) -> float:
-        changes = ((by_layer[layer] or {}).get(level, 0.0) for by_layer, _ in measured)
-        return sum(changes) / images_seen
+    def changes(layer: str, level: str) -> list[float]:  # of the summed loss, by batch
+        return [(by_layer[layer] or {}).get(level, 0.0) for by_layer, _ in measured]
 
-    return measurement.scores({x: {lv: mean(x, lv) for lv in levels[x]} for x in levels})
+    by_batch = {x: {lv: changes(x, lv) for lv in levels[x]} for x in levels}
+    log_noise([x for by_level in by_batch.values() for x in by_level.values()], counts)
+    return measurement.scores(
+        {x: {lv: sum(by_batch[x][lv]) / sum(counts) for lv in levels[x]} for x in levels}
+    )
+
+
+def log_noise(sums: Sequence[Sequence[float]], counts: Sequence[int]) -> None:
+    """Say how well changes of the mean loss are known: `sums` of each by batch, and its images."""
+    whole_batches = [number for number, count in enumerate(counts) if count == counts[0]]
+    if len(whole_batches) < 2 or not sums:
+        return
+    errors = [
+        stdev(by_batch[x] / counts[x] for x in whole_batches) / len(whole_batches) ** 0.5
+        for by_batch in sums
+    ]
+    known = [abs(sum(x)) / sum(counts) >= 2 * error for x, error in zip(sums, errors, strict=True)]
+    log.info(
+        "standard error of a change of the loss over %d images: %.2g nat (median); %d of %d "
+        "changes are less than twice theirs%s",
+        sum(counts),
+        median(errors),
+        known.count(False),
+        len(known),
+        ""
+        if 2 * sum(known) > len(known)
+        else ": more images (--nsamples), or squared errors, tell more",
+    )
+
+
+def loss_plan(
+    model: nn.Module,
+    db: Database,
+    batches: Batches,
+    device: torch.device,
+    task: Task = CLASSIFICATION,
+) -> str:
+    """What `losses` has to do and how long it takes here, by each layer's last level on a batch."""
+    levels, images_and_labels = Measurement(model, db, None).levels, next(iter(batches))
+    images, labels = placed(images_and_labels[0], device), images_and_labels[1]
+    last, seconds = {x: names[-1:] for x, names in levels.items()}, 0.0
+    with evaluating(model):
+        run = proven(model, db, last, images)
+        started = time.perf_counter()
+        for layer, _ in batch_changes(run, model, db, last, images, labels, task):
+            seconds += (time.perf_counter() - started) * len(levels[layer])
+            started = time.perf_counter()
+    count, distinct = batch_count(batches), sum(map(len, levels.values()))
+    return (
+        f"plan: {distinct} distinct levels of {len(levels)} layers on {count} batches, "
+        f"{distinct * count} passes through what follows the layer: about "
+        f"{tqdm.format_interval(seconds * count)} on this machine"
+    )
 
 
 def proven(

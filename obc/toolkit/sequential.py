@@ -20,6 +20,9 @@ that cannot be traced is one operation: its boundaries are the images, and each 
 of both networks over them. On a CPU each batch is on one thread, several batches at a time, and is
 added to the sums in order, so that these do not depend on the number of threads.
 
+Of several processes (`distributed.py`) each walks its shard of the images; the sums are added up,
+and all of them solve a share of the layer's rows.
+
 An interrupted run continues after the last layer it has finished; boundaries are computed again.
 """
 
@@ -28,9 +31,11 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -44,6 +49,7 @@ from modelutils import eval_mode, evaluating, placed
 from obc.inputs.batches import Batches
 from obc.inputs.tasks import Inputs
 from obc.inputs.tracing import IMAGES_COMPARED, twin
+from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError, log
 from obc.solver.hessian import Gram
 from obc.solver.layers import view
@@ -128,39 +134,67 @@ class Boundary:
 
 @dataclass
 class Sums:
-    """What is summed over all calls of a layer for all images."""
+    """What is summed over all calls of a layer for a number of images."""
 
-    gram: Gram
-    cross: Cross
-    images: int = 0
+    gram: Tensor  # Σ x̂ x̂ᵀ (G, d, d)
+    cross: Tensor  # Σ y x̂ᵀ (G, rows/G, d)
+    energy: Tensor  # Σ ‖y‖² ()
+    images: int
+    patches: int
+
+    def add(self, other: Sums) -> None:
+        """Add the sums over other images."""
+        self.gram += other.gram
+        self.cross += other.cross
+        self.energy += other.energy
+        self.images += other.images
+        self.patches += other.patches
+
+    def combine(self, world: World) -> None:
+        """Add up the sums of all processes."""
+        for tensor in (self.gram, self.cross, self.energy):
+            world.sum_in_order(tensor)
+        self.images = sum(world.gather(self.images))
+        self.patches = sum(world.gather(self.patches))
 
     def statistics(self) -> tuple[Tensor, Tensor, float]:
         """H, B and C of `shift.py`; the sums are given up."""
         scale = 2 / self.images
-        energy = scale * float(self.cross.energy)
-        return self.gram.take().mul_(scale), self.cross.take().mul_(scale), energy
+        return self.gram.mul_(scale), self.cross.mul_(scale), scale * float(self.energy)
 
 
 class DoubleWalk:
     """The dense and the compressed network, both in eval mode, side by side on all batches."""
 
     def __init__(
-        self, dense: nn.Module, compressed: nn.Module, batches: Batches, boundary: Boundary
+        self,
+        dense: nn.Module,
+        compressed: nn.Module,
+        batches: Batches,
+        boundary: Boundary,
+        world: World = ALONE,
+        shards: int = 1,  # of the images; of several processes each has one
     ) -> None:
         self.networks, self.batches, self.boundary = (dense, compressed), batches, boundary
-        self.device = next(dense.parameters()).device
-        self.batch_sizes: list[int] = []  # in images, once all have been seen
+        self.device, self.world = next(dense.parameters()).device, world
+        self.shard_count = count = max(world.size, shards)
+        mine = range(count) if world.size == 1 else [world.rank]
+        self.shards = {x: batches.shard(x, count) if count > 1 else batches for x in mine}
+        self.batch_sizes: dict[int, list[int]] = {}  # of shards that have been seen, in images
         first = placed(next(iter(batches))[0], self.device)
         with torch.inference_mode():
             started = time.perf_counter()
             self.calls, _ = probe(dense, first.clone())  # in order of execution
             self.repeated = {name for name, count in self.calls.items() if count > 1}
-            self.pass_s = 2 * (time.perf_counter() - started) * len(batches)
+            seconds = time.perf_counter() - started
+            self.pass_s = 2 * seconds * sum(map(len, self.shards.values()))
             self.walk = walk_of(dense, first[:IMAGES_COMPARED])
             self.threads, _ = batches_at_a_time(dense, first, torch.get_num_threads())
             if isinstance(self.walk, WholeWalk):  # other images may call other layers
-                for images, _ in batches:
-                    self.calls += probe(dense, placed(images, self.device))[0]
+                calls = Counter()
+                for images, _ in chain.from_iterable(self.shards.values()):
+                    calls += probe(dense, placed(images, self.device))[0]
+                self.calls = sum(world.gather(calls), self.calls)
         self.places = {name: self.walk.calls(name) for name in self.calls}
 
     def layers(self) -> list[str]:
@@ -174,7 +208,16 @@ class DoubleWalk:
         next_layer: str | None,  # the dense network may go on as far as its first call
     ) -> Sums:
         """Move the boundary to a layer's first call, and sum over all of its calls."""
-        sums, turns, mine = Sums(Gram(layer), Cross(layer)), Turns(), threading.local()
+        parts = (self._sums_of(shard, name, layer, next_layer) for shard in self.shards)
+        sums = next(parts)
+        for part in parts:
+            sums.add(part)
+        sums.combine(self.world)
+        return sums
+
+    def _sums_of(self, shard: int, name: str, layer: nn.Module, next_layer: str | None) -> Sums:
+        """`sums` over one shard of the images."""
+        gram, cross, turns, mine = Gram(layer), Cross(layer), Turns(), threading.local()
         first, last = self._span(name)
         stop = min(last + 1, self._span(next_layer)[0] if next_layer else last + 1)
 
@@ -188,22 +231,23 @@ class DoubleWalk:
                 turns.wait(name, number)
 
             def add(x: Tensor) -> None:
-                sums.gram.add(x, wait)
-                sums.cross.add(x, outputs.pop(0), wait)
+                gram.add(x, wait)
+                cross.add(x, outputs.pop(0), wait)
 
             with torch.inference_mode():
-                self._go_on(mine.walks, number, images, first)
+                batch = number * self.shard_count + shard  # its number among all
+                self._go_on(mine.walks, batch, images, first)
                 with outputs_of(dense.module.get_submodule(name), outputs):
                     dense.run_to(stop)
                     if stop <= last:
                         dense.run_ahead(last + 1)
                 self._see_inputs(compressed, name, add, len(outputs))
-                self.boundary.put(number, [walk.leave() for walk in mine.walks])
+                self.boundary.put(batch, [walk.leave() for walk in mine.walks])
             turns.leave(name, number)
 
-        one_at_a_thread(work, self._batches(), self.threads, turns)
-        sums.images = sum(self.batch_sizes)
-        return sums
+        one_at_a_thread(work, self._batches(shard), self.threads, turns)
+        images = sum(self.batch_sizes[shard])
+        return Sums(gram.take(), cross.take(), cross.energy, images, gram.patches)
 
     def first_inputs(self, name: str) -> list[Tensor]:  # (values,) each
         """What the compressed network gives a layer for the first batch, a tensor for each call."""
@@ -231,16 +275,16 @@ class DoubleWalk:
         """A layer's first and its last operation."""
         return self.places[name][0], self.places[name][-1]
 
-    def _batches(self) -> Iterator[Inputs | None]:
+    def _batches(self, shard: int) -> Iterator[Inputs | None]:
         """Images to begin with; later, nothing but their number is needed."""
-        if self.batch_sizes:
-            yield from [None] * len(self.batch_sizes)
+        if shard in self.batch_sizes:
+            yield from [None] * len(self.batch_sizes[shard])
             return
         sizes = []
-        for images, _ in self.batches:
+        for images, _ in self.shards[shard]:
             sizes.append(len(images))
             yield placed(images, self.device)
-        self.batch_sizes = sizes
+        self.batch_sizes[shard] = sizes
 
     def _go_on(
         self, walks: list[Walk | WholeWalk], number: int, images: Inputs | None, place: int
@@ -305,7 +349,7 @@ class SequentialCompression(Compression):
 
     def fit_grids(self, batches: Batches) -> None:
         """Give layers grids for their inputs, and leave their weights as they are."""
-        with self._walking([next(iter(batches))]) as walk:
+        with self._walking(batches) as walk:
             for name in walk.layers():
                 if not view(self.layers[name]).left_dense:
                     self._fit_grid(walk, name)
@@ -339,32 +383,40 @@ class SequentialCompression(Compression):
         device, folder = next(self.dense.parameters()).device, self.state.folder
         memory = int(self.memory_gb * 1e9) if self.memory_gb else default_memory(device)
         solving = max(layer_needs(layer).least for layer in self.layers.values())
-        for leftover in folder.glob(f"{ACTIVATIONS}*") if folder else ():  # of a killed run
-            shutil.rmtree(leftover, ignore_errors=True)
+        if folder and self.world.first:
+            for leftover in folder.glob(f"{ACTIVATIONS}*"):  # of a killed run
+                shutil.rmtree(leftover, ignore_errors=True)
+        self.world.meet()
         with (
             eval_mode(self.dense),
             eval_mode(self.compressed),
             TemporaryDirectory(dir=folder, prefix=ACTIVATIONS) as files,
         ):
             boundary = Boundary(max(0, min(memory // 2, memory - solving)), Path(files))
-            yield DoubleWalk(self.dense, self.compressed, batches, boundary)
+            networks = self.dense, self.compressed
+            yield DoubleWalk(*networks, batches, boundary, self.world, self.shards)
 
     def _fit_grid(self, walk: DoubleWalk, name: str) -> None:
         layer, mode = self.layers[name], self.mode_of(name)
         if not mode.rounds_inputs:
             return
         layer._modules.pop(quant.ACTIVATION_GRID, None)  # that of --load
-        if inputs := walk.first_inputs(name):
-            quant.set_activation_grid(layer, mode.activation_grid(torch.cat(inputs)))
+        grid = None
+        if self.world.first and (inputs := walk.first_inputs(name)):
+            grid = mode.activation_grid(torch.cat(inputs))
+        if grid := self.world.share(grid):
+            quant.set_activation_grid(layer, grid.to(layer.weight.device))
 
     def _run(self, plan: Plan, batches: Batches) -> None:
         solved, calls = [], self.walk.calls
         with self._progress() as bar:
             for name in [name for name in self.layers if name not in self.reports]:
-                if why_dense(self.layers[name], self.mode_of(name), calls[name]):
-                    self._finish(name, self._left_dense(name, calls[name]), bar)
-                else:
+                layer, mode = self.layers[name], self.mode_of(name)
+                shifts = mode.shift_dense and calls[name] and not view(layer).left_dense
+                if shifts or not why_dense(layer, mode, calls[name]):
                     solved.append(name)
+                else:
+                    self._finish(name, self._left_dense(name, calls[name]), bar)
             if isinstance(self.walk.walk, WholeWalk):
                 log.warning(
                     "each of %d layers takes a pass of both networks over all images, up to %.2g s",
@@ -385,20 +437,26 @@ class SequentialCompression(Compression):
 
     def _solved(self, plan: Plan, name: str, sums: Sums) -> Entry:
         """A layer compressed, with the error of its outputs."""
-        layer, images, patches = self.layers[name], sums.images, sums.gram.patches
-        mode = self.mode_of(name)
-        if not patches:
+        layer, mode = self.layers[name], self.mode_of(name)
+        if not sums.patches:
             return self._left_dense(name, 0)
         H, B, C = sums.statistics()
         start = mode.start(layer, self.dense.get_submodule(name))
         shifted = shifted_weights(start, H, B)
         view(layer).write(shifted)
         memory = plan.memory - self.walk.boundary.size - B.nbytes
-        solver = TrueOBS(layer, self.rel_damp, memory, order=mode.order)
-        solver.set_hessian(H, images)
-        solver.gram.patches = patches
-        entry = compress_layer(name, solver, mode, None, self.repeats)
-        error = output_error(view(layer).matrix, H, B, C)
-        entry.figures["report"]["squared_error"] = error
-        entry.figures["report"]["relative_error"] = 2 * error / C if C else 0.0
+        world, owner = plan.sharing(name, self.world), plan.owners[name]
+        solver = TrueOBS(layer, self.rel_damp, memory, world, mode.order)
+        solver.set_hessian(H, sums.images)
+        solver.gram.patches = sums.patches
+        entry = None
+        if owner in (None, self.world.rank):
+            entry = compress_layer(name, solver, mode, None, self.repeats)
+        if owner is not None and (entry := self.world.share(entry)).tensors:
+            quant.put_layer(layer, entry.tensors)
+        error, report = output_error(view(layer).matrix, H, B, C), entry.figures["report"]
+        report["squared_error"], report["relative_error"] = error, 2 * error / C if C else 0.0
+        if report["dense"]:
+            report["shifted"] = True
+            entry.tensors.update({key: x.detach().cpu() for key, x in layer.state_dict().items()})
         return entry

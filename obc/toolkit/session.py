@@ -34,9 +34,10 @@ import quant
 from datautils import (
     DATASETS,
     DEFAULT_CLASSES,
-    DEFAULT_SIZES,
+    PHOTOGRAPHS,
     ImageData,
     calibration_batches,
+    default_preprocessing,
     load_data,
 )
 from modelutils import (
@@ -56,12 +57,15 @@ from modelutils import (
     load_state,
     made_by,
     mean_loss,
+    own_preprocessing,
 )
 from obc.inputs.attention import split_attention
-from obc.inputs.batches import ShardedBatches
+from obc.inputs.batches import Batches, ShardedBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
+from obc.inputs.preprocessing import MODES, Preprocessing
 from obc.inputs.tasks import Inputs, Task, call, on_device
+from obc.inputs.timm_models import TIMM
 from obc.inputs.tracing import equal_but_for_rounding
 from obc.inputs.usercode import files_imported
 from obc.solver.distributed import ALONE, World, join, resolve_device
@@ -72,12 +76,14 @@ from obc.toolkit.fingerprints import (
     chosen_options,
     content_hash,
     hessian_code,
+    installed_versions,
     result_code,
     surroundings,
 )
 from obc.toolkit.imagetask import ImageTask
 
-IMAGE_OPTIONS = ("datapath", "classes", "image_size", "skip_bad_images", "workers")
+IMAGE_OPTIONS = ("resize", "crop", "interpolation", "mean", "std")
+DATA_OPTIONS = ("datapath", "classes", "labels", "image_size", "skip_bad_images", "workers")
 RARELY = 20  # calls until something random that rarely happens is seen
 DENSE_IMAGES = 1024  # the most that the dense model's top-1 is measured on
 
@@ -102,6 +108,12 @@ class CommonOptions:
     device: str
     memory: float | None  # GB
     weights_key: str | None = None  # a place in the file of weights
+    labels: str | None = None  # file of the test images' labels
+    resize: int | None = None  # pixels; this and the next: None if the network decides
+    crop: str | None = None
+    interpolation: str | None = None
+    mean: str | None = None  # as cli.channels takes it
+    std: str | None = None
 
 
 def common_options(args: argparse.Namespace) -> CommonOptions:
@@ -153,7 +165,9 @@ class Session:
             options.model, options.dataset, options.weights, classes, options.weights_key
         ).to(device)
         if isinstance(task, ImageTask):
+            task.data = task.data.seen_through(preprocessing(options, model))
             check_model(model, options.model, task.data)
+            log.info("images: %s", task.data.preprocessing)
         else:
             check_task(model, options.model, task)
         split_attention(model, partial(first_outputs_of, model, task.example))
@@ -163,6 +177,15 @@ class Session:
     def weights_name(self) -> str:
         """The dense weights, as the user knows them."""
         return self.options.weights or f"the weights of {self.options.model}"
+
+    def shard_count(self, asked: int | None) -> int:
+        """How many shards of the images are summed apart: --shards, or one for each process.
+
+        Sums depend on it, by rounding. Raises UserError where several processes are not as many.
+        """
+        if asked and self.world.size not in (1, asked):
+            raise UserError(f"--shards {asked}: there are {self.world.size} processes")
+        return asked or self.world.size
 
     def calibration(self, augment: bool = False, nrounds: int = 1) -> ShardedBatches:
         """Passes over the calibration images, not augmented by default."""
@@ -182,6 +205,8 @@ class Session:
                 file = Path(name.rpartition(":")[0])
                 code_files = [file, *files_imported(file)]
                 marks[f"code of the {what}"] = bytes_hash(path.read_bytes() for path in code_files)
+        if self.options.model.startswith(TIMM):
+            marks |= installed_versions(["timm"])
         marks["dense weights"] = content_hash(self.model.state_dict())
         marks |= self.task.marks()
         if invocation is None:  # Hessians do not depend on labels
@@ -213,26 +238,30 @@ class Session:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return (3, self.image_data.image_size, self.image_data.image_size)
+        return self.image_data.preprocessing.image_shape
 
-    def dense_top1(self) -> float:
-        """The dense model's top-1 on the calibration images, logged (`dense_top1`)."""
-        options = self.options
-        return dense_top1(
-            self.model, self.image_data, self.device, options.batchsize, options.workers, self.world
-        )
+    def dense_top1(self, batches: Batches | None = None) -> float:
+        """The dense model's top-1 on the calibration images, logged (`dense_top1`).
 
-    def dense_figures(self) -> dict[str, float]:
-        """How well the dense model does on the calibration data, logged; as it is in records."""
+        `batches`: this process's share of all of them, if they are in memory already.
+        """
+        loading = self.options.batchsize, self.options.workers
+        return dense_top1(self.model, self.image_data, self.device, *loading, self.world, batches)
+
+    def dense_figures(self, batches: Batches | None = None) -> dict[str, float]:
+        """How well the dense model does on the calibration data, logged; as it is in records.
+
+        `batches`: this process's share of all of it, if it is in memory already.
+        """
         if isinstance(self.task, ImageTask):
-            return {"dense_top1_calibration": self.dense_top1()}
+            return {"dense_top1_calibration": self.dense_top1(batches)}
         if not self.task.logits:
             log.info("KL and agreement are not measured: outputs are no scores of classes")
         if not self.task.has_loss:
             return {}
         with undisturbed(self.device):
-            shard = self.calibration().shard(self.world.rank, self.world.size)
-            loss = mean_loss(self.model, shard, self.device, self.world, self.task)
+            share = batches or self.calibration().shard(self.world.rank, self.world.size)
+            loss = mean_loss(self.model, share, self.device, self.world, self.task)
         log.info("dense: loss %.4g on %d calibration examples", loss, self.task.count)
         return {"dense_loss_calibration": loss}
 
@@ -258,10 +287,11 @@ def load_task(options: CommonOptions) -> Task:
             seed=options.seed,
             skip_bad_images=options.skip_bad_images,
             class_file=options.classes,
+            label_file=options.labels,
         )
         named = options.classes is not None
         return ImageTask(data, options.batchsize, options.workers, options.seed, named)
-    for name in IMAGE_OPTIONS:
+    for name in (*DATA_OPTIONS, *IMAGE_OPTIONS):
         if getattr(options, name):
             raise UserError(
                 f"--{name.replace('_', '-')} is for images: {options.dataset} makes its own batches"
@@ -281,19 +311,22 @@ def dense_top1(
     batchsize: int,
     workers: int | None,
     world: World = ALONE,
+    batches: Batches | None = None,  # this process's share of all images; None: load some
 ) -> float:  # percent
-    """Top-1 of the dense model on the calibration images (at most DENSE_IMAGES), not augmented.
+    """Top-1 of the dense model on the calibration images, not augmented: DENSE_IMAGES at most, or
+    `batches`.
 
     Logs it, since it shows whether labels and pixels are what the model was trained on, and warns
     if guessing would do about as well. No global generator is advanced.
     """
-    images = replace(data.calibration, chosen=data.calibration.chosen[:DENSE_IMAGES])
-    batches = calibration_batches(
-        replace(data, calibration=images), batchsize=batchsize, workers=workers
-    )
+    images = data.calibration
+    if batches is None:
+        images = replace(images, chosen=images.chosen[:DENSE_IMAGES])
+        some = replace(data, calibration=images)
+        loaded = calibration_batches(some, batchsize=batchsize, workers=workers)
+        batches = loaded.shard(world.rank, world.size)
     with undisturbed(device):
-        shard = batches.shard(world.rank, world.size)
-        top1 = evaluate(model, shard, device, world=world).top1
+        top1 = evaluate(model, batches, device, world=world).top1
     total, count = len(data.calibration), len(images)
     which = str(count) if count == total else f"{count} of {total}"
     log.info("dense: top-1 %.2f on %s calibration images", top1, which)
@@ -345,11 +378,21 @@ def dense_files(model: str, dataset: str, weights: str | None) -> dict[str, str 
     return files | {"the task's code": task}
 
 
+def preprocessing(options: CommonOptions, model: nn.Module) -> Preprocessing:
+    """How images are made for a model: as it says, but for the options."""
+    made = default_preprocessing(options.dataset)
+    told = own_preprocessing(options.model, options.dataset in PHOTOGRAPHS, model)
+    given = {name: getattr(options, name) for name in IMAGE_OPTIONS}
+    given["size"] = options.image_size
+    return made.changed(options.model, told).changed("options", given)
+
+
 def check_model(model: nn.Module, name: str, data: ImageData) -> None:
     """Raise a UserError, before hours are spent, unless the model can be compressed and run."""
-    size, classes = data.image_size, len(data.classes)
+    classes = len(data.classes)
     check_network(model, name)
-    images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    images = torch.zeros(2, *data.preprocessing.image_shape, device=device)
     outputs = first_outputs(model, name, images)
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
         raise UserError(f"{name} does not return class scores of shape (images, classes)")
@@ -387,8 +430,7 @@ def first_outputs(model: nn.Module, name: str, images: Inputs) -> object:
         with evaluating(model):
             return call(model, images)
     except FailedForward as error:
-        square = isinstance(images, Tensor) and images.ndim == 4
-        hint = advice(model, images.shape[-1], str(error)) if square else ""
+        hint = advice(model, images, str(error)) if isinstance(images, Tensor) else ""
         raise UserError(f"{name}: {error}{hint}") from None
 
 
@@ -418,31 +460,31 @@ def model_without_images(options: CommonOptions) -> tuple[nn.Module, Example]:
         DEFAULT_CLASSES.get(options.dataset) if options.weights in (None, RANDOM) else None,
         options.weights_key,
     ).to(resolve_device(options.device))
-    size = options.image_size or DEFAULT_SIZES[options.dataset]
+    image_shape = preprocessing(options, model).image_shape
     check_network(model, options.model)
-    images = torch.zeros(2, 3, size, size, device=next(model.parameters()).device)
+    images = torch.zeros(2, *image_shape, device=next(model.parameters()).device)
     first_outputs(model, options.model, images)
-    split_attention(model, partial(first_outputs_of, model, (3, size, size)))
-    return model, (3, size, size)
+    split_attention(model, partial(first_outputs_of, model, image_shape))
+    return model, image_shape
 
 
 def advice(
     model: nn.Module,
-    size: int,  # pixels of the images that it fails on
+    images: Tensor,  # (n, c, s, s) that it fails on
     reason: str,
 ) -> str:
     """What to do about a model that fails, if other images would do: to follow the reason."""
     with evaluating(model):
-        accepted = accepted_input(model, size, reason)
+        accepted = accepted_input(model, size := images.shape[-1], reason, images.shape[1])
     if accepted is None:
         return ""
     channels, other_size = accepted
     texts = []
-    if channels != 3:
-        texts.append(
-            f"it takes {channels} channel{'s' if channels > 1 else ''}, but images have 3: "
-            "let its forward convert them"
-        )
+    if channels != (present := images.shape[1]):
+        what = f"it takes {channels} channel{'s' if channels > 1 else ''}, images have {present}"
+        values = "one value each" if channels == 1 else f"{channels} values each"
+        how = f"pass --mean and --std with {values}, or " if channels in MODES else ""
+        texts.append(f"{what}: {how}let its forward convert them")
     if other_size != size:
         texts.append(f"it takes {other_size}×{other_size} pixels: pass --image-size {other_size}")
     return f"; {'; '.join(texts)}"
