@@ -226,19 +226,16 @@ def run_layer_study(args: argparse.Namespace) -> None:
     kind = args.kind
     if args.image_net_dir is not None:
         if args.dataset not in (None, "imagenet") or args.datapath is not None:
-            raise UserError(
-                "--image-net-dir DIR is --dataset imagenet --datapath DIR; give one or the other"
-            )
+            text = "--image-net-dir DIR is --dataset imagenet --datapath DIR"
+            raise UserError(f"{text}; give one or the other")
         args.datapath = args.image_net_dir
     args.dataset, args.bits = args.dataset or "imagenet", list(dict.fromkeys(args.bits))
     session = Session.of(common_options(args))
     layers = chosen_layers(session.model, args.model, args.layer_name or ())
     names = [name for name in SETTINGS if kind == "quantisation" or name not in OF_GRIDS]
-    settings = {name: getattr(args, name) for name in names} | {
-        "image_size": session.data.image_size,
-        "calibration_seed": args.seed,
-        "weights": content_hash(session.model.state_dict()),
-    }
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {"image_size": session.image_data.image_size, "calibration_seed": args.seed}
+    settings["weights"] = content_hash(session.model.state_dict())
     work, figures = {}, {}
     for name, bits in ((name, bits) for name in layers for bits in args.bits):
         path = args.out / f"{model_tag(args.model)}_{name}_{bits}_bits_{kind}.json"
@@ -270,8 +267,7 @@ def run_layer_study(args: argparse.Namespace) -> None:
     cli.print_result(study_files.markdown_head([*head, f"{own} below optimum: mean", "worst"]))
     for (name, bits), done in figures.items():
         if done is None:
-            inputs = layers[name], bits, places[name], moments[name]
-            done = layer_figures(args, name, *inputs)
+            done = layer_figures(args, name, layers[name], bits, places[name], moments[name])
             study_files.write_result(*work[name, bits], done)
         cli.print_result(layer_row(done))
     draw_layers(args.out, args.model, list(find_layers(session.model)))
@@ -304,10 +300,8 @@ def layer_study_parser(
     kind: str, prog: str, text: str, commands: tuple[str, ...]
 ) -> argparse.ArgumentParser:
     """The options of both commands, which are the same; the first line of `text` describes it."""
-    example = (
-        f"python -m pruning_vs_quantization.{prog} {commands[0]} --model-name rn8 "
-        "--dataset digits --layer-name layer1.0.conv1 --n-bits 4 --opt-dim 16 --num-chunks 1"
-    )
+    example = f"python -m pruning_vs_quantization.{prog} {commands[0]} --model-name rn8 "
+    example += "--dataset digits --layer-name layer1.0.conv1 --n-bits 4 --opt-dim 16 --num-chunks 1"
     parser = cli.Parser(prog=prog, description=text.splitlines()[0], example=example)
     positive, natural = cli.positive_int, cli.nonnegative_int
     text = "the question (there is only one)"
@@ -337,8 +331,7 @@ def layer_study_parser(
     same = {"type": study_files.bit_width, "nargs": 1, "dest": "bits", "default": argparse.SUPPRESS}
     add("--n-bits", metavar="B", **same, help="the same as --bits B")
     text = "range of the grid: of least squared error, or up to the largest weight"
-    ranges = {"type": range_method, "metavar": "MSE|minmax", "default": "MSE", "help": text}
-    add("--range-search-method", **ranges)
+    add("--range-search-method", type=range_method, metavar="MSE|minmax", default="MSE", help=text)
     text = "a grid for each output channel (default: one for the layer)"
     add("--per-channel", action="store_true", help=text)
     text = "output channels of each layer, evenly spread; -1: all"

@@ -119,8 +119,8 @@ def densities_section(folder: Path, tag: str | None) -> Iterator[Section]:
         ("Expected SQNR of densities", plots.png_bytes(expected_sqnr.draw_sqnr(figures, bits))),
         (ahead, plots.png_bytes(expected_sqnr.draw_kurtosis(figures, bits))),
     ]
-    gaussian = figures["densities"]["Gaussian"]["bits"]
-    gaps = {int(width): x["quant_sqnr"] - x["pruning_sqnr"] for width, x in gaussian.items()}
+    gaussian = figures["densities"]["Gaussian"]["bits"].items()
+    gaps = {int(width): x["quant_sqnr"] - x["pruning_sqnr"] for width, x in gaussian}
     tables = [expected_sqnr.sqnr_table(figures, bits)]
     subject = "a Gaussian" + ", balanced grids" * bool(settings.get("balanced"))
     yield Section("densities", subject, "dB", gaps, text, tables, pictures)
@@ -140,13 +140,12 @@ def weights_section(folder: Path, tag: str | None) -> Iterator[Section]:
     )
     sizes, gaps = [], {}
     for bits, tensors in plot_weights_sqnr.tensors_by_bits(every).items():
-        quantised, pruned, gaps[bits] = (
+        *sides, gaps[bits] = (
             statistics.median(getattr(tensor, name) for tensor in tensors)
             for name in ("quantised", "pruned", "gap")
         )
-        cells = [f"{bits}", sparsity_percent(bits), f"{len(tensors)}"]
-        cells += [f"{quantised:.2f}", f"{pruned:.2f}"]
-        sizes.append([*cells, f"{sum(tensor.gap < 0 for tensor in tensors)}"])
+        row = [f"{bits}", sparsity_percent(bits), f"{len(tensors)}", *(f"{x:.2f}" for x in sides)]
+        sizes.append([*row, f"{sum(tensor.gap < 0 for tensor in tensors)}"])
     closest = [
         [x.model, x.layer, f"{x.bits}", "–" if x.kurtosis is None else f"{x.kurtosis:.1f}"]
         + [signed(x.gap, "dB")]
@@ -157,10 +156,10 @@ def weights_section(folder: Path, tag: str | None) -> Iterator[Section]:
     head = ["model", "tensor", "bits", "excess kurtosis", "quantisation − pruning"]
     tables.append(TextTable(head, closest))
     caption = "A dot per tensor; below the diagonal quantisation wins"
-    drawn = {caption: plot_weights_sqnr.draw_tensors}
+    pictures = [(caption, plots.png_bytes(plot_weights_sqnr.draw_tensors(every, subject)))]
     if any(tensor.kurtosis is not None for tensor in every):
-        drawn["Both against the kurtosis of the tensor"] = plot_weights_sqnr.draw_tensor_kurtosis
-    pictures = [(caption, plots.png_bytes(draw(every, subject))) for caption, draw in drawn.items()]
+        figure = plot_weights_sqnr.draw_tensor_kurtosis(every, subject)
+        pictures.append(("Both against the kurtosis of the tensor", plots.png_bytes(figure)))
     yield Section("weights", subject, "dB", gaps, text, tables, pictures, models=models)
 
 
@@ -460,15 +459,15 @@ def run(args: argparse.Namespace) -> None:
     names = sorted({network_tag(name) for section in sections for name in section.models})
     where = " and ".join(map(str, folders))
     if len(names) > 1 and args.model is None:
-        some = ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
-        raise UserError(f"{where}: results of {some}; pass --model MODEL, or --model all")
+        first = ", ".join(names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8)
+        raise UserError(f"{where}: results of {first}; pass --model MODEL, or --model all")
     if not sections or (args.model not in (None, "all") and not names):
         whose = f" for {args.model}" if args.model else ""
         command = STUDY + REPORT_PARTS["weights"][2]
         raise UserError(f"{where}: no results of the study{whose}; begin with {command}")
     title, out = "Pruning or quantisation?", args.out or folders[0]
     title += f" {sections[-1].subject}" if len(names) == 1 else ""
-    for name, page in (("report.md", markdown_page), ("report.html", html_page)):
+    for name, page in {"report.md": markdown_page, "report.html": html_page}.items():
         content = page(title, sections).encode()
         with files.atomic_write(out / name) as file:
             file.write(content)

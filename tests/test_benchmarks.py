@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks import (
@@ -19,6 +20,7 @@ from benchmarks import (
     bench_modes,
     bench_networks,
     bench_trueobs,
+    bench_zoo,
     timing,
 )
 
@@ -81,6 +83,24 @@ def test_table_and_record_are_complete(
     ]
     assert times and all(len(repeats) == 2 and min(repeats) > 0 for repeats in times)
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_networks_pass_or_their_error_is_in_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in "ab":
+            (tmp_path / part / name).mkdir(parents=True)
+            pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / part / name / "x.png")
+    words = ["rn8", "rn9", "--datapath", str(tmp_path), "--image-size", "12"]
+    assert bench_zoo.main([*words, "--out", str(tmp_path / "zoo.json")]) == 0
+    ((_, good, bad),) = tables(capsys.readouterr().out)
+    assert good[0].strip() == "rn8" and all(" s, " in cell for cell in good[2:])
+    assert all("unknown model rn9" in cell for cell in bad[2:])
+    results = json.loads((tmp_path / "zoo.json").read_text())["results"]
+    assert len(results) == 6 and all(0.05 < result["memory_gb"] < 8 for result in results)
 
 
 def test_a_figure_says_whether_it_is_extrapolated_or_measured(

@@ -229,7 +229,7 @@ def own_models(rn20: Path) -> Path:
 
 
 def dense_top1(result: SimpleNamespace) -> float:
-    (figure,) = re.findall(r"^dense: top-1 (\S+) on \d+ calibration images$", result.log, re.M)
+    (figure,) = re.findall(r"^dense: top-1 (\S+) on \d+ calibration images, ", result.log, re.M)
     return float(figure)
 
 

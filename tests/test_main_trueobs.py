@@ -154,7 +154,7 @@ def test_a_run_shows_and_leaves_what_it_should(quant_run, dense):
     assert done.out.count("\n") == 2
     assert tree(path.parent) == ["rn8_4w.json", "rn8_4w.pth"]
     top1, advice, *lines = done.err.splitlines()
-    assert top1 == "dense: top-1 100.00 on 128 calibration images"
+    assert top1.startswith("dense: top-1 100.00 on 128 calibration images, 16×16 pixels, ")
     assert "1.6 times): try --wasym" in advice
     assert [line.split()[0] for line in lines] == LAYERS
     for line in lines:

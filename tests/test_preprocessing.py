@@ -112,7 +112,7 @@ def test_a_grey_network_gets_grey_images_and_its_record_says_so(tmp_path, capsys
     assert main_trueobs.main([f"{path}:grey", "digits", "dense", *QUICK]) == 0
     done = capsys.readouterr()
     assert done.out == expected
-    assert "images: 16×16 pixels, squashed, bilinear; mean 0.5, std 0.5" in done.err
+    assert "calibration images, 16×16 pixels, squashed, bilinear; mean 0.5, std 0.5" in done.err
     save = tmp_path / "q.pth"
     line = ["quant", "--wbits", "8", *QUICK, "--save", str(save)]
     assert main_trueobs.main([f"{path}:grey", "digits", *line]) == 0

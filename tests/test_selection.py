@@ -223,6 +223,7 @@ def test_a_record_that_does_not_know_an_option_never_gave_it() -> None:
         ("quant --wbits 3 --skip *", "every layer is left dense by --skip *"),
         ("quant --wbits 3 --bits stem=17", "--bits must be a pattern of names, =, and 1 to 16"),
         ("quant --wbits 3 --bits stem", "--bits must be a pattern of names, =, and 1 to 16"),
+        ("quant --bits stem=8", "to quantise some layers only: --wbits B --only PATTERN"),
         ("quant --wbits 3 --first-last 32", "--first-last must be dense, or 1 to 16 bits; got 32"),
         ("nmprune --first-last 8", "--first-last 8 is for quant: pass dense, or --skip"),
         ("nmprune --bits stem=8", "--bits belongs to quant, not to nmprune"),

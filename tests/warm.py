@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("database", "main_trueobs", "post_proc", "spdy", "pruning_vs_quantization.main")
+MODULES += ("recipes.__main__", "recipes.uniform")
 STAND_IN = """#!{python} -IS
 import json, os, socket, sys
 connection = socket.socket(socket.AF_UNIX)

@@ -263,7 +263,8 @@ class QuantMode(Mode):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.wbits == self.abits == NO_QUANTISATION:
-            raise UserError("quant needs --wbits or --abits below 32")
+            hint = "; to quantise some layers only: --wbits B --only PATTERN" if self.bits else ""
+            raise UserError(f"quant needs --wbits or --abits below 32{hint}")
         if self.hscale and (self.wperweight or self.order != "obs"):
             flag = "--wperweight" if self.wperweight else f"--order {self.order}"
             raise UserError(f"--hscale chooses a range for each row by OBS: leave out {flag}")

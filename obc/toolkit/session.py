@@ -167,7 +167,6 @@ class Session:
         if isinstance(task, ImageTask):
             task.data = task.data.seen_through(preprocessing(options, model))
             check_model(model, options.model, task.data)
-            log.info("images: %s", task.data.preprocessing)
         else:
             check_task(model, options.model, task)
         split_attention(model, partial(first_outputs_of, model, task.example))
@@ -329,7 +328,8 @@ def dense_top1(
         top1 = evaluate(model, batches, device, world=world).top1
     total, count = len(data.calibration), len(images)
     which = str(count) if count == total else f"{count} of {total}"
-    log.info("dense: top-1 %.2f on %s calibration images", top1, which)
+    seen = data.preprocessing
+    log.info("dense: top-1 %.2f on %s calibration images, %s", top1, which, seen)
     labels = Counter(images.source.labels[index] for index in images.chosen)
     if top1 <= (level := chance_level(labels)):
         log.warning(
