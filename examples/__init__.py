@@ -1,1 +1,0 @@
-"""Networks that are no image classifiers, through the toolkit: see README.md here."""
