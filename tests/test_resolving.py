@@ -332,6 +332,7 @@ def test_layers_left_dense(database):
             ["--database", "unstr", "--rel-damp", "0.1"],
             "--rel-damp has no effect without --resolve",
         ),
+        (["--database", "unstr", "--shards", "2"], "--shards has no effect without --resolve"),
     ],
 )
 def test_options_that_belong_together(words, message, tmp_path, capsys):

@@ -110,7 +110,6 @@ class Mode(ABC):
             )
         if self.shift_dense and not self.sequential:
             raise UserError("--shift-dense needs --sequential")
-
         if self.search and self.order != "obs":
             raise UserError(
                 f"--{self.search_name} improves on --order obs: leave out --order {self.order}"
@@ -284,7 +283,9 @@ class QuantMode(Mode):
         return f"weights left as they are (--wbits 32); activations: {self.abits} bits"
 
     def misfit(self, layer: LayerView) -> str:
-        return super().misfit(layer) or ("--wbits 32" if self.wbits == NO_QUANTISATION else "")
+        if reason := super().misfit(layer):
+            return reason
+        return "weights left as they are (--wbits 32)" if self.wbits == NO_QUANTISATION else ""
 
     def activation_grids(
         self, dense: nn.Module, batches: Batches, device: torch.device
