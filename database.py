@@ -29,7 +29,7 @@ from obc.toolkit.export_measure import RUNTIMES
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores
 from obc.toolkit.resume import Notes, RunState, open_state, state_folder
-from obc.toolkit.session import Invocation, Session, common_options, images_hash
+from obc.toolkit.session import Invocation, Session, common_options
 from obc.toolkit.stitching import stitched
 from obc.toolkit.timings import TIMED, TimingOptions
 
@@ -70,14 +70,16 @@ def write_errors(
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
     records.check_repeat(invocation.repeat, marks, invocation.defaults)
-    figures = {"preprocessing": session.data.preprocessing.record()}
+    figures = session.task.record()
     with open_state(state_folder(path), marks, invocation.restart, world) as state:
         if action in MEASURES:
-            figures["dense_top1_calibration"] = session.dense_top1()
+            figures |= session.dense_figures()
             batches = session.calibration().shard(world.rank, world.size)
             notes = Notes(state)
             with notes:
-                scores = MEASURES[action](session.model, db, batches, session.device, notes)
+                known = (session.model, db, batches, session.device, notes)
+                task = {"task": session.task} if action == "loss" else {}
+                scores = MEASURES[action](*known, **task)
         else:
             scores = sensitivity.quadratic_prior(db)
         records.write_run(
@@ -101,7 +103,7 @@ def write_timings(
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
     records.check_repeat(invocation.repeat, marks, invocation.defaults)
-    images = next(iter(session.calibration()))[0]
+    images = session.image_data and next(iter(session.calibration()))[0]
     model = copy.deepcopy(session.model).cpu()
     with open_state(state_folder(path), marks, invocation.restart, session.world) as state:
         notes = Notes(state)
@@ -126,7 +128,7 @@ def evaluate_levels(
 ) -> None:
     """Evaluate the model with all layers at the same level, for every level."""
     model = copy.deepcopy(session.model)
-    contents = {"database": db.hash, "test images": images_hash(session.data.test)}
+    contents = {"database": db.hash} | session.task.test_marks()
     marks = session.fingerprint(invocation, contents)
     folder = Path(prefix) / f".{db.model}_{db.kind}_eval.partial"
     try:
@@ -139,7 +141,7 @@ def evaluate_levels(
         )
         state = RunState(None, session.world)
     with state:
-        session.dense_top1()
+        session.dense_figures()
         notes = Notes(state)
         if notes.known:
             log.info("resuming: %d of %d levels are done", len(notes.known), len(db.levels))
@@ -149,12 +151,10 @@ def evaluate_levels(
                     db.stitch(model, dict.fromkeys(db.layers, level))
                     notes.add(level, note := asdict(session.evaluation(model)))
                 evaluation = Evaluation(**note)
-                cli.print_result(
-                    f"{level} {evaluation.top1:.2f}  KL {evaluation.kl:.3g}  "
-                    f"agreement {evaluation.agreement:.2f}"
-                )
+                texts = f"{level} {evaluation.line.removeprefix('top-1 ')}", evaluation.closeness
+                cli.print_result("  ".join(filter(None, texts)))
         state.finish()
-    cli.print_result(f"top-1 {evaluation.top1:.2f}")
+    cli.print_result(evaluation.line)
 
 
 def timing_options(args: argparse.Namespace) -> TimingOptions:
@@ -188,10 +188,12 @@ def run(args: argparse.Namespace) -> None:
         evaluate_levels(db, session, invocation, args.prefix)
     elif args.plan:
         batches = session.calibration()
-        cli.print_result(sensitivity.loss_plan(session.model, db, batches, session.device))
+        cli.print_result(
+            sensitivity.loss_plan(session.model, db, batches, session.device, session.task)
+        )
     elif profile is not None:
         model = stitched(session, db, profile)
-        session.dense_top1()
+        session.dense_figures()
         cli.print_result(str(session.evaluation(model)))
     elif args.action == "timings":
         path = score_file(args.score_path, db.model, db.kind, args.action)

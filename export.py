@@ -143,7 +143,7 @@ def measured(
         if export_measure.runs_exported(times, name):
             runners[name] = export_measure.RUNTIMES[name][1](exported)
     cli.print_result(export_measure.latency_table(times) + "\n")
-    batches = test_batches(session.data, batchsize=args.batchsize, workers=args.workers)
+    batches = test_batches(session.image_data, batchsize=args.batchsize, workers=args.workers)
     outputs = export_measure.evaluations(model, batches, runners)
     cli.print_result(export_measure.evaluation_table(outputs))
     return {
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
         invocation.arguments,
         fingerprint=marks,
         seconds=time.perf_counter() - started,
-        preprocessing=session.data.preprocessing.record(),
+        preprocessing=session.image_data.preprocessing.record(),
         cut={name: list(sizes) for name, sizes in cut.channels.items()},
         **figures,
     )

@@ -25,7 +25,7 @@ import copy
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from obc.solver.errors import UserError, log
 from obc.solver.layers import view
 from obc.toolkit import cli, records
 from obc.toolkit.calibrate import attach_activation_grids, calls_of_layers, prove_layers
-from obc.toolkit.compress import Compression, compare, fresh_images, warn_of_doubtful_claims
+from obc.toolkit.compress import Compression, compare, warn_of_doubtful_claims
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import (
     check_checkpoint,
@@ -61,6 +61,7 @@ from obc.toolkit.session import (
     Invocation,
     Session,
     common_options,
+    default_rounds,
     dense_files,
     load_compressed,
     model_without_images,
@@ -154,7 +155,7 @@ def check_options(args: argparse.Namespace) -> Mode:
             )
     elif args.sparse_dir:
         raise UserError(f"{mode.name} yields one model: name --save FILE, not --sparse-dir")
-    args.nrounds = args.nrounds or (1 if args.noaug else 10)
+    args.nrounds = default_rounds(args)
     if args.save:
         if Path(args.save).suffix not in CHECKPOINT_SUFFIXES:
             raise UserError(f"--save {args.save}: name a file in {' '.join(CHECKPOINT_SUFFIXES)}")
@@ -201,7 +202,7 @@ def compress_model(args: argparse.Namespace) -> None:
     session = Session.of(common_options(args))
     world = session.world
     args.shards = session.shard_count(args.shards)
-    mode = select_layers(session.model, mode, vars(args), session.image_shape)
+    mode = select_layers(session.model, mode, vars(args), session.task.example)
     dense, compressed = session.model, start_model(session, args.load, mode)
     origin = origin_marks(dense)
     start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
@@ -220,7 +221,7 @@ def compress_model(args: argparse.Namespace) -> None:
         open_state(folder, marks, args.restart, world) as state,
         open_cache(args.cache, session, args.shards) if uses_cache else RunState() as cache,
     ):
-        dense_top1 = session.dense_top1()
+        dense_figures = session.dense_figures()
         compression = (SequentialCompression if mode.sequential else Compression)(
             dense,
             compressed,
@@ -245,13 +246,13 @@ def compress_model(args: argparse.Namespace) -> None:
                 invocation.arguments,
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
-                **(asdict(evaluation) if evaluation else {"top1": None}),
-                preprocessing=session.data.preprocessing.record(),
-                dense_top1_calibration=dense_top1,
+                **(evaluation.record() if evaluation else {"top1": None}),
+                **session.task.record(),
+                **dense_figures,
                 layers=layers,
             )
         state.finish()
-    warn_of_doubtful_claims(compression, layers, session.data.calibration, not args.noaug)
+    warn_of_doubtful_claims(compression, layers, session.task, not args.noaug)
     if evaluation:
         cli.print_result(str(evaluation))
     world.leave()
@@ -281,7 +282,7 @@ def report(args: argparse.Namespace) -> None:
             cli.print_result(line)
     else:
         session = Session.of(options)
-        session.dense_top1()
+        session.dense_figures()
         cli.print_result(str(session.evaluation(session.model)))
         session.world.leave()
 
@@ -312,10 +313,10 @@ def start_model(session: Session, path: str | None, mode: Mode) -> nn.Module:
 def show_plan(session: Session, compressed: nn.Module, mode: Mode, asked: bool) -> None:
     """Print the plan if asked for it; log that of a long run."""
     layers, options = find_layers(compressed), session.options
-    images = options.nrounds * len(session.data.calibration)
+    images = options.nrounds * session.task.count
     if asked or is_long(layers, images):
         plan = make_plan(layers, mode, options.memory, session.world)
-        calls = calls_of_layers(session.model, session.image_shape)
+        calls = calls_of_layers(session.model, session.task.example)
         for line in plan_lines(plan, layers, mode, calls, session.world):
             cli.print_result(line) if asked else log.info(line)
 
@@ -340,15 +341,25 @@ def compress(
         raise UserError(f"{compression.levels_folder.parent}: all processes must share this folder")
     reports = [asdict(report) for report in compression.run(batches)]
     if compression.keep_results:
-        data, images = fresh_images(session.data, session.options.seed)
-        log.info("checking on the calibration images and on %s", images)
-        fresh = replace(session, data=data).calibration(augment=not session.options.noaug)
-        errors, fresh_errors = map(compression.measured_errors, (batches, fresh))
-        for report in reports:
-            if (name := report["name"]) in errors:
-                report["checked_error"], report["fresh_error"] = errors[name], fresh_errors[name]
-                compare(name, report["squared_error"], errors[name], fresh_errors[name])
+        check(session, compression, batches, reports)
     return reports
+
+
+def check(
+    session: Session, compression: Compression, batches: Batches, reports: list[dict]
+) -> None:
+    """Measure the squared errors of all layers again, and note them in the reports."""
+    other, images = session.task.fresh(session.options.seed) or (None, "no others")
+    log.info("checking on the calibration images and on %s", images)
+    errors, fresh_errors = compression.measured_errors(batches), dict[str, float]()
+    if other is not None:
+        fresh = other.batches(augment=not session.options.noaug)
+        fresh_errors = compression.measured_errors(fresh)
+    for report in reports:
+        if (name := report["name"]) in errors:
+            report["checked_error"], fresh_error = errors[name], fresh_errors.get(name)
+            report |= {} if fresh_error is None else {"fresh_error": fresh_error}
+            compare(name, report["squared_error"], errors[name], fresh_error)
 
 
 def save(compression: Compression, args: argparse.Namespace, origin: dict[str, str]) -> None:

@@ -20,10 +20,10 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from obc.inputs.batches import Batches
 from obc.inputs.checkpoints import fitting_weights, load_checkpoint, load_state  # noqa: F401
 from obc.inputs.cifar_resnets import CifarResNet
 from obc.inputs.failures import foreign_code
+from obc.inputs.tasks import Arguments, Inputs, Task, call, on_device, task_code
 from obc.inputs.timm_models import TIMM, timm_model, timm_preprocessing
 from obc.inputs.tracing import TracedModel, UntracedModel, resumable
 from obc.inputs.usercode import user_module
@@ -47,6 +48,8 @@ from quant import ACTIVATION_GRID, WEIGHT_GRID
 TORCHVISION_ALIASES = {f"rn{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
 AUXILIARY_CLASSIFIERS = ("googlenet", "inception_v3")  # which a file may lack
 CIFAR_BLOCKS = {f"rn{6 * n + 2}": n for n in (1, 3, 5, 7, 9, 18)}  # name: n, blocks per stage
+Example = tuple[int, ...] | Inputs  # the shape of an image, or inputs of a task
+T = TypeVar("T")
 RANDOM = "random"  # in place of a file of weights
 SHIPPED_WEIGHTS = {("rn8", "digits"): Path(__file__).resolve().parent / "assets/rn8_digits.pth"}
 
@@ -191,6 +194,11 @@ def own_preprocessing(name: str, photographs: bool, model: nn.Module) -> dict[st
 
 
 def _from_file(name: str) -> nn.Module:
+    """The user's own model."""
+    return made_by(name, nn.Module)
+
+
+def made_by(name: str, kind: type[T]) -> T:
     """What the function returns, for path/to/file.py:function."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
@@ -201,14 +209,15 @@ def _from_file(name: str) -> nn.Module:
             build = getattr(module, function, None)
             if not callable(build):
                 raise UserError(f"{path}: no function {function or '(empty name)'} in it")
-            model = build()
+            made = build()
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UserError(f"{name}: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{name} returned a {type(model).__name__}; it has to return an nn.Module")
-    return model
+    if not isinstance(made, kind):
+        expected = f"{'an nn.' if kind is nn.Module else 'a '}{kind.__name__}"
+        raise UserError(f"{name} returned a {type(made).__name__}; it has to return {expected}")
+    return made
 
 
 # -------------------------------------------------------------------------------- checkpoints
@@ -232,9 +241,24 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if compressible(module)}
 
 
+def example(
+    model: nn.Module,  # on whose device it is
+    like: Example,
+    count: int = 1,
+    noise: bool = False,  # else zeros
+) -> Inputs:
+    """A few images of a shape, or the inputs of a task as they are."""
+    device = next(model.parameters()).device
+    if isinstance(like, Inputs):
+        return like.to(device, copy=True)
+    if noise:
+        return torch.randn(count, *like, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.zeros(count, *like, device=device)
+
+
 def first_and_last(
     model: nn.Module,
-    image: Tensor,  # (n, 3, s, s), of any values
+    image: Inputs,  # (n, 3, s, s), of any values
 ) -> tuple[str, ...]:
     """Names of the layers that an image reaches first and last; one name if they are the same.
 
@@ -248,7 +272,7 @@ def first_and_last(
 
     device = next(model.parameters()).device
     with evaluating(model), forward_hooks(find_layers(model), see):
-        model(placed(image, device))
+        call(model, placed(image, device))
     return tuple(dict.fromkeys([*names[:1], *names[-1:]]))
 
 
@@ -323,8 +347,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def placed(images: Tensor, device: torch.device) -> Tensor:
+def placed(images: Inputs, device: torch.device) -> Inputs:
     """Images on a device, in the memory layout that is fast there: a copy, to work on in place."""
+    if isinstance(images, Arguments):
+        return images.to(device, copy=True)
     # Channels last is 30 % faster than planes for rn20 on 2 cores (7.5 instead of 11 s).
     on_cpu = torch.device(device).type == "cpu" and images.ndim == 4
     layout = torch.channels_last if on_cpu else torch.preserve_format
@@ -332,18 +358,45 @@ def placed(images: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _scoring(
-    model: nn.Module, device: torch.device
-) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """Inside, a function from images on the device, and their labels, to logits (n, classes)."""
+def _running(model: nn.Module, device: torch.device) -> Iterator[Callable[[Inputs], Any]]:
+    """Inside, a function from inputs on the device to outputs, as fast as the model allows."""
     model.to(device)
     run: TracedModel | UntracedModel | None = None
 
-    def score(images: Tensor, labels: Tensor) -> Tensor:
+    def outputs_of(images: Inputs) -> Any:
         nonlocal run
         run = run or _fastest(model, images)
         run.begin(images)
-        logits = run.finish()
+        return run.finish()
+
+    with evaluating(model):
+        yield outputs_of
+
+
+def _fastest(model: nn.Module, images: Inputs) -> TracedModel | UntracedModel:
+    """The model with its norms folded, unless it rounds activations: folding would move codes."""
+    rounds = any(name.endswith(f".{ACTIVATION_GRID}") for name, _ in model.named_modules())
+    return UntracedModel(model) if rounds else resumable(model, images)
+
+
+class Classification(Task):
+    """Images and their labels: scores of classes, cross-entropy. (`imagetask.py` has the images.)
+
+    A batch is a pair. Of pairs that come apart, the labels (n,) are what losses are given.
+    """
+
+    name, logits = "classification", True
+
+    def inputs(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return batch[0]
+
+    def loss(self, outputs: Tensor, batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(outputs, batch if isinstance(batch, Tensor) else batch[1])
+
+    def summed_loss(self, outputs: Tensor, batch: Tensor, count: int) -> Tensor:
+        return F.cross_entropy(outputs, batch, reduction="sum").double()
+
+    def check(self, logits: object, images: Inputs, labels: Tensor) -> None:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             raise UserError("the model does not return class scores of shape (images, classes)")
         if int(labels.max()) >= logits.shape[1]:
@@ -351,16 +404,9 @@ def _scoring(
                 f"the model has {logits.shape[1]} classes, but there is an image of "
                 f"class {int(labels.max())} (counted from 0)"
             )
-        return logits
-
-    with evaluating(model):
-        yield score
 
 
-def _fastest(model: nn.Module, images: Tensor) -> TracedModel | UntracedModel:
-    """The model with its norms folded, unless it rounds activations: folding would move codes."""
-    rounds = any(name.endswith(f".{ACTIVATION_GRID}") for name, _ in model.named_modules())
-    return UntracedModel(model) if rounds else resumable(model, images)
+CLASSIFICATION = Classification()
 
 
 @dataclass(frozen=True)
@@ -370,9 +416,10 @@ class Evaluation:
     Top-1 of 10,000 images is known to ±0.3; KL shows much smaller differences between models.
     """
 
-    top1: float  # percent
+    top1: float | None  # percent; None: the task has figures of its own
     kl: float | None = None  # mean over the images of KL(dense ‖ model), in nats
     agreement: float | None = None  # percent of images that both give the same class
+    figures: Mapping[str, float] = field(default_factory=dict)  # of a task, the first one first
 
     @classmethod
     def of(cls, figures: Sequence[BatchFigures]) -> Evaluation:
@@ -383,11 +430,29 @@ class Evaluation:
         kl, agreeing = sum(one.kl for one in figures), sum(one.agreeing for one in figures)
         return cls(100 * right / images, kl / images, 100 * agreeing / images)
 
+    @property
+    def line(self) -> str:
+        """The figure that matters most."""
+        if self.top1 is not None:
+            return f"top-1 {self.top1:.2f}"
+        name, value = next(iter(self.figures.items()))
+        return f"{name} {value:.4f}"
+
+    @property
+    def closeness(self) -> str:
+        """How close the model is to the dense one; empty if that was not measured."""
+        return "" if self.kl is None else f"KL {self.kl:.3g}  agreement {self.agreement:.2f}"
+
     def __str__(self) -> str:
-        line = f"top-1 {self.top1:.2f}"
-        if self.kl is None:
-            return line
-        return f"KL {self.kl:.3g}  agreement {self.agreement:.2f}\n{line}"
+        others = [f"{name} {value:.4f}" for name, value in list(self.figures.items())[1:]]
+        return "\n".join(filter(None, (self.closeness, *others, self.line)))
+
+    def record(self) -> dict[str, Any]:
+        """As it is in a record."""
+        figures = {"figures": dict(self.figures)} if self.figures else {"top1": self.top1}
+        if self.kl is None and self.figures:
+            return figures
+        return figures | {"kl": self.kl, "agreement": self.agreement}
 
 
 class BatchFigures(NamedTuple):
@@ -437,14 +502,15 @@ def evaluate(
     figures: list[BatchFigures] = []
     known, seen = dense.batches if dense else [], list[Tensor]()
     with ExitStack() as stack:
-        score = stack.enter_context(_scoring(model, device))
+        outputs_of = stack.enter_context(_running(model, device))
         unknown = dense is not None and not known
-        dense_score = stack.enter_context(_scoring(dense.model, device)) if unknown else None
+        dense_outputs = stack.enter_context(_running(dense.model, device)) if unknown else None
         for number, (images, labels) in enumerate(progress("evaluating", batches)):
             images, other = placed(images, device), None
-            logits = score(images, labels)
-            if dense_score:
-                other = dense_score(images, labels)
+            logits = outputs_of(images)
+            CLASSIFICATION.check(logits, images, labels)
+            if dense_outputs:
+                other = dense_outputs(images)
                 seen.append(other.float().cpu())
             elif known:
                 other = known[number].to(device)
@@ -457,22 +523,87 @@ def evaluate(
     return Evaluation.of(figures)
 
 
+def evaluate_task(
+    model: nn.Module,
+    task: Task,
+    device: torch.device,
+    dense: DenseScores | None = None,  # always of the same task
+    world: World = ALONE,
+) -> Evaluation:
+    """The figures of a task and, if outputs are scores of classes, KL and agreement.
+
+    Of several processes, the first one measures. Moves the model to `device`.
+    """
+    result = None
+    if world.first:
+        compared = dense is not None and task.logits
+        if compared and not dense.batches:
+            _, dense.batches = _figures(dense.model, task, device, keep=True)
+        figures, outputs = _figures(model, task, device, keep=compared)
+        result = Evaluation(None, figures=figures)
+        if compared:
+            kl, agreement = _closeness(task, outputs, dense.batches)
+            result = replace(result, kl=kl, agreement=agreement)
+    return world.share(result)
+
+
+def _figures(
+    model: nn.Module, task: Task, device: torch.device, keep: bool
+) -> tuple[dict[str, float], list[Tensor]]:  # figures, and outputs on the CPU if they are kept
+    outputs: list[Tensor] = []
+
+    def see(name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if not isinstance(output, Tensor) or output.ndim < 2:
+            raise UserError(f"{task.name}: logits is set, but outputs are not (n, classes, …)")
+        outputs.append(output.float().cpu())
+
+    model.to(device)
+    hooks = forward_hooks({"": model}, see) if keep else nullcontext()
+    with evaluating(model), hooks, task_code(task, "evaluate"):
+        figures = task.evaluate(model)
+    try:
+        figures = {str(name): float(value) for name, value in figures.items()}
+    except (AttributeError, TypeError, ValueError):
+        figures = {}
+    if not figures:
+        raise UserError(f"{task.name}: evaluate() has to return a dictionary of numbers")
+    return figures, outputs
+
+
+def _closeness(
+    task: Task, outputs: list[Tensor], dense: list[Tensor]
+) -> tuple[float, float]:  # KL in nats and agreement in percent, over all examples and positions
+    if not outputs or [x.shape for x in outputs] != [x.shape for x in dense]:
+        raise UserError(f"{task.name}: evaluate() has to show every model the same batches")
+    kl = agreeing = count = 0
+    for ours, theirs in zip(outputs, dense, strict=True):
+        logs = [x.double().log_softmax(1) for x in (ours, theirs)]
+        kl += float(F.kl_div(*logs, log_target=True, reduction="sum").clamp(min=0))
+        same = ours.argmax(1) == theirs.argmax(1)
+        agreeing, count = agreeing + int(same.sum()), count + same.numel()
+    return kl / count, 100 * agreeing / count
+
+
 def mean_loss(
     model: nn.Module,
     batches: Batches,  # this process's share: every N-th
     device: torch.device,
     world: World = ALONE,
+    task: Task = CLASSIFICATION,
 ) -> float:
-    """Mean cross-entropy in nats. Moves the model to `device` and changes nothing else in it.
+    """Mean loss, of images the cross-entropy in nats.
 
-    ImageBatches are summed in their own order, whichever process has them.
+    Moves the model to `device` and changes nothing else in it. ImageBatches are summed in their own
+    order, whichever process has them.
     """
     sums = []
-    with _scoring(model, device) as score:
-        for images, labels in progress("loss", batches):
-            logits = score(placed(images, device), labels).float()
-            loss = F.cross_entropy(logits, labels.to(device), reduction="sum").double()
-            sums.append((loss, len(labels)))
+    with _running(model, device) as outputs_of:
+        for images, batch in progress("loss", batches):
+            outputs = outputs_of(placed(images, device))
+            task.check(outputs, images, batch)
+            outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
+            loss = task.summed_loss(outputs, on_device(batch, device), len(images))
+            sums.append((loss, len(images)))
     sums = world.interleave([(float(loss), count) for loss, count in sums])
     if not sums:
         raise UserError("no images to evaluate on")

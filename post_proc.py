@@ -30,17 +30,16 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from datautils import ImageData, calibration_batches
 from modelutils import find_layers, first_and_last
 from obc.inputs import files
+from obc.inputs.tasks import Task
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, records
 from obc.toolkit.calibrate import prove_layers
@@ -54,7 +53,14 @@ from obc.toolkit.resolving import ResolveMode, modes_of
 from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.selection import skipped
 from obc.toolkit.sequential import SequentialCompression
-from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
+from obc.toolkit.session import (
+    Invocation,
+    Session,
+    common_options,
+    default_rounds,
+    dense_files,
+    load_compressed,
+)
 from obc.toolkit.stitching import add_file_options, stitched
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import put_layer
@@ -184,44 +190,6 @@ def load_model(
     return model, modes
 
 
-@dataclass(frozen=True)
-class CalibrationEpochs:
-    """Epochs of calibration images, each in its own order and, if so, its own augmentation."""
-
-    data: ImageData
-    batchsize: int
-    workers: int | None
-    augment: bool
-    seed: int  # all that epochs depend on
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-        return -(-len(self.data.calibration) // self.batchsize)
-
-    def epoch(self, number: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, counted from 0."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(number + 1):
-            seed = int(torch.randint(2**62, (), generator=generator))
-        generator.manual_seed(seed)
-        images = self.data.calibration
-        order = torch.randperm(len(images), generator=generator).tolist()
-        images = replace(images, chosen=[images.chosen[index] for index in order])
-        return calibration_batches(
-            replace(self.data, calibration=images),
-            batchsize=self.batchsize,
-            workers=self.workers,
-            augment=self.augment,
-            seed=seed,
-        )
-
-
-def statistics_images(data: ImageData, count: int | None, workers: int | None) -> Tensor:
-    """The one batch for statistics correction, (count, 3, s, s): the first calibration images."""
-    available = len(data.calibration)
-    return next(iter(calibration_batches(data, batchsize=count or available, workers=workers)))[0]
-
-
 # -- the corrections -------------------------------------------------------------------------------
 
 
@@ -251,7 +219,7 @@ def resolve(
         modes=modes,
     )
     reports = [asdict(report) for report in compression.run(batches)]
-    warn_of_doubtful_claims(compression, reports, session.data.calibration, augment)
+    warn_of_doubtful_claims(compression, reports, session.task, augment)
 
 
 @dataclass
@@ -299,11 +267,14 @@ def corrections(
     state: RunState,
 ) -> dict[str, Callable[[], list[float] | None]]:
     """The requested corrections, in their order; trainings return a loss per epoch."""
-    models, data, device = (model, session.model), session.data, session.device
+    models, device = (model, session.model), session.device
 
     def task(name: str, epochs: int) -> TrainingTask:
-        images = CalibrationEpochs(data, args.batchsize, args.workers, not args.noaug, args.seed)
+        images = session.task.epochs(not args.noaug, args.seed)
         return TrainingTask(name, images, device, epochs, f"--{name}-lr", state)
+
+    def labelled(uses_loss: bool) -> Task | None:
+        return session.task if uses_loss else None
 
     steps = {  # in the order of the module docstring
         "resolve": lambda: resolve(
@@ -314,13 +285,19 @@ def corrections(
             model, session.calibration(not args.noaug, args.nrounds), device, args.bnt_batches
         ),
         "statcorr": lambda: statistics_correction(
-            *models, statistics_images(data, args.statcorr_samples, args.workers), device
+            *models, session.task.one_batch(args.statcorr_samples), device
         ),
         "lintune": lambda: train_vectors(
-            *models, task("lintune", args.lintune_epochs), args.lintune_lr, args.lintune_loss
+            *models,
+            task("lintune", args.lintune_epochs),
+            args.lintune_lr,
+            labelled(args.lintune_loss),
         ),
         "finetune": lambda: finetune(
-            *models, task("finetune", args.finetune_epochs), args.finetune_lr, not args.finetune_mse
+            *models,
+            task("finetune", args.finetune_epochs),
+            args.finetune_lr,
+            labelled(not args.finetune_mse),
         ),
     }
     return {name: make for name, make in steps.items() if getattr(args, name)}
@@ -331,15 +308,14 @@ def corrections(
 
 def run(args: argparse.Namespace) -> None:
     check_options(vars(args), args.file, args.save)
-    args.nrounds = args.nrounds or (1 if args.noaug else 10)
+    args.nrounds = default_rounds(args)
     started = time.perf_counter()
     session = Session.of(common_options(args))
-    data = session.data
     if args.resolve:
         args.shards = session.shard_count(args.shards)
     left_dense = skipped(list(find_layers(session.model)), args.skip or ())
     if args.skip_firstlast:
-        ends = first_and_last(session.model, statistics_images(data, 1, args.workers))
+        ends = first_and_last(session.model, session.task.one_batch(1))
         left_dense = dict.fromkeys(ends, "--skip-firstlast") | left_dense
     model, modes = load_model(session, args, left_dense)
     contents = {"compressed model": content_hash(model.state_dict())}
@@ -348,15 +324,15 @@ def run(args: argparse.Namespace) -> None:
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
     records.check_repeat(args.repeat, marks, invocation.defaults)
-    if (args.statcorr_samples or 0) > len(data.calibration):
+    if (args.statcorr_samples or 0) > session.task.count:
         raise UserError(
-            f"--statcorr-samples {args.statcorr_samples} is more than the {len(data.calibration)} "
+            f"--statcorr-samples {args.statcorr_samples} is more than the {session.task.count} "
             "calibration images; pass --nsamples"
         )
 
     folder = state_folder(args.save) if args.save else None
     with open_state(folder, marks, args.restart, session.world) as state:
-        dense_top1 = session.dense_top1()
+        dense_figures = session.dense_figures()
         reports = correct(model, corrections(session, args, model, modes, state), state)
         if args.save:
             files.save_checkpoint(model.state_dict(), args.save, origin_marks(session.model))
@@ -369,9 +345,9 @@ def run(args: argparse.Namespace) -> None:
                 invocation.arguments,
                 fingerprint=marks,
                 seconds=time.perf_counter() - started,
-                **asdict(evaluation),
-                preprocessing=session.data.preprocessing.record(),
-                dense_top1_calibration=dense_top1,
+                **evaluation.record(),
+                **session.task.record(),
+                **dense_figures,
                 corrections=[vars(report) for report in reports],
                 layers=[entry.figures["report"] for entry in entries if entry],
             )

@@ -86,7 +86,8 @@ class Evaluator:
         model = copy.deepcopy(self.session.model)
         self.db.stitch(model, profile)
         self.correct(model)
-        return mean_loss(model, self.batches, self.session.device, self.world)
+        session = self.session
+        return mean_loss(model, self.batches, session.device, self.world, session.task)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def choose(
         kept = open_state(state_folder(path), marks, invocation.restart, evaluator.world)
     with kept:
         if evaluator is not None:
-            dense_top1 = evaluator.session.dense_top1(evaluator.batches)
+            figures |= evaluator.session.dense_figures(evaluator.batches)
             dp_picks = picks_key(choice.levels)
             state = run_search(problem, evaluator, kept, seed)
             choice = problem.solve(state.coefficients)
@@ -231,7 +232,6 @@ def choose(
                 "evaluations": len(state.losses),
                 "coefficients": state.coefficients,
                 "history": state.history,
-                "dense_top1_calibration": dense_top1,
             }
         picks = choice.levels
         figures |= print_choice(problem, picks)
@@ -278,14 +278,14 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.timings and Path(args.timings).exists():
         origins.check_marks(profiles.read_scores(args.timings), db, "; measure them again")
-    costs = layer_costs(db, session.model, session.image_shape, args.constr, args.timings)
+    costs = layer_costs(db, session.model, session.task.example, args.constr, args.timings)
     scores = profiles.read_scores(scores_path)
     origins.check_scores(scores, db)
     problem = profile_problem(db.levels, costs, scores, scores_path, args.target, args.dpbuckets)
     correction = "statcorr" if args.statcorr else "none" if args.nobatchnorm else "averages"
     if args.score:
         evaluator = Evaluator(session, db, correction)
-        session.dense_top1(evaluator.batches)
+        session.dense_figures(evaluator.batches)
         score(args.score, problem, evaluator)
     else:
         problem.solve()  # reports a target that cannot be reached before any image is read
@@ -299,7 +299,7 @@ def run(args: argparse.Namespace) -> None:
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
         check_repeat(args.repeat, marks, invocation.defaults)
-        figures = {"preprocessing": session.data.preprocessing.record()}
+        figures = session.task.record()
         evaluator = None if args.dp else Evaluator(session, db, correction)
         choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)
     session.world.leave()

@@ -235,7 +235,7 @@ def run_layer_study(args: argparse.Namespace) -> None:
     layers = chosen_layers(session.model, args.model, args.layer_name or ())
     names = [name for name in SETTINGS if kind == "quantisation" or name not in OF_GRIDS]
     settings = {name: getattr(args, name) for name in names}
-    settings |= {"image_size": session.data.image_size, "calibration_seed": args.seed}
+    settings |= {"image_size": session.image_data.image_size, "calibration_seed": args.seed}
     settings["weights"] = content_hash(session.model.state_dict())
     work, figures = {}, {}
     for name, bits in ((name, bits) for name in layers for bits in args.bits):

@@ -154,8 +154,9 @@ class Demo:
             for name, path in paths.items()
         }
         counts: dict[str, list[BatchFigures]] = {name: [] for name in paths}
-        shown, times, made = [], {}, self.session.data.preprocessing
-        for images, labels in test_batches(self.session.data):
+        data = self.session.image_data
+        shown, times, made = [], {}, data.preprocessing
+        for images, labels in test_batches(data):
             logits = {name: torch.from_numpy(run(images.numpy())) for name, run in runners.items()}
             for name, found in counts.items():
                 found.append(BatchFigures.of(logits[name], labels, logits[DENSE]))
@@ -335,7 +336,7 @@ def run(args: argparse.Namespace, words: list[str]) -> None:
     levels = demo.choose_levels()
     networks, images = demo.run_exported(paths)
     figures = {"networks": networks, "levels": levels, "images": images, "batch": BATCH}
-    figures |= {"classes": demo.session.data.classes}
+    figures |= {"classes": demo.session.image_data.classes}
     path = folder / "demo.json"
     write_run(path, "demo.py", vars(args), seconds=time.perf_counter() - started, **figures)
     record = read_record(path)

@@ -103,7 +103,7 @@ class Recipe:
     def add_dense(self) -> Evaluation:
         """Measure the dense model: the first line."""
         session = Session.of(common_options(self.args))
-        session.dense_top1()
+        session.dense_figures()
         evaluation = session.evaluation(session.model)
         self.add(report.DENSE, "-", "-", {"top1": evaluation.top1})
         return evaluation

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datautils import calibration_batches, load_data
-from modelutils import CifarResNet, find_layers, get_model
+from modelutils import CLASSIFICATION, CifarResNet, find_layers, get_model
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError
 from obc.toolkit.corrections import batchnorm_tune, norm_moments, placed, statistics_correction
@@ -301,9 +301,9 @@ def task(batches, epochs: int = 3, name: str = "finetune") -> TrainingTask:
 TRAININGS: dict[str, Callable] = {
     "gap": global_adaprune,
     "lintune": train_vectors,
-    "lintune-loss": partial(train_vectors, cross_entropy=True),
+    "lintune-loss": partial(train_vectors, labelled=CLASSIFICATION),
     "finetune": finetune,
-    "finetune-mse": partial(finetune, cross_entropy=False),
+    "finetune-mse": partial(finetune, labelled=None),
 }
 
 
@@ -409,7 +409,7 @@ def test_gradients_pass_through_activation_grids(dense, batches, images):
     before = model[0].weight.clone(), model(images).detach()
     assert global_adaprune(model, wide, task(batches, 1), 1e-12)
     assert torch.allclose(model(images), before[1], atol=1e-5)  # results of rounding are the same
-    finetune(model, wide, task(batches, 1), 1e-3, cross_entropy=False)
+    finetune(model, wide, task(batches, 1), 1e-3, labelled=None)
     assert not torch.allclose(model[0].weight, before[0], atol=1e-4)
 
 

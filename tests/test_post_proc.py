@@ -16,6 +16,7 @@ import post_proc
 from datautils import calibration_batches, load_data
 from modelutils import find_layers, get_model, load_checkpoint
 from obc.inputs.files import save_checkpoint
+from obc.toolkit.imagetask import CalibrationEpochs, ImageTask
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--nsamples", "64", "--batchsize", "32", "--noaug", "--device", "cpu"]
@@ -203,10 +204,10 @@ def test_a_checkpoint_of_other_weights_is_refused_where_the_dense_model_matters(
 def test_every_epoch_has_all_images_in_another_order():
     data = load_data("digits", nsamples=48)
 
-    def epochs(augment: bool = True, seed: int = 0) -> post_proc.CalibrationEpochs:
-        return post_proc.CalibrationEpochs(data, 20, None, augment, seed)
+    def epochs(augment: bool = True, seed: int = 0) -> CalibrationEpochs:
+        return ImageTask(data, 20, None, 5).epochs(augment, seed)
 
-    def passes(epochs: post_proc.CalibrationEpochs) -> list[Tensor]:
+    def passes(epochs: CalibrationEpochs) -> list[Tensor]:
         return [torch.cat([images for images, _ in epochs.epoch(n)]) for n in range(2)]
 
     first, second = passes(epochs(augment=False))
@@ -224,7 +225,7 @@ def test_every_epoch_has_all_images_in_another_order():
 
 def test_statistics_are_of_plain_images_even_if_the_others_are_augmented():
     data = load_data("digits", nsamples=48)
-    images = post_proc.statistics_images(data, 40, None)
+    images = ImageTask(data, 20, None, 0).one_batch(40)
     plain = torch.cat([images for images, _ in calibration_batches(data)])
     assert torch.equal(images, plain[:40])
 

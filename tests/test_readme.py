@@ -12,6 +12,7 @@ import pytest
 import torch
 from scripts import ROOT, check_parses
 
+import main_trueobs
 import quant
 from modelutils import find_layers
 from obc.inputs import files
@@ -89,8 +90,32 @@ def python_of(page: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", PAGES[page], re.M | re.S)
 
 
+TAGGER = """
+import torch
+
+class Tagger(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.tags = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 5)
+
+    def forward(self, words):
+        return self.tags(self.words(words)).transpose(1, 2)
+
+def tagger():
+    return Tagger()
+"""
+
+
 def test_python_of_using_runs(tmp_path, monkeypatch, capsys):
-    network, _, one_layer = python_of("using.md")
+    network, task, _, one_layer = python_of("using.md")
+    (tmp_path / "net.py").write_text(TAGGER)
+    (tmp_path / "task.py").write_text(task)
+    words = ["quant", "--wbits", "4", "--only", "tags", "--nsamples", "32"]
+    names = f"{tmp_path}/net.py:tagger", f"{tmp_path}/task.py:tagging"
+    assert main_trueobs.main([*names, *words]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("accuracy 0.")
+    assert "on 32 calibration examples" in printed.err
     (tmp_path / "net.py").write_text(network)
     names: dict = {}
     exec(compile(network, "net.py", "exec"), names)

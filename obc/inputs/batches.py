@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,14 +22,24 @@ from torch.utils.data import DataLoader, Dataset
 
 from obc.inputs.images import BadImage, leave_interrupts
 from obc.inputs.preprocessing import Preprocessing
+from obc.inputs.tasks import Inputs
 from obc.solver.errors import UserError, log
 
 
 class Batches(Protocol):
-    """Pairs of images (n, c, s, s) float32, normalised, and labels (n,) int64."""
+    """Pairs of a network's inputs and the batch that they are of, for the loss (`tasks.py`).
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    Of images: (n, c, s, s) float32, normalised, and labels (n,) int64.
+    """
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Any]]: ...
     def __len__(self) -> int: ...
+
+
+class ShardedBatches(Batches, Protocol):
+    """`Batches` that several processes can share: `ImageBatches`, `TaskBatches`."""
+
+    def shard(self, number: int, count: int) -> ShardedBatches: ...
 
 
 class Pixels(Protocol):

@@ -26,7 +26,9 @@ from itertools import chain
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_leaves
 
+from obc.inputs.tasks import Inputs, call, positional
 from obc.solver.errors import log
 
 TWIN_TOLERANCE = (
@@ -60,10 +62,13 @@ class Operations(fx.Interpreter):
         model: nn.Module,
         tracer: type[InPlaceTracer] = InPlaceTracer,
         like: Operations | None = None,  # of the same modules: they need not be traced again
+        inputs: Inputs | None = None,  # like those to come: what is no tensor stays as it is
     ) -> None:
         # Tracing runs the model's code, which may leave values in it.
         self.traced = like.traced if like else twin(model)
-        super().__init__(model, graph=like.graph if like else tracer().trace(self.traced))
+        fixed = positional(self.traced.forward, inputs)[1] if inputs is not None else {}
+        graph = like.graph if like else tracer().trace(self.traced, fixed or None)
+        super().__init__(model, graph=graph)
         self.nodes = list(self.graph.nodes)
 
     def calls(self, layer: str) -> list[int]:
@@ -83,9 +88,10 @@ class Operations(fx.Interpreter):
         except RuntimeError:  # there is none of that name
             return operator.attrgetter(target)(self.traced)
 
-    def begin(self, images: Tensor) -> None:
+    def begin(self, images: Inputs) -> None:
         """Get ready to run on a batch of images."""
-        self.env, self.args_iter, self.position = {}, iter([images.clone()]), 0
+        values, _ = positional(self.traced.forward, images.clone())
+        self.env, self.args_iter, self.position = {}, iter(values), 0
         self.run_to(sum(node.op == "placeholder" for node in self.nodes))
 
     def run_to(self, number: int) -> None:
@@ -100,8 +106,8 @@ class Operations(fx.Interpreter):
 class TracedModel(Operations):
     """A model in eval mode: `begin`, then `advance` from layer to layer, with calls of `finish`."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, inputs: Inputs | None = None) -> None:
+        super().__init__(model, inputs=inputs)
         self.place = {node: number for number, node in enumerate(self.nodes)}
         self.folded_from = 0  # operations before this one run as the model has them
         self.folded: dict[fx.Node, nn.Module] = {}  # convolution -> the same with its norm in it
@@ -138,7 +144,7 @@ class TracedModel(Operations):
             return self.env[self.norms[node]]
         return super().run_node(node)
 
-    def begin(self, images: Tensor) -> None:
+    def begin(self, images: Inputs) -> None:
         """Get ready to run on a batch of images, with no layer changed."""
         self.folded_from = 0
         super().begin(images)
@@ -171,23 +177,23 @@ class UntracedModel:
     def calls(self, layer: str) -> list[int]:
         return [0]
 
-    def begin(self, images: Tensor) -> None:
+    def begin(self, images: Inputs) -> None:
         self.images = images
 
     def advance(self, first: int, last: int | None = None) -> None:
         """There is nothing to do before operation 0."""
 
     def finish(self) -> object:
-        return self.model(self.images.clone())
+        return call(self.model, self.images.clone())
 
 
-def resumable(model: nn.Module, images: Tensor | None = None) -> TracedModel | UntracedModel:
+def resumable(model: nn.Module, images: Inputs | None = None) -> TracedModel | UntracedModel:
     """A model, in eval mode, to be run again and again with one layer changed.
 
     Where there are images, the first ones prove that it gives the plain model's answers.
     """
     try:
-        run = TracedModel(model)
+        run = TracedModel(model, images)
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         return whole(model, f"the model cannot be traced ({error})")
     if images is None:
@@ -198,7 +204,7 @@ def resumable(model: nn.Module, images: Tensor | None = None) -> TracedModel | U
         outputs = run.finish()
     except Exception as error:
         return whole(model, f"the traced model fails ({error})")
-    if not equal_but_for_rounding(outputs, model(images.clone())):
+    if not equal_but_for_rounding(outputs, call(model, images.clone())):
         return whole(model, "the traced model gives other outputs than the model itself")
     return run
 
@@ -215,7 +221,12 @@ def whole(model: nn.Module, reason: str) -> UntracedModel:
 def equal_but_for_rounding(outputs: object, plain: object) -> bool:
     """Whether two outputs of a model differ by less than `TWIN_TOLERANCE` × the second's spread."""
     if not (isinstance(outputs, Tensor) and isinstance(plain, Tensor)):
-        return False
+        parts, others = tree_leaves(outputs), tree_leaves(plain)  # a trace has dicts of its own
+        if len(parts) != len(others) or isinstance(outputs, Tensor) != isinstance(plain, Tensor):
+            return False
+        if any(part is outputs for part in parts):  # a leaf, such as None
+            return outputs == plain
+        return all(map(equal_but_for_rounding, parts, others))
     if outputs.shape != plain.shape or outputs.dtype != plain.dtype:
         return False
     outputs, plain = outputs.double(), plain.double()

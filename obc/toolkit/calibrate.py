@@ -25,13 +25,15 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import quant
-from modelutils import evaluating, find_layers
-from obc.inputs.batches import Batches, ImageBatches
+from modelutils import Example, evaluating, example, find_layers, placed
+from obc.inputs.batches import Batches, ShardedBatches
+from obc.inputs.tasks import Inputs, call
 from obc.inputs.tracing import twin
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import log
@@ -53,11 +55,11 @@ def watching(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
     Calls with empty inputs are left out.
     """
 
-    def call(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def see_call(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if (x := first_input(args, kwargs)).numel():
             see(name, x)
 
-    with forward_hooks(layers, call):
+    with forward_hooks(layers, see_call):
         yield
 
 
@@ -83,9 +85,9 @@ def prove_layers(
     with evaluating(dense), forward_hooks(layers, see):
         first = next(images, None)
         if first is not None:
-            dense(first[:IMAGES_OF_PROOF].to(device, copy=True))
+            call(dense, first[:IMAGES_OF_PROOF].to(device, copy=True))
             for more in chain([first], images) if unproven else ():
-                dense(more.to(device, copy=True))
+                call(dense, more.to(device, copy=True))
                 if not unproven:
                     break
     for name, layer in find_layers(compressed).items():
@@ -98,7 +100,7 @@ def prove_layers(
 def calibrate(
     dense: nn.Module,
     solvers: Mapping[str, TrueOBS],  # by the names of layers
-    batches: ImageBatches | list[tuple[Tensor, Tensor]],  # a list, if there is one shard only
+    batches: ShardedBatches | list[tuple[Inputs, Any]],  # a list, if there is one shard only
     device: torch.device,
     world: World = ALONE,
     shards: int = 1,  # that a single process goes through
@@ -124,7 +126,7 @@ def calibrate(
 def show(
     dense: nn.Module,
     solvers: Mapping[str, TrueOBS],
-    batches: ImageBatches | list[tuple[Tensor, Tensor]],
+    batches: ShardedBatches | list[tuple[Inputs, Any]],
     device: torch.device,
 ) -> set[str]:  # layers that were called
     """Run the dense model on batches: on a CPU several at a time, one per thread.
@@ -147,16 +149,12 @@ class CalledAgain(Exception):
 def show_in_parallel(
     dense: nn.Module,
     solvers: Mapping[str, TrueOBS],
-    batches: ImageBatches | list[tuple[Tensor, Tensor]],
+    batches: ShardedBatches | list[tuple[Inputs, Any]],
     device: torch.device,
     threads: int,  # at most
 ) -> set[str]:  # layers that were called
     """`show`; raises CalledAgain if several threads cannot keep the order."""
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
-    images = (
-        images.to(device, memory_format=layout, copy=True)  # a model may work on them in place
-        for images, _ in progress("calibrating", batches)
-    )
+    images = (placed(images, device) for images, _ in progress("calibrating", batches))
     first = next(images, None)
     if first is None:
         return set()
@@ -174,13 +172,13 @@ def show_in_parallel(
             mine.done.add(name)
             turns.leave(name, mine.number)
 
-    def work(number: int, batch: Tensor) -> None:
+    def work(number: int, batch: Inputs) -> None:
         mine.number, mine.done = number, set()
         if not hasattr(mine, "model"):
             mine.model = twin(dense)
         layers = {name: mine.model.get_submodule(name) for name in solvers}
         with torch.inference_mode(), watching(layers, see):
-            mine.model(batch)
+            call(mine.model, batch)
         for name in solvers.keys() - mine.done:
             turns.leave(name, number)
         sizes.append(len(batch))
@@ -193,7 +191,7 @@ def show_in_parallel(
 
 def batches_at_a_time(
     dense: nn.Module,
-    batch: Tensor,  # on the model's device
+    batch: Inputs,  # on the model's device
     most: int,
 ) -> tuple[int, Counter[str]]:
     """How many batches the memory allows, and how often they call each layer; empty if it is 1."""
@@ -204,7 +202,7 @@ def batches_at_a_time(
     return max(1, min(most, default_memory(batch.device) // 2 // batch_bytes)), calls
 
 
-def probe(model: nn.Module, images: Tensor) -> tuple[Counter[str], int]:
+def probe(model: nn.Module, images: Inputs) -> tuple[Counter[str], int]:
     """How often each layer is called for images, and about how many bytes an image takes."""
     calls, widest = Counter(), 0
 
@@ -213,20 +211,19 @@ def probe(model: nn.Module, images: Tensor) -> tuple[Counter[str], int]:
         calls[name], widest = calls[name] + 1, max(widest, x.nbytes)
 
     with watching(find_layers(model), see):
-        model(images)  # (n, 3, s, s)
+        call(model, images)
     return calls, MAPS_IN_MEMORY * widest // len(images)
 
 
-def calls_of_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> Counter[str]:
+def calls_of_layers(model: nn.Module, image_shape: Example) -> Counter[str]:
     """How often each layer is called for one image."""
-    image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
     with evaluating(model):
-        return probe(model, image)[0]
+        return probe(model, example(model, image_shape))[0]
 
 
 def activation_grids(
     dense: nn.Module,
-    images: Tensor,  # (n, 3, s, s) one batch, on the model's device
+    images: Inputs,  # one batch, on the model's device
     bits: int,
     symmetric: bool,
     search: bool,
@@ -254,7 +251,7 @@ def activation_grids(
                 fits[name].add_done_callback(lambda _: waiting.release())
 
         with watching(layers, fit):
-            dense(images.clone())
+            call(dense, images.clone())
         return {name: grid.result() for name, grid in fits.items()}
 
 

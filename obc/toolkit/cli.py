@@ -123,7 +123,11 @@ def add_common_options(parser: Parser) -> None:
         help="rn18 rn34 rn50 rn101 rn152, rn8 rn20 rn32 rn44 rn56 rn110, any other "
         "torchvision classification model, timm:NAME, or path/to/file.py:function",
     )
-    parser.add_argument("dataset", metavar="DATASET", help="imagenet, cifar10, digits or folder")
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET",
+        help="imagenet, cifar10, digits, folder, or path/to/task.py:function",
+    )
     add = parser.group(FIRST).add_argument
     add(
         "--weights",

@@ -26,7 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,9 +34,9 @@ import torch
 from torch import Tensor, nn
 
 import quant
-from datautils import ImageData, ImageSet
-from modelutils import evaluating, find_layers
+from modelutils import evaluating, find_layers, placed
 from obc.inputs.batches import Batches
+from obc.inputs.tasks import Task, call
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import SingularHessian, UserError, log
 from obc.solver.layers import view
@@ -327,34 +327,17 @@ def measured_errors(
         output = view(layers[name]).call(x.to(changes[name].dtype), changes[name])
         sums[name] += output.double().square().sum()
 
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     with evaluating(dense), watching(layers, see):
         for images, _ in progress("checking", batches):
-            dense(images.to(device, memory_format=layout))
+            call(dense, placed(images, device))
             count += len(images)
     return {name: float(total) / count for name, total in sums.items()}
 
 
-def fresh_images(data: ImageData, seed: int) -> tuple[ImageData, str]:
-    """The dataset with other images to calibrate on, at most as many; and which ones they are.
-
-    Training images that were not chosen; if all were, test images.
-    """
-    chosen, count = set(data.calibration.chosen), len(data.calibration.chosen)
-    source: ImageSet = data.calibration
-    unused = [index for index in range(len(source.source)) if index not in chosen]
-    origin = "training"
-    if not unused:
-        source, unused, origin = data.test, list(data.test.chosen), "test"
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [unused[i] for i in torch.randperm(len(unused), generator=generator)[:count].tolist()]
-    images = replace(source, chosen=drawn)
-    return replace(data, calibration=images), f"{len(drawn)} other {origin} images"
-
-
-def compare(name: str, claimed: float, measured: float, fresh: float) -> None:
+def compare(name: str, claimed: float, measured: float, fresh: float | None) -> None:
     """A line in the log; a warning if claim and measurement differ."""
-    line = f"{name} checked {measured:.4g} (claimed {claimed:.4g}), fresh images {fresh:.4g}"
+    line = f"{name} checked {measured:.4g} (claimed {claimed:.4g})"
+    line += "" if fresh is None else f", fresh images {fresh:.4g}"
     if abs(measured - claimed) > CHECK_TOLERANCE * max(abs(measured), abs(claimed)):
         log.warning("%s: they differ by more than %g %%", line, 100 * CHECK_TOLERANCE)
     else:
@@ -367,7 +350,7 @@ def compare(name: str, claimed: float, measured: float, fresh: float) -> None:
 def warn_of_doubtful_claims(
     compression: Compression,
     reports: Sequence[Mapping[str, Any]],  # as in the record
-    chosen: ImageSet,  # the calibration images
+    task: Task,
     augmented: bool,
 ) -> None:
     """Name the layers that saw too little for their claimed errors, and what helps.
@@ -376,7 +359,7 @@ def warn_of_doubtful_claims(
     change along them is free on the calibration images, and on no others. Baselines, which do not
     fit their weights to Σxxᵀ, do not profit from that.
     """
-    images, available = len(chosen), len(chosen.source)
+    images, available = task.count, task.available
     short, worse = {}, {}
     for report in reports:
         name, patches, claimed = report["name"], report["patches"], report["squared_error"]
@@ -393,7 +376,8 @@ def warn_of_doubtful_claims(
         remedy = f"--nsamples {max(counts)} would do"
         if max(counts) > available:
             remedy = f"{max(counts)} images would do, the dataset has {available}: "
-            remedy += "raise --nrounds" if augmented else "leave out --noaug"
+            augmentation = "raise --nrounds" if augmented else "leave out --noaug"
+            remedy += augmentation if task.augments else "let it have more"
         lines.append(
             "do not believe the errors claimed for layers that saw fewer patches than they have "
             f"columns; {remedy}: {', '.join(texts)}"

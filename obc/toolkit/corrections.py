@@ -43,12 +43,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelutils import evaluating, placed
+from obc.inputs.tasks import Inputs, call
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError, log
 from obc.solver.layers import first_input, forward_hooks
@@ -66,7 +68,7 @@ CONSTANT = 1e-6  # σ/√(μ² + σ²) below which a channel is constant: float3
 
 def batchnorm_tune(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],  # repeated if there are fewer than nbatches
+    batches: Iterable[tuple[Inputs, Any]],  # repeated if there are fewer than nbatches
     device: torch.device,
     nbatches: int = 100,
 ) -> None:
@@ -88,7 +90,7 @@ def batchnorm_tune(
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     with evaluating(model), _collecting(norms, MOMENTUM):
         for images in progress("batch norm", islice(_repeated(batches), nbatches), total=nbatches):
-            model(placed(images, device))
+            call(model, placed(images, device))
     for norm, (mean, var) in zip(norms, before, strict=True):
         if (count := int(norm.num_batches_tracked)) == 0:  # no image has reached it
             norm.running_mean.copy_(mean)
@@ -114,7 +116,7 @@ def _collecting(norms: list[nn.Module], momentum: float) -> Iterator[None]:
             norm.momentum = own
 
 
-def _repeated(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+def _repeated(batches: Iterable[tuple[Inputs, Any]]) -> Iterator[Inputs]:
     """Images of the batches, over and over; `itertools.cycle` would keep them all in memory."""
     while True:
         empty = True
@@ -128,7 +130,7 @@ def _repeated(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
 
 def batchnorm_averages(
     model: nn.Module,
-    batches: list[tuple[Tensor, Tensor]],  # of several processes, each its own
+    batches: list[tuple[Inputs, Any]],  # of several processes, each its own
     device: torch.device,
     world: World = ALONE,
 ) -> None:
@@ -146,7 +148,7 @@ def batchnorm_averages(
         for images, _ in batches:
             several = len(images) > 1
             if several:
-                model(placed(images, device))
+                call(model, placed(images, device))
             statistics.append(_statistics(norms).cpu() if several else None)
     statistics = [of_batch for of_batch in world.interleave(statistics) if of_batch is not None]
     if not statistics:
@@ -186,7 +188,7 @@ class Moments:
     std: Tensor
 
 
-def norm_moments(model: nn.Module, images: Tensor, device: torch.device) -> dict[str, Moments]:
+def norm_moments(model: nn.Module, images: Inputs, device: torch.device) -> dict[str, Moments]:
     """Mean and standard deviation of every norm's output, on its first call. Logs norms left out.
 
     This is the dense model's part of `statistics_correction`, to be shared by many models.
@@ -211,7 +213,7 @@ def norm_moments(model: nn.Module, images: Tensor, device: torch.device) -> dict
     norms = _affine_norms(model)
     model.to(device)
     with evaluating(model), forward_hooks(norms, measure):
-        model(placed(images, device))
+        call(model, placed(images, device))
     if not moments:
         raise UserError(
             "statistics correction (--statcorr): this model has no norm with a weight and a bias "
@@ -223,7 +225,7 @@ def norm_moments(model: nn.Module, images: Tensor, device: torch.device) -> dict
 def correct_statistics(
     model: nn.Module,
     targets: dict[str, Moments],  # by name of the norm; from the dense model, on the same images
-    images: Tensor,  # (n, 3, s, s) one batch, not augmented
+    images: Inputs,  # one batch, not augmented
     device: torch.device,
 ) -> None:
     """Give every norm's output its target moments, through the norm's own weight and bias."""
@@ -245,13 +247,13 @@ def correct_statistics(
 
     model.to(device)
     with evaluating(model), forward_hooks(_affine_norms(model), correct):
-        model(placed(images, device))
+        call(model, placed(images, device))
 
 
 def statistics_correction(
     model: nn.Module,
     dense: nn.Module,
-    images: Tensor,  # (n, 3, s, s) one batch, not augmented
+    images: Inputs,  # one batch, not augmented
     device: torch.device,
 ) -> None:
     """Match the moments of every norm's output to the dense model's. Moves both to `device`.

@@ -28,10 +28,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from modelutils import evaluating, find_layers
+from modelutils import Example, evaluating, example, find_layers
+from obc.inputs.tasks import call
 from obc.solver.errors import UserError
 from obc.solver.layers import forward_hooks, view
 from obc.solver.search import Costs
@@ -44,10 +44,7 @@ CONSTRAINTS = ("params", "bits", "flops", "bops", "timingsq")
 DENSE = "dense"
 
 
-def layer_flops(
-    model: nn.Module,
-    image_shape: tuple[int, ...],  # (3, s, s)
-) -> dict[str, int]:
+def layer_flops(model: nn.Module, image_shape: Example) -> dict[str, int]:
     """FLOPs of every convolution and linear layer for one image, two for a multiply-add."""
     flops: dict[str, int] = {}
 
@@ -55,14 +52,14 @@ def layer_flops(
         flops[name] = flops.get(name, 0) + view(layer).flops(output)
 
     with evaluating(model), forward_hooks(find_layers(model), count):
-        model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
-    return flops
+        call(model, inputs := example(model, image_shape))
+    return {name: count // len(inputs) for name, count in flops.items()}
 
 
 def layer_costs(
     db: Database,
     model: nn.Module,
-    image_shape: tuple[int, ...],  # (3, s, s)
+    image_shape: Example,
     constr: str,  # one of CONSTRAINTS
     timings: str | Path | None = None,  # file of measured seconds, for timingsq
 ) -> Costs:
@@ -107,7 +104,7 @@ def bits_counted(tensors: Mapping[str, Tensor], constr: str) -> int:
 
 
 def work_and_costs(
-    db: Database, model: nn.Module, image_shape: tuple[int, ...], constr: str
+    db: Database, model: nn.Module, image_shape: Example, constr: str
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Weights or FLOPs of each layer, and what it costs when dense; constr is not timingsq."""
     work = {name: db.states[db.levels[0]][f"{name}.weight"].numel() for name in db.layers}
@@ -122,7 +119,7 @@ def profile_cost(
     db: Database,
     profile: Mapping[str, str],  # layer → level; the other layers are dense
     model: nn.Module,
-    image_shape: tuple[int, ...],  # (3, s, s)
+    image_shape: Example,
     constr: str,  # one of CONSTRAINTS, but not timingsq
 ) -> tuple[float, float]:  # of the dense layers, of the profile's
     """What a profile costs, as `layer_costs` counts; reads no other levels."""

@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import torch
 from torch import nn
 
+from modelutils import Example, example
 from obc.solver.errors import UserError
 from obc.toolkit.export_cut import Chain, chains
 from obc.toolkit.leveldb import Database
@@ -32,12 +32,12 @@ MOST_ENTRIES = 5_000_000  # of a table
 class CutShares:
     """The shares of layers that are left, by levels."""
 
-    def __init__(self, db: Database, model: nn.Module, image_shape: tuple[int, ...]) -> None:
-        images = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    def __init__(self, db: Database, model: nn.Module, image_shape: Example) -> None:
+        images = example(model, image_shape, 2, noise=True)
         self.db, self.model = db, model
         self.read_chain: dict[str, Chain] = {}
         self.own_chain: dict[str, Chain] = {}
-        for chain in chains(model, images.to(next(model.parameters()).device)):
+        for chain in chains(model, images):
             self.read_chain |= dict.fromkeys(chain.consumers, chain)
             self.own_chain |= dict.fromkeys((chain.producer, *chain.carriers), chain)
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelutils import evaluating, find_layers, other_weights
+from modelutils import Example, evaluating, example, find_layers, other_weights
+from obc.inputs.tasks import call
 from obc.solver.layers import first_input, forward_hooks, prove, view
 from obc.toolkit.leveldb import FULL_BITS
 from obc.toolkit.modes import MODES, Mode, QuantMode, mode_options
@@ -41,7 +42,7 @@ class Calls:
 def listing(
     model: nn.Module,
     options: Mapping[str, Any],  # of main_trueobs.py
-    image_shape: tuple[int, ...],  # (3, s, s)
+    image_shape: Example,
 ) -> Iterator[str]:
     """The table, a line at a time: layers in order of execution; then the reasons; then sums."""
     calls = calls_for_an_image(model, image_shape)
@@ -51,9 +52,9 @@ def listing(
     named = bool({*changed_options(options)} & {"wbits", "abits", "bits", "first_last"})
     rows, reasons = [(*LISTED, *modes)], {}
     for name, layer in layers.items():
-        seen, call, words, dense_in = view(layer), calls[name], [], {}
+        seen, calls_seen, words, dense_in = view(layer), calls[name], [], {}
         for mode in modes.values():
-            reason = why_dense(layer, mode, call.count)
+            reason = why_dense(layer, mode, calls_seen.count)
             aim = mode.for_layer(name).aim if named or not isinstance(mode, QuantMode) else "yes"
             words.append("no" if reason else aim)
             if reason:
@@ -62,7 +63,7 @@ def listing(
             which = "every mode" if len(names) == len(modes) else " and ".join(names)
             reasons.setdefault((which, reason), []).append(name)
         shape = "×".join(map(str, layer.weight.shape))
-        figures = (f"{seen.columns:,}", f"{call.patches:,}", f"{call.flops / 1e6:.3g}")
+        figures = (f"{seen.columns:,}", f"{calls_seen.patches:,}", f"{calls_seen.flops / 1e6:.3g}")
         bits = f"{FULL_BITS * layer.weight.numel():,}"
         rows.append((name, type(layer).__name__, shape, *figures, bits, *words))
     yield from aligned(rows)
@@ -70,7 +71,7 @@ def listing(
         yield f"left dense by {which}: {', '.join(names)}: {reason}"
     weights = sum(layer.weight.numel() for layer in layers.values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    flops = sum(call.flops for call in calls.values())
+    flops = sum(found.flops for found in calls.values())
     yield (
         f"{len(layers)} layers, {weights:,} weights ({100 * weights / total:.3g} % of all "
         f"parameters), {flops / 1e6:.4g} MFLOP an image"
@@ -80,25 +81,26 @@ def listing(
 
 
 def calls_for_an_image(
-    model: nn.Module, image_shape: tuple[int, ...]
+    model: nn.Module, image_shape: Example
 ) -> dict[str, Calls]:  # in order of execution; layers that are not called come last
-    """Show the model an image of noise; layers are proven by it."""
-    device = next(model.parameters()).device
-    noise = torch.randn(1, *image_shape, generator=torch.Generator().manual_seed(0)).to(device)
+    """Show the model an image of noise, or a batch of its task; layers are proven by it."""
+    inputs = example(model, image_shape, noise=True)
     layers, calls = find_layers(model), {}
 
     def see(name: str, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         if not (x := first_input(args, kwargs)).numel():
             return
         prove(layer, args, kwargs, output)
-        call = calls.setdefault(name, Calls())
-        call.count += 1
+        seen = calls.setdefault(name, Calls())
+        seen.count += 1
         if not view(layer).proof.flaw:
-            call.patches += view(layer).positions(torch.empty(x.shape, device="meta"))
-            call.flops += view(layer).flops(output)
+            seen.patches += view(layer).positions(torch.empty(x.shape, device="meta"))
+            seen.flops += view(layer).flops(output)
 
     with evaluating(model), forward_hooks(layers, see):
-        model(noise)
+        call(model, inputs)
+    for found in calls.values():
+        found.patches, found.flops = found.patches // len(inputs), found.flops // len(inputs)
     return calls | {name: Calls() for name in layers if name not in calls}
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from torch import nn
 
+from modelutils import Example
 from obc.solver.errors import UserError, log
 from obc.toolkit.costs import profile_cost
 from obc.toolkit.fingerprints import bytes_hash
@@ -137,7 +138,7 @@ def report_cost(
     profile: Table,
     db: Database,
     model: nn.Module,  # dense
-    image_shape: tuple[int, ...],  # (3, s, s)
+    image_shape: Example,
     left_dense: Collection[str] = (),  # layers that stay dense whatever the profile says
 ) -> None:
     """Log what a profile's layers cost; warn if that misses the target that it was made for."""

@@ -16,6 +16,8 @@ JSON is strict: NaN and infinity, which it lacks, become null. Every record is a
     top1         number in percent, or null (main_trueobs.py, post_proc.py)
     kl           number: mean KL(dense ‖ compressed) over the test images, in nats
     agreement    number: percent of the test images that both models give the same class
+    figures      object of numbers: what a task of the user's own measures, in the place of top1
+    dense_loss_calibration  number: the dense model's loss, on the calibration data of such a task
     preprocessing  object: how images became the network's input (obc/inputs/preprocessing.py)
     dense_top1_calibration  number in percent: the dense model's, on the calibration images
 
@@ -65,6 +67,8 @@ SCHEMA = {  # key: types of its value, whether every record has it
     "kl": ((int, float, type(None)), False),
     "agreement": ((int, float), False),
     "dense_top1_calibration": ((int, float, type(None)), False),
+    "dense_loss_calibration": ((int, float, type(None)), False),
+    "figures": (dict, False),
 }
 PACKAGES = ("torch", "torchvision", "numpy", "numba", "safetensors")
 NOT_REPEATED = ("help", "repeat", "restart")

@@ -22,10 +22,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
 
-from modelutils import find_layers, first_and_last
+from modelutils import Example, example, find_layers, first_and_last
 from obc.solver.errors import UserError
 from obc.solver.layers import leave_dense, view
 from obc.toolkit.costs import DENSE
@@ -67,7 +66,7 @@ def select_layers(
     model: nn.Module,  # its layers are marked
     mode: Mode,
     options: Mapping[str, Any],
-    image_shape: tuple[int, ...],  # (3, s, s)
+    image_shape: Example,
 ) -> Mode:  # with the bits of layers
     """Apply the options of a command to a model. Raises UserError for names that match nothing."""
     names = list(find_layers(model))
@@ -76,8 +75,7 @@ def select_layers(
     for text in bits:
         matching(text.rpartition("=")[0], names, f"--bits {text}")
     if ends:
-        device = next(model.parameters()).device
-        ends_names = first_and_last(model, torch.zeros(2, *image_shape, device=device))
+        ends_names = first_and_last(model, example(model, image_shape, 2))
         if ends == DENSE:
             reasons |= {name: f"--first-last {ends}" for name in ends_names if name not in reasons}
         else:

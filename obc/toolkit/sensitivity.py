@@ -3,7 +3,7 @@
 The dynamic programme adds up the errors of layers, so each layer is measured alone, with all other
 layers dense:
 
-    loss      L(layer at the level) − L(dense)       L: mean cross-entropy on calibration images
+    loss      L(layer at the level) − L(dense)       L: mean loss on calibration images
     squared   ‖y − ŷ‖² / ‖y‖²                        y: the layer's dense output, ŷ: at the level
 
 A change in a layer does not affect what comes before it. For each batch the dense model runs once;
@@ -24,14 +24,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from statistics import median, stdev
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelutils import evaluating, placed
+from modelutils import CLASSIFICATION, evaluating, placed
 from obc.inputs.batches import Batches
+from obc.inputs.tasks import Batch, Inputs, Task, call, on_device
 from obc.inputs.tracing import (
     IMAGES_COMPARED,
     TracedModel,
@@ -115,6 +116,7 @@ def losses(
     batches: Batches,  # of several processes, each its own: every N-th
     device: torch.device,
     notes: Notes | None = None,  # what an interrupted run has measured
+    task: Task = CLASSIFICATION,
 ) -> Scores:
     """Change of the mean loss with exactly one layer compressed, per layer and level.
 
@@ -134,7 +136,7 @@ def losses(
             by_layer = {x: notes.get(f"{key} {x}") for x in levels}
             missing = {x: names for x, names in levels.items() if by_layer[x] is None}
             bar.update(len(levels) - len(missing))
-            changes = batch_changes(run, model, db, missing, images, labels)
+            changes = batch_changes(run, model, db, missing, images, labels, task)
             for layer, by_level in changes if missing else ():
                 by_layer[layer] = by_level
                 notes.add(f"{key} {layer}", by_level)
@@ -177,7 +179,13 @@ def log_noise(sums: Sequence[Sequence[float]], counts: Sequence[int]) -> None:
     )
 
 
-def loss_plan(model: nn.Module, db: Database, batches: Batches, device: torch.device) -> str:
+def loss_plan(
+    model: nn.Module,
+    db: Database,
+    batches: Batches,
+    device: torch.device,
+    task: Task = CLASSIFICATION,
+) -> str:
     """What `losses` has to do and how long it takes here, by each layer's last level on a batch."""
     levels, images_and_labels = Measurement(model, db, None).levels, next(iter(batches))
     images, labels = placed(images_and_labels[0], device), images_and_labels[1]
@@ -185,7 +193,7 @@ def loss_plan(model: nn.Module, db: Database, batches: Batches, device: torch.de
     with evaluating(model):
         run = proven(model, db, last, images)
         started = time.perf_counter()
-        for layer, _ in batch_changes(run, model, db, last, images, labels):
+        for layer, _ in batch_changes(run, model, db, last, images, labels, task):
             seconds += (time.perf_counter() - started) * len(levels[layer])
             started = time.perf_counter()
     count, distinct = batch_count(batches), sum(map(len, levels.values()))
@@ -200,7 +208,7 @@ def proven(
     model: nn.Module,
     db: Database,
     levels: Mapping[str, Sequence[str]],  # by layer
-    images: Tensor,
+    images: Inputs,
 ) -> TracedModel | UntracedModel:
     """The model to resume from its layers, if the outputs of each at its last level are right."""
     run, images = resumable(model, images), images[:IMAGES_COMPARED]
@@ -211,7 +219,7 @@ def proven(
         run.advance(calls[0], calls[-1])
         put = swap_layer(model, db, layer)
         put(levels[layer][-1])
-        resumed, plain = run.finish(), model(images.clone())
+        resumed, plain = run.finish(), call(model, images.clone())
         put(None)
         if not equal_but_for_rounding(resumed, plain):
             return whole(model, f"resumed from {layer}, the model gives other outputs")
@@ -231,30 +239,32 @@ def batch_changes(
     model: nn.Module,
     db: Database,
     levels: Mapping[str, Sequence[str]],  # by layer
-    images: Tensor,
-    labels: Tensor,
+    images: Inputs,
+    batch: Batch,
+    task: Task,
 ) -> Iterator[tuple[str, dict[str, float]]]:  # layer, changes of the summed loss by level
     """Run one batch at every level of every layer, each from where the layer is called.
 
     A GPU is waited for once a layer, not at each of its levels.
     """
-    labels = labels.to(images.device)
+    batch = on_device(batch, images.device)
+
     run.begin(images)
-    dense_loss = summed_loss(run.finish(), labels)
+    dense_loss = summed_loss(task, run.finish(), batch, len(images))
     for calls, layer in layers_in_order(run, levels):
         run.advance(calls[0], calls[-1])
         put, level_losses = swap_layer(model, db, layer), []
         for level in levels[layer]:
             put(level)
-            level_losses.append(summed_loss(run.finish(), labels))
+            level_losses.append(summed_loss(task, run.finish(), batch, len(images)))
         put(None)
         changes = (torch.stack(level_losses) - dense_loss).tolist()
         yield layer, dict(zip(levels[layer], changes, strict=True))
 
 
-def summed_loss(outputs: Tensor, labels: Tensor) -> Tensor:  # () float64
-    """Cross-entropy in nats, summed over the images of a batch."""
-    return F.cross_entropy(outputs.double(), labels, reduction="sum")
+def summed_loss(task: Task, outputs: Any, batch: Batch, count: int) -> Tensor:  # () float64
+    """The loss, summed over the images of a batch; that of scores is computed in float64."""
+    return task.summed_loss(outputs.double() if task.logits else outputs, batch, count)
 
 
 def batch_count(batches: Batches) -> int:
@@ -287,7 +297,7 @@ def squared_errors(
 
 
 def batch_squares(
-    model: nn.Module, db: Database, levels: Mapping[str, Iterable[str]], images: Tensor
+    model: nn.Module, db: Database, levels: Mapping[str, Iterable[str]], images: Inputs
 ) -> dict[str, dict[str, float]]:
     """‖y − ŷ‖² by layer and level, and ‖y‖² by layer and "", over one batch."""
     zero = torch.zeros((), dtype=torch.float64, device=images.device)
@@ -319,7 +329,7 @@ def batch_squares(
         for layer, module in modules.items():
             handle = module.register_forward_pre_hook(partial(keep, layer), with_kwargs=True)
             stack.callback(handle.remove)
-        model(images)
+        call(model, images)
     return {
         layer: dict(zip(by_level, torch.stack([*by_level.values()]).tolist(), strict=True))
         for layer, by_level in sums.items()

@@ -47,6 +47,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 import quant
 from modelutils import eval_mode, evaluating, placed
 from obc.inputs.batches import Batches
+from obc.inputs.tasks import Inputs
 from obc.inputs.tracing import IMAGES_COMPARED, twin
 from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError, log
@@ -220,7 +221,7 @@ class DoubleWalk:
         first, last = self._span(name)
         stop = min(last + 1, self._span(next_layer)[0] if next_layer else last + 1)
 
-        def work(number: int, images: Tensor | None) -> None:
+        def work(number: int, images: Inputs | None) -> None:
             if not hasattr(mine, "walks"):
                 mine.walks = self._walks()
             dense, compressed = mine.walks
@@ -274,7 +275,7 @@ class DoubleWalk:
         """A layer's first and its last operation."""
         return self.places[name][0], self.places[name][-1]
 
-    def _batches(self, shard: int) -> Iterator[Tensor | None]:
+    def _batches(self, shard: int) -> Iterator[Inputs | None]:
         """Images to begin with; later, nothing but their number is needed."""
         if shard in self.batch_sizes:
             yield from [None] * len(self.batch_sizes[shard])
@@ -286,7 +287,7 @@ class DoubleWalk:
         self.batch_sizes[shard] = sizes
 
     def _go_on(
-        self, walks: list[Walk | WholeWalk], number: int, images: Tensor | None, place: int
+        self, walks: list[Walk | WholeWalk], number: int, images: Inputs | None, place: int
     ) -> None:
         """Both networks to an operation, from the boundary or from images."""
         if images is None:

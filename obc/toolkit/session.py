@@ -1,10 +1,11 @@
-"""What every command starts from: device, data and dense model, given by the common options.
+"""What every command starts from: device, task and dense model, given by the common options.
 
     Session.of(common_options(args)) ─┬─ .model           the dense model, on the device
                                       ├─ .calibration()   calibration images, augmented or not
                                       ├─ .fingerprint(…)  what the run depends on
-                                      ├─ .dense_top1()    of .model, on the calibration images
-                                      ├─ .evaluation(m)   top-1 and KL on the test images
+                                      ├─ .dense_figures() of .model, on the calibration images
+                                      ├─ .evaluation(m)   figures and KL on test data
+                                      ├─ .task            what the model is for (`tasks.py`)
                                       └─ .world           the processes that share the work
 
 `Invocation` is a command as it was called, for its fingerprint and its record. `load_compressed`
@@ -34,33 +35,36 @@ from datautils import (
     DATASETS,
     DEFAULT_CLASSES,
     PHOTOGRAPHS,
-    ArrayImages,
     ImageData,
-    ImageSet,
     calibration_batches,
     default_preprocessing,
     load_data,
-    test_batches,
 )
 from modelutils import (
     RANDOM,
     SHIPPED_WEIGHTS,
     DenseScores,
     Evaluation,
+    Example,
     check_classes,
     check_layers,
     evaluate,
+    evaluate_task,
     evaluating,
+    example,
     find_layers,
     get_model,
     load_state,
+    made_by,
+    mean_loss,
     own_preprocessing,
 )
 from obc.inputs.attention import split_attention
-from obc.inputs.batches import Batches, ImageBatches
+from obc.inputs.batches import Batches, ShardedBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
 from obc.inputs.preprocessing import MODES, Preprocessing
+from obc.inputs.tasks import Inputs, Task, call, on_device
 from obc.inputs.timm_models import TIMM
 from obc.inputs.tracing import equal_but_for_rounding
 from obc.inputs.usercode import files_imported
@@ -76,8 +80,10 @@ from obc.toolkit.fingerprints import (
     result_code,
     surroundings,
 )
+from obc.toolkit.imagetask import ImageTask
 
 IMAGE_OPTIONS = ("resize", "crop", "interpolation", "mean", "std")
+DATA_OPTIONS = ("datapath", "classes", "labels", "image_size", "skip_bad_images", "workers")
 RARELY = 20  # calls until something random that rarely happens is seen
 DENSE_IMAGES = 1024  # the most that the dense model's top-1 is measured on
 
@@ -138,11 +144,11 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Session:
-    """Device, data and dense model of one run."""
+    """Device, task and dense model of one run."""
 
     options: CommonOptions
     device: torch.device
-    data: ImageData
+    task: Task
     model: nn.Module
     world: World = ALONE
 
@@ -152,25 +158,19 @@ class Session:
         device = resolve_device(options.device)
         world = join(device)
         torch.backends.cudnn.allow_tf32 = False  # layers see inputs in full float32
-        data = load_data(
-            options.dataset,
-            datapath=options.datapath,
-            image_size=options.image_size,
-            nsamples=options.nsamples,
-            seed=options.seed,
-            skip_bad_images=options.skip_bad_images,
-            class_file=options.classes,
-            label_file=options.labels,
-        )
+        task = load_task(options)
         torch.manual_seed(options.seed)  # for a model of the user's own that starts at random
-        classes = len(data.classes)
+        classes = len(task.data.classes) if isinstance(task, ImageTask) else None
         model = get_model(
             options.model, options.dataset, options.weights, classes, options.weights_key
         ).to(device)
-        data = data.seen_through(preprocessing(options, model))
-        check_model(model, options.model, data)
-        split_attention(model, partial(run_on_noise, model, data.preprocessing.image_shape))
-        return cls(options, device, data, model, world)
+        if isinstance(task, ImageTask):
+            task.data = task.data.seen_through(preprocessing(options, model))
+            check_model(model, options.model, task.data)
+        else:
+            check_task(model, options.model, task)
+        split_attention(model, partial(first_outputs_of, model, task.example))
+        return cls(options, device, task, model, world)
 
     @property
     def weights_name(self) -> str:
@@ -186,20 +186,9 @@ class Session:
             raise UserError(f"--shards {asked}: there are {self.world.size} processes")
         return asked or self.world.size
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.data.preprocessing.image_shape
-
-    def calibration(self, augment: bool = False, nrounds: int = 1) -> ImageBatches:
+    def calibration(self, augment: bool = False, nrounds: int = 1) -> ShardedBatches:
         """Passes over the calibration images, not augmented by default."""
-        return calibration_batches(
-            self.data,
-            batchsize=self.options.batchsize,
-            nrounds=nrounds,
-            augment=augment,
-            seed=self.options.seed,
-            workers=self.options.workers,
-        )
+        return self.task.batches(augment, nrounds)
 
     def fingerprint(
         self,
@@ -210,31 +199,21 @@ class Session:
         """Everything that the result is a function of, by name (`fingerprints.py`)."""
         marks = dict(invocation.options) if invocation else {}
         code = result_code(Path(invocation.command).stem) if invocation else hessian_code()
-        made = self.data.preprocessing
-        marks["--image-size"] = str(made.size)
-        if made != default_preprocessing(self.data.name, made.size):  # as all were, once
-            marks["preprocessing"] = str(made)
-        if ".py:" in self.options.model:
-            file = Path(self.options.model.rpartition(":")[0])
-            code_files = [file, *files_imported(file)]
-            marks["code of the model"] = bytes_hash(path.read_bytes() for path in code_files)
+        for what, name in (("model", self.options.model), ("task", self.options.dataset)):
+            if is_code(name):
+                file = Path(name.rpartition(":")[0])
+                code_files = [file, *files_imported(file)]
+                marks[f"code of the {what}"] = bytes_hash(path.read_bytes() for path in code_files)
         if self.options.model.startswith(TIMM):
             marks |= installed_versions(["timm"])
         marks["dense weights"] = content_hash(self.model.state_dict())
-        marks["calibration images"] = images_hash(self.data.calibration)
-        if invocation and self.options.classes:
-            marks["--classes"] = bytes_hash(name.encode() for name in self.data.classes)
+        marks |= self.task.marks()
+        if invocation is None:  # Hessians do not depend on labels
+            marks.pop("--classes", None)
         if invocation and self.device.type != "cpu":  # how many rows go in one product
             memory = self.options.memory or default_memory(self.device) / 1e9
             marks["--memory"] = f"{memory:g}"
         return marks | contents | surroundings(self.device, code, threads)
-
-    def test_shard(self) -> ImageBatches:
-        """This process's share of the test images."""
-        batches = test_batches(
-            self.data, batchsize=self.options.batchsize, workers=self.options.workers
-        )
-        return batches.shard(self.world.rank, self.world.size)
 
     @cached_property
     def dense_scores(self) -> DenseScores:
@@ -242,9 +221,23 @@ class Session:
         return DenseScores(self.model)
 
     def evaluation(self, model: nn.Module) -> Evaluation:
-        """How good a model is on the test images, and how close to the dense one."""
+        """How good a model is on test data, and how close to the dense one."""
         scores = None if model is self.model else self.dense_scores
-        return evaluate(model, self.test_shard(), self.device, scores, self.world)
+        if (tests := self.task.tests()) is None:
+            return evaluate_task(model, self.task, self.device, scores, self.world)
+        shard = tests.shard(self.world.rank, self.world.size)
+        return evaluate(model, shard, self.device, scores, self.world)
+
+    @property
+    def image_data(self) -> ImageData:
+        """The images; raises UserError for a task that has none."""
+        if isinstance(self.task, ImageTask):
+            return self.task.data
+        raise UserError(f"{self.options.dataset}: this needs a dataset of images and their classes")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.image_data.preprocessing.image_shape
 
     def dense_top1(self, batches: Batches | None = None) -> float:
         """The dense model's top-1 on the calibration images, logged (`dense_top1`).
@@ -252,7 +245,62 @@ class Session:
         `batches`: this process's share of all of them, if they are in memory already.
         """
         loading = self.options.batchsize, self.options.workers
-        return dense_top1(self.model, self.data, self.device, *loading, self.world, batches)
+        return dense_top1(self.model, self.image_data, self.device, *loading, self.world, batches)
+
+    def dense_figures(self, batches: Batches | None = None) -> dict[str, float]:
+        """How well the dense model does on the calibration data, logged; as it is in records.
+
+        `batches`: this process's share of all of it, if it is in memory already.
+        """
+        if isinstance(self.task, ImageTask):
+            return {"dense_top1_calibration": self.dense_top1(batches)}
+        if not self.task.logits:
+            log.info("KL and agreement are not measured: outputs are no scores of classes")
+        if not self.task.has_loss:
+            return {}
+        with undisturbed(self.device):
+            share = batches or self.calibration().shard(self.world.rank, self.world.size)
+            loss = mean_loss(self.model, share, self.device, self.world, self.task)
+        log.info("dense: loss %.4g on %d calibration examples", loss, self.task.count)
+        return {"dense_loss_calibration": loss}
+
+
+def is_code(name: str) -> bool:
+    """Whether MODEL or DATASET is the user's own, path/to/file.py:function."""
+    return ".py:" in name
+
+
+def default_rounds(args: argparse.Namespace) -> int:
+    """Passes over the calibration images."""
+    return args.nrounds or (1 if args.noaug or is_code(args.dataset) else 10)
+
+
+def load_task(options: CommonOptions) -> Task:
+    """The images of a dataset, or the task that the user's function returns."""
+    if not is_code(options.dataset):
+        data = load_data(
+            options.dataset,
+            datapath=options.datapath,
+            image_size=options.image_size,
+            nsamples=options.nsamples,
+            seed=options.seed,
+            skip_bad_images=options.skip_bad_images,
+            class_file=options.classes,
+            label_file=options.labels,
+        )
+        named = options.classes is not None
+        return ImageTask(data, options.batchsize, options.workers, options.seed, named)
+    for name in (*DATA_OPTIONS, *IMAGE_OPTIONS):
+        if getattr(options, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is for images: {options.dataset} makes its own batches"
+            )
+    if (options.nrounds or 1) > 1:
+        raise UserError(f"--nrounds counts augmented passes: {options.dataset} has no images")
+    torch.manual_seed(options.seed)
+    task = made_by(options.dataset, Task)
+    task.name, task.nsamples = options.dataset.rpartition(":")[2], options.nsamples
+    return task
 
 
 def dense_top1(
@@ -322,27 +370,12 @@ def undisturbed(device: torch.device) -> Iterator[None]:
             np.random.set_state(before[1])  # noqa: NPY002
 
 
-def images_hash(images: ImageSet) -> str:
-    """A hash of the chosen images as they are stored, with their order, labels and size."""
-
-    def pieces() -> Iterator[bytes]:
-        made = images.preprocessing  # the first line names what a view once was: hashes stay
-        view = f"View(size={made.size}, crops={images.view.photographs}, flips={images.view.flips})"
-        yield f"{view} {[images.source.labels[index] for index in images.chosen]}".encode()
-        for index in images.chosen:
-            if isinstance(images.source, ArrayImages):
-                yield images.source.pixels[index].tobytes()
-            else:
-                yield Path(images.source.files[index]).read_bytes()
-
-    return bytes_hash(pieces())
-
-
 def dense_files(model: str, dataset: str, weights: str | None) -> dict[str, str | Path | None]:
     """The files that the dense model is made from, by what names them."""
-    code = model.rpartition(":")[0] if ".py:" in model else None
+    code, task = (x.rpartition(":")[0] if is_code(x) else None for x in (model, dataset))
     shipped = None if weights else SHIPPED_WEIGHTS.get((model, dataset))
-    return {"--weights": weights, "the model's code": code, "the shipped weights": shipped}
+    files = {"--weights": weights, "the model's code": code, "the shipped weights": shipped}
+    return files | {"the task's code": task}
 
 
 def preprocessing(options: CommonOptions, model: nn.Module) -> Preprocessing:
@@ -367,6 +400,20 @@ def check_model(model: nn.Module, name: str, data: ImageData) -> None:
     warn_if_random(model, name, images)
 
 
+def check_task(model: nn.Module, name: str, task: Task) -> None:
+    """The same for a model of another task."""
+    check_network(model, name)
+    inputs, batch = next(iter(task.batches()))
+    device = next(model.parameters()).device
+    inputs = inputs.to(device, copy=True)
+    outputs = first_outputs(model, name, inputs)
+    if task.has_loss:
+        loss = task.summed_loss(outputs, on_device(batch, device), len(inputs))
+        if not torch.isfinite(loss):
+            raise UserError(f"{name}: the loss of the dense model is not finite on the first batch")
+    warn_if_random(model, name, inputs)
+
+
 def check_network(model: nn.Module, name: str) -> None:
     """Raise a UserError for a model without layers to compress, or with weights that are no use."""
     if not find_layers(model):
@@ -377,29 +424,32 @@ def check_network(model: nn.Module, name: str) -> None:
             raise UserError(f"{name}: {key} has NaN or infinite values")
 
 
-def first_outputs(model: nn.Module, name: str, images: Tensor) -> object:
+def first_outputs(model: nn.Module, name: str, images: Inputs) -> object:
     """What a model returns; a UserError says what to do if it does not take the images."""
     try:
         with evaluating(model):
-            return model(images)
+            return call(model, images)
     except FailedForward as error:
-        hint = advice(model, images, str(error))
+        hint = advice(model, images, str(error)) if isinstance(images, Tensor) else ""
         raise UserError(f"{name}: {error}{hint}") from None
 
 
-def run_on_noise(model: nn.Module, image_shape: tuple[int, int, int]) -> object:
-    """What a model returns for two images of noise."""
-    noise = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    device = next(model.parameters()).device
-    with undisturbed(device), evaluating(model):
-        return model(noise.to(device))
+def first_outputs_of(model: nn.Module, like: Example) -> object:
+    """What a model returns for two images of noise, or for the inputs of a task."""
+    inputs = example(model, like, 2, noise=True)
+    with undisturbed(inputs.device), evaluating(model):
+        return call(model, inputs)
 
 
-def model_without_images(options: CommonOptions) -> tuple[nn.Module, tuple[int, int, int]]:
+def model_without_images(options: CommonOptions) -> tuple[nn.Module, Example]:
     """The model as a run would see it, and the shape of an image, without reading any image.
 
-    Without --weights it is untrained, since nothing but its shapes is of interest.
+    Without --weights it is untrained, since nothing but its shapes is of interest. For a task, the
+    model as it is, and the task's inputs.
     """
+    if is_code(options.dataset):
+        session = Session.of(options)
+        return session.model, session.task.example
     if options.dataset not in DATASETS:
         raise UserError(f"unknown dataset {options.dataset}; choose from {', '.join(DATASETS)}")
     torch.manual_seed(options.seed)
@@ -414,7 +464,7 @@ def model_without_images(options: CommonOptions) -> tuple[nn.Module, tuple[int, 
     check_network(model, options.model)
     images = torch.zeros(2, *image_shape, device=next(model.parameters()).device)
     first_outputs(model, options.model, images)
-    split_attention(model, partial(run_on_noise, model, image_shape))
+    split_attention(model, partial(first_outputs_of, model, image_shape))
     return model, image_shape
 
 
@@ -440,16 +490,19 @@ def advice(
     return f"; {'; '.join(texts)}"
 
 
-def warn_if_random(model: nn.Module, name: str, images: Tensor) -> None:
+def warn_if_random(model: nn.Module, name: str, images: Inputs) -> None:
     """Log a line if the outputs for the same images are not always the same."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    noise = images
+    if isinstance(images, Tensor) and images.is_floating_point():
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(images.shape, generator=generator).to(images.device)
     states = torch.get_rng_state(), random.getstate()
     with evaluating(model):
-        first = model(noise.clone())
+        first = call(model, noise.clone())
         draws = not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate()
-        equal = torch.equal if draws else equal_but_for_rounding
+        equal = torch.equal if draws and isinstance(first, Tensor) else equal_but_for_rounding
         for _ in range(RARELY if draws else 1):
-            if not equal(model(noise.clone()), first):
+            if not equal(call(model, noise.clone()), first):
                 log.warning(
                     "%s: its outputs differ between two calls on the same images (dropout in eval "
                     "mode?), so results cannot be repeated",

@@ -40,7 +40,7 @@ def stitched(
     dense = session.model
     db.check(dense, session.weights_name)
     origins.check_profile(profile, db)
-    origins.report_cost(profile, db, dense, session.image_shape, left_dense)
+    origins.report_cost(profile, db, dense, session.task.example, left_dense)
     model = copy.deepcopy(dense)
     db.stitch(model, profile)
     for name in find_layers(model).keys() - profile.keys():

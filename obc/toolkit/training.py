@@ -54,9 +54,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_leaves
 
-from modelutils import eval_mode, find_layers, placed
+from modelutils import CLASSIFICATION, eval_mode, find_layers, placed
 from obc.inputs.failures import foreign_code
+from obc.inputs.tasks import Batch, Inputs, Task, call, on_device
 from obc.solver.errors import UserError, log
 from obc.solver.layers import forward_hooks, view
 from obc.solver.progress import progress
@@ -66,17 +68,17 @@ from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
 SECONDS_BETWEEN_SAVES = 5.0  # at least, between two saved epochs of a correction
 HALF_STEP = 0.5001  # the margin of grids that are not trained: ½, and room for rounding
 
-Forward = Callable[[Tensor], Tensor]  # images -> logits, of the model that is trained
-Loss = Callable[[Forward, Tensor, Tensor], Tensor]  # forward, images, labels -> ()
+Forward = Callable[[Inputs], Any]  # images -> logits, of the model that is trained
+Loss = Callable[[Forward, Inputs, Batch], Tensor]  # forward, images, labels -> ()
 
 
 class EpochImages(Protocol):
-    """Training images: epochs of as many batches of images (n, 3, s, s) and labels (n,)."""
+    """Training images: epochs of as many batches, pairs of inputs and what the loss is given."""
 
     def __len__(self) -> int:
         """Batches of an epoch."""
 
-    def epoch(self, number: int) -> Iterable[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int) -> Iterable[tuple[Inputs, Batch]]:
         """The batches of an epoch, counted from 0; a function of `number` alone."""
 
 
@@ -138,7 +140,7 @@ def round_straight_through(x: Tensor, grid: Grid) -> Tensor:
 
 def train(
     task: TrainingTask,
-    loss_of: Callable[[Tensor, Tensor], Tensor],  # images, labels -> ()
+    loss_of: Callable[[Inputs, Batch], Tensor],  # images, labels -> ()
     optimizers: Sequence[Optimizer],
     tensors: Callable[[], Mapping[str, Tensor]],  # everything else that training changes
     *,
@@ -164,7 +166,7 @@ def train(
             total = torch.zeros((), dtype=torch.float64, device=device)
             for images, labels in task.images.epoch(number):
                 with foreign_code():
-                    loss = loss_of(placed(images, device), labels.to(device))
+                    loss = loss_of(placed(images, device), on_device(labels, device))
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 loss.backward()
@@ -309,9 +311,16 @@ def _train_constrained(
     """Train latents with Adam, then write the parameters into the model."""
     latents = {name: parameter.latent for name, parameter in parameters.items()}
 
-    def loss_of_latents(images: Tensor, labels: Tensor) -> Tensor:
+    def loss_of_latents(images: Inputs, labels: Batch) -> Tensor:
         values = {name: parameter.value() for name, parameter in parameters.items()}
-        return loss_of(lambda x: functional_call(model, values, x.clone()), images, labels)
+
+        def forward(inputs: Inputs) -> Any:
+            def trained(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(model, values, args, kwargs)
+
+            return call(trained, inputs.clone())
+
+        return loss_of(forward, images, labels)
 
     adam = torch.optim.Adam(latents.values(), lr=lr)
     with latents_in_charge(model):
@@ -336,7 +345,7 @@ def global_adaprune(
     dense_layers = {name: dense.get_submodule(name) for name in layers}
     dense.to(task.device)
 
-    def loss_of(forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
+    def loss_of(forward: Forward, images: Inputs, labels: Batch) -> Tensor:
         targets: dict[str, list[Tensor]] = defaultdict(list)  # an output for each call
         errors: list[Tensor] = []
 
@@ -349,7 +358,7 @@ def global_adaprune(
             errors.append((output - target).square().sum() / norm)
 
         with forward_hooks(dense_layers, record):
-            _logits(dense, images)
+            _outputs(dense, images)
         with forward_hooks(layers, compare):
             forward(images)
         return torch.stack(errors).mean()
@@ -363,7 +372,7 @@ def train_vectors(
     dense: nn.Module,
     task: TrainingTask,
     lr: float = 1e-4,
-    cross_entropy: bool = False,  # else squared distance to the dense model's logits
+    labelled: Task | None = None,  # else squared distance to the dense model's outputs
 ) -> list[float]:  # mean loss per epoch
     """Train the parameters that are vectors: biases and norms.
 
@@ -373,7 +382,7 @@ def train_vectors(
     parameters = constrained_parameters(model.to(task.device), lambda p: p.ndim == 1)
     if not parameters:
         raise UserError("--lintune: this model has no biases and no norms to train")
-    loss_of = _cross_entropy if cross_entropy else _distance_to(dense.to(task.device))
+    loss_of = _loss_of(labelled) if labelled else _distance_to(dense.to(task.device))
     return _train_constrained(task, model, parameters, loss_of, lr)
 
 
@@ -382,25 +391,30 @@ def finetune(
     dense: nn.Module,
     task: TrainingTask,
     lr: float = 1e-5,
-    cross_entropy: bool = True,  # else squared distance to the dense model's logits
+    labelled: Task | None = CLASSIFICATION,  # else squared distance to the dense model's outputs
 ) -> list[float]:  # mean loss per epoch
     """Train all parameters.
 
     Moves both models to the task's device. Raises UserError where the loss is not finite.
     """
     parameters = constrained_parameters(model.to(task.device), lambda parameter: True)
-    loss_of = _cross_entropy if cross_entropy else _distance_to(dense.to(task.device))
+    loss_of = _loss_of(labelled) if labelled else _distance_to(dense.to(task.device))
     return _train_constrained(task, model, parameters, loss_of, lr)
 
 
-def _cross_entropy(forward: Forward, images: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(forward(images), labels)
+def _loss_of(labelled: Task) -> Loss:
+    return lambda forward, images, labels: labelled.loss(forward(images), labels)
 
 
 def _distance_to(dense: nn.Module) -> Loss:
-    return lambda forward, images, labels: F.mse_loss(forward(images), _logits(dense, images))
+    def distance(forward: Forward, images: Inputs, labels: Batch) -> Tensor:
+        ours, theirs = (tree_leaves(x) for x in (forward(images), _outputs(dense, images)))
+        pairs = [x for x in zip(ours, theirs, strict=True) if isinstance(x[0], Tensor)]
+        return sum(F.mse_loss(*pair) for pair in pairs) / len(pairs)
+
+    return distance
 
 
-def _logits(dense: nn.Module, images: Tensor) -> Tensor:
+def _outputs(dense: nn.Module, images: Inputs) -> Any:
     with torch.no_grad(), eval_mode(dense):
-        return dense(images.clone())  # a model may work in place, on its images too
+        return call(dense, images.clone())  # a model may work in place, on its images too

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from obc.inputs.tasks import Inputs, call
 from obc.inputs.tracing import InPlaceTracer, Operations, equal_but_for_rounding, whole
 from obc.solver.layers import compressible, first_input, forward_hooks, view
 
@@ -30,8 +31,10 @@ class LayerTracer(InPlaceTracer):
 class Walk(Operations):
     """A network that can leave its values at a boundary, and continue from there."""
 
-    def __init__(self, model: nn.Module, like: Walk | None = None) -> None:
-        super().__init__(model, LayerTracer, like)
+    def __init__(
+        self, model: nn.Module, like: Walk | None = None, inputs: Inputs | None = None
+    ) -> None:
+        super().__init__(model, LayerTracer, like, inputs)
 
     def leave(self) -> tuple[int, dict[fx.Node, Any]]:
         """The next operation, and the values that are needed from there on."""
@@ -71,18 +74,18 @@ class WholeWalk:
     def calls(self, layer: str) -> list[int]:
         return [0]
 
-    def begin(self, images: Tensor) -> None:
+    def begin(self, images: Inputs) -> None:
         self.images, self.position = images, 0
 
     def run_to(self, number: int) -> None:
         if number > self.position:
-            self.module(self.images.clone())
+            call(self.module, self.images.clone())
         self.position = number
 
-    def leave(self) -> tuple[int, Tensor]:
+    def leave(self) -> tuple[int, Inputs]:
         return self.position, self.images
 
-    def resume(self, position: int, values: Tensor) -> None:
+    def resume(self, position: int, values: Inputs) -> None:
         self.position, self.images = position, values
 
     def run_ahead(self, number: int) -> None:
@@ -95,16 +98,16 @@ class WholeWalk:
         return False
 
 
-def walk_of(model: nn.Module, images: Tensor) -> Walk | WholeWalk:
+def walk_of(model: nn.Module, images: Inputs) -> Walk | WholeWalk:
     """The model in operations, if they give what the model gives; else as a whole."""
     try:
-        walk = Walk(model)
+        walk = Walk(model, inputs=images)
         walk.begin(images)
         walk.run_to(len(walk.nodes))
         outputs = walk.env[walk.nodes[-1]]
     except Exception as error:  # tracing runs the model's own code, which may raise anything
         return WholeWalk(whole(model, f"the model cannot be traced ({error})").model)
-    if not equal_but_for_rounding(outputs, model(images.clone())):
+    if not equal_but_for_rounding(outputs, call(model, images.clone())):
         reason = "the traced model gives other outputs than the model itself"
         return WholeWalk(whole(model, reason).model)
     return walk
@@ -147,12 +150,12 @@ def outputs_of(layer: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
 
 
 def outputs_of_layers(
-    model: nn.Module, names: Iterable[str], images: Tensor
+    model: nn.Module, names: Iterable[str], images: Inputs
 ) -> dict[str, list[Tensor]]:
     """The outputs of all calls of layers, without their biases."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     with ExitStack() as stack:
         for name in outputs:
             stack.enter_context(outputs_of(model.get_submodule(name), outputs[name]))
-        model(images.clone())
+        call(model, images.clone())
     return outputs
