@@ -20,18 +20,20 @@ import shlex  # noqa: E402
 from collections.abc import Mapping  # noqa: E402
 
 from obc.toolkit import cli  # noqa: E402
+from obc.toolkit.timings import TIMED  # noqa: E402
 from recipes.fine_tuning import fine_tuning  # noqa: E402
 from recipes.recipe import Recipe  # noqa: E402
-from recipes.tables import block8, mixed, nm, quantisation, unstructured  # noqa: E402
+from recipes.tables import block8, deploy, mixed, nm, quantisation, unstructured  # noqa: E402
 
 RECIPES = {
     function.__name__: function
-    for function in (quantisation, nm, unstructured, mixed, block8, fine_tuning)
+    for function in (quantisation, nm, unstructured, mixed, block8, deploy, fine_tuning)
 }
 ENVIRONMENT = {  # variable → option; what is given on the command line counts more
     "OUT": "--out",
     "TARGETS": "--targets",
     "TIMINGS": "--timings",
+    "RUNTIME": "--runtime",
     "BITS": "--bits",
     "SEEDS": "--seeds",
     "STUDY": "--study",
@@ -50,9 +52,14 @@ def own_options(name: str) -> cli.Parser:
     parser = cli.Parser(prog=f"python -m recipes {name}", add_help=False)
     add = parser.group("this recipe").add_argument
     add("--out", metavar="DIR", help="folder of the results (default: results/MODEL-DATASET)")
-    if name != "fine_tuning":
+    if name not in ("deploy", "fine_tuning"):
         text = "tune norms on images without augmentation, too: for networks trained so"
         add("--tune-noaug", action="store_true", help=text)
+    if name == "deploy":
+        text = "what runs the exported networks"
+        add("--runtime", choices=list(TIMED), default="ort", help=text)
+        text = "how many times faster than 8 bits alone (default: 1.5 2 3)"
+        add("--targets", metavar="F", nargs="+", type=cli.positive_float, help=text)
     if name in ("unstructured", "mixed", "block8"):
         text = "dense cost / allowed cost (default: the paper's)"
         add("--targets", metavar="F", nargs="+", type=cli.positive_float, help=text)
@@ -61,7 +68,7 @@ def own_options(name: str) -> cli.Parser:
             ("resolve", "leave out what is solved anew"),
         ):
             add(f"--no-{word}", action="store_true", help=text)
-    if name in ("unstructured", "block8"):
+    if name in ("unstructured", "block8", "deploy"):
         for option, kind, text in (
             ("--min-sparsity", cli.fraction, "at the first level"),
             ("--max-sparsity", cli.fraction, "at the last level"),

@@ -297,6 +297,23 @@ def test_block8_at_measured_time(warm, tmp_path, monkeypatch):
     assert reached == ["8.00×"] * 2 + ["4.13×"] * 2  # 8 · 8 / (5 · 2.5 + 3)
 
 
+@pytest.mark.slow
+def test_deploy_exports_and_measures_what_it_chooses(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    grid = ("--max-sparsity", "0.6", "--delta-sparse", "0.4")
+    words = ("deploy", "rn8", "digits", *QUICK, "--out", "results", "--targets", "0.5", "1000")
+    assert main([*words, *grid]) == 0
+    out, err = capsys.readouterr()
+    dense, *rows = table(out)
+    ways = ("uniform, solved anew", "uniform, exported", "DP, solved anew", "DP, exported")
+    assert [row[1] for row in rows] == list(ways)
+    anew, exported = ([float(row[3]) for row in rows[first::2]] for first in (0, 1))
+    assert all(top1 > 95 for top1 in anew) and exported == pytest.approx(anew, abs=1)
+    assert err.count("1000×: skipped") == 2  # for uniform levels and for the DP
+    assert len(list(Path("results").glob("rn8_struct_8w8a_*x_dp_exported.onnx"))) == 1
+
+
 def test_a_recipe_without_arguments_says_what_it_needs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
