@@ -1,4 +1,4 @@
-"""The tables of Optimal Brain Compression (arXiv 2208.11580), and of measured time; a function each.
+"""Tables of Optimal Brain Compression (arXiv 2208.11580) and of measured time, a function each.
 
 Next to the paper's figures, each has those of layers that make up for the ones before them: the
 toolkit's own way, which needs no correction afterwards.
