@@ -22,6 +22,7 @@ FOLDERS = {  # folder -> its rank; a file imports from its own folder and from l
     "commands": 4,  # the flat commands
     "obc": 5,  # `python -m obc`
     "assets": 5,
+    "examples": 5,
     "pruning_vs_quantization": 5,
     "recipes": 6,  # make tables of the study, too
     "benchmarks": 6,  # may time the study

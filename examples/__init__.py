@@ -1,0 +1,1 @@
+"""Networks that are no image classifiers, through the toolkit: see README.md here."""
