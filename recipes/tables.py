@@ -172,7 +172,7 @@ def deploy(recipe: Recipe) -> None:
             try:
                 recipe.run(script, target, kind, *words, *budget)
             except UserError as error:
-                log.warning("%s, %s×: skipped, %s", method, target, error)
+                log.warning("%s, %g× faster than 8 bits: skipped, %s", method, times, error)
                 continue
             profile = recipe.file(f"{kind}_{100 * float(target):.10g}x_{ending}.txt")
             profiles.append(profile)

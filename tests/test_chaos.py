@@ -1,16 +1,16 @@
-"""A few runs of tests/chaos.py, one for each kind of fault."""
+"""A few runs of tests/chaos.py; other tests send signals to every command."""
 
 from __future__ import annotations
 
 import pytest
-from chaos import KINDS, Broken, chaos, check_files, check_said
+from chaos import Broken, chaos, check_files, check_said
 
 
 @pytest.mark.slow
 def test_faults_change_nothing():
-    good, broken = chaos(len(KINDS), seed=1)
+    good, broken = chaos(3, seed=1)
     assert not broken
-    assert good["troubles"] >= 3 and good.total() - good["troubles"] == len(KINDS)
+    assert good["troubles"] >= 3 and {"SIGKILL", "full", "damaged"} < good.keys()
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_training_on_the_dense_models_outputs(train: Callable) -> None:
         dense = copy.deepcopy(model)
         model.fc.weight.data.mul_(0.9)
         task = training.TrainingTask("test", Epochs(), CPU, 2, "--lr")
-        options = {"cross_entropy": False} if train is training.finetune else {}
+        options = {"labelled": None} if train is training.finetune else {}
         return train(model, dense, task, **options)
 
     one, other = (act(Normalising(in_place).eval()) for in_place in (True, False))

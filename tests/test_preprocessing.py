@@ -25,7 +25,8 @@ from obc.inputs.preprocessing import Preprocessing
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError
 from obc.toolkit import cli
-from obc.toolkit.session import images_hash, model_without_images
+from obc.toolkit.imagetask import images_hash
+from obc.toolkit.session import model_without_images
 
 QUICK = ["--nsamples", "32", "--noaug", "--device", "cpu"]
 GREY = """

@@ -14,7 +14,7 @@ from scripts import ROOT, check_parses
 
 import main_trueobs
 import quant
-from modelutils import find_layers
+from modelutils import find_layers, own_preprocessing
 from obc.inputs import files
 from obc.inputs.vision import make_importable, torchvision
 from obc.toolkit.calibrate import activation_grids, attach_activation_grids
@@ -107,7 +107,7 @@ def tagger():
 
 
 def test_python_of_using_runs(tmp_path, monkeypatch, capsys):
-    network, task, _, one_layer = python_of("using.md")
+    network, preprocessed, task, _, one_layer = python_of("using.md")
     (tmp_path / "net.py").write_text(TAGGER)
     (tmp_path / "task.py").write_text(task)
     words = ["quant", "--wbits", "4", "--only", "tags", "--nsamples", "32"]
@@ -120,6 +120,10 @@ def test_python_of_using_runs(tmp_path, monkeypatch, capsys):
     names: dict = {}
     exec(compile(network, "net.py", "exec"), names)
     assert names["network"]()(torch.randn(1, 3, 8, 8)).shape == (1, 2)
+    names["EfficientNetLite0"] = names["network"]
+    exec(compile(preprocessed, "net.py", "exec"), names)
+    told = own_preprocessing("net.py:lite0", True, names["lite0"]())
+    assert (told["size"], told["interpolation"], told["mean"][2]) == (224, "bicubic", 127 / 255)
     exec(compile(one_layer, "using.md", "exec"), {})
     assert "0.5000" in capsys.readouterr().out
 
@@ -138,7 +142,7 @@ def test_a_checkpoint_in_plain_pytorch_is_the_model_that_we_evaluate(tmp_path, m
     attach_activation_grids(model, activation_grids(model, images, 4, False, False))
     files.save_checkpoint(model.state_dict(), tmp_path / "rn18_4w4a.pth")
     monkeypatch.chdir(tmp_path)
-    block = python_of("using.md")[2]
+    block = python_of("using.md")[3]
     names: dict = {}
     exec(compile(block, "using.md", "exec"), names)
     load_compressed(dense, "rn18_4w4a.pth")

@@ -310,7 +310,7 @@ def test_deploy_exports_and_measures_what_it_chooses(tmp_path, monkeypatch, caps
     assert [row[1] for row in rows] == list(ways)
     anew, exported = ([float(row[3]) for row in rows[first::2]] for first in (0, 1))
     assert all(top1 > 95 for top1 in anew) and exported == pytest.approx(anew, abs=1)
-    assert err.count("1000×: skipped") == 2  # for uniform levels and for the DP
+    assert err.count("1000× faster than 8 bits: skipped") == 2  # for uniform levels and for the DP
     assert len(list(Path("results").glob("rn8_struct_8w8a_*x_dp_exported.onnx"))) == 1
 
 
