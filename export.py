@@ -39,9 +39,10 @@ from obc.toolkit.leveldb import Database, check_checkpoint, model_tag, origin_ma
 from obc.toolkit.profiles import read_profile
 from obc.toolkit.session import Invocation, Session, common_options, dense_files, load_compressed
 from obc.toolkit.stitching import add_file_options, stitched
+from obc.toolkit.timings import TIMED
 
 EXPORT_SUFFIXES = (".onnx", ".pt2", ".safetensors")
-ONNX_ONLY = ("int8_sums", "measure")  # options
+ONNX_ONLY = ("int8_sums", "measure", "runtime")  # options
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--int8-sums", action="store_true", help="round residual sums, too: another network")
     add("--strict", action="store_true", help="refuse a layer left in float32, or a wrong graph")
     add("--measure", action="store_true", help="size, latency and outputs in installed runtimes")
+    add("--runtime", choices=list(TIMED), help="measure in this one only")
     return parser
 
 
@@ -67,6 +69,8 @@ def check_options(args: argparse.Namespace) -> None:
     for option in ONNX_ONLY:
         if getattr(args, option) and suffix != ".onnx":
             raise UserError(f"--{option.replace('_', '-')} needs --to FILE.onnx")
+    if args.runtime and not args.measure:
+        raise UserError("--runtime has no effect without --measure")
     if args.prefix and not args.database:
         raise UserError("--prefix has no effect without --database")
     if not Path(args.file).exists():
@@ -85,7 +89,9 @@ def check_packages(args: argparse.Namespace) -> None:
             export_onnx.package(name)
     if args.int8_sums:
         export_onnx.package("onnxruntime")
-    if args.measure:
+    if args.runtime:
+        export_onnx.package(export_measure.RUNTIMES[TIMED[args.runtime]][0])
+    elif args.measure:
         export_measure.installed_runtimes()
 
 
@@ -138,7 +144,8 @@ def measured(
         f"{len(dense) / 1e6:.2f} MB ({len(dense) / len(exported):.2f} × smaller)\n"
     )
     times, runners = [], {}
-    for name in export_measure.installed_runtimes():
+    names = [TIMED[args.runtime]] if args.runtime else export_measure.installed_runtimes()
+    for name in names:
         times += export_measure.latencies(exported, dense, session.image_shape, name)
         if export_measure.runs_exported(times, name):
             runners[name] = export_measure.RUNTIMES[name][1](exported)

@@ -182,7 +182,7 @@ def deploy(recipe: Recipe) -> None:
             figures = recipe.corrected(path, *model, "--resolve")
             recipe.add(f"{method}, solved anew", target, predicted, figures)
             file = profile.with_name(f"{profile.stem}_exported.onnx")
-            recipe.run("export.py", path, "--to", file, *sums, "--measure")
+            recipe.run("export.py", path, "--to", file, *sums, "--measure", "--runtime", runtime)
             name, measured = TIMED[runtime], read_record(file.with_suffix(".json"))
             times_of = {
                 x["network"]: x["seconds"]

@@ -314,6 +314,7 @@ def test_a_profile_is_exported_as_the_checkpoint_of_the_stitched_model(command, 
     [
         (("--to", "x.tflite"), "name a .onnx"),
         (("--to", "x.pt2", "--measure"), "--measure needs --to FILE.onnx"),
+        (("--to", "x.onnx", "--runtime", "ort"), "--runtime has no effect without --measure"),
         (("--to", "x.onnx", "--prefix", "."), "no effect without --database"),
     ],
 )
