@@ -52,7 +52,7 @@ from obc.inputs.images import (
     subfolders,
 )
 from obc.inputs.labels import read_labels
-from obc.inputs.preprocessing import MODES, Preprocessing
+from obc.inputs.preprocessing import PILLOW_MODES, Preprocessing
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
 
@@ -159,7 +159,7 @@ class ImageSet(Dataset):
     ) -> tuple[np.ndarray, int]:  # (s, s, c) uint8, label
         """An image before normalisation: plain, or augmented in a way that `seed` alone decides."""
         image, label = self.source[self.chosen[index]]
-        image = image.convert(MODES[self.preprocessing.channels])
+        image = image.convert(PILLOW_MODES[self.preprocessing.channels])
         if seed is None:
             image = self.view.plain(image)
         else:

@@ -24,8 +24,8 @@ from pathlib import Path
 from benchmarks.timing import finish, start
 from obc.toolkit import cli
 
-ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("layers", "quant --wbits 4", "nmprune")
+CHECKOUT = Path(__file__).resolve().parents[1]
+ZOO_COMMANDS = ("layers", "quant --wbits 4", "nmprune")
 NETWORKS = (
     *("rn18", "mobilenet_v2", "efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t"),
     *("regnet_y_400mf", "timm:resnet18.a1_in1k", "timm:vit_tiny_patch16_224"),
@@ -61,7 +61,7 @@ def passage(network: str, command: str, args: argparse.Namespace, folder: str) -
         words += ["--restart"]
     started = time.perf_counter()
     with open(Path(folder) / "out", "w+") as out, open(Path(folder) / "err", "w+") as err:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err)  # nosec B603
+        process = subprocess.Popen(words, cwd=CHECKOUT, stdout=out, stderr=err)  # nosec B603
         _, status, usage = os.wait4(process.pid, 0)
         out.seek(0), err.seek(0)
         share = re.search(r"\((\S+ %) of all parameters\)", out.read())
@@ -84,12 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     start(args)
-    cli.print_result(f"| network | in layers | {' | '.join(COMMANDS)} |")
-    cli.print_result("|---" * (2 + len(COMMANDS)) + "|")
+    cli.print_result(f"| network | in layers | {' | '.join(ZOO_COMMANDS)} |")
+    cli.print_result("|---" * (2 + len(ZOO_COMMANDS)) + "|")
     passages: list[Passage] = []
     with tempfile.TemporaryDirectory() as folder:
         for network in args.networks:
-            row = [passage(network, command, args, folder) for command in COMMANDS]
+            row = [passage(network, command, args, folder) for command in ZOO_COMMANDS]
             passages += row
             cells = (network, row[0].share, *map(str, row))
             cli.print_result(f"| {' | '.join(cells)} |")

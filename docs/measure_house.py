@@ -4,9 +4,9 @@
 
 A folder is one row, the modules at the top level are another. Lines are those of `wc -l`; lines of
 code leave out blank lines, comments and docstrings. A name counts as defined twice if a module of
-the product (all folders but assets, benchmarks, docs, recipes and tests) and another one of the
-product or of benchmarks define it at their top level, as a class, a function or a variable; names
-that every command has are left out.
+the product (all folders but assets, benchmarks, docs, examples, recipes and tests) and another
+one of the product or of benchmarks define it at their top level, as a class, a function or a
+variable; names that every command has are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONG = 50  # lines of a function
-NO_PRODUCT = {"assets", "benchmarks", "docs", "recipes", "tests"}
+NO_PRODUCT = {"assets", "benchmarks", "docs", "examples", "recipes", "tests"}
 OF_EVERY_COMMAND = {"build_parser", "main", "run", "check_options"}
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -192,7 +192,7 @@ def test_the_choice_is_the_best_of_all(seed: int, chain: bool) -> None:
     if seed == 3:
         errors[2][1] = np.nan
     budget = 0.5 * sum(table.flat[0] for table in costs)
-    choice = joint.solve(
+    choice = joint.solve_jointly(
         scopes, costs, [np.where(np.isfinite(e), e, np.nan) for e in errors], budget
     )
     spent = sum(c[tuple(choice.levels[x] for x in s)] for c, s in zip(costs, scopes, strict=True))
@@ -211,7 +211,7 @@ def test_long_chains_are_weeded_and_still_nearly_best(monkeypatch: pytest.Monkey
     monkeypatch.setattr(joint, "MOST", 40)
     options = joint.unit_options(range(9), scopes, costs, errors)
     assert len(options.costs) <= 40
-    choice = joint.solve(scopes, costs, errors, budget)
+    choice = joint.solve_jointly(scopes, costs, errors, budget)
     assert choice.cost <= budget and best <= choice.error <= 1.05 * best
 
 
@@ -220,14 +220,17 @@ def test_separate_layers_are_chosen_as_by_the_plain_programme() -> None:
     costs = [table.reshape(5, -1)[:, 0] for table in costs]
     budget = 0.6 * sum(c[0] for c in costs)
     scopes = [(i,) for i in range(8)]
-    plain, same = dp.solve(costs, errors, budget), joint.solve(scopes, costs, errors, budget)
+    plain, same = (
+        dp.solve(costs, errors, budget),
+        joint.solve_jointly(scopes, costs, errors, budget),
+    )
     assert plain.levels == same.levels and plain.cost == same.cost
 
 
 def test_units_are_linked_layers() -> None:
     assert joint.units([(0, 1), (1,), (2,), (3, 5), (4,), (5, 1)]) == [[0, 1, 3, 5], [2], [4]]
     with pytest.raises(dp.NoFiniteError) as caught:
-        joint.solve(
+        joint.solve_jointly(
             [(0,), (1, 0)], [np.ones(2), np.ones((2, 2))], [np.ones(2), np.full(2, np.nan)], 3
         )
     assert caught.value.layer == 1

@@ -31,7 +31,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
 CROPS = ("center", "squash")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")  # Pillow's
-MODES = {1: "L", 3: "RGB"}  # of images in Pillow, by number of channels
+PILLOW_MODES = {1: "L", 3: "RGB"}  # of images in Pillow, by number of channels
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def channel_values(given: Any, subject: str) -> tuple[float, ...]:
         values = ()
     positive = subject.endswith("std")
     valid = all(math.isfinite(x) and (x > 0 or not positive) for x in values)
-    if len(values) not in MODES or not valid:
+    if len(values) not in PILLOW_MODES or not valid:
         raise UserError(
             f"{subject} must be a number{' above 0' if positive else ''} for each of 3 channels "
             f"(as in 0.5,0.5,127/255), or one for grey images; got {given}"

@@ -101,7 +101,7 @@ def weeded(options: Options, matter: Sequence[int]) -> Options:
     return options[np.concatenate(kept)]
 
 
-def solve(
+def solve_jointly(
     scopes: Scopes,
     costs: Sequence[np.ndarray],
     errors: Sequence[np.ndarray],

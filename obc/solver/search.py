@@ -79,7 +79,7 @@ class ProfileProblem:
         try:
             if self.scopes is None:
                 return dp.solve(self.costs, errors, self.budget, self.buckets)
-            return joint.solve(self.scopes, self.costs, errors, self.budget, self.buckets)
+            return joint.solve_jointly(self.scopes, self.costs, errors, self.budget, self.buckets)
         except dp.OverBudget as error:
             largest = math.floor(1e4 * self.dense / error.least) / 1e4
             tables = zip(self.levels, self.costs, strict=True)

@@ -74,7 +74,7 @@ def cut_channels(model: nn.Module, images: Tensor) -> tuple[nn.Module, Cut]:
     if not channels:
         return nothing
     try:
-        expected, outputs = (_outputs(network, images) for network in (model, smaller))
+        expected, outputs = (_outputs_on(network, images) for network in (model, smaller))
         worst = float((outputs - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
         reason = "" if worst < CUT_TOLERANCE else f"outputs change by {worst:.1g}"
     except Exception as error:
@@ -107,7 +107,7 @@ def chains(model: nn.Module, images: Tensor) -> list[Chain]:
         return []
 
 
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+def _outputs_on(model: nn.Module, images: Tensor) -> Tensor:
     """What a network returns if it does not round: a sum in another order may round otherwise."""
     plain = _without_rounding(model)
     with evaluating(plain):

@@ -63,7 +63,7 @@ from obc.inputs.attention import split_attention
 from obc.inputs.batches import Batches, ShardedBatches
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.failures import FailedForward, accepted_input
-from obc.inputs.preprocessing import MODES, Preprocessing
+from obc.inputs.preprocessing import PILLOW_MODES, Preprocessing
 from obc.inputs.tasks import Inputs, Task, call, on_device
 from obc.inputs.timm_models import TIMM
 from obc.inputs.tracing import equal_but_for_rounding
@@ -483,7 +483,7 @@ def advice(
     if channels != (present := images.shape[1]):
         what = f"it takes {channels} channel{'s' if channels > 1 else ''}, images have {present}"
         values = "one value each" if channels == 1 else f"{channels} values each"
-        how = f"pass --mean and --std with {values}, or " if channels in MODES else ""
+        how = f"pass --mean and --std with {values}, or " if channels in PILLOW_MODES else ""
         texts.append(f"{what}: {how}let its forward convert them")
     if other_size != size:
         texts.append(f"it takes {other_size}×{other_size} pixels: pass --image-size {other_size}")

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 TIMED = {"ort": ONNX_RUNTIME, "openvino": OPENVINO}  # --runtime
-WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS_A_LEVEL = 3, 7, 60, 2.0
+WARM_UP, LEAST_TIMED, MOST_TIMED, SECONDS_A_LEVEL = 3, 7, 60, 2.0
 FAR_OFF = 0.15  # of the network's time
 
 Times = dict[str, float]  # layer → seconds
@@ -242,8 +242,8 @@ def times_beside(
     profiles = [PROFILES[options.runtime](network, options.threads) for network in (dense, level)]
     whole_run, whole_times = RUNTIMES[TIMED[options.runtime]][1](level, options.threads), []
     began = time.perf_counter()
-    for done in range(WARM_UP + MOST_ROUNDS):
-        if done >= WARM_UP + LEAST_ROUNDS and time.perf_counter() - began > SECONDS_A_LEVEL:
+    for done in range(WARM_UP + MOST_TIMED):
+        if done >= WARM_UP + LEAST_TIMED and time.perf_counter() - began > SECONDS_A_LEVEL:
             break
         for profile in profiles:
             profile.run(images)
