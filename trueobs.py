@@ -304,12 +304,16 @@ class TrueOBS:
         if refine:
             rows, moved = self.world.rows(self.rows), quantised.to(dtype)
             tensors = moved, snapshot.W, snapshot.group, scale, low, high
-            codes = refined_codes(*(x[rows] for x in tensors), snapshot.H)
+            codes = refined_codes(*(x[rows] for x in tensors), snapshot.H, self._room(dtype))
             moved[rows] = scale[rows] * codes
             self.world.fill_rows(moved)
             moved = grid(moved.to(grid.scale.dtype))  # onto the grid to the last bit
             quantised, _ = never_worse(quantised, moved, snapshot.W, snapshot.H)
         self.view.write(self._as_layer(quantised))
+
+    def _room(self, dtype: torch.dtype, innermost: bool = False) -> int:
+        """Bytes for what follows the elimination."""
+        return self.memory - layer_needs(self.layer, dtype, innermost=innermost).layer
 
     def _fitted_grid(self, snapshot: Snapshot, grid: Grid) -> Grid:
         """A grid like this one, its ranges chosen by the Hessian."""
@@ -318,7 +322,7 @@ class TrueOBS:
         diagonal = snapshot.H.diagonal(dim1=1, dim2=2)
         symmetric = bool((2 * grid.zero == highest + 1).all())
         scale, zero = grid.scale.clone(), grid.zero.clone()
-        own = scale[rows], zero[rows], highest, symmetric
+        own = scale[rows], zero[rows], highest, symmetric, self._room(snapshot.W.dtype)
         scale[rows], zero[rows] = best_ranges(*tensors, diagonal, *own)
         self.world.fill_rows(scale)
         self.world.fill_rows(zero)
@@ -354,8 +358,7 @@ class TrueOBS:
             log.info("no swaps: %d columns are more than %d", self.columns, MOST_COLUMNS)
             return weights
         W, H, rows = snapshot.W, snapshot.H, self.world.rows(self.rows)
-        memory = self.memory - layer_needs(self.layer, W.dtype, innermost=True).layer
-        memory -= H.numel() * W.element_size()  # a copy, damped
+        memory = self._room(W.dtype, innermost=True) - H.numel() * W.element_size()  # a copy
         system, damping = snapshot.group[rows], snapshot.inverse.damping
         result = weights.double()
         result[rows] = swapped(weights[rows], W[rows], H, system, damping, size, memory)

@@ -24,7 +24,7 @@ import post_proc
 import spdy
 from modelutils import find_layers
 from obc.inputs.checkpoints import load_checkpoint
-from obc.solver import search
+from obc.solver import codes, search
 from obc.solver.memory import layer_needs
 from obc.toolkit import sensitivity
 from obc.toolkit.leveldb import Database
@@ -41,7 +41,7 @@ SMALL = ("--nsamples", "64", "--noaug", "--memory", "1")
 def engine_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, too, what a GPU runs."""
     torch.set_num_threads(1)
-    for module in ("elimination", "levels"):
+    for module in ("elimination", "levels", "swaps", "codes"):
         monkeypatch.setattr(f"obc.solver.{module}.compiled_engine", lambda: None)
 
 
@@ -279,18 +279,22 @@ def pretended_layer(rows: int, channels: int, groups: int, zeros: float) -> tupl
 
 SOLVE: dict[str, Callable[[TrueOBS], object]] = {
     "quant": lambda solver: solver.quantize(),
+    "quant, ranges": lambda solver: solver.quantize(fit_range=True),
+    "quant, refined": lambda solver: solver.quantize(refine=True),
     "nmprune": lambda solver: solver.nmprune(2, 4),
+    "nmprune, swaps": lambda solver: solver.nmprune(2, 4, swaps=True),
     "unstr": lambda solver: solver.prepare_unstr(),
     "blocked": lambda solver: solver.prepare_blocked(4),
     "struct": lambda solver: solver.prepare_struct(9),
 }
+SEARCHES = [mode for mode in SOLVE if "," in mode]
 ONCE, EACH = 17, 8  # waits for a layer; for a batch of its rows, most of them for the inverses
 APART = 12  # for a batch of rows with inverses of their own
 
 
 def solve(mode: str, solver: TrueOBS, levels: int) -> int:
     """Compress a layer; how many batches its rows are in, twice if levels are made of them."""
-    if mode == "quant":
+    if mode.startswith("quant"):
         solver.quantizer = fit_weight_grid(solver.view.matrix, 4)
     batches = 0
     systems = solver._systems
@@ -323,8 +327,9 @@ def test_waits_do_not_depend_on_sizes(mode: str, zeros: float) -> None:
             waits.append(gpu.waited - before)
             assert gpu.waits_in("obc/solver/elimination.py") == gpu.waits_in("quant.py") == 0
     ladder = 10 if zeros else 0  # steps of damping, if there are any, differ from H to H
+    ladder += codes.SWEEPS if mode == "quant, refined" else 0  # as do sweeps over all codes
     assert abs(waits[0] - waits[1]) <= ladder
-    assert max(waits) <= ONCE + (EACH + (APART if zeros else 0)) * batches
+    assert max(waits) <= ONCE + (EACH + (APART if zeros else 0)) * batches + ladder
 
 
 @pytest.mark.parametrize("mode", SOLVE)
@@ -369,8 +374,8 @@ def test_waits_for_scores_do_not_depend_on_levels(measure: Callable) -> None:
 def test_the_memory_that_is_promised(
     mode: str, groups: int, zeros: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the byte: nothing is set apart for libraries here."""
-    monkeypatch.setattr("obc.solver.memory.OVERHEAD", 0)
+    """To the byte: nothing is set apart for libraries here; 80 kB for the buffers of a search."""
+    monkeypatch.setattr("obc.solver.memory.OVERHEAD", 80_000 * (mode in SEARCHES))
     levels = 9 if mode in ("unstr", "blocked", "struct") else 0
     for rows_at_a_time in (1, 3):
         with pretended_gpu() as gpu:
@@ -378,8 +383,8 @@ def test_the_memory_that_is_promised(
             needs = layer_needs(
                 layer,
                 levels=levels,
-                innermost=mode in ("nmprune", "blocked"),
-                apart=bool(zeros) and mode in ("nmprune", "blocked", "struct"),
+                innermost=mode.startswith(("nmprune", "blocked")),
+                apart=bool(zeros) and mode.startswith(("nmprune", "blocked", "struct")),
             )
             memory = needs.layer + max(needs.inverting, rows_at_a_time * needs.row)
             before, solver = gpu.bytes, TrueOBS(layer, memory=memory)
@@ -387,3 +392,19 @@ def test_the_memory_that_is_promised(
             gpu.peak = gpu.bytes
             solve(mode, solver, levels)
             assert gpu.peak - before <= memory
+
+
+@pytest.mark.parametrize("mode", SEARCHES)
+def test_searches_keep_to_the_memory_of_larger_layers(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows at once would take several times as much."""
+    monkeypatch.setattr("obc.solver.memory.OVERHEAD", 80_000)
+    with pretended_gpu() as gpu:
+        layer, x = pretended_layer(96, 16, 1, 0.0)
+        needs = layer_needs(layer, innermost=mode.startswith("nmprune"))
+        before, solver = gpu.bytes, TrueOBS(layer, memory=needs.layer + 2 * needs.row)
+        solver.add_batch(x)
+        gpu.peak = gpu.bytes
+        solve(mode, solver, 0)
+        assert gpu.peak - before <= needs.layer + 2 * needs.row

@@ -36,7 +36,8 @@ from obc.solver.threads import in_pieces
 NEIGHBOURS = 16
 SWEEPS = 50  # at most
 LEAST_MOVE_GAIN = 1e-5  # × E
-ROWS_MOVED = 8
+ROWS_MOVED = 8  # at a time, by a thread of a CPU
+BYTES = 80  # for each code of a row in work on a GPU
 COLUMNS_TOGETHER = 128  # whose neighbours are looked for
 
 
@@ -48,10 +49,12 @@ def refined_codes(
     low: Tensor,  # (rows, 1) lowest code
     high: Tensor,  # (rows, 1) highest code
     H: Tensor,  # (G, d, d) float64
+    memory: int,  # bytes, for a copy of H and for rows in work on a GPU
 ) -> Tensor:  # (rows, d) q
     """The codes after all moves that pay."""
     all_codes, frozen = torch.round(quantised / scale), W == 0
-    sizes = torch.bincount(system, minlength=len(H)).tolist()
+    sizes, d = torch.bincount(system, minlength=len(H)).tolist(), W.shape[1]
+    together = max(1, (memory - W.element_size() * d * d) // (BYTES * d))  # rows
     compiled = W.device.type == "cpu" and compiled_engine() is not None
     if compiled:
         from obc.solver.local_search_cpu import refine_rows
@@ -76,7 +79,8 @@ def refined_codes(
         if compiled:
             in_pieces(work, size, ROWS_MOVED)
         else:
-            work(slice(0, size))
+            for start in range(0, size, together):
+                work(slice(start, min(start + together, size)))
     return all_codes
 
 

@@ -25,7 +25,8 @@ from obc.solver.threads import in_pieces
 SCALES = tuple(0.6 + 0.05 * i for i in range(17))  # × the step; 1 is among them
 SHIFTS = (0, -1, 1)  # of the zero point of an asymmetric grid
 BLOCK = 32  # columns between two products
-ROWS_FITTED = 16
+ROWS_FITTED = 16  # at a time, by a thread of a CPU
+VECTORS = 3  # of length d, for every grid of a row in work
 
 
 def best_ranges(
@@ -37,13 +38,15 @@ def best_ranges(
     zero: Tensor,  # (rows, 1)
     highest: int,
     symmetric: bool,
+    memory: int,  # bytes, for U and for rows in work on a GPU
 ) -> tuple[Tensor, Tensor]:  # (rows, 1) each
     """Step and zero point of the grid of least E, of each row."""
     factors = scale.new_tensor([1.0, *(x for x in SCALES if x != 1)])  # ties: the grid as it is
     shifts = scale.new_tensor((0,) if symmetric else SHIFTS)
     scales = (scale[:, :, None] * factors).expand(-1, len(shifts), -1).flatten(1)
     zeros = (zero + shifts).clamp_(0, highest).repeat_interleave(len(factors), dim=1)
-    best = torch.zeros_like(system)
+    best, (d, k) = torch.zeros_like(system), (W.shape[1], scales.shape[1])
+    together = max(1, (memory - 8 * d * d) // (VECTORS * d * k * W.element_size()))  # rows
     sizes = torch.bincount(system, minlength=len(inverse)).tolist()
     for group, size in enumerate(sizes):
         if not size:
@@ -61,8 +64,8 @@ def best_ranges(
         if W.device.type == "cpu":
             in_pieces(work, size, ROWS_FITTED)
         else:
-            for start in range(0, size, ROWS_FITTED):
-                work(slice(start, start + ROWS_FITTED))
+            for start in range(0, size, together):
+                work(slice(start, start + together))
     return scales.gather(1, best[:, None]), zeros.gather(1, best[:, None])
 
 
