@@ -311,9 +311,9 @@ class TrueOBS:
             quantised, _ = never_worse(quantised, moved, snapshot.W, snapshot.H)
         self.view.write(self._as_layer(quantised))
 
-    def _room(self, dtype: torch.dtype, innermost: bool = False) -> int:
-        """Bytes for what follows the elimination."""
-        return self.memory - layer_needs(self.layer, dtype, innermost=innermost).layer
+    def _room(self, dtype: torch.dtype, swaps: bool = False) -> int:
+        """Bytes for the rows of a search."""
+        return self.memory - layer_needs(self.layer, dtype, innermost=swaps, swaps=swaps).layer
 
     def _fitted_grid(self, snapshot: Snapshot, grid: Grid) -> Grid:
         """A grid like this one, its ranges chosen by the Hessian."""
@@ -358,10 +358,9 @@ class TrueOBS:
             log.info("no swaps: %d columns are more than %d", self.columns, MOST_COLUMNS)
             return weights
         W, H, rows = snapshot.W, snapshot.H, self.world.rows(self.rows)
-        memory = self._room(W.dtype, innermost=True) - H.numel() * W.element_size()  # a copy
         system, damping = snapshot.group[rows], snapshot.inverse.damping
-        result = weights.double()
-        result[rows] = swapped(weights[rows], W[rows], H, system, damping, size, memory)
+        result, room = weights.double(), self._room(W.dtype, swaps=True)
+        result[rows] = swapped(weights[rows], W[rows], H, system, damping, size, room)
         self.world.fill_rows(result)
         return never_worse(weights, result.to(W.dtype), W, H)[0]
 

@@ -385,6 +385,7 @@ def test_the_memory_that_is_promised(
                 levels=levels,
                 innermost=mode.startswith(("nmprune", "blocked")),
                 apart=bool(zeros) and mode.startswith(("nmprune", "blocked", "struct")),
+                swaps="swaps" in mode,
             )
             memory = needs.layer + max(needs.inverting, rows_at_a_time * needs.row)
             before, solver = gpu.bytes, TrueOBS(layer, memory=memory)
@@ -402,7 +403,8 @@ def test_searches_keep_to_the_memory_of_larger_layers(
     monkeypatch.setattr("obc.solver.memory.OVERHEAD", 80_000)
     with pretended_gpu() as gpu:
         layer, x = pretended_layer(96, 16, 1, 0.0)
-        needs = layer_needs(layer, innermost=mode.startswith("nmprune"))
+        swaps = "swaps" in mode
+        needs = layer_needs(layer, innermost=swaps, swaps=swaps)
         before, solver = gpu.bytes, TrueOBS(layer, memory=needs.layer + 2 * needs.row)
         solver.add_batch(x)
         gpu.peak = gpu.bytes

@@ -3,9 +3,10 @@
 For a layer of `rows` rows, d columns and G groups, in addition to the network itself, in bytes:
 
     always      G·d²·(8 + item)   H in float64 and its inverse; 8·G·d² more where columns are
-                                  put in another order (N:M, blocks)
+                                  put in another order (N:M, blocks), a copy of H for swaps
                 rows·d·…          order, losses and weights of all rows, and a few MB
-    inverting   8·d²              one matrix more, a few groups at a time (then 8 + item each)
+    inverting   8·d²              one matrix more, a few groups at a time (then 8 + item each);
+                                  or, after the elimination, the matrices of a row that swaps
     eliminating n·row + at most `tasks`·matrix     n rows at a time
     levels      n·row + at most `tasks`·matrix     with row a few times `levels`·d, matrix a few d²
 
@@ -27,6 +28,7 @@ from obc.solver.elimination import bytes_per_system, bytes_per_task
 from obc.solver.errors import UserError
 from obc.solver.inverse import TOGETHER
 from obc.solver.layers import view
+from obc.solver.swaps import MATRICES, MOST_COLUMNS
 from obc.solver.threads import give_back_freed_memory
 
 MATRICES_OF_A_ROW = 1.5  # d×d, while a row's weights at many levels are computed
@@ -41,7 +43,7 @@ class Needs:
 
     sums: int  # for Σ x xᵀ, from the first image on; included in `layer`
     layer: int  # at every step
-    inverting: int  # more, while H is inverted
+    inverting: int  # more, while H is inverted, or a row swaps
     row: int  # more, for every row of a batch
     matrix: int = 0  # more, for every row that a thread works on, on a CPU
     tasks: int = 0  # rows that threads may work on at a time
@@ -64,6 +66,7 @@ def layer_needs(
     levels: int = 0,  # of sparsity, at which its weights are computed
     innermost: bool = False,  # whether its columns are put in another order
     apart: bool = False,  # whether rows have inverses of their own
+    swaps: bool = False,  # whether the N:M zeros of a row are searched (`swaps.py`)
 ) -> Needs:
     """What `TrueOBS` takes for a layer."""
     shape, device, item = view(layer), layer.weight.device, torch.finfo(dtype).bits // 8
@@ -83,6 +86,8 @@ def layer_needs(
         row += 32 * d * d
     inverting = min(shape.groups * d * d, max(d * d, TOGETHER))
     inverting *= 8 + item * (shape.groups > 1)
+    if swaps and d <= MOST_COLUMNS:
+        always, inverting = always + sums // 8 * item, max(inverting, item * MATRICES * d * d)
     return Needs(sums, always, inverting, row, matrix, tasks)
 
 

@@ -51,11 +51,7 @@ def make_plan(
     device = next(iter(layers.values())).weight.device
     memory = min(world.gather(int(memory_gb * 1e9) if memory_gb else default_memory(device)))
     needs = {
-        name: NOTHING
-        if view(layer).left_dense
-        else layer_needs(
-            layer, levels=len(modes[name].sparsities), innermost=modes[name].channels_innermost
-        )
+        name: NOTHING if view(layer).left_dense else needs_of(layer, modes[name])
         for name, layer in layers.items()
     }
     passes, owners = in_passes(needs, memory), {}
@@ -65,6 +61,16 @@ def make_plan(
     if mode.sequential:  # one layer at a time
         owners = {name: None if modes[name].rows_divisible else 0 for name in layers}
     return Plan(memory, needs, passes, owners)
+
+
+def needs_of(layer: nn.Module, mode: Mode) -> Needs:
+    """The memory that a layer takes in a mode."""
+    return layer_needs(
+        layer,
+        levels=len(mode.sparsities),
+        innermost=mode.channels_innermost,
+        swaps=mode.searches and mode.search_name == "swaps",
+    )
 
 
 def operations(layer: nn.Module) -> float:

@@ -53,13 +53,13 @@ from obc.solver.distributed import ALONE, World
 from obc.solver.errors import UserError, log
 from obc.solver.hessian import Gram
 from obc.solver.layers import view
-from obc.solver.memory import default_memory, layer_needs
+from obc.solver.memory import default_memory
 from obc.solver.progress import progress
 from obc.solver.shift import Cross, output_error, shifted_weights
 from obc.solver.threads import Turns, give_back_freed_memory, one_at_a_thread, one_thread
 from obc.toolkit.calibrate import batches_at_a_time, probe
 from obc.toolkit.compress import Compression, LayerReport, compress_layer, naming_layer
-from obc.toolkit.planning import Plan, why_dense
+from obc.toolkit.planning import Plan, needs_of, why_dense
 from obc.toolkit.resume import Entry
 from obc.toolkit.walks import (
     LastCall,
@@ -382,7 +382,8 @@ class SequentialCompression(Compression):
         """Both networks at their beginning. Files of boundaries are gone afterwards."""
         device, folder = next(self.dense.parameters()).device, self.state.folder
         memory = int(self.memory_gb * 1e9) if self.memory_gb else default_memory(device)
-        solving = max(layer_needs(layer).least for layer in self.layers.values())
+        needs = (needs_of(x, self.mode_of(name)) for name, x in self.layers.items())
+        solving = max(x.least for x in needs)
         if folder and self.world.first:
             for leftover in folder.glob(f"{ACTIVATIONS}*"):  # of a killed run
                 shutil.rmtree(leftover, ignore_errors=True)
