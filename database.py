@@ -69,7 +69,6 @@ def write_errors(
     started, world = time.perf_counter(), session.world
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
-    records.check_repeat(invocation.repeat, marks, invocation.defaults)
     figures = session.task.record()
     with open_state(state_folder(path), marks, invocation.restart, world) as state:
         if action in MEASURES:
@@ -102,7 +101,6 @@ def write_timings(
     started = time.perf_counter()
     files.check_writable(path)
     marks = session.fingerprint(invocation, {"database": db.hash})
-    records.check_repeat(invocation.repeat, marks, invocation.defaults)
     images = session.image_data and next(iter(session.calibration()))[0]
     model = copy.deepcopy(session.model).cpu()
     with open_state(state_folder(path), marks, invocation.restart, session.world) as state:

@@ -168,7 +168,6 @@ def run(args: argparse.Namespace) -> None:
     model, suffix = exported_model(session, args), Path(args.to).suffix
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, {"compressed model": content_hash(model.state_dict())})
-    records.check_repeat(args.repeat, marks, invocation.defaults)
     figures: dict[str, Any] = {}
     whole, cut = model, Cut({})
     if suffix != ".safetensors" and not args.no_cut:

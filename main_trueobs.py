@@ -138,6 +138,18 @@ def check_options(args: argparse.Namespace) -> Mode:
     mode = make_mode(args.mode, vars(args))
     vars(args).update(asdict(mode))
     check_ends(args.first_last, mode)
+    if mode.sequential and args.cache:
+        raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
+    args.nrounds = default_rounds(args)
+    check_outputs(args, mode)
+    check_inputs_stay(args, mode)
+    if record := output_files(args.save, args.sparse_dir, model_tag(args.model))[0]:
+        files.check_writable(record)
+    return mode
+
+
+def check_outputs(args: argparse.Namespace, mode: Mode) -> None:
+    """Raise a UserError if what the mode yields cannot be saved where it is to go."""
     if args.save == "" or args.sparse_dir == "":
         raise UserError("--save and --sparse-dir need a name")
     if mode.yields_levels:
@@ -155,15 +167,10 @@ def check_options(args: argparse.Namespace) -> Mode:
             )
     elif args.sparse_dir:
         raise UserError(f"{mode.name} yields one model: name --save FILE, not --sparse-dir")
-    args.nrounds = default_rounds(args)
     if args.save:
         if Path(args.save).suffix not in CHECKPOINT_SUFFIXES:
             raise UserError(f"--save {args.save}: name a file in {' '.join(CHECKPOINT_SUFFIXES)}")
         files.check_writable(args.save)
-    check_inputs_stay(args, mode)
-    if record := output_files(args.save, args.sparse_dir, model_tag(args.model))[0]:
-        files.check_writable(record)
-    return mode
 
 
 def check_inputs_stay(args: argparse.Namespace, mode: Mode) -> None:
@@ -196,8 +203,6 @@ def run(args: argparse.Namespace) -> None:
 def compress_model(args: argparse.Namespace) -> None:
     """Compress a model, layer by layer; save it, and measure it if it is one."""
     mode = check_options(args)
-    if mode.sequential and args.cache:
-        raise UserError("--sequential has no use for --cache: its Hessians fit one run only")
     started = time.perf_counter()
     session = Session.of(common_options(args))
     world = session.world
@@ -208,7 +213,6 @@ def compress_model(args: argparse.Namespace) -> None:
     start = {"--load": content_hash(compressed.state_dict())} if args.load else {}
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, start, threads=False)
-    records.check_repeat(args.repeat, marks, invocation.defaults)
     batches = session.calibration(augment=not args.noaug, nrounds=args.nrounds)
     prove_layers(dense, compressed, batches, session.device)
     show_plan(session, compressed, mode, asked=args.plan)

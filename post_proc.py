@@ -323,7 +323,6 @@ def run(args: argparse.Namespace) -> None:
         contents["levels"] = bytes_hash(f"{name} {modes[name]}".encode() for name in sorted(modes))
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, contents)
-    records.check_repeat(args.repeat, marks, invocation.defaults)
     if (args.statcorr_samples or 0) > session.task.count:
         raise UserError(
             f"--statcorr-samples {args.statcorr_samples} is more than the {session.task.count} "

@@ -43,7 +43,7 @@ from obc.toolkit.corrections import batchnorm_averages, correct_statistics, norm
 from obc.toolkit.costs import CONSTRAINTS, layer_costs
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, model_tag
-from obc.toolkit.records import check_repeat, repeated, write_run
+from obc.toolkit.records import repeated, write_run
 from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options
 
@@ -298,7 +298,6 @@ def run(args: argparse.Namespace) -> None:
             contents["database"] = db.hash
         invocation = Invocation.of(build_parser(), args)
         marks = session.fingerprint(invocation, contents)
-        check_repeat(args.repeat, marks, invocation.defaults)
         figures = session.task.record()
         evaluator = None if args.dp else Evaluator(session, db, correction)
         choose(path, problem, db, invocation, marks, evaluator, args.seed, figures)

@@ -60,7 +60,6 @@ def run(args: argparse.Namespace) -> None:
     db.check(session.model, session.weights_name)
     invocation = Invocation.of(build_parser(), args)
     marks = session.fingerprint(invocation, {"database": db.hash})
-    records.check_repeat(args.repeat, marks, invocation.defaults)
     costs = layer_costs(db, session.model, session.task.example, args.constr, args.timings)
     dense = sum(costs.dense.values())
     total = {level: sum(costs.levels[n][level] for n in db.layers) for level in db.levels}

@@ -166,6 +166,25 @@ def add_input_options(parser: Parser) -> None:
         help="labels of the test images, if val/ has no class folders: lines `name label`, or a "
         "label for each image in the order of their names",
     )
+    add_preprocessing_options(parser)
+    add("--noaug", action="store_true", help="calibration images without augmentation")
+    add(
+        "--nrounds",
+        metavar="N",
+        type=positive_int,
+        help="passes over the calibration images (default: 10 augmented, 1 with --noaug)",
+    )
+    add("--batchsize", metavar="N", type=positive_int, default=128, help="images per batch")
+    add(
+        "--skip-bad-images",
+        action="store_true",
+        help="leave out images that cannot be read, instead of refusing to start",
+    )
+
+
+def add_preprocessing_options(parser: Parser) -> None:
+    """Add the options about how an image becomes the network's input (`preprocessing.py`)."""
+    add = parser.group(INPUTS).add_argument
     add(
         "--image-size",
         metavar="N",
@@ -199,19 +218,6 @@ def add_input_options(parser: Parser) -> None:
             help=f"{what} that pixels in [0, 1] are normalised by, as in 0.5,0.5,127/255; one "
             "value for grey images (default: what the network says, or else ImageNet's)",
         )
-    add("--noaug", action="store_true", help="calibration images without augmentation")
-    add(
-        "--nrounds",
-        metavar="N",
-        type=positive_int,
-        help="passes over the calibration images (default: 10 augmented, 1 with --noaug)",
-    )
-    add("--batchsize", metavar="N", type=positive_int, default=128, help="images per batch")
-    add(
-        "--skip-bad-images",
-        action="store_true",
-        help="leave out images that cannot be read, instead of refusing to start",
-    )
 
 
 def add_run_options(parser: Parser) -> None:

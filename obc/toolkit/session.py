@@ -81,6 +81,7 @@ from obc.toolkit.fingerprints import (
     surroundings,
 )
 from obc.toolkit.imagetask import ImageTask
+from obc.toolkit.records import check_repeat
 
 IMAGE_OPTIONS = ("resize", "crop", "interpolation", "mean", "std")
 DATA_OPTIONS = ("datapath", "classes", "labels", "image_size", "skip_bad_images", "workers")
@@ -196,7 +197,10 @@ class Session:
         contents: Mapping[str, str],  # what else the result depends on, by name
         threads: bool = True,  # whether it depends on their number
     ) -> dict[str, str]:
-        """Everything that the result is a function of, by name (`fingerprints.py`)."""
+        """Everything that the result is a function of, by name (`fingerprints.py`).
+
+        Raises UserError if --repeat names the record of a run with another one.
+        """
         marks = dict(invocation.options) if invocation else {}
         code = result_code(Path(invocation.command).stem) if invocation else hessian_code()
         for what, name in (("model", self.options.model), ("task", self.options.dataset)):
@@ -213,7 +217,10 @@ class Session:
         if invocation and self.device.type != "cpu":  # how many rows go in one product
             memory = self.options.memory or default_memory(self.device) / 1e9
             marks["--memory"] = f"{memory:g}"
-        return marks | contents | surroundings(self.device, code, threads)
+        marks |= contents | surroundings(self.device, code, threads)
+        if invocation:
+            check_repeat(invocation.repeat, marks, invocation.defaults)
+        return marks
 
     @cached_property
     def dense_scores(self) -> DenseScores:
