@@ -21,10 +21,10 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from modelutils import Evaluation
 from obc.inputs import files
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli, export_onnx, origins, records, sensitivity, timings
+from obc.toolkit.evaluation import Evaluation
 from obc.toolkit.export_measure import RUNTIMES
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelutils import mean_loss, placed
+from modelutils import placed
 from obc.inputs import files
 from obc.solver import dp
 from obc.solver.errors import UserError, log
@@ -41,6 +41,7 @@ from obc.solver.search import ProfileProblem, SearchState, picks_key, profile_pr
 from obc.toolkit import cli, origins, profiles
 from obc.toolkit.corrections import batchnorm_averages, correct_statistics, norm_moments
 from obc.toolkit.costs import CONSTRAINTS, layer_costs
+from obc.toolkit.evaluation import mean_loss
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import KINDS, Database, model_tag
 from obc.toolkit.records import repeated, write_run

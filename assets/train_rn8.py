@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from datautils import calibration_batches, load_data, test_batches
-from modelutils import CIFAR_BLOCKS, CifarResNet, evaluate
+from modelutils import CIFAR_BLOCKS, CifarResNet
 from obc.inputs import files
 from obc.toolkit import cli
+from obc.toolkit.evaluation import evaluate
 
 BATCH_SIZE = 64  # images
 PEAK_RATE = 0.1

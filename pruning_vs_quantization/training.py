@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelutils import evaluate, find_layers, first_and_last
+from modelutils import find_layers, first_and_last
 from obc.solver.errors import UserError, log
 from obc.toolkit.corrections import BatchNorm, batchnorm_averages
+from obc.toolkit.evaluation import evaluate
 from obc.toolkit.resume import RunState
 from obc.toolkit.training import TrainingTask, train
 from pruning_vs_quantization import compressed_model as compressed

@@ -37,10 +37,10 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from datautils import test_batches  # noqa: E402
-from modelutils import BatchFigures, Evaluation  # noqa: E402
 from obc.inputs import files  # noqa: E402
 from obc.inputs.preprocessing import Preprocessing  # noqa: E402
 from obc.toolkit import cli, export_measure, export_onnx  # noqa: E402
+from obc.toolkit.evaluation import BatchFigures, Evaluation  # noqa: E402
 from obc.toolkit.leveldb import model_tag  # noqa: E402
 from obc.toolkit.profiles import read_profile, read_scores  # noqa: E402
 from obc.toolkit.records import read_record, write_run  # noqa: E402

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modelutils import Evaluation
 from obc.inputs import files
 from obc.solver.errors import log
+from obc.toolkit.evaluation import Evaluation
 from obc.toolkit.leveldb import model_tag
 from obc.toolkit.records import read_record
 from obc.toolkit.session import Session, common_options

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelutils import evaluating, first_and_last, mean_loss
+from modelutils import evaluating, first_and_last
 from obc.inputs.tracing import TracedModel, resumable
+from obc.toolkit.evaluation import mean_loss
 from obc.toolkit.leveldb import Database
 from obc.toolkit.sensitivity import losses, squared_errors
 from quant import fit_activation_grid, set_activation_grid

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datautils import calibration_batches, load_data
-from modelutils import CLASSIFICATION, CifarResNet, find_layers, get_model
+from modelutils import CifarResNet, find_layers, get_model
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError
 from obc.toolkit.corrections import batchnorm_tune, norm_moments, placed, statistics_correction
+from obc.toolkit.evaluation import CLASSIFICATION
 from obc.toolkit.training import TrainingTask, finetune, global_adaprune, train_vectors
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
 

@@ -13,11 +13,12 @@ import database
 import main_trueobs
 import post_proc
 import spdy
-from modelutils import eval_mode, evaluate, evaluating
+from modelutils import eval_mode, evaluating
 from obc.inputs.failures import FailedForward, accepted_input, foreign_code
 from obc.inputs.tracing import resumable
 from obc.solver.errors import UserError
 from obc.toolkit.calibrate import calls_of_layers, watching
+from obc.toolkit.evaluation import evaluate
 from obc.toolkit.starting import Terminated
 
 CPU = torch.device("cpu")

@@ -18,21 +18,18 @@ from datautils import test_batches as batches_of_tests
 from modelutils import (
     CIFAR_BLOCKS,
     CifarResNet,
-    DenseScores,
-    Evaluation,
     check_layers,
-    evaluate,
     find_layers,
     get_model,
     load_checkpoint,
     load_state,
-    mean_loss,
     other_weights,
 )
 from obc.inputs.checkpoints import fitting_weights
 from obc.inputs.files import save_checkpoint
 from obc.solver.errors import UserError
 from obc.solver.layers import view
+from obc.toolkit.evaluation import DenseScores, Evaluation, evaluate, mean_loss
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,9 @@ import main_trueobs
 import post_proc
 import spdy
 from datautils import load_data, test_batches
-from modelutils import evaluate, get_model
+from modelutils import get_model
 from obc.solver.errors import UserError
+from obc.toolkit.evaluation import evaluate
 from obc.toolkit.fingerprints import difference
 from obc.toolkit.selection import matching, skipped
 

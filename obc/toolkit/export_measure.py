@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modelutils import BatchFigures, Evaluation, evaluating
+from modelutils import evaluating
 from obc.solver.errors import UserError
 from obc.solver.progress import progress
+from obc.toolkit.evaluation import BatchFigures, Evaluation
 from obc.toolkit.export_onnx import REQUIREMENTS, package
 
 Runner = Callable[[np.ndarray], np.ndarray]  # images (n, 3, s, s) → logits (n, classes)

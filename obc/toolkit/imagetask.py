@@ -22,8 +22,9 @@ from datautils import (
     default_preprocessing,
     test_batches,
 )
-from modelutils import Classification, Example, evaluate
+from modelutils import Example
 from obc.inputs.batches import ImageBatches
+from obc.toolkit.evaluation import Classification, evaluate
 from obc.toolkit.fingerprints import bytes_hash
 
 

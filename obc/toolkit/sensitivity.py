@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modelutils import CLASSIFICATION, evaluating, placed
+from modelutils import evaluating, placed
 from obc.inputs.batches import Batches
 from obc.inputs.tasks import Batch, Inputs, Task, call, on_device
 from obc.inputs.tracing import (
@@ -45,6 +45,7 @@ from obc.solver.errors import log
 from obc.solver.layers import forward_hooks
 from obc.solver.progress import progress
 from obc.solver.threads import in_pieces
+from obc.toolkit.evaluation import CLASSIFICATION
 from obc.toolkit.fingerprints import content_hash
 from obc.toolkit.leveldb import Database
 from obc.toolkit.resume import Notes, RunState

@@ -43,20 +43,15 @@ from datautils import (
 from modelutils import (
     RANDOM,
     SHIPPED_WEIGHTS,
-    DenseScores,
-    Evaluation,
     Example,
     check_classes,
     check_layers,
-    evaluate,
-    evaluate_task,
     evaluating,
     example,
     find_layers,
     get_model,
     load_state,
     made_by,
-    mean_loss,
     own_preprocessing,
 )
 from obc.inputs.attention import split_attention
@@ -71,6 +66,7 @@ from obc.inputs.usercode import files_imported
 from obc.solver.distributed import ALONE, World, join, resolve_device
 from obc.solver.errors import UserError, log
 from obc.solver.memory import default_memory
+from obc.toolkit.evaluation import DenseScores, Evaluation, evaluate, evaluate_task, mean_loss
 from obc.toolkit.fingerprints import (
     bytes_hash,
     chosen_options,

@@ -56,12 +56,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves
 
-from modelutils import CLASSIFICATION, eval_mode, find_layers, placed
+from modelutils import eval_mode, find_layers, placed
 from obc.inputs.failures import foreign_code
 from obc.inputs.tasks import Batch, Inputs, Task, call, on_device
 from obc.solver.errors import UserError, log
 from obc.solver.layers import forward_hooks, view
 from obc.solver.progress import progress
+from obc.toolkit.evaluation import CLASSIFICATION
 from obc.toolkit.resume import RunState
 from quant import ACTIVATION_GRID, WEIGHT_GRID, Grid
 
