@@ -26,7 +26,8 @@ from obc.solver.errors import UserError, log
 from obc.toolkit import cli, export_onnx, origins, records, sensitivity, timings
 from obc.toolkit.evaluation import Evaluation
 from obc.toolkit.export_measure import RUNTIMES
-from obc.toolkit.leveldb import KINDS, Database, model_tag
+from obc.toolkit.kinds import KINDS
+from obc.toolkit.leveldb import Database, model_tag
 from obc.toolkit.profiles import read_profile, score_file, write_scores
 from obc.toolkit.resume import Notes, RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options

@@ -43,7 +43,8 @@ from obc.toolkit.corrections import batchnorm_averages, correct_statistics, norm
 from obc.toolkit.costs import CONSTRAINTS, layer_costs
 from obc.toolkit.evaluation import mean_loss
 from obc.toolkit.fingerprints import content_hash
-from obc.toolkit.leveldb import KINDS, Database, model_tag
+from obc.toolkit.kinds import KINDS
+from obc.toolkit.leveldb import Database, model_tag
 from obc.toolkit.records import repeated, write_run
 from obc.toolkit.resume import RunState, open_state, state_folder
 from obc.toolkit.session import Invocation, Session, common_options

@@ -48,9 +48,10 @@ from obc.inputs.failures import FailedForward
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli
+from obc.toolkit.checks import advice, check_model
 from obc.toolkit.fingerprints import content_hash, result_code, surroundings
 from obc.toolkit.resume import open_state, state_folder
-from obc.toolkit.session import advice, check_model, dense_top1, load_compressed
+from obc.toolkit.session import dense_top1, load_compressed
 from pruning_vs_quantization.compressed_model import folded
 from pruning_vs_quantization.fine_tuning_table import make_table
 from pruning_vs_quantization.plots import study_package

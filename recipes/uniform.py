@@ -22,7 +22,8 @@ from obc.inputs import files  # noqa: E402
 from obc.solver import errors  # noqa: E402
 from obc.toolkit import cli, records  # noqa: E402
 from obc.toolkit.costs import CONSTRAINTS, layer_costs  # noqa: E402
-from obc.toolkit.leveldb import KINDS, Database, model_tag  # noqa: E402
+from obc.toolkit.kinds import KINDS  # noqa: E402
+from obc.toolkit.leveldb import Database, model_tag  # noqa: E402
 from obc.toolkit.origins import profile_marks  # noqa: E402
 from obc.toolkit.profiles import write_profile  # noqa: E402
 from obc.toolkit.session import Invocation, Session, common_options  # noqa: E402

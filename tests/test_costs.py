@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError
 from obc.toolkit.costs import layer_costs, layer_flops
-from obc.toolkit.leveldb import Database, share_left
+from obc.toolkit.kinds import share_left
+from obc.toolkit.leveldb import Database
 from quant import fit_activation_grid, fit_weight_grid, set_activation_grid, set_weight_grid
 
 COUNTED = [

@@ -25,10 +25,11 @@ from modelutils import first_and_last
 from obc.inputs.checkpoints import load_checkpoint
 from obc.inputs.files import save_checkpoint
 from obc.toolkit import calibrate, training
+from obc.toolkit.checks import warn_if_random
 from obc.toolkit.corrections import batchnorm_averages, statistics_correction
 from obc.toolkit.evaluation import mean_loss
 from obc.toolkit.leveldb import Database
-from obc.toolkit.session import CommonOptions, Session, warn_if_random
+from obc.toolkit.session import CommonOptions, Session
 from pruning_vs_quantization.learned_steps import input_grids
 from trueobs import TrueOBS
 

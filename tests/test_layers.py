@@ -25,7 +25,7 @@ import spdy
 from modelutils import find_layers
 from obc.solver.layers import along_rows, compressible, forward_hooks, innermost_order, view
 from obc.solver.shift import Cross
-from obc.toolkit.leveldb import share_left
+from obc.toolkit.kinds import share_left
 from quant import fit_weight_grid
 from trueobs import TrueOBS
 

@@ -36,7 +36,8 @@ from obc.solver.errors import UserError
 from obc.solver.layers import forward_hooks, view
 from obc.solver.search import Costs
 from obc.toolkit.cut_costs import CutShares, cost_tables, seconds_table, uniform
-from obc.toolkit.leveldb import FULL_BITS, KINDS, Database, grid_bits
+from obc.toolkit.kinds import FULL_BITS, KINDS, grid_bits
+from obc.toolkit.leveldb import Database
 from obc.toolkit.profiles import read_scores
 from quant import ACTIVATION_GRID, WEIGHT_GRID
 

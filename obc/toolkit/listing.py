@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from modelutils import Example, evaluating, example, find_layers, other_weights
 from obc.inputs.tasks import call
 from obc.solver.layers import first_input, forward_hooks, prove, view
-from obc.toolkit.leveldb import FULL_BITS
+from obc.toolkit.kinds import FULL_BITS
 from obc.toolkit.modes import MODES, Mode, QuantMode, mode_options
 from obc.toolkit.planning import why_dense
 from obc.toolkit.selection import select_layers

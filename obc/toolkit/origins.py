@@ -27,7 +27,8 @@ from modelutils import Example
 from obc.solver.errors import UserError, log
 from obc.toolkit.costs import profile_cost
 from obc.toolkit.fingerprints import bytes_hash
-from obc.toolkit.leveldb import DENSE_WEIGHTS, KINDS, Database
+from obc.toolkit.kinds import KINDS
+from obc.toolkit.leveldb import DENSE_WEIGHTS, Database
 from obc.toolkit.profiles import Table, as_number
 from obc.toolkit.records import read_record
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 import quant
 from modelutils import find_layers
 from obc.solver.layers import LayerView, view
-from obc.toolkit.leveldb import KINDS, Database
+from obc.toolkit.kinds import KINDS
+from obc.toolkit.leveldb import Database
 from obc.toolkit.modes import NO_QUANTISATION, Mode, PruningMode, QuantMode
 from trueobs import TrueOBS
 

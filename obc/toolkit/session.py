@@ -17,16 +17,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +41,6 @@ from modelutils import (
     RANDOM,
     SHIPPED_WEIGHTS,
     Example,
-    check_classes,
-    check_layers,
-    evaluating,
-    example,
-    find_layers,
     get_model,
     load_state,
     made_by,
@@ -57,15 +49,21 @@ from modelutils import (
 from obc.inputs.attention import split_attention
 from obc.inputs.batches import Batches, ShardedBatches
 from obc.inputs.checkpoints import fitting_weights
-from obc.inputs.failures import FailedForward, accepted_input
-from obc.inputs.preprocessing import PILLOW_MODES, Preprocessing
-from obc.inputs.tasks import Inputs, Task, call, on_device
+from obc.inputs.preprocessing import Preprocessing
+from obc.inputs.tasks import Task
 from obc.inputs.timm_models import TIMM
-from obc.inputs.tracing import equal_but_for_rounding
 from obc.inputs.usercode import files_imported
 from obc.solver.distributed import ALONE, World, join, resolve_device
 from obc.solver.errors import UserError, log
 from obc.solver.memory import default_memory
+from obc.toolkit.checks import (
+    check_model,
+    check_network,
+    check_task,
+    first_outputs,
+    first_outputs_of,
+    undisturbed,
+)
 from obc.toolkit.evaluation import DenseScores, Evaluation, evaluate, evaluate_task, mean_loss
 from obc.toolkit.fingerprints import (
     bytes_hash,
@@ -81,7 +79,6 @@ from obc.toolkit.records import check_repeat
 
 IMAGE_OPTIONS = ("resize", "crop", "interpolation", "mean", "std")
 DATA_OPTIONS = ("datapath", "classes", "labels", "image_size", "skip_bad_images", "workers")
-RARELY = 20  # calls until something random that rarely happens is seen
 DENSE_IMAGES = 1024  # the most that the dense model's top-1 is measured on
 
 
@@ -361,18 +358,6 @@ def chance_level(labels: Mapping[int, int]) -> float:  # images by class
     return 100 * (share + 2 * math.sqrt(share * (1 - share) / count))
 
 
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Afterwards, all global generators are as before, whatever a model of the user's own draws."""
-    before = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])  # noqa: NPY002
-
-
 def dense_files(model: str, dataset: str, weights: str | None) -> dict[str, str | Path | None]:
     """The files that the dense model is made from, by what names them."""
     code, task = (x.rpartition(":")[0] if is_code(x) else None for x in (model, dataset))
@@ -388,60 +373,6 @@ def preprocessing(options: CommonOptions, model: nn.Module) -> Preprocessing:
     given = {name: getattr(options, name) for name in IMAGE_OPTIONS}
     given["size"] = options.image_size
     return made.changed(options.model, told).changed("options", given)
-
-
-def check_model(model: nn.Module, name: str, data: ImageData) -> None:
-    """Raise a UserError, before hours are spent, unless the model can be compressed and run."""
-    classes = len(data.classes)
-    check_network(model, name)
-    device = next(model.parameters()).device
-    images = torch.zeros(2, *data.preprocessing.image_shape, device=device)
-    outputs = first_outputs(model, name, images)
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
-        raise UserError(f"{name} does not return class scores of shape (images, classes)")
-    check_classes(f"{name} has", outputs.shape[1], data.name, classes)
-    warn_if_random(model, name, images)
-
-
-def check_task(model: nn.Module, name: str, task: Task) -> None:
-    """The same for a model of another task."""
-    check_network(model, name)
-    inputs, batch = next(iter(task.batches()))
-    device = next(model.parameters()).device
-    inputs = inputs.to(device, copy=True)
-    outputs = first_outputs(model, name, inputs)
-    if task.has_loss:
-        loss = task.summed_loss(outputs, on_device(batch, device), len(inputs))
-        if not torch.isfinite(loss):
-            raise UserError(f"{name}: the loss of the dense model is not finite on the first batch")
-    warn_if_random(model, name, inputs)
-
-
-def check_network(model: nn.Module, name: str) -> None:
-    """Raise a UserError for a model without layers to compress, or with weights that are no use."""
-    if not find_layers(model):
-        raise UserError(f"{name} has no convolution or linear layer to compress")
-    check_layers(model, name)
-    for key, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{name}: {key} has NaN or infinite values")
-
-
-def first_outputs(model: nn.Module, name: str, images: Inputs) -> object:
-    """What a model returns; a UserError says what to do if it does not take the images."""
-    try:
-        with evaluating(model):
-            return call(model, images)
-    except FailedForward as error:
-        hint = advice(model, images, str(error)) if isinstance(images, Tensor) else ""
-        raise UserError(f"{name}: {error}{hint}") from None
-
-
-def first_outputs_of(model: nn.Module, like: Example) -> object:
-    """What a model returns for two images of noise, or for the inputs of a task."""
-    inputs = example(model, like, 2, noise=True)
-    with undisturbed(inputs.device), evaluating(model):
-        return call(model, inputs)
 
 
 def model_without_images(options: CommonOptions) -> tuple[nn.Module, Example]:
@@ -469,49 +400,6 @@ def model_without_images(options: CommonOptions) -> tuple[nn.Module, Example]:
     first_outputs(model, options.model, images)
     split_attention(model, partial(first_outputs_of, model, image_shape))
     return model, image_shape
-
-
-def advice(
-    model: nn.Module,
-    images: Tensor,  # (n, c, s, s) that it fails on
-    reason: str,
-) -> str:
-    """What to do about a model that fails, if other images would do: to follow the reason."""
-    with evaluating(model):
-        accepted = accepted_input(model, size := images.shape[-1], reason, images.shape[1])
-    if accepted is None:
-        return ""
-    channels, other_size = accepted
-    texts = []
-    if channels != (present := images.shape[1]):
-        what = f"it takes {channels} channel{'s' if channels > 1 else ''}, images have {present}"
-        values = "one value each" if channels == 1 else f"{channels} values each"
-        how = f"pass --mean and --std with {values}, or " if channels in PILLOW_MODES else ""
-        texts.append(f"{what}: {how}let its forward convert them")
-    if other_size != size:
-        texts.append(f"it takes {other_size}×{other_size} pixels: pass --image-size {other_size}")
-    return f"; {'; '.join(texts)}"
-
-
-def warn_if_random(model: nn.Module, name: str, images: Inputs) -> None:
-    """Log a line if the outputs for the same images are not always the same."""
-    noise = images
-    if isinstance(images, Tensor) and images.is_floating_point():
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(images.shape, generator=generator).to(images.device)
-    states = torch.get_rng_state(), random.getstate()
-    with evaluating(model):
-        first = call(model, noise.clone())
-        draws = not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate()
-        equal = torch.equal if draws and isinstance(first, Tensor) else equal_but_for_rounding
-        for _ in range(RARELY if draws else 1):
-            if not equal(call(model, noise.clone()), first):
-                log.warning(
-                    "%s: its outputs differ between two calls on the same images (dropout in eval "
-                    "mode?), so results cannot be repeated",
-                    name,
-                )
-                return
 
 
 def load_compressed(model: nn.Module, path: str | os.PathLike[str]) -> Mapping[str, Tensor]:

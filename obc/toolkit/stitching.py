@@ -15,7 +15,8 @@ from torch import nn
 from modelutils import find_layers
 from obc.solver.errors import log
 from obc.toolkit import origins
-from obc.toolkit.leveldb import KINDS, Database
+from obc.toolkit.kinds import KINDS
+from obc.toolkit.leveldb import Database
 from obc.toolkit.session import Session
 
 
