@@ -14,6 +14,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,13 +48,28 @@ def onnx_runtime(contents: bytes, threads: int = 0, plain: bool = False) -> Runn
     return lambda images: session.run(None, {"images": images})[0]
 
 
-def openvino(contents: bytes, threads: int = 0, precision: str | None = "f32") -> Runner:
+@cache
+def openvino_core() -> Any:
+    """The one `Core` of this process.
+
+    Each replaces the stack that signals are handled on and, when it goes, frees its own. After two
+    of them the next signal, such as that of a child that ended, would be a segmentation fault.
+    """
+    return package("openvino").Core()
+
+
+def openvino_request(contents: bytes, threads: int, precision: str | None, profile: bool) -> Any:
     """A network in OpenVINO on the CPU; 0 threads for all; precision None for its default."""
-    core = package("openvino").Core()
+    core = openvino_core()
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-    if precision:
-        settings["INFERENCE_PRECISION_HINT"] = precision
-    request = core.compile_model(core.read_model(contents), "CPU", settings).create_infer_request()
+    settings |= {"PERF_COUNT": True} if profile else {}
+    settings |= {"INFERENCE_PRECISION_HINT": precision} if precision else {}
+    return core.compile_model(core.read_model(contents), "CPU", settings).create_infer_request()
+
+
+def openvino(contents: bytes, threads: int = 0, precision: str | None = "f32") -> Runner:
+    """A network in OpenVINO; arguments as above."""
+    request = openvino_request(contents, threads, precision, profile=False)
     return lambda images: request.infer([images])[0].copy()
 
 

@@ -6,8 +6,8 @@ of every operation. The graph's nodes carry the names of layers (export_onnx.py)
 to the runtime, those between layers get the name of the one whose output they work on; whatever the
 runtime makes of them, merged or moved, keeps a part of these names, and what has none belongs to
 the layer before it in the network (OpenVINO: in order of execution). So a layer's time includes its
-norm, activation, sum and rounding, and all layers add up to the network, whose time is measured
-without a profile as well.
+norm, activation, sum and rounding. A profile takes time itself and does not see what a runtime does
+around the operations: its times are scaled to add up to those of the network without a profile.
 
 Every network takes turns with the dense one. What else the machine does meets both: seconds are
 those of the level, times the dense network's median in all measurements over that in this one. All
@@ -37,7 +37,7 @@ from obc.solver.progress import progress
 from obc.toolkit import export_onnx, export_sums
 from obc.toolkit.costs import DENSE
 from obc.toolkit.export_cut import cut_channels
-from obc.toolkit.export_measure import ONNX_RUNTIME, OPENVINO, RUNTIMES
+from obc.toolkit.export_measure import ONNX_RUNTIME, OPENVINO, RUNTIMES, openvino_request
 from obc.toolkit.leveldb import Database
 from obc.toolkit.resume import Notes
 
@@ -201,15 +201,7 @@ class OpenVinoProfile(Profile):
     """OpenVINO's counters, in order of execution; they keep the names of our nodes."""
 
     def __init__(self, contents: bytes, threads: int) -> None:
-        core = export_onnx.package("openvino").Core()
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERF_COUNT": True,
-        }
-        network = core.compile_model(core.read_model(contents), "CPU", settings)
-        self.request = network.create_infer_request()
+        self.request = openvino_request(contents, threads, "f32", profile=True)
         self.done: list[dict[int, float]] = []
 
     def run(self, images: np.ndarray) -> None:
@@ -238,21 +230,24 @@ def times_beside(
     images: np.ndarray,  # (n, 3, s, s)
     options: TimingOptions,
 ) -> dict[str, Times | float]:
-    """The seconds of layers in two networks, in turns; and of the second one as a whole."""
-    profiles = [PROFILES[options.runtime](network, options.threads) for network in (dense, level)]
-    whole_run, whole_times = RUNTIMES[TIMED[options.runtime]][1](level, options.threads), []
+    """The seconds of layers in two networks, and of each as a whole, in turns."""
+    networks = {"dense": dense, "level": level}
+    runtime, threads = options.runtime, options.threads
+    profiles = {name: PROFILES[runtime](net, threads) for name, net in networks.items()}
+    runners = {name: RUNTIMES[TIMED[runtime]][1](net, threads) for name, net in networks.items()}
+    wholes: dict[str, list[float]] = {name: [] for name in networks}
     began = time.perf_counter()
     for done in range(WARM_UP + MOST_TIMED):
         if done >= WARM_UP + LEAST_TIMED and time.perf_counter() - began > SECONDS_A_LEVEL:
             break
-        for profile in profiles:
-            profile.run(images)
-        start = time.perf_counter()
-        whole_run(images)
-        whole_times.append(time.perf_counter() - start)
-    dense_times, level_times = (layer_medians(profile, layers) for profile in profiles)
-    whole = statistics.median(whole_times[WARM_UP:])
-    return {"dense": dense_times, "level": level_times, "whole": whole}
+        for name in networks:
+            profiles[name].run(images)
+            start = time.perf_counter()
+            runners[name](images)
+            wholes[name].append(time.perf_counter() - start)
+    return {name: layer_medians(profile, layers) for name, profile in profiles.items()} | {
+        f"{name} whole": statistics.median(times[WARM_UP:]) for name, times in wholes.items()
+    }
 
 
 def layer_medians(profile: Profile, layers: Sequence[str]) -> Times:
@@ -271,7 +266,7 @@ def measure(
     options: TimingOptions,
     notes: Notes,
 ) -> tuple[dict[str, Times], dict[str, dict[str, float]]]:
-    """Seconds of every layer, `dense` and at each level; and, by level, sum and whole network."""
+    """Seconds of every layer, `dense` and at each level; and, by level, in profile and network."""
     image_shape = tuple(calibration.shape[1:])
     layers, dense = list(find_layers(model)), exported(model, image_shape, None)
     generator = np.random.default_rng(0)
@@ -289,30 +284,31 @@ def combined(
     measured: Mapping[str, Mapping], layers: Sequence[str]
 ) -> tuple[dict[str, Times], dict[str, dict[str, float]]]:
     """One table of all measurements; see the module docstring."""
-    dense_sums = {level: sum(times["dense"].values()) for level, times in measured.items()}
-    usual = statistics.median(dense_sums.values())
+    usual = statistics.median(times["dense whole"] for times in measured.values())
     seconds, wholes = {layer: dict[str, float]() for layer in layers}, {}
+    dense_sum = {level: sum(times["dense"].values()) for level, times in measured.items()}
     for layer in layers:
-        seconds[layer][DENSE] = statistics.median(x["dense"][layer] for x in measured.values())
+        shares = [times["dense"][layer] / dense_sum[level] for level, times in measured.items()]
+        seconds[layer][DENSE] = usual * statistics.median(shares)
     for level, times in measured.items():
-        factor = usual / dense_sums[level]
+        total, whole = sum(times["level"].values()), times["level whole"]
+        factor = usual / times["dense whole"]
         for layer in layers:
-            seconds[layer][level] = times["level"][layer] * factor
-        total = sum(times["level"].values())
-        wholes[level] = {"sum_of_layers": total * factor, "whole": times["whole"] * factor}
+            seconds[layer][level] = times["level"][layer] / total * whole * factor
+        wholes[level] = {"profiled": total * factor, "whole": whole * factor}
     warn_of_gaps(wholes)
     return seconds, wholes
 
 
 def warn_of_gaps(wholes: Mapping[str, Mapping[str, float]]) -> None:
-    """Warn where layers do not add up to the network."""
-    ratios = {level: x["sum_of_layers"] / x["whole"] for level, x in wholes.items()}
+    """Warn where the layers in a profile do not add up to the network."""
+    ratios = {level: x["profiled"] / x["whole"] for level, x in wholes.items()}
     far = {level: ratio for level, ratio in ratios.items() if abs(ratio - 1) > FAR_OFF}
     if far:
         worst = max(far, key=lambda level: abs(far[level] - 1))
         log.warning(
-            "at %d of %d levels the layers do not add up to the network's time; worst, %s: "
-            "%.2f times. Is the machine busy, or the network too small for its runtime's profile?",
+            "at %d of %d levels the layers' profile does not add up to the network's time, to "
+            "which it is scaled; worst, %s: %.2f times. Is the machine busy, or the network small?",
             len(far),
             len(ratios),
             worst,
