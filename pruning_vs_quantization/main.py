@@ -40,24 +40,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from datautils import DATASETS, DEFAULT_SIZES
+from datautils import DATASETS
 from modelutils import check_classes, first_and_last, get_model, load_state
 from obc.inputs import files
 from obc.inputs.checkpoints import fitting_weights
-from obc.inputs.failures import FailedForward
+from obc.inputs.preprocessing import Preprocessing
 from obc.inputs.vision import torchvision
 from obc.solver.errors import UserError, log
 from obc.toolkit import cli
-from obc.toolkit.checks import advice, check_model
+from obc.toolkit.checks import check_model, first_outputs
 from obc.toolkit.fingerprints import content_hash, result_code, surroundings
 from obc.toolkit.resume import open_state, state_folder
-from obc.toolkit.session import dense_top1, load_compressed
+from obc.toolkit.session import dense_top1, load_compressed, preprocessing
 from pruning_vs_quantization.compressed_model import folded
 from pruning_vs_quantization.fine_tuning_table import make_table
 from pruning_vs_quantization.plots import study_package
 from pruning_vs_quantization.study_files import PLOTS_DATA, finished, write_result
 from pruning_vs_quantization.training import FineTuning
-from pruning_vs_quantization.training_images import TrainingData
+from pruning_vs_quantization.training_images import TrainingData, training_images
 from pruning_vs_quantization.training_options import (
     add_training_options,
     network_name,
@@ -121,24 +121,29 @@ def train_compressed(args: argparse.Namespace) -> None:
     figures = finished(result, settings, args.restart)
     folder = state_folder(result)
     if figures is None:
-        images = TrainingData.load(options, args.seed)
+        data = training_images(options, args.seed)
         with seeded(args.seed, torch.device("cpu")):  # a user's own model may start at random
             inputs = options.architecture, options.dataset, options.weights
-            dense = dense_network(*inputs, len(images.data.classes))
-        check_model(dense, options.architecture, images.data)
+            dense = dense_network(*inputs, len(data.classes))
+        seen = study_preprocessing(*inputs[:2], dense, options.image_size)
+        data = data.seen_through(seen)
+        check_model(dense, options.architecture, data)
         if device.type == "cpu":
             dense = dense.to(memory_format=torch.channels_last)
         dense = dense.to(device)
         marks = {f"--{name.replace('_', '-')}": str(x) for name, x in settings.items()}
         marks["dense weights"] = content_hash(dense.state_dict())
+        marks["preprocessing"] = str(seen)
         marks |= surroundings(device, result_code("pruning_vs_quantization.training"))
         loading = options.batch_size, options.num_workers
-        dense_figure = dense_top1(dense, images.data, device, *loading)
+        dense_figure = dense_top1(dense, data, device, *loading)
         with open_state(folder, marks, args.restart) as state:
+            images = TrainingData.decode(options, args.seed, data)
             run = FineTuning(options, dense, images, device)
             with seeded(args.seed, device, options.deterministic):
                 plain = run.run(state)
             figures = run.figures() | {"dense_top1_calibration": dense_figure}
+            figures["preprocessing"] = seen.record()
             files.save_checkpoint(plain.state_dict(), stem.with_name(f"{stem.name}.pth"))
             if (norms_folded := folded(plain)) is not None:
                 path = stem.with_name(f"{stem.name}_folded.pth")
@@ -185,12 +190,10 @@ def exchange_first_and_last(args: argparse.Namespace) -> None:
     milder = copy.deepcopy(model)
     load_compressed(model, args.strong)
     load_compressed(milder, args.mild)
-    size = args.image_size or DEFAULT_SIZES[args.dataset]
-    try:
-        ends = first_and_last(model, torch.zeros(2, 3, size, size))
-    except FailedForward as error:
-        reason = f"{args.architecture}: {error}{advice(model, size, str(error))}"
-        raise UserError(reason) from None
+    seen = study_preprocessing(args.architecture, args.dataset, model, args.image_size)
+    images = torch.zeros(2, *seen.image_shape)
+    first_outputs(model, args.architecture, images)
+    ends = first_and_last(model, images)
     for name in ends:
         put_layer(model.get_submodule(name), milder.get_submodule(name).state_dict())
     files.save_checkpoint(model.state_dict(), args.save)
@@ -230,6 +233,15 @@ def dense_network(
         raise UserError(text) from None
     finally:
         hub.setLevel(level)
+
+
+def study_preprocessing(
+    architecture: str, dataset: str, model: nn.Module, size: int | None
+) -> Preprocessing:
+    """How images are made for a dense network, as the toolkit's commands make them."""
+    name = network_name(architecture)
+    name = f"timm:{TIMM_NAMES[name]}" if name in TIMM_NAMES else name
+    return preprocessing(name, dataset, model, {"size": size})
 
 
 def run(args: argparse.Namespace) -> None:

@@ -83,6 +83,21 @@ def shift_and_flip(
     return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def training_images(options: TrainingOptions, seed: int) -> ImageData:
+    """The images of the dataset, as they are made for a network that does not say how.
+
+    Raises UserError if datautils cannot load them.
+    """
+    where = {"datapath": options.images_dir, "class_file": options.classes}
+    size = {"image_size": options.image_size, "nsamples": 1}
+    data = load_data(options.dataset, **where, **size, seed=seed)
+    total = len(data.calibration.source)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    return replace(
+        data, calibration=replace(data.calibration, chosen=order[: options.train_samples])
+    )
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """Images for training and evaluation."""
@@ -94,17 +109,12 @@ class TrainingData:
     test: DecodedImages | None
 
     @classmethod
-    def load(cls, options: TrainingOptions, seed: int) -> TrainingData:
-        """Raises UserError if datautils cannot load the dataset."""
-        where = {"datapath": options.images_dir, "class_file": options.classes}
-        size = {"image_size": options.image_size, "nsamples": 1}
-        data = load_data(options.dataset, **where, **size, seed=seed)
-        total = len(data.calibration.source)
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = replace(data.calibration, chosen=order[: options.train_samples])
-        data = replace(data, calibration=chosen)
-        decoded = (DecodedImages.decode(x, options.batch_size) for x in (chosen, data.test))
-        return cls(options, seed, data, *decoded)
+    def decode(cls, options: TrainingOptions, seed: int, data: ImageData) -> TrainingData:
+        """From the images of `training_images`."""
+        both = data.calibration, data.test
+        return cls(
+            options, seed, data, *(DecodedImages.decode(x, options.batch_size) for x in both)
+        )
 
     def __len__(self) -> int:
         """Batches of an epoch."""

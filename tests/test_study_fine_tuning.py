@@ -18,7 +18,8 @@ from scripts import ROOT
 
 import post_proc
 import quant
-from modelutils import find_layers, get_model, load_checkpoint
+from modelutils import find_layers, get_model, load_checkpoint, made_by
+from obc.inputs.files import save_checkpoint
 from obc.toolkit.session import load_compressed
 from pruning_vs_quantization import main
 from pruning_vs_quantization.fine_tuning_table import Result, no_verdict
@@ -309,7 +310,8 @@ def test_photographs_are_streamed(folder, capsys):
             for number in range(5):
                 pixels = numbers.integers(80 * label, 80 * label + 80, (40, 30, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(place / f"{number}.png")
-    Path("net.py").write_text(NETWORK)
+    told = "    preprocessing = {'mean': (0.25,) * 3, 'crop': 'squash'}\n"
+    Path("net.py").write_text(NETWORK.replace("(nn.Module):\n", f"(nn.Module):\n{told}"))
     words = [
         "train-compressed",
         "--architecture",
@@ -337,6 +339,8 @@ def test_photographs_are_streamed(folder, capsys):
     figures = result(path)
     assert 0 <= figures["dense_top1_calibration"] <= 100 and figures["classes"] == 10
     assert (figures["training_images"], figures["test_images"]) == (15, 15)
+    assert figures["preprocessing"]["mean"] == [0.25] * 3
+    assert (figures["preprocessing"]["size"], figures["preprocessing"]["crop"]) == (24, "squash")
 
 
 def test_tensorboard(capsys):
@@ -405,6 +409,19 @@ def test_no_batch_norm_to_reestimate(capsys):
     words = ["train-compressed", "--architecture", "net.py:small_quantized", *SMALL]
     assert main.main([*words, "--reestimate-bn-stats"]) == 2
     assert "has no batch norm; pass --no-reestimate-bn-stats" in capsys.readouterr().err
+
+
+def test_ends_of_a_network_for_other_images(capsys):
+    """first-last says which images the network takes."""
+    body = "nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 22 * 22, 10))"
+    Path("net.py").write_text(f"from torch import nn\ndef wide():\n    return {body}\n")
+    save_checkpoint(made_by("net.py:wide", torch.nn.Module).state_dict(), Path("a.pth"))
+    words = ["first-last", "--architecture", "net.py:wide_quantized", "a.pth", "a.pth"]
+    words += ["--dataset", "digits", "--save", "ends.pth"]
+    assert main.main(words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "it takes 24×24 pixels: pass --image-size 24" in error
+    assert main.main([*words, "--image-size", "24"]) == 0 and Path("ends.pth").exists()
 
 
 # -- the table -------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from pruning_vs_quantization.magnitude_pruning import (
 )
 from pruning_vs_quantization.main import dense_network
 from pruning_vs_quantization.oscillations import annealed
-from pruning_vs_quantization.training_images import TrainingData, shift_and_flip
+from pruning_vs_quantization.training_images import TrainingData, shift_and_flip, training_images
 from pruning_vs_quantization.training_options import TrainingOptions, learning_rate_schedule
 
 
@@ -585,7 +585,7 @@ def digits(seed: int = 0, augment: bool = True) -> TrainingData:
     options = {"dataset": "digits", "train_samples": 100, "batch_size": 32, "augment": augment}
     schedule = learning_rate_schedule("cosine")
     options = TrainingOptions("rn8_quantized", learning_rate_schedule=schedule, **options)
-    return TrainingData.load(options, seed)
+    return TrainingData.decode(options, seed, training_images(options, seed))
 
 
 def test_epochs_depend_on_the_seed_and_their_number():

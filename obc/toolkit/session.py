@@ -109,6 +109,11 @@ class CommonOptions:
     mean: str | None = None  # as cli.channels takes it
     std: str | None = None
 
+    def preprocessing(self, model: nn.Module) -> Preprocessing:
+        """How images are made for the model of these options."""
+        given = {name: getattr(self, name) for name in IMAGE_OPTIONS} | {"size": self.image_size}
+        return preprocessing(self.model, self.dataset, model, given)
+
 
 def common_options(args: argparse.Namespace) -> CommonOptions:
     """The common options of a command line."""
@@ -159,7 +164,7 @@ class Session:
             options.model, options.dataset, options.weights, classes, options.weights_key
         ).to(device)
         if isinstance(task, ImageTask):
-            task.data = task.data.seen_through(preprocessing(options, model))
+            task.data = task.data.seen_through(options.preprocessing(model))
             check_model(model, options.model, task.data)
         else:
             check_task(model, options.model, task)
@@ -366,13 +371,12 @@ def dense_files(model: str, dataset: str, weights: str | None) -> dict[str, str 
     return files | {"the task's code": task}
 
 
-def preprocessing(options: CommonOptions, model: nn.Module) -> Preprocessing:
-    """How images are made for a model: as it says, but for the options."""
-    made = default_preprocessing(options.dataset)
-    told = own_preprocessing(options.model, options.dataset in PHOTOGRAPHS, model)
-    given = {name: getattr(options, name) for name in IMAGE_OPTIONS}
-    given["size"] = options.image_size
-    return made.changed(options.model, told).changed("options", given)
+def preprocessing(
+    name: str, dataset: str, model: nn.Module, given: Mapping[str, Any]
+) -> Preprocessing:
+    """How images are made for a model: as it says, but for the options given."""
+    told = own_preprocessing(name, dataset in PHOTOGRAPHS, model)
+    return default_preprocessing(dataset).changed(name, told).changed("options", given)
 
 
 def model_without_images(options: CommonOptions) -> tuple[nn.Module, Example]:
@@ -394,7 +398,7 @@ def model_without_images(options: CommonOptions) -> tuple[nn.Module, Example]:
         DEFAULT_CLASSES.get(options.dataset) if options.weights in (None, RANDOM) else None,
         options.weights_key,
     ).to(resolve_device(options.device))
-    image_shape = preprocessing(options, model).image_shape
+    image_shape = options.preprocessing(model).image_shape
     check_network(model, options.model)
     images = torch.zeros(2, *image_shape, device=next(model.parameters()).device)
     first_outputs(model, options.model, images)
