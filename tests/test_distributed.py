@@ -129,6 +129,54 @@ def test_two_processes_resolve_what_one_resolves(tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
+TASK = """
+import torch
+from torch import nn
+
+from obc.inputs.tasks import Task
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+class Distances(Task):
+    def calibration(self):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(6):
+            yield torch.randn(10, 8, generator=generator), torch.randn(10, 2, generator=generator)
+
+    def inputs(self, batch):
+        return batch[0]
+
+    def loss(self, outputs, batch):
+        return (outputs - batch[1]).square().mean()
+
+    def evaluate(self, model):
+        inputs, wanted = next(self.calibration())
+        return {"distance": (model(inputs) - wanted).square().mean()}
+
+
+def distances():
+    return Distances()
+"""
+
+
+@gloo
+@pytest.mark.parametrize("mode", [("quant", "--wbits", "3"), ("nmprune", "--sequential")])
+def test_two_processes_share_a_task_of_the_user(mode, tmp_path, capsys):
+    code = tmp_path / "task.py"
+    code.write_text(TASK)
+    words = [f"{code}:network", f"{code}:distances", *mode]
+    done = torchrun(tmp_path, "main_trueobs.py", *words, "--save", str(tmp_path / "two.pth"))
+    assert done.returncode == 0, done.stderr
+    assert main_trueobs.main([*words, "--save", str(tmp_path / "one.pth"), "--shards", "2"]) == 0
+    assert done.stdout == capsys.readouterr().out and "distance" in done.stdout
+    one, two = (load_checkpoint(tmp_path / f"{name}.pth") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
 LEAVING = """
 from pathlib import Path
 
