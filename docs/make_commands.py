@@ -85,7 +85,7 @@ def row(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     text = (action.help or "") % {**vars(action), "prog": parser.prog}
     text, _, stated = text.partition(" (default: ")
     default = action.default
-    if stated:
+    if stated and stated != f"{default})":  # as Python 3.10 itself states it of --x, --no-x
         default = stated.removesuffix(")")
     elif default is None or default is False or default == argparse.SUPPRESS or default == []:
         default = ""

@@ -61,6 +61,7 @@ from quant import ACTIVATION_GRID, WEIGHT_GRID, put_layer
 
 GRIDS = (WEIGHT_GRID, ACTIVATION_GRID)
 SUFFIXES = (".pth", ".safetensors")
+HASHED_BYTES = 1 << 20  # at a time
 DENSE_WEIGHTS = "dense weights"  # the mark in a file: a hash of what it was made of
 
 
@@ -158,7 +159,10 @@ class LevelFile:
         try:
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
-                return hashlib.file_digest(file, "blake2b").hexdigest()
+                content = hashlib.blake2b()  # hashlib.file_digest needs Python 3.11
+                while piece := file.read(HASHED_BYTES):
+                    content.update(piece)
+                return content.hexdigest()
         except FileNotFoundError:
             return ""
 
