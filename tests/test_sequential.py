@@ -24,7 +24,7 @@ from modelutils import find_layers, get_model
 from obc.solver.errors import UserError
 from obc.solver.hessian import Gram
 from obc.solver.layers import view
-from obc.solver.shift import RIDGE, Cross, output_error, shifted_weights
+from obc.solver.shift import Cross, output_error, ridge_of, shifted_weights
 from obc.toolkit import sequential
 from obc.toolkit.modes import Mode, NMPruneMode, QuantMode
 from obc.toolkit.resume import RunState
@@ -185,7 +185,10 @@ def expected_targets(
         rows = len(W) // len(X)
         groups = [slice(g * rows, (g + 1) * rows) for g in range(len(X))]
         targets[name] = np.concatenate(
-            [shift_oracle(W[g], x, Y[g], images, RIDGE) for g, x in zip(groups, X, strict=True)]
+            [
+                shift_oracle(W[g], x, Y[g], images, ridge_of(*x.shape))
+                for g, x in zip(groups, X, strict=True)
+            ]
         )
         layer.weight.data.copy_(result.get_submodule(name).weight)
     return targets
@@ -286,7 +289,7 @@ def test_shift_of_dead_inputs_and_dead_layers(damp):
     np.testing.assert_allclose(shifted, shift_oracle(W, X, Y, 10, damp), rtol=1e-9)
     assert (shifted[:, 2] == 1).all()
     nothing = torch.zeros(1, 6, 6, dtype=torch.float64), torch.zeros(1, 3, 6, dtype=torch.float64)
-    assert (shifted_weights(torch.from_numpy(W), *nothing) == 1).all()
+    assert (shifted_weights(torch.from_numpy(W), *nothing, damp) == 1).all()
 
 
 LAYERS = {
@@ -569,9 +572,9 @@ def test_every_layers_outputs_are_nearer_with_the_shift(words, monkeypatch, tmp_
     seen: list[tuple] = []
     real = sequential.shifted_weights
 
-    def record(W: Tensor, H: Tensor, B: Tensor) -> Tensor:
+    def record(W: Tensor, H: Tensor, B: Tensor, ridge: float) -> Tensor:
         seen.append((W.clone(), H.clone(), B.clone()))
-        return real(W, H, B)
+        return real(W, H, B, ridge)
 
     energies: list[float] = []
 

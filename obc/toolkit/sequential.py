@@ -55,7 +55,7 @@ from obc.solver.hessian import Gram
 from obc.solver.layers import view
 from obc.solver.memory import default_memory
 from obc.solver.progress import progress
-from obc.solver.shift import Cross, output_error, shifted_weights
+from obc.solver.shift import Cross, output_error, ridge_of, shifted_weights
 from obc.solver.threads import Turns, give_back_freed_memory, one_at_a_thread, one_thread
 from obc.toolkit.calibrate import batches_at_a_time, probe
 from obc.toolkit.compress import Compression, LayerReport, compress_layer, naming_layer
@@ -443,7 +443,7 @@ class SequentialCompression(Compression):
             return self._left_dense(name, 0)
         H, B, C = sums.statistics()
         start = mode.start(layer, self.dense.get_submodule(name))
-        shifted = shifted_weights(start, H, B)
+        shifted = shifted_weights(start, H, B, ridge_of(H.shape[1], sums.patches))
         view(layer).write(shifted)
         memory = plan.memory - self.walk.boundary.size - B.nbytes
         world, owner = plan.sharing(name, self.world), plan.owners[name]
