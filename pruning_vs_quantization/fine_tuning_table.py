@@ -39,7 +39,7 @@ from pruning_vs_quantization.training_options import network_name
 QUANTISED, PRUNED, OBQ, EXACT_METHOD = "quantised", "pruned", "OBQ", "ExactOBS"
 CLASSES_OF = {"imagenet": 1000, "cifar10": 10, "digits": 10}
 SHARED = ("weights", "image_size", "augment", "batch_size", "max_epochs", "images_dir")  # settings
-SHARED_FIGURES = ("training_images", "test_images")
+SHARED_FIGURES = ("training_images", "test_images", "preprocessing")
 TITLE_WIDTH = 70  # characters that fit above the plot
 TABLE_COLUMNS = {  # method: heading
     QUANTISED: "quantised, trained",

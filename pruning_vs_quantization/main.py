@@ -120,6 +120,8 @@ def train_compressed(args: argparse.Namespace) -> None:
     files.check_writable(result)
     figures = finished(result, settings, args.restart)
     folder = state_folder(result)
+    if figures and "preprocessing" not in figures:  # by an earlier version, from the dataset alone
+        log.warning("%s: does not say how images were prepared; --restart trains anew", result)
     if figures is None:
         data = training_images(options, args.seed)
         with seeded(args.seed, torch.device("cpu")):  # a user's own model may start at random

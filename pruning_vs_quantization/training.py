@@ -107,8 +107,7 @@ class FineTuning:
         if options.tb_logging_dir is not None:
             study_package("tensorboard")  # or an error before the first epoch
         self.options, self.dense, self.images, self.device = options, dense, images, device
-        size = images.data.image_size
-        ends = first_and_last(dense, torch.zeros(2, 3, size, size))
+        ends = first_and_last(dense, torch.zeros(2, *images.data.preprocessing.image_shape))
         self.model = compressed_network(options, dense, ends, images, device)
         self.pruning: GradualPruning | None = None
         if options.prune_method != "none":

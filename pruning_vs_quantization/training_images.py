@@ -30,7 +30,7 @@ from pruning_vs_quantization.training_options import TrainingOptions
 
 IN_MEMORY = 4 << 30  # bytes of decoded images that are kept
 
-LabelledImages = tuple[Tensor, Tensor]  # images (n, 3, s, s) float32, labels (n,) int64
+LabelledImages = tuple[Tensor, Tensor]  # images (n, c, s, s) float32, labels (n,) int64
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class DecodedImages:
 
 
 def shift_and_flip(
-    pixels: np.ndarray,  # (n, s, s, 3) uint8
+    pixels: np.ndarray,  # (n, s, s, c) uint8
     flips: bool,  # whether images may be mirrored
     generator: torch.Generator,
-) -> np.ndarray:  # (n, s, s, 3) uint8
+) -> np.ndarray:  # (n, s, s, c) uint8
     """Shift randomly by up to s/8 pixels into black, and mirror half of the images."""
     n, size = pixels.shape[:2]
     padding = size // 8

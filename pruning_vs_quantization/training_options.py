@@ -144,8 +144,8 @@ class TrainingOptions:
     )
     image_size: int | None = option(
         None,
-        "side of the network's input in pixels "
-        "(default: imagenet and folder 224, cifar10 32, digits 16)",
+        "side of the network's input in pixels (default: what the network says, or else "
+        "imagenet and folder 224, cifar10 32, digits 16)",
         **COUNT,
     )
     train_samples: int | None = option(

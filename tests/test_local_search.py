@@ -80,6 +80,13 @@ def test_swaps_keep_the_pattern_and_are_bounded_by_memory(monkeypatch: pytest.Mo
     assert np.array_equal(plain.weights(), limited.weights())
 
 
+def test_a_row_without_a_factor_is_left_to_no_swap() -> None:
+    H = torch.diag(torch.tensor([1.0, 0, 1, 1]))
+    kept = torch.tensor([[True, True, False, False], [True, False, True, False]])
+    alone, together = swaps.swept(H, kept[0])[1], swaps.swept_in_place(H, kept)
+    assert alone.isnan().all() and together[0].isnan().all() and together[1].isfinite().all()
+
+
 # -- refinement of codes ---------------------------------------------------------------------------
 
 

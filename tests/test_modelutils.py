@@ -1,4 +1,4 @@
-"""modelutils.py: names, weights, checkpoints of all kinds, layers, evaluation."""
+"""modelutils.py: names, weights, checkpoints of all kinds, layers; evaluation.py."""
 
 from __future__ import annotations
 

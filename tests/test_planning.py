@@ -11,7 +11,8 @@ from torch import nn
 from obc.solver.distributed import ALONE, World
 from obc.toolkit.calibrate import calls_of_layers
 from obc.toolkit.modes import BlockedMode, Mode, NMPruneMode, QuantMode, StructMode, UnstrMode
-from obc.toolkit.planning import make_plan, operations, plan_lines, why_dense
+from obc.toolkit.planning import make_plan, needs_of, operations, plan_lines, why_dense
+from obc.toolkit.resolving import ResolveMode
 
 
 class Net(nn.Module):
@@ -66,6 +67,15 @@ def test_the_plan_of_several_processes_says_who_does_what():
     lines = plan_lines(plan, layers, UnstrMode(), Counter(layers), world)
     assert lines[2] == (
         "plan: 2 processes divide the rows of 1 layers; 2 layers go to one process each"
+    )
+
+
+def test_swaps_after_a_new_mask_are_in_the_plan():
+    layer, pruning = nn.Linear(1152, 64), NMPruneMode(sequential=True)
+    again = ResolveMode(sequential=True, pruning=pruning, remask=True)
+    assert needs_of(layer, again) == needs_of(layer, pruning)
+    assert (
+        needs_of(layer, replace(again, remask=False)).inverting < needs_of(layer, again).inverting
     )
 
 

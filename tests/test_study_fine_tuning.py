@@ -343,6 +343,27 @@ def test_photographs_are_streamed(folder, capsys):
     assert (figures["preprocessing"]["size"], figures["preprocessing"]["crop"]) == (24, "squash")
 
 
+def test_a_network_for_grey_images(folder, capsys):
+    told = "    preprocessing = {'mean': (0.5,), 'std': (0.25,)}\n"
+    grey = NETWORK.replace("(nn.Module):\n", f"(nn.Module):\n{told}").replace(
+        "Conv2d(3,", "Conv2d(1,"
+    )
+    Path("net.py").write_text(grey)
+    answer(
+        [
+            "train-compressed",
+            "--architecture",
+            "net.py:small_quantized",
+            *SMALL,
+            "--max-epochs",
+            "1",
+        ],
+        capsys,
+    )
+    (path,) = folder.glob("*.json")
+    assert result(path)["preprocessing"]["std"] == [0.25]
+
+
 def test_tensorboard(capsys):
     pytest.importorskip("tensorboard")
     answer([*WEIGHTS_ONLY, "--no-weight-quant", "--tb-logging-dir", "log"], capsys)

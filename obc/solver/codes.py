@@ -37,7 +37,7 @@ NEIGHBOURS = 16
 SWEEPS = 50  # at most
 LEAST_MOVE_GAIN = 1e-5  # × E
 ROWS_MOVED = 8  # at a time, by a thread of a CPU
-BYTES = 80  # for each code of a row in work on a GPU
+BYTES_OF_A_CODE = 80  # for each code of a row in work on a GPU
 COLUMNS_TOGETHER = 128  # whose neighbours are looked for
 
 
@@ -54,7 +54,7 @@ def refined_codes(
     """The codes after all moves that pay."""
     all_codes, frozen = torch.round(quantised / scale), W == 0
     sizes, d = torch.bincount(system, minlength=len(H)).tolist(), W.shape[1]
-    together = max(1, (memory - W.element_size() * d * d) // (BYTES * d))  # rows
+    together = max(1, (memory - W.element_size() * d * d) // (BYTES_OF_A_CODE * d))  # rows
     compiled = W.device.type == "cpu" and compiled_engine() is not None
     if compiled:
         from obc.solver.local_search_cpu import refine_rows

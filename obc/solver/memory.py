@@ -28,7 +28,7 @@ from obc.solver.elimination import bytes_per_system, bytes_per_task
 from obc.solver.errors import UserError
 from obc.solver.inverse import TOGETHER
 from obc.solver.layers import view
-from obc.solver.swaps import MATRICES, MOST_COLUMNS
+from obc.solver.swaps import MATRICES_OF_A_SWAP, MOST_COLUMNS
 from obc.solver.threads import give_back_freed_memory
 
 MATRICES_OF_A_ROW = 1.5  # d×d, while a row's weights at many levels are computed
@@ -87,7 +87,10 @@ def layer_needs(
     inverting = min(shape.groups * d * d, max(d * d, TOGETHER))
     inverting *= 8 + item * (shape.groups > 1)
     if swaps and d <= MOST_COLUMNS:
-        always, inverting = always + sums // 8 * item, max(inverting, item * MATRICES * d * d)
+        always, inverting = (
+            always + sums // 8 * item,
+            max(inverting, item * MATRICES_OF_A_SWAP * d * d),
+        )
     return Needs(sums, always, inverting, row, matrix, tasks)
 
 

@@ -26,7 +26,7 @@ SCALES = tuple(0.6 + 0.05 * i for i in range(17))  # × the step; 1 is among the
 SHIFTS = (0, -1, 1)  # of the zero point of an asymmetric grid
 BLOCK = 32  # columns between two products
 ROWS_FITTED = 16  # at a time, by a thread of a CPU
-VECTORS = 3  # of length d, for every grid of a row in work
+VECTORS_OF_A_GRID = 3  # of length d, for every grid of a row in work
 
 
 def best_ranges(
@@ -46,7 +46,9 @@ def best_ranges(
     scales = (scale[:, :, None] * factors).expand(-1, len(shifts), -1).flatten(1)
     zeros = (zero + shifts).clamp_(0, highest).repeat_interleave(len(factors), dim=1)
     best, (d, k) = torch.zeros_like(system), (W.shape[1], scales.shape[1])
-    together = max(1, (memory - 8 * d * d) // (VECTORS * d * k * W.element_size()))  # rows
+    together = max(
+        1, (memory - 8 * d * d) // (VECTORS_OF_A_GRID * d * k * W.element_size())
+    )  # rows
     sizes = torch.bincount(system, minlength=len(inverse)).tolist()
     for group, size in enumerate(sizes):
         if not size:

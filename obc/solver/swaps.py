@@ -36,7 +36,7 @@ from obc.solver.elimination import compiled_engine
 from obc.solver.threads import in_pieces
 
 MOST_COLUMNS = 1152  # of a row: d³ operations are too many for what more columns gain
-MATRICES = 5  # of d×d, while a row is in work
+MATRICES_OF_A_SWAP = 5  # of d×d, while a row is in work
 LEAST_SWAP_GAIN = 1e-4  # × E: less is not worth a swap
 SWAPS_PER_COLUMN = 0.25  # at most
 SWAPS_AT_ONCE = 32  # of each row, before it is seen whether there are more
@@ -56,7 +56,7 @@ def swapped(
     result, added = pruned.double(), damping * H.diagonal(dim1=1, dim2=2).mean(1)
     damped = H.to(W.dtype, copy=True)
     damped.diagonal(dim1=1, dim2=2).add_(added[:, None])
-    together = max(1, memory // (MATRICES * W.shape[1] ** 2 * W.element_size()))  # rows
+    together = max(1, memory // (MATRICES_OF_A_SWAP * W.shape[1] ** 2 * W.element_size()))  # rows
     compiled = W.device.type == "cpu" and compiled_engine() is not None
     sizes, first = torch.bincount(system, minlength=len(H)).tolist(), 0
     for own_H, own_damped, own_added, count in zip(H, damped, added, sizes, strict=True):
@@ -164,6 +164,7 @@ def swapped_together(
     H_SS = torch.where(S[:, :, None] & S[:, None], H, 0.0)  # of the other columns: the identity
     H_SS.diagonal(dim1=1, dim2=2).add_(torch.where(S, added, 1.0))
     factor, failed = torch.linalg.cholesky_ex(H_SS)
+    del H_SS
     change = torch.cholesky_solve(((w * ~S) @ H * S)[:, :, None], factor)[:, :, 0]
     better = (S != kept).any(1) & (failed == 0)
     return torch.where(better[:, None], torch.where(S, w + change, 0.0), pruned.double())
@@ -179,6 +180,7 @@ def swept_in_place(
     H_SS.diagonal(dim1=1, dim2=2).masked_fill_(~kept, 1)
     factor, failed = torch.linalg.cholesky_ex(H_SS)
     del H_SS
+    factor.diagonal(dim1=1, dim2=2).masked_fill_((failed > 0)[:, None], 1)  # to be inverted
     B = torch.cholesky_inverse(factor).mul_(both)
     del factor, both
     G = (B @ H).mul_(~kept[:, None])  # (S, P), zero elsewhere

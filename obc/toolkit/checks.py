@@ -102,7 +102,8 @@ def advice(
     if channels != (present := images.shape[1]):
         what = f"it takes {channels} channel{'s' if channels > 1 else ''}, images have {present}"
         values = "one value each" if channels == 1 else f"{channels} values each"
-        how = f"pass --mean and --std with {values}, or " if channels in PILLOW_MODES else ""
+        how = f"pass --mean and --std with {values} (or set its attribute preprocessing), or "
+        how = how if channels in PILLOW_MODES else ""
         texts.append(f"{what}: {how}let its forward convert them")
     if other_size != size:
         texts.append(f"it takes {other_size}×{other_size} pixels: pass --image-size {other_size}")

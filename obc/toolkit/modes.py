@@ -126,6 +126,11 @@ class Mode(ABC):
         return self.search if self.search is not None else self.sequential and self.order == "obs"
 
     @property
+    def swaps_weights(self) -> bool:
+        """Whether that search takes memory for swaps."""
+        return self.searches and self.search_name == "swaps"
+
+    @property
     def divisor(self) -> int:
         """A layer is left dense unless its input channels are a multiple of this."""
         return 1

@@ -69,7 +69,7 @@ def needs_of(layer: nn.Module, mode: Mode) -> Needs:
         layer,
         levels=len(mode.sparsities),
         innermost=mode.channels_innermost,
-        swaps=mode.searches and mode.search_name == "swaps",
+        swaps=mode.swaps_weights,
     )
 
 

@@ -66,6 +66,10 @@ class ResolveMode(Mode):
         return not self.chosen or self.chosen.rows_divisible
 
     @property
+    def swaps_weights(self) -> bool:
+        return bool(self.chosen and self.chosen.swaps_weights)
+
+    @property
     def rounds_inputs(self) -> bool:
         return bool(self.quantisation and self.quantisation.rounds_inputs)
 

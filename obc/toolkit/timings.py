@@ -287,9 +287,14 @@ def combined(
     usual = statistics.median(times["dense whole"] for times in measured.values())
     seconds, wholes = {layer: dict[str, float]() for layer in layers}, {}
     dense_sum = {level: sum(times["dense"].values()) for level, times in measured.items()}
+    shares = {
+        layer: statistics.median(
+            x["dense"][layer] / dense_sum[level] for level, x in measured.items()
+        )
+        for layer in layers
+    }
     for layer in layers:
-        shares = [times["dense"][layer] / dense_sum[level] for level, times in measured.items()]
-        seconds[layer][DENSE] = usual * statistics.median(shares)
+        seconds[layer][DENSE] = usual * shares[layer] / sum(shares.values())
     for level, times in measured.items():
         total, whole = sum(times["level"].values()), times["level whole"]
         factor = usual / times["dense whole"]
