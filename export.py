@@ -77,7 +77,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"{args.file}: no such file")
     check_packages(args)
     inputs = {"the input": args.file, **dense_files(args.model, args.dataset, args.weights)}
-    for output in (args.to, Path(args.to).with_suffix(".json")):
+    for output in (args.to, records.export_record(args.to)):
         files.check_writable(output)
         files.check_keeps("--to", output, inputs)
 
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
             figures["dense_top1_calibration"] = session.dense_top1()
             figures |= measured(session, whole, exported, args)
     records.write_run(
-        Path(args.to).with_suffix(".json"),
+        records.export_record(args.to),
         invocation.command,
         invocation.arguments,
         fingerprint=marks,

@@ -317,8 +317,7 @@ def layer_study_parser(
     add("--datapath", metavar="DIR", help="where the images are")
     add("--classes", metavar="FILE", help="class names, one a line, in the network's order")
     add("--image-net-dir", metavar="DIR", help="--dataset imagenet --datapath DIR")
-    text = "side of the network's input in pixels (default: what the network says, or else "
-    text += "that of the dataset)"
+    text = "side of the network's input in pixels (default: the network's, or the dataset's)"
     add("--image-size", metavar="N", type=positive, help=text)
     add("--nsamples", metavar="N", type=positive, default=256, help="calibration images")
     add("--batchsize", metavar="N", type=positive, default=32, help="images per batch")

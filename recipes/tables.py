@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from obc.solver.errors import UserError, log
 from obc.toolkit.costs import DENSE
 from obc.toolkit.profiles import read_scores, score_file
-from obc.toolkit.records import read_record
+from obc.toolkit.records import export_record, read_record
 from obc.toolkit.timings import TIMED
 from recipes.recipe import Recipe
 
@@ -183,7 +183,7 @@ def deploy(recipe: Recipe) -> None:
             recipe.add(f"{method}, solved anew", target, predicted, figures)
             file = profile.with_name(f"{profile.stem}_exported.onnx")
             recipe.run("export.py", path, "--to", file, *sums, "--measure", "--runtime", runtime)
-            name, measured = TIMED[runtime], read_record(file.with_suffix(".json"))
+            name, measured = TIMED[runtime], read_record(export_record(file))
             times_of = {
                 x["network"]: x["seconds"]
                 for x in measured["latencies"]

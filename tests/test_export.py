@@ -249,7 +249,7 @@ def test_the_command_writes_a_graph_and_a_record(checkpoint, command, tmp_path) 
     pytest.importorskip("onnxscript", reason="needs requirements-export.txt")
     status, _, err = command(checkpoint, "--to", tmp_path / "rn8.onnx", "--strict")
     assert status == 0, err
-    layers = json.loads((tmp_path / "rn8.json").read_text())["layers"]
+    layers = json.loads((tmp_path / "rn8.onnx.json").read_text())["layers"]
     assert {layer["stored"] for layer in layers} == {"INT8"} and layers[0]["name"] == "conv1"
 
 
@@ -268,7 +268,7 @@ def test_measuring_tells_size_speed_and_outputs(checkpoint, command, tmp_path, m
     monkeypatch.delitem(export_measure.RUNTIMES, export_measure.OPENVINO)
     status, out, err = command(checkpoint, "--to", tmp_path / "rn8.onnx", "--measure")
     assert status == 0, err
-    record = json.loads((tmp_path / "rn8.json").read_text())
+    record = json.loads((tmp_path / "rn8.onnx.json").read_text())
     assert record["bytes"] == (tmp_path / "rn8.onnx").stat().st_size < record["float32_bytes"] / 2
     assert {(x["network"], x["batch"], x["threads"]) for x in record["latencies"]} == {
         (name, batch, threads)

@@ -177,6 +177,11 @@ def flaw(record: Any) -> str | None:
     return None
 
 
+def export_record(path: str | Path) -> Path:
+    """FILE.onnx.json: FILE.json is the record of the checkpoint FILE.pth."""
+    return Path(f"{path}.json")
+
+
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The record in a file; raises UserError for anything else."""
     try:
