@@ -37,7 +37,8 @@ def add_study_options(
 ) -> None:
     """Add the options of every part: --out (plots_data/<part>), --seed, --device, --restart."""
     add = parser.add_argument_group("options of every part of the study").add_argument
-    text = "folder for results and pictures, created if missing"
+    text = "folder for results and pictures, created if missing "
+    text += f"(default: a folder of the part in {PLOTS_DATA})"
     add("--out", metavar="DIR", type=Path, default=PLOTS_DATA / part, help=text)
     add("--seed", metavar="N", type=cli.seed, default=0, help="seed of every random choice")
     if device:

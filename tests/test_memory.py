@@ -132,5 +132,5 @@ def test_a_plan_is_told_and_nothing_done(words, tmp_path, capsys):
     assert main_trueobs.main(["rn8", "digits", *words, "--noaug", "--plan"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert 2 <= len(out) <= 9 and all(line.startswith("plan: ") for line in out)
-    assert " passes over the images; memory " in out[0]
+    assert " over the images; memory: up to " in out[0]
     assert not list(tmp_path.iterdir())

@@ -84,7 +84,7 @@ class LayerReport:
         if self.rank_deficit:
             text += f"  rank deficit {self.rank_deficit}"
         if self.nearest_rows:
-            text += f"  rounded to nearest: {self.nearest_rows} rows"
+            text += f"  rounded to nearest: {self.nearest_rows} row{'s' * (self.nearest_rows > 1)}"
         return text
 
 

@@ -104,12 +104,13 @@ def plan_lines(
     dense = {name: why_dense(layer, mode, calls[name]) for name, layer in layers.items()}
     work = {name: operations(layer) for name, layer in layers.items() if not dense[name]}
     least = max(most_at_a_time(plan.needs[name] for name in names) for names in plan.passes)
-    passes = f"in {len(plan.passes)} passes over the images"
+    count = len(plan.passes)
+    passes = f"in {count} pass{'es' * (count > 1)} over the images"
     if mode.sequential:
         passes = "one after the other, in order of execution"
     text = [
         f"{len(layers)} layers {passes}; "
-        f"memory {plan.memory / 1e9:.3g} GB (at least {least / 1e9:.3g})"
+        f"memory: up to {plan.memory / 1e9:.3g} GB are used, {least / 1e9:.3g} needed"
     ]
     if work:
         expensive = max(work, key=work.get)
