@@ -250,6 +250,7 @@ def test_the_command_writes_a_graph_and_a_record(checkpoint, command, tmp_path) 
     status, _, err = command(checkpoint, "--to", tmp_path / "rn8.onnx", "--strict")
     assert status == 0, err
     layers = json.loads((tmp_path / "rn8.onnx.json").read_text())["layers"]
+    assert not (tmp_path / "rn8.json").exists()  # the record of a checkpoint rn8.pth
     assert {layer["stored"] for layer in layers} == {"INT8"} and layers[0]["name"] == "conv1"
 
 

@@ -186,10 +186,11 @@ def test_layers_without_error_are_infinitely_good(tmp_path):
     assert section_of(tmp_path, "layer outputs").gaps == {8: 0.0}
 
 
-def test_a_layer_that_only_one_side_has_seen_does_not_count(tmp_path):
+def test_a_layer_that_only_one_side_has_seen_does_not_count(tmp_path, caplog):
     write_outputs(tmp_path, "conv1", 4, (1.0, 0.1, 0.1, 0.1), (1.0, 0.2, 0.2, 0.2))
     (tmp_path / "layer_outputs" / "rn8_conv1_4_bits_pruning.json").unlink()
     assert report.study_sections([tmp_path], None) == []
+    assert "1 of 1 layers and bit widths are quantised or pruned only" in caplog.text
 
 
 def test_fine_tuning_compares_means_over_seeds(results):
