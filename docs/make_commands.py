@@ -53,7 +53,7 @@ def shared_flags(name: str) -> set[str]:
     return set(SHARED["study" if study else "common"][1].split())
 
 
-def table(name: str) -> str:
+def option_table(name: str) -> str:
     """The options of a parser as Markdown: a table for each group, in the order of --help."""
     source, only = SHARED.get(name, (name, ""))
     parser, tables = parser_of(source), []
@@ -102,7 +102,10 @@ def row(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
 def regenerated(page: str) -> str:
     """The page with all tables as the parsers have them now."""
     return TABLES.sub(
-        lambda found: f"<!-- options of {found[1]} -->\n\n{table(found[1])}\n\n<!-- end -->\n", page
+        lambda found: (
+            f"<!-- options of {found[1]} -->\n\n{option_table(found[1])}\n\n<!-- end -->\n"
+        ),
+        page,
     )
 
 

@@ -60,7 +60,7 @@ def top_level_names(tree: ast.Module) -> set[str]:
     return names - OF_EVERY_COMMAND
 
 
-def measure(root: Path) -> tuple[dict[str, list[int]], dict[str, list[Path]]]:
+def measured_folders(root: Path) -> tuple[dict[str, list[int]], dict[str, list[Path]]]:
     """Folder -> files, lines, lines of code, long functions; name -> modules that define it."""
     figures: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     homes: dict[str, list[Path]] = defaultdict(list)
@@ -86,9 +86,9 @@ def in_product(folder: str) -> bool:
     return folder.split("/")[0] not in NO_PRODUCT
 
 
-def table(root: Path, list_names: bool) -> list[str]:
+def house_table(root: Path, list_names: bool) -> list[str]:
     """A row per folder; sums of the toolkit, the study and the rest; names defined twice."""
-    figures, shared = measure(root)
+    figures, shared = measured_folders(root)
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     rows = ["| folder | files | lines | of code | functions > 50 | names also elsewhere |"]
     rows.append("|---|---|---|---|---|---|")
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    sys.stdout.write("\n".join(table(args.root, args.names)) + "\n")
+    sys.stdout.write("\n".join(house_table(args.root, args.names)) + "\n")
     return 0
 
 

@@ -175,10 +175,9 @@ def layer_outputs_section(folder: Path, tag: str | None) -> Iterator[Section]:
                 layers[figures["layer"], figures["bits"]][figures["kind"]] = result
     for (name, dataset), layers in networks.items():
         pairs: dict[tuple[str, int], LayerPair] = {}
-        one_sided = 0
+        one_sided = sum(len(kinds) < 2 for kinds in layers.values())
         for layer, bits in sorted(layers, key=natural_order):
             if len(kinds := layers[layer, bits]) < 2:
-                one_sided += 1
                 continue
             (quantised, settings), (pruned, others) = kinds["quantisation"], kinds["pruning"]
             if unlike := [x for x in SAME_INPUTS if settings.get(x) != others.get(x)]:
@@ -187,13 +186,9 @@ def layer_outputs_section(folder: Path, tag: str | None) -> Iterator[Section]:
             else:
                 pairs[layer, bits] = quantised, pruned
         if one_sided:
-            log.warning(
-                "%s: %d of %d layers and bit widths are quantised or pruned only, and left out; to "
-                "compare, run post_training_quant_acts_sqnr and post_training_pruning_acts_sqnr",
-                name,
-                one_sided,
-                len(layers),
-            )
+            text = "%s: %d of %d layers and bit widths are quantised or pruned only, and left out; "
+            text += "to compare, run post_training_quant_acts_sqnr and …_pruning_acts_sqnr"
+            log.warning(text, name, one_sided, len(layers))
         if not pairs:
             continue
         by_bits = {

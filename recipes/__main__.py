@@ -79,11 +79,11 @@ def own_options(name: str) -> cli.Parser:
         text = "measured seconds: the targets are about them, not about BOPs"
         add("--timings", metavar="FILE", help=text)
     if name == "fine_tuning":
-        add_training_options(parser)
+        add_fine_tuning_options(parser)
     return parser
 
 
-def add_training_options(parser: cli.Parser) -> None:
+def add_fine_tuning_options(parser: cli.Parser) -> None:
     """Add the options of fine_tuning."""
     add = parser.group("this recipe").add_argument
     width = cli.number(int, lambda x: 2 <= x <= 15, "2 to 15")

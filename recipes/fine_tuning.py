@@ -14,14 +14,10 @@ from obc.inputs import files
 from obc.solver.errors import UserError, log
 from obc.toolkit.leveldb import level_name
 from obc.toolkit.records import read_record
+from pruning_vs_quantization.expected_error import sparsity_of
 from recipes.recipe import Recipe, run_command
 
 STUDY = "pruning_vs_quantization.main"
-
-
-def sparsity_of(bits: int) -> float:
-    """The sparsity of FP16 weights of the same size."""
-    return 1 - bits / 16
 
 
 def fine_tuning(recipe: Recipe) -> None:
@@ -51,10 +47,10 @@ def fine_tuning(recipe: Recipe) -> None:
                 args.study,
             )
             quantise = ("--n-bits", bits, *args.train, *args.train_quantised)
-            study(recipe, "train-compressed", *common, *quantise, *training_options(recipe))
+            study(recipe, "train-compressed", *common, *quantise, *options_of_training(recipe))
             prune = ("--no-weight-quant", "--prune-method", "zhu_gupta")
             prune += ("--s-f", f"{sparsity_of(bits):g}", *args.train, *args.train_pruned)
-            study(recipe, "train-compressed", *common, *prune, *training_options(recipe))
+            study(recipe, "train-compressed", *common, *prune, *options_of_training(recipe))
     study(recipe, "table", "--untrained", recipe.results, "--out", args.study, printed=True)
 
 
@@ -91,7 +87,7 @@ def tuned(recipe: Recipe, method: str, bits: int, path: Path, mild: Path) -> Non
     recipe.add_line(method, bits, f"{bits} bits", top1)
 
 
-def training_options(recipe: Recipe) -> list[object]:
+def options_of_training(recipe: Recipe) -> list[object]:
     """The common options that training has, too, under its names."""
     args = recipe.args
     options = {

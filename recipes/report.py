@@ -153,7 +153,7 @@ def draw_accuracy(args: argparse.Namespace, results: list[TableLine]) -> None:
     axes.set(ylabel="top-1 (%)", title=f"{args.recipe}: {args.model} on {args.dataset}")
     axes.legend()
     axes.grid(alpha=0.3)
-    save(figure, args.results.with_name(f"{args.recipe}_accuracy.png"))
+    save_figure(figure, args.results.with_name(f"{args.recipe}_accuracy.png"))
 
 
 def draw_errors(args: argparse.Namespace) -> None:
@@ -172,7 +172,7 @@ def draw_errors(args: argparse.Namespace) -> None:
     axes.set_xticks(range(0, len(levels), step), names, fontsize=7, rotation=90)
     axes.set(xlabel="level", title=f"error per layer and level: {args.model} on {args.dataset}")
     figure.colorbar(image, label=f"log10 of the change in loss\n(darkest: up to {LEAST_ERROR:g})")
-    save(figure, args.results.with_name(f"{args.recipe}_errors.png"))
+    save_figure(figure, args.results.with_name(f"{args.recipe}_errors.png"))
 
 
 def draw_profiles(args: argparse.Namespace) -> None:
@@ -196,7 +196,7 @@ def draw_profiles(args: argparse.Namespace) -> None:
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7)
     axes.set_yticks(range(len(profiles)), [profile_label(path) for path in profiles], fontsize=7)
     axes.set_title(f"chosen levels: {args.model} on {args.dataset}", fontsize=9)
-    save(figure, args.results.with_name(f"{args.recipe}_profiles.png"))
+    save_figure(figure, args.results.with_name(f"{args.recipe}_profiles.png"))
 
 
 def level_text(level: str) -> str:
@@ -220,7 +220,7 @@ def profile_label(path: Path) -> str:
     return f"{float(match[1]) / 100:g}× {match[2]}" if match else path.stem
 
 
-def save(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path) -> None:
     with files.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

@@ -598,6 +598,7 @@ def test_every_layers_outputs_are_nearer_with_the_shift(words, monkeypatch, tmp_
     solved = [pair for pair, report in zip(solved, reports, strict=True) if not report["dense"]]
     reports = [report for report in reports if not report["dense"]]
     assert len(reports) == len(seen) == len(energies) > 5
+    worse: dict[str, float] = {}
     for report, (W, H, B), C, (mode, layer) in zip(reports, seen, energies, solved, strict=True):
         layer.weight.data.copy_(W.view(layer.weight.shape))
         solver = TrueOBS(layer)
@@ -605,9 +606,11 @@ def test_every_layers_outputs_are_nearer_with_the_shift(words, monkeypatch, tmp_
         mode.solve(solver)
         without = output_error(view(layer).matrix, H, B, C)
         # The first layer's inputs are the dense network's: there is nothing to shift but rounding.
-        # A greedy choice of zeros from a slightly better start can end slightly worse.
-        slack = 0.05 if report["name"] == "conv1" else 0.01 if words == ("nmprune",) else 1e-6
-        assert report["squared_error"] <= without * (1 + slack), report["name"]
+        slack = 0.05 if report["name"] == "conv1" else 1e-6
+        worse[report["name"]] = report["squared_error"] / without - 1 - slack
+    # From a slightly better start a greedy choice of zeros can end slightly worse: in one layer.
+    over = [excess for excess in worse.values() if excess > 0]
+    assert len(over) <= (words == ("nmprune",)) and max(over, default=0) < 0.005, worse
 
 
 @pytest.mark.parametrize("words", [("quant", "--wbits", "3", "--abits", "4"), ("nmprune",)])
